@@ -1,0 +1,38 @@
+"""See what a vision-language-action policy attends to.
+
+    from lerobot_attn import capture_attention, open_episode, open_run
+
+Importing the package loads neither torch nor LeRobot, nor zarr: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttentionConfig": "lerobot_attn.config",
+    "AttentionPolicy": "lerobot_attn.wrapper",
+    "capture_attention": "lerobot_attn.capture",
+    "open_episode": "lerobot_attn.store.reader",
+    "open_run": "lerobot_attn.store.reader",
+}
+__all__ = ["AttentionConfig", "AttentionPolicy", "capture_attention", "open_episode", "open_run"]
+
+if TYPE_CHECKING:
+    from lerobot_attn.capture import capture_attention
+    from lerobot_attn.config import AttentionConfig
+    from lerobot_attn.store.reader import open_episode, open_run
+    from lerobot_attn.wrapper import AttentionPolicy
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

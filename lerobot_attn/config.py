@@ -1,0 +1,186 @@
+"""What to capture and how to store it: one dataclass for the command line, YAML and Python.
+
+Knows the settings and their ranges. Knows no policy: whether layer 17 exists is checked where a policy is at hand,
+with `resolve_indices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lerobot_attn.errors import ConfigError
+
+Selection = list[int] | str
+COMPRESSORS = ("zstd", "lz4", "blosclz", "zlib", "none")
+KEEP = ("all", "success", "failure")
+ON_ERROR = ("continue", "abort")
+FLOAT16_MANTISSA_BITS = 10
+
+
+# The comments below are the help texts that `lerobot-eval --help` shows.
+@dataclass
+class AttentionConfig:
+    """Settings of attention capture (`--eval.attention.*`)."""
+
+    # Layers whose full maps are stored: a list (negative counts from the end), 'all' or 'none'.
+    layers: list[int] | str = field(default_factory=lambda: [-2, -1])
+    # Denoise steps that are stored: a list (negative counts from the end) or 'all'.
+    denoise_steps: list[int] | str = "all"
+    # Attention heads that are stored: a list or 'all'.
+    heads: list[int] | str = "all"
+    # Layers whose mean over the executed action tokens is stored: a list, 'all' or 'none'.
+    mean_layers: list[int] | str = "all"
+    # Layers whose prefix self-attention (image, text and state tokens) is stored: a list, 'all' or 'none'.
+    prefix_layers: list[int] | str = "none"
+    # Episode indices to record; default: every one.
+    episodes: list[int] | None = None
+    # Which finished episodes to keep: all, success or failure.
+    keep: str = "all"
+    # Write what each camera showed the policy as an MP4 beside the store.
+    cameras: bool = True
+    # Blosc compressor, always with bit shuffle: zstd, lz4, blosclz, zlib, or none.
+    compressor: str = "zstd"
+    # Compression level, 0 to 9.
+    level: int = 1
+    # Mantissa bits kept of float16's 10, rounded to nearest: lossy. Default: lossless.
+    keep_bits: int | None = None
+    # Memory for maps that wait to be written, MB; when it is full the policy waits.
+    queue_mb: int = 512
+    # When capture fails: continue (evaluate on, exit status 1 at the end) or abort (stop at once).
+    on_error: str = "continue"
+    # Folder for the stores; default: {output_dir}/attention.
+    dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without a policy.
+
+        Raises:
+            ConfigError: a value is out of its range or of the wrong type.
+        """
+        for name in ("layers", "mean_layers", "prefix_layers"):
+            self._check_selection(name, words=("all", "none"))
+        for name in ("denoise_steps", "heads"):
+            self._check_selection(name, words=("all",))
+        if self.layers == "none" and self.mean_layers == "none" and self.prefix_layers == "none":
+            raise ConfigError(
+                "nothing to capture: layers, mean_layers and prefix_layers are all 'none'; "
+                "expected at least one of them; set e.g. layers=[-1]"
+            )
+        if self.episodes is not None:
+            if not isinstance(self.episodes, list) or not all(_is_int(e) and e >= 0 for e in self.episodes):
+                raise ConfigError(
+                    f"episodes: got {self.episodes!r}, expected a list of episode indices >= 0, e.g. [0,3]"
+                )
+            if not self.episodes:
+                raise ConfigError("episodes: got an empty list; leave the setting out to record every episode")
+        self._check_choice("keep", KEEP)
+        self._check_choice("compressor", COMPRESSORS)
+        self._check_choice("on_error", ON_ERROR)
+        self._check_range("level", 0, 9)
+        self._check_range("queue_mb", 1, 1_000_000)
+        if self.keep_bits is not None:
+            self._check_range("keep_bits", 1, FLOAT16_MANTISSA_BITS)
+        if not isinstance(self.cameras, bool):
+            raise ConfigError(f"cameras: got {self.cameras!r}, expected true or false")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, where: str = "the attention settings") -> AttentionConfig:
+        """Build from plain values.
+
+        Args:
+            values: setting name → value.
+            where: what the values came from, for the error message.
+
+        Raises:
+            ConfigError: an unknown name, or a value out of range.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> AttentionConfig:
+        """Read the settings from a YAML file, the same that `--eval.attention=FILE` and Hydra's `capture=` take.
+
+        Raises:
+            ConfigError: the file is missing, not a mapping, or holds an unknown key or a bad value.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot read the attention settings ({error.strerror}); expected a YAML file"
+            ) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: got a {type(values).__name__}, expected a mapping of settings to values")
+        return cls.from_dict(values, where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return asdict(self)
+
+    def _check_selection(self, name: str, words: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        expected = f"a list of indices or {' or '.join(repr(w) for w in words)}"
+        if value is None or value == []:
+            if "none" not in words:
+                raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+            setattr(self, name, "none")
+        elif _is_int(value):
+            setattr(self, name, [value])
+        elif isinstance(value, str):
+            if value not in words:
+                raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+        elif not isinstance(value, Sequence) or not all(_is_int(v) for v in value):
+            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+        else:
+            setattr(self, name, list(value))
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+
+    def _check_range(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not _is_int(value) or not low <= value <= high:
+            raise ConfigError(f"{name}: got {value!r}, expected a whole number from {low} to {high}")
+
+
+def resolve_indices(name: str, selection: Selection, count: int) -> tuple[int, ...]:
+    """Turn a selection into ascending indices without repeats.
+
+    Args:
+        name: what is chosen, in the singular and as the user wrote it, e.g. "layer".
+        selection: indices (negative counts from the end), "all" or "none".
+        count: how many there are.
+
+    Raises:
+        ConfigError: an index does not exist.
+    """
+    if selection == "all":
+        return tuple(range(count))
+    if selection == "none":
+        return ()
+    for index in selection:
+        if not isinstance(index, int) or not -count <= index < count:
+            raise ConfigError(
+                f"{name} {index} does not exist: this policy has {count}, expected 0 to {count - 1} "
+                f"(or -{count} to -1, counted from the end)"
+            )
+    return tuple(sorted({int(index) % count for index in selection}))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,29 @@
+"""The package's exceptions. Each message is one line: what, got, expected, remedy."""
+
+
+class LerobotAttnError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(LerobotAttnError, ValueError):
+    """A setting is unknown, malformed or does not fit the policy it is applied to."""
+
+
+class UnsupportedPolicyError(LerobotAttnError, TypeError):
+    """No adapter knows how to observe this policy's attention."""
+
+
+class CaptureError(LerobotAttnError, RuntimeError):
+    """The policy ran, but its attention could not be recorded faithfully."""
+
+
+class StoreError(LerobotAttnError, OSError):
+    """A path is missing, not an episode store, damaged, or written by a newer schema."""
+
+
+class IncompatibleLeRobotError(LerobotAttnError, RuntimeError):
+    """The installed LeRobot lacks, or has changed, something the plugin hooks into."""
+
+
+class SetupError(LerobotAttnError, RuntimeError):
+    """Something around the package (LIBERO's files, a GL backend, an extra) is not in place."""

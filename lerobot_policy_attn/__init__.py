@@ -1,0 +1,1 @@
+"""Entry that LeRobot's plugin loader imports; see lerobot_attn.plugin."""
