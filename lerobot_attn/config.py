@@ -1,10 +1,8 @@
 """What to capture and how to store it: one dataclass for the command line, YAML and Python.
 
-Knows the settings and their ranges. Knows no policy: whether layer 17 exists is checked where a policy is at hand,
-with `resolve_indices`.
+Knows the settings and their ranges. Knows no policy: whether layer 17 exists is checked where a policy is at
+hand, with `resolve_indices`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -77,7 +75,9 @@ class AttentionConfig:
                     f"episodes: got {self.episodes!r}, expected a list of episode indices >= 0, e.g. [0,3]"
                 )
             if not self.episodes:
-                raise ConfigError("episodes: got an empty list; leave the setting out to record every episode")
+                raise ConfigError(
+                    "episodes: got an empty list; leave the setting out to record every episode"
+                )
         self._check_choice("keep", KEEP)
         self._check_choice("compressor", COMPRESSORS)
         self._check_choice("on_error", ON_ERROR)
@@ -89,7 +89,7 @@ class AttentionConfig:
             raise ConfigError(f"cameras: got {self.cameras!r}, expected true or false")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, where: str = "the attention settings") -> AttentionConfig:
+    def from_dict(cls, values: dict[str, Any], *, where: str = "the attention settings") -> "AttentionConfig":
         """Build from plain values.
 
         Args:
@@ -106,8 +106,8 @@ class AttentionConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> AttentionConfig:
-        """Read the settings from a YAML file, the same that `--eval.attention=FILE` and Hydra's `capture=` take.
+    def from_yaml(cls, path: str | Path) -> "AttentionConfig":
+        """Read the settings from a YAML file, as `--eval.attention=FILE` and Hydra's `capture=` take it.
 
         Raises:
             ConfigError: the file is missing, not a mapping, or holds an unknown key or a bad value.
@@ -124,7 +124,9 @@ class AttentionConfig:
         if values is None:
             values = {}
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: got a {type(values).__name__}, expected a mapping of settings to values")
+            raise ConfigError(
+                f"{path}: got a {type(values).__name__}, expected a mapping of settings to values"
+            )
         return cls.from_dict(values, where=str(path))
 
     def to_dict(self) -> dict[str, Any]:

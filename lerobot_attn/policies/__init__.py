@@ -1,0 +1,61 @@
+"""Adapters: one per policy family. This module finds the right one and imports no framework until then."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lerobot_attn.errors import UnsupportedPolicyError
+
+if TYPE_CHECKING:
+    from lerobot_attn.policies.base import PolicyAdapter
+
+# Policy type as registered with LeRobot → where its adapter lives. A type derived from one of these uses its
+# parent's.
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "pi05": ("lerobot_attn.policies.pi05", "Pi05Adapter"),
+}
+
+
+def adapter_type(config: Any) -> str:
+    """Return the policy type whose adapter serves a policy of this config.
+
+    Args:
+        config: a LeRobot `PreTrainedConfig`, or None when a command was given no policy.
+
+    Raises:
+        UnsupportedPolicyError: no adapter serves it.
+    """
+    for cls in type(config).__mro__:
+        try:
+            name = config.get_choice_name(cls)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            continue
+        if name in ADAPTERS:
+            return name
+    got = getattr(config, "type", None) or type(config).__name__
+    raise UnsupportedPolicyError(
+        f"attention capture does not support the policy type {got!r}; supported: "
+        f"{', '.join(sorted(ADAPTERS))} "
+        "and policies derived from them; evaluate without --eval.save_attention_maps or use a supported "
+        "policy"
+    )
+
+
+def adapter_for(policy: Any) -> PolicyAdapter:
+    """Build the adapter for a live policy, looking through PEFT and `AttentionPolicy` wrappers.
+
+    Raises:
+        UnsupportedPolicyError: no adapter serves it.
+    """
+    policy = unwrap(policy)
+    module, name = ADAPTERS[adapter_type(getattr(policy, "config", None))]
+    adapter: PolicyAdapter = getattr(importlib.import_module(module), name)(policy)
+    return adapter
+
+
+def unwrap(policy: Any) -> Any:
+    """Return the policy itself from inside a `PeftModel` or another wrapper that has `get_base_model`."""
+    while hasattr(policy, "get_base_model"):
+        policy = policy.get_base_model()
+    return policy

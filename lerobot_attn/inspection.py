@@ -1,0 +1,297 @@
+"""What a store or a run holds, as plain values and as text for a terminal.
+
+Reads metadata, and of the maps only what three inferences need.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from lerobot_attn.errors import StoreError
+from lerobot_attn.layout import Kind
+from lerobot_attn.store.reader import Episode, Run
+from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
+
+RANDOM_WEIGHTS = "The policy's weights are random: its attention maps mean nothing."
+
+
+def sampled_inferences(n_inferences: int) -> list[int]:
+    """Return the inferences that are read: the first, the middle and the last."""
+    return sorted({0, n_inferences // 2, n_inferences - 1}) if n_inferences else []
+
+
+def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], float]:
+    """Return where the attention of one inference goes, and how far its rows are from summing to 1.
+
+    Args:
+        episode: the store.
+        inference: its index.
+
+    Returns:
+        Segment → share of attention, averaged over denoise steps, layers, heads and executed action tokens;
+        and the largest deviation of a row's sum from 1 among all rows of the same maps.
+
+    Raises:
+        StoreError: the episode holds no suffix attention, or a chunk is damaged.
+    """
+    dataset = episode.dataset
+    name = "suffix_attention_mean" if "suffix_attention_mean" in dataset else "suffix_attention"
+    if name not in dataset:
+        raise StoreError(
+            f"{episode.path}: holds no suffix attention, expected layers or mean_layers to be captured"
+        )
+    first, last = episode.attributes.get("executed_queries", [0, None])
+    try:
+        maps = dataset[name][inference].values.astype(np.float32)
+        kinds = dataset["key_kind"][inference].values
+    except Exception as error:  # a damaged chunk raises whatever its codec raises
+        raise StoreError(
+            f"{episode.path}: {name} of inference {inference} cannot be read: {error}"
+        ) from error
+    deviation = float(np.abs(maps.sum(axis=-1) - 1).max())
+    if name == "suffix_attention":
+        maps = maps[..., first:last, :].mean(axis=-2)
+    by_key = maps.reshape(-1, maps.shape[-1]).mean(axis=0)
+    cameras = episode.layout.key_camera()
+    mass: dict[str, float] = {}
+    for index, camera in enumerate(episode.layout.cameras):
+        if not camera.is_empty:
+            mass[camera.name] = float(by_key[(cameras == index) & (kinds == Kind.IMAGE)].sum())
+    labels = {
+        Kind.TASK: "task words",
+        Kind.STATE: "state",
+        Kind.SCAFFOLD: "scaffold",
+        Kind.TEXT: "text (unlabelled)",
+        Kind.ACTION: "actions",
+        Kind.PADDING: "padding",
+    }
+    for kind, label in labels.items():
+        share = float(by_key[kinds == kind].sum())
+        if (kinds == kind).any():
+            mass[label] = share
+    return mass, deviation
+
+
+def describe_episode(episode: Episode) -> dict[str, Any]:
+    """Return everything that `inspect` shows of an episode, as plain JSON values.
+
+    Raises:
+        StoreError: the store is damaged.
+    """
+    inferences = sampled_inferences(episode.n_inferences)
+    masses, deviations = [], []
+    has_maps = any(episode.array_shape(name) for name in ("suffix_attention", "suffix_attention_mean"))
+    for inference in inferences if has_maps else []:
+        mass, deviation = segment_mass(episode, inference)
+        masses.append(mass)
+        deviations.append(deviation)
+    mean_mass = {
+        name: float(np.mean([mass.get(name, 0.0) for mass in masses]))
+        for name in (masses[0] if masses else {})
+    }
+    stored, raw = episode.stored_bytes(), episode.raw_bytes()
+    tolerance = episode.row_sum_tolerance() if episode.n_inferences else None
+    coordinates = {}
+    for name in ("layer", "all_layer", "prefix_layer", "denoise_step", "head"):
+        if episode.array_shape(name) is not None:
+            coordinates[name] = episode.dataset[name].values.tolist()
+    attributes = {k: v for k, v in episode.attributes.items() if k not in ("layout", "coordinates")}
+    return {
+        "path": str(episode.path),
+        "task": episode.task,
+        "success": episode.success,
+        "complete": episode.is_complete,
+        "random_weights": episode.has_random_weights,
+        "n_frames": episode.n_frames,
+        "n_inferences": episode.n_inferences,
+        "arrays": {
+            spec.name: {
+                "dims": list(spec.dims),
+                "shape": list(shape),
+                "dtype": spec.dtype,
+                "description": spec.description,
+            }
+            for spec in ARRAYS
+            if (shape := episode.array_shape(spec.name)) is not None
+        },
+        "saved": coordinates,
+        "segments": [
+            {"kind": s.kind, "name": s.name, "start": s.start, "stop": s.stop, "tokens": len(s)}
+            for s in episode.layout.segments
+        ]
+        if episode.n_inferences
+        else [],
+        "stored_bytes": stored,
+        "raw_bytes": raw,
+        "compression_ratio": raw / stored if stored else None,
+        "attention_mass": mean_mass,
+        "attention_mass_inferences": inferences if masses else [],
+        "row_sum_max_deviation": max(deviations, default=None),
+        "row_sum_tolerance": tolerance,
+        "rows_sum_to_one": None if tolerance is None or not deviations else max(deviations) <= tolerance,
+        "videos": {camera: str(path) for camera, path in episode.videos.items()},
+        "eval_video": None if episode.eval_video is None else str(episode.eval_video),
+        "attributes": attributes,
+    }
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """Return everything that `inspect` shows of a run, as plain JSON values."""
+    table = run.table.astype(object)
+    return {
+        "path": str(run.path),
+        "n_episodes": len(run),
+        "n_complete": sum(episode.is_complete for episode in run),
+        "n_success": sum(episode.success is True for episode in run),
+        "stored_bytes": int(run.table["bytes"].sum()),
+        "random_weights": any(episode.has_random_weights for episode in run),
+        "episodes": table.where(table.notna(), None).to_dict(orient="records"),
+        "damaged": [{"path": str(path), "error": error} for path, error in run.damaged],
+    }
+
+
+def render_episode(facts: dict[str, Any]) -> RenderableType:
+    """Lay out what `describe_episode` returned for a terminal."""
+    attributes = facts["attributes"]
+    head = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("episode", facts["path"]),
+        ("task", facts["task"]),
+        ("outcome", _outcome(facts)),
+        ("policy", _policy(attributes.get("policy", {}))),
+        ("seed", str(attributes.get("seed"))),
+        ("frames", f"{facts['n_frames']}, from {facts['n_inferences']} inferences"),
+        ("saved", "; ".join(f"{name} {_ranges(values)}" for name, values in facts["saved"].items())),
+        (
+            "on disk",
+            f"{facts['stored_bytes'] / 1e6:.1f} MB, maps compressed {facts['compression_ratio'] or 0:.1f}x",
+        ),
+        ("videos", "\n".join([*facts["videos"].values(), facts["eval_video"] or "no evaluation video"])),
+    ):
+        head.add_row(Text(label, style="bold"), Text(value))
+    parts: list[RenderableType] = [head]
+    arrays = _table("arrays", "array", "dimensions", "shape", "what it holds")
+    used = []
+    for name, array in facts["arrays"].items():
+        if BY_NAME[name].coordinate:
+            continue
+        arrays.add_row(
+            name, ", ".join(array["dims"]), " x ".join(map(str, array["shape"])), array["description"]
+        )
+        used += [dim for dim in array["dims"] if dim not in used]
+    dims = _table("dimensions", "dimension", "what it is")
+    for dim in used:
+        dims.add_row(dim, DIMENSIONS[dim])
+    segments = _table("token segments", "segment", "kind", "keys", "tokens")
+    for segment in facts["segments"]:
+        segments.add_row(
+            segment["name"],
+            segment["kind"],
+            f"{segment['start']} to {segment['stop'] - 1}",
+            str(segment["tokens"]),
+        )
+    parts += [arrays, dims, segments]
+    if facts["attention_mass"]:
+        sampled = ", ".join(map(str, facts["attention_mass_inferences"]))
+        mass = _table(
+            f"mean attention of the executed actions (inferences {sampled}; all saved layers, heads and "
+            "denoise steps)",
+            "segment",
+            "share",
+            "",
+        )
+        for name, share in facts["attention_mass"].items():
+            mass.add_row(name, f"{share:6.1%}", "█" * round(share * 40))
+        parts.append(mass)
+    parts.append(_sanity(facts))
+    if facts["random_weights"]:
+        parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
+    return Group(*parts)
+
+
+def render_run(facts: dict[str, Any]) -> RenderableType:
+    """Lay out what `describe_run` returned for a terminal."""
+    head = Text(
+        f"{facts['path']}: {facts['n_episodes']} episodes, {facts['n_complete']} complete, "
+        f"{facts['n_success']} successful, "
+        f"{facts['stored_bytes'] / 1e6:.1f} MB"
+    )
+    table = _table(
+        "episodes", "task", "episode", "instruction", "outcome", "frames", "inferences", "MB", "complete"
+    )
+    for row in facts["episodes"]:
+        outcome = {True: "success", False: "failure"}.get(row["success"], "-")
+        complete = "yes" if row["complete"] else "[red]no[/red]"
+        table.add_row(
+            escape(f"{row['task_group']}_{row['task_id']}"),
+            str(row["episode"]),
+            escape(row["task"]),
+            outcome,
+            str(row["frames"]),
+            str(row["inferences"]),
+            f"{row['bytes'] / 1e6:.1f}",
+            complete,
+        )
+    parts: list[RenderableType] = [head, table]
+    parts += [Text(f"damaged: {entry['error']}", style="red") for entry in facts["damaged"]]
+    if facts["random_weights"]:
+        parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _outcome(facts: dict[str, Any]) -> str:
+    outcome = {True: "success", False: "failure"}.get(facts["success"], "unknown")
+    if facts["complete"]:
+        return f"{outcome}, complete"
+    attributes = facts["attributes"]
+    cause = (
+        attributes.get("error") or attributes.get("interrupted_by") or "the recording did not come to its end"
+    )
+    return f"INCOMPLETE ({cause}): it holds the {facts['n_inferences']} inferences committed before"
+
+
+def _policy(policy: dict[str, Any]) -> str:
+    path = f" from {policy['path']}" if policy.get("path") else ""
+    return (
+        f"{policy.get('type')}{path}, {policy.get('dtype')}, {policy.get('n_layers')} layers, "
+        f"{policy.get('n_heads')} heads, "
+        f"{policy.get('n_denoise_steps')} denoise steps, {policy.get('n_action_steps')} of "
+        f"{policy.get('chunk_size')} "
+        "actions executed"
+    )
+
+
+def _sanity(facts: dict[str, Any]) -> Text:
+    if facts["row_sum_max_deviation"] is None:
+        return Text("sanity: no suffix attention to check")
+    verdict = "rows sum to 1" if facts["rows_sum_to_one"] else "ROWS DO NOT SUM TO 1"
+    text = (
+        f"sanity: {verdict}; largest deviation {facts['row_sum_max_deviation']:.1e}, "
+        f"allowed by the stored precision {facts['row_sum_tolerance']:.1e}"
+    )
+    return Text(text, style="green" if facts["rows_sum_to_one"] else "bold red")
+
+
+def _ranges(values: list[int]) -> str:
+    """Shorten [0, 1, 2, 5] to "0-2,5"."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -1,0 +1,280 @@
+"""Which token is what: segments of keys, cameras and their geometry, and the labels of text tokens.
+
+Pure data: knows neither torch nor LeRobot nor zarr, and holds no size of any policy. Adapters fill it in from
+the live policy; the store carries it as JSON; analysis reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+
+class Kind(IntEnum):
+    """What a key token is; the values of `key_kind` in the store."""
+
+    PADDING = 0  # masked: an empty camera or an unused language slot; attention to it is exactly 0
+    IMAGE = 1
+    TASK = 2  # a word of the instruction
+    STATE = 3  # a digit of the robot's state, or a state token
+    SCAFFOLD = 4  # the prompt's fixed words: "Task:", ", State:", ";\nAction:", begin-of-sequence
+    ACTION = 5
+    TEXT = 6  # language that could not be told apart (no tokenizer, or an unknown prompt format)
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """How a camera's image became the square input of the vision tower, and its grid of patches.
+
+    The image is resized by one factor to fit, then padded. All sizes in pixels; a point (y, x) of the image
+    lies at `(pad_top_px + y * resized_height_px / height_px, …)` of the input.
+    """
+
+    height_px: int
+    width_px: int
+    resized_height_px: int
+    resized_width_px: int
+    pad_top_px: int
+    pad_left_px: int
+    input_height_px: int
+    input_width_px: int
+    grid_rows: int
+    grid_columns: int
+
+    @classmethod
+    def letterbox(
+        cls,
+        image_px: tuple[int, int],
+        input_px: tuple[int, int],
+        grid: tuple[int, int],
+        *,
+        padding: Literal["centred", "left_top"],
+    ) -> ImageGeometry:
+        """Compute the geometry of LeRobot's two letterboxes.
+
+        Args:
+            image_px: (height, width) of the camera's image.
+            input_px: (height, width) of the vision tower's input.
+            grid: (rows, columns) of patches.
+            padding: "centred" for openpi's `resize_with_pad_torch`, the odd pixel going right and below;
+                "left_top" for SmolVLA's `resize_with_pad`.
+        """
+        (height, width), (input_height, input_width) = image_px, input_px
+        ratio = max(width / input_width, height / input_height)
+        resized_height, resized_width = int(height / ratio), int(width / ratio)
+        spare_height, spare_width = input_height - resized_height, input_width - resized_width
+        centred = padding == "centred"
+        return cls(
+            height_px=height,
+            width_px=width,
+            resized_height_px=resized_height,
+            resized_width_px=resized_width,
+            pad_top_px=spare_height // 2 if centred else spare_height,
+            pad_left_px=spare_width // 2 if centred else spare_width,
+            input_height_px=input_height,
+            input_width_px=input_width,
+            grid_rows=grid[0],
+            grid_columns=grid[1],
+        )
+
+    def patch_at(self, y_px: float, x_px: float) -> tuple[int, int]:
+        """Return the (row, column) of the patch that shows the image's point (y, x), both in pixels."""
+        y_input = self.pad_top_px + y_px * self.resized_height_px / self.height_px
+        x_input = self.pad_left_px + x_px * self.resized_width_px / self.width_px
+        row = int(y_input * self.grid_rows / self.input_height_px)
+        column = int(x_input * self.grid_columns / self.input_width_px)
+        return min(max(row, 0), self.grid_rows - 1), min(max(column, 0), self.grid_columns - 1)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One image feature of the policy, e.g. `observation.images.image`; an empty one has no geometry."""
+
+    name: str
+    geometry: ImageGeometry | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the batch held no image for it, so that its tokens are masked."""
+        return self.geometry is None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of key tokens `start … stop - 1` of one kind.
+
+    `kind` is "image", "language", "state" or "action"; `name` tells segments of a kind apart (a camera's
+    name).
+    """
+
+    kind: str
+    name: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The keys of the suffix pass in order: the prefix (images, language, state) and then the suffix.
+
+    Queries of the suffix pass are its own tokens: query i is key `prefix_len + i`.
+    """
+
+    segments: tuple[Segment, ...]
+    prefix_len: int
+    cameras: tuple[Camera, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the segments tile the keys.
+
+        Raises:
+            ValueError: a gap, an overlap, or a prefix that ends inside a segment.
+        """
+        position = 0
+        for segment in self.segments:
+            if segment.start != position or segment.stop < segment.start:
+                raise ValueError(f"segments must follow one another: {segment} does not start at {position}")
+            position = segment.stop
+        if self.prefix_len not in {0, *(segment.stop for segment in self.segments)}:
+            raise ValueError(f"prefix_len must be a segment's end, got {self.prefix_len}")
+
+    @property
+    def n_keys(self) -> int:
+        """Number of key tokens of the suffix pass."""
+        return self.segments[-1].stop if self.segments else 0
+
+    @property
+    def n_queries(self) -> int:
+        """Number of query tokens of the suffix pass."""
+        return self.n_keys - self.prefix_len
+
+    @property
+    def language(self) -> Segment:
+        """The language slots; empty when the policy has none."""
+        return next((s for s in self.segments if s.kind == "language"), Segment("language", "language", 0, 0))
+
+    @property
+    def actions(self) -> Segment:
+        """The action tokens, as keys."""
+        return next(s for s in self.segments if s.kind == "action")
+
+    @property
+    def first_action_query(self) -> int:
+        """Query index of the first action token: 0 unless the suffix begins with a state token."""
+        return self.actions.start - self.prefix_len
+
+    def key_camera(self) -> np.ndarray:
+        """Return (key,) int8: index into `cameras`, -1 for tokens that are no image patch."""
+        result = np.full(self.n_keys, -1, np.int8)
+        for index, segment in enumerate(s for s in self.segments if s.kind == "image"):
+            result[segment.start : segment.stop] = index
+        return result
+
+    def key_patch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the patch rows and columns, each (key,) int16: top-left is (0, 0), -1 for other tokens."""
+        rows, columns = np.full(self.n_keys, -1, np.int16), np.full(self.n_keys, -1, np.int16)
+        images = [s for s in self.segments if s.kind == "image"]
+        for camera, segment in zip(self.cameras, images, strict=True):
+            # An empty camera is tokenised like the others: its grid is theirs.
+            geometry = camera.geometry or next((c.geometry for c in self.cameras if c.geometry), None)
+            if geometry is None:
+                continue
+            patch = np.arange(len(segment))
+            rows[segment.start : segment.stop] = patch // geometry.grid_columns
+            columns[segment.start : segment.stop] = patch % geometry.grid_columns
+        return rows, columns
+
+    def key_kind(self, key_mask: np.ndarray, text_kind: np.ndarray) -> np.ndarray:
+        """Label every key of one inference.
+
+        Args:
+            key_mask: (key,) bool, True where the policy may attend.
+            text_kind: (text,) kinds of the language slots.
+
+        Returns:
+            (key,) int8 values of `Kind`.
+        """
+        kinds = {"image": Kind.IMAGE, "state": Kind.STATE, "action": Kind.ACTION, "language": Kind.TEXT}
+        result = np.concatenate([np.full(len(s), kinds[s.kind], np.int8) for s in self.segments])
+        result[self.language.start : self.language.stop] = text_kind
+        result[~key_mask] = Kind.PADDING
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TokenLayout:
+        """Build from what `to_dict` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not a layout.
+        """
+        return cls(
+            segments=tuple(Segment(**segment) for segment in values["segments"]),
+            prefix_len=int(values["prefix_len"]),
+            cameras=tuple(
+                Camera(c["name"], None if c["geometry"] is None else ImageGeometry(**c["geometry"]))
+                for c in values["cameras"]
+            ),
+        )
+
+
+class TextSpan(NamedTuple):
+    """Characters `start … stop - 1` of a prompt: one word of the task or one number of the state."""
+
+    kind: Kind
+    start: int
+    stop: int
+    index: int  # which word, or which dimension of the state
+
+
+class TextLabels(NamedTuple):
+    """Labels of the language slots of one inference, arrays of shape (text,)."""
+
+    kind: np.ndarray  # int8, values of Kind
+    word: np.ndarray  # int16, which word of the task, -1 elsewhere
+    state_dim: np.ndarray  # int16, which dimension of the state, -1 elsewhere
+
+
+def label_text(pieces: Sequence[str], mask: np.ndarray, spans: Sequence[TextSpan] | None) -> TextLabels:
+    """Label language slots by the spans that their characters fall into.
+
+    Args:
+        pieces: the decoded text of each slot; the prompt is their concatenation over unmasked slots.
+        mask: (text,) bool, False for padding.
+        spans: what the prompt's words and numbers are; None when its format is unknown.
+
+    Returns:
+        For a token that touches several spans, the one it shares most characters with; tokens in no span
+        (blanks and punctuation between numbers, the fixed words) are scaffold.
+    """
+    kind = np.where(mask, Kind.TEXT if spans is None else Kind.SCAFFOLD, Kind.PADDING).astype(np.int8)
+    word, state_dim = np.full(len(pieces), -1, np.int16), np.full(len(pieces), -1, np.int16)
+    position = 0
+    for slot, piece in enumerate(pieces):
+        if not mask[slot] or spans is None:
+            continue
+        start, stop = position, position + len(piece)
+        position = stop
+        shared, best = max(
+            ((min(stop, span.stop) - max(start, span.start), span) for span in spans),
+            key=lambda pair: pair[0],
+            default=(0, None),
+        )
+        if best is None or shared <= 0:
+            continue
+        kind[slot] = best.kind
+        if best.kind == Kind.TASK:
+            word[slot] = best.index
+        elif best.kind == Kind.STATE:
+            state_dim[slot] = best.index
+    return TextLabels(kind, word, state_dim)

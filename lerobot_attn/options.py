@@ -1,0 +1,32 @@
+"""LeRobot's evaluation config with the attention options. Comments above fields are the help texts."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from lerobot.configs.default import EvalConfig
+from lerobot.configs.eval import EvalPipelineConfig
+
+from lerobot_attn.config import AttentionConfig
+
+
+@dataclass
+class AttentionEvalConfig(EvalConfig):
+    """`--eval.*` with attention capture."""
+
+    # Record what the policy attends to: one Zarr store per episode under {output_dir}/attention (lerobot-
+    # attn).
+    save_attention_maps: bool = False
+    # What to record and how to store it; --eval.attention=FILE reads the settings from a YAML file.
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+
+@dataclass
+class AttentionEvalPipelineConfig(EvalPipelineConfig):
+    """`lerobot-eval`'s config with attention capture."""
+
+    eval: AttentionEvalConfig = field(default_factory=AttentionEvalConfig)  # type: ignore[assignment]
+
+
+def plain_eval_config(options: AttentionEvalConfig) -> EvalConfig:
+    """Return the `EvalConfig` that LeRobot would have parsed without the options."""
+    return EvalConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(EvalConfig)})

@@ -1,0 +1,464 @@
+"""The plugin inside `lerobot-eval`: its options, and the four functions of LeRobot's script that it wraps.
+
+The only module that touches `lerobot.scripts`. LeRobot's loader imports it in every command; it acts in
+`lerobot-eval` alone, and there only once `--eval.save_attention_maps=true` is given: otherwise the original
+`eval_main` runs with the config it would have had without this package.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lerobot_attn.errors import ConfigError, IncompatibleLeRobotError, LerobotAttnError
+
+if TYPE_CHECKING:
+    from lerobot_attn.run import RunRecorder, TaskPlan
+
+logger = logging.getLogger(__name__)
+
+EVAL_MODULE = "lerobot.scripts.lerobot_eval"
+SUPPORTED_LEROBOT = ((0, 6), (0, 7))  # from, up to but not including
+FLAG = "save_attention_maps"
+
+# What the wrappers rely on: the parameters that they read or replace.
+PATCH_POINTS: dict[str, tuple[str, ...]] = {
+    "main": (),
+    "eval_main": ("cfg",),
+    "eval_policy_all": ("envs", "policy", "preprocessor", "max_parallel_tasks"),
+    "run_one": ("task_group", "task_id", "env", "n_episodes", "max_episodes_rendered", "videos_dir"),
+    "rollout": ("env", "policy", "env_preprocessor", "seeds"),
+}
+
+STATE_NAMES = {
+    "libero": ("eef_x", "eef_y", "eef_z", "eef_rx", "eef_ry", "eef_rz", "gripper_left", "gripper_right"),
+}
+ACTION_NAMES = {"libero": ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")}
+
+
+def load() -> None:
+    """Register the demo policy, and install the options if `lerobot-eval` is what is being started.
+
+    Raises:
+        SystemExit: attention capture is asked for on the command line, but cannot be offered. LeRobot's
+            loader swallows exceptions; this one it does not.
+    """
+    import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401  registers the policy type
+
+    namespace = _running_eval_namespace()
+    asked = _asks_for_attention(sys.argv[1:])
+    if namespace is None:
+        if asked:
+            sys.exit(f"error: --eval.{FLAG} works with lerobot-eval, not with {Path(sys.argv[0]).name}")
+        return
+    problems = check_lerobot(namespace)
+    if not problems:
+        install(namespace)
+    elif asked:
+        sys.exit(f"error: {_incompatible(problems)}")
+    elif {"--help", "-h"} & set(sys.argv[1:]):
+        logger.warning("--eval.%s is not available: %s", FLAG, _incompatible(problems))
+
+
+def check_lerobot(namespace: dict[str, Any] | None = None) -> list[str]:
+    """Return what about the installed LeRobot does not fit this plugin; nothing when all is well.
+
+    Args:
+        namespace: globals of the evaluation script; imported when not given.
+    """
+    try:
+        version = importlib.metadata.version("lerobot")
+    except importlib.metadata.PackageNotFoundError:
+        return ["LeRobot is not installed; pip install 'lerobot_policy_attn[eval]'"]
+    problems = []
+    low, high = SUPPORTED_LEROBOT
+    try:
+        release = tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        release = (0, 0)
+    if not low <= release < high:
+        expected = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+        problems.append(
+            f"LeRobot {version} is installed, expected {expected}; pip install 'lerobot{expected}'"
+        )
+    if namespace is None:
+        try:
+            namespace = vars(importlib.import_module(EVAL_MODULE))
+        except ImportError as error:
+            return [*problems, f"{EVAL_MODULE} cannot be imported: {error}"]
+    for name, expected_parameters in PATCH_POINTS.items():
+        function = namespace.get(name)
+        if not callable(function):
+            problems.append(f"{EVAL_MODULE} has no function {name}")
+            continue
+        found = inspect.signature(inspect.unwrap(function)).parameters
+        missing = [parameter for parameter in expected_parameters if parameter not in found]
+        if missing:
+            problems.append(f"{name}() of {EVAL_MODULE} has no parameter {', '.join(missing)}")
+    return problems + _check_configs()
+
+
+def install(namespace: dict[str, Any]) -> None:
+    """Put the wrapped `eval_main`, with the attention options, into the evaluation script.
+
+    Args:
+        namespace: globals of the script, which is `__main__` when it was started with `python -m`.
+    """
+    original = namespace["eval_main"]
+    if not hasattr(original, "lerobot_attn"):
+        namespace["eval_main"] = _make_eval_main(original, namespace)
+
+
+def _incompatible(problems: Sequence[str]) -> IncompatibleLeRobotError:
+    return IncompatibleLeRobotError(
+        "lerobot-attn cannot capture attention with this LeRobot: " + "; ".join(problems)
+    )
+
+
+def _check_configs() -> list[str]:
+    """Return what the config classes lack that the options hang on."""
+    import dataclasses
+
+    from lerobot.configs import default, parser
+    from lerobot.configs import eval as eval_configs
+
+    problems = []
+    for owner, name in (
+        (default, "EvalConfig"),
+        (eval_configs, "EvalPipelineConfig"),
+        (parser, "wrap"),
+    ):
+        if not hasattr(owner, name):
+            problems.append(f"{owner.__name__} has no {name}")
+    if problems:
+        return problems
+    present = {field.name for field in dataclasses.fields(eval_configs.EvalPipelineConfig)}
+    problems += [
+        f"EvalPipelineConfig has no field {name}"
+        for name in ("env", "eval", "policy", "output_dir")
+        if name not in present
+    ]
+    present = {field.name for field in dataclasses.fields(default.EvalConfig)}
+    problems += [
+        f"EvalConfig has no field {name}" for name in ("n_episodes", "batch_size") if name not in present
+    ]
+    problems += [f"EvalConfig has its own field {name}" for name in (FLAG, "attention") if name in present]
+    return problems
+
+
+def _running_eval_namespace() -> dict[str, Any] | None:
+    """Return the globals of the evaluation script if its `main` is what called the plugin loader."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "main":
+            spec = frame.f_globals.get("__spec__")
+            if EVAL_MODULE in (frame.f_globals.get("__name__"), getattr(spec, "name", None)):
+                return frame.f_globals
+        frame = frame.f_back
+    return None
+
+
+def _asks_for_attention(argv: Sequence[str]) -> bool:
+    """Whether the command line, or the config file that it names, mentions the options."""
+    from lerobot.configs import parser
+
+    if any(arg.startswith((f"--eval.{FLAG}", "--eval.attention")) for arg in argv):
+        return True
+    config_path = parser.parse_arg("config_path", argv)
+    try:
+        return config_path is not None and FLAG in Path(config_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False  # LeRobot will say what is wrong with it
+
+
+def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
+    from lerobot.configs import parser
+
+    from lerobot_attn.options import AttentionEvalPipelineConfig, plain_eval_config
+
+    run_original = inspect.unwrap(original)  # takes the parsed config
+
+    def eval_main(cfg: AttentionEvalPipelineConfig) -> Any:
+        options = cfg.eval
+        cfg.eval = plain_eval_config(options)
+        if not options.save_attention_maps:
+            return run_original(cfg)
+        run = _start_run(cfg, options.attention)
+        with _patched(namespace, run, cfg):
+            result = run_original(cfg)
+        if run.failures:
+            sys.exit(
+                f"error: the evaluation is done, but attention of {len(run.failures)} episodes could not be "
+                "saved whole: "
+                f"{run.failures[0]}"
+            )
+        return result
+
+    # The parser reads the config's class from here, and cannot resolve a name.
+    eval_main.__annotations__["cfg"] = AttentionEvalPipelineConfig
+    parsed = parser.wrap()(eval_main)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            with _one_line_errors():
+                return parsed(*args, **kwargs)
+        before = sys.argv
+        try:
+            with _one_line_errors():
+                sys.argv = [before[0], *expand_attention_file(before[1:])]
+                return parsed()
+        finally:
+            sys.argv = before
+
+    wrapper.lerobot_attn = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def expand_attention_file(argv: Sequence[str]) -> list[str]:
+    """Replace `--eval.attention=FILE` by the options that the YAML file holds; later options override them.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else than attention settings.
+    """
+    from lerobot_attn.config import AttentionConfig
+
+    expanded: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--eval.attention":
+            path = next(arguments, None)
+        elif argument.startswith("--eval.attention="):
+            path = argument.partition("=")[2]
+        else:
+            expanded.append(argument)
+            continue
+        if not path:
+            raise ConfigError("--eval.attention: got nothing, expected a YAML file of attention settings")
+        expanded += attention_options(AttentionConfig.from_yaml(path).to_dict())
+    return expanded
+
+
+def attention_options(settings: dict[str, Any]) -> list[str]:
+    """Return settings as `--eval.attention.name=value` options; unset ones are left out."""
+
+    def text(value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+
+    return [f"--eval.attention.{name}={text(value)}" for name, value in settings.items() if value is not None]
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LerobotAttnError):
+            cause = cause.__cause__  # the config parser wraps what our settings' checks raise
+        if cause is None:
+            raise
+        logger.debug("", exc_info=True)
+        sys.exit(f"error: {cause}")
+
+
+def _start_run(cfg: Any, config: Any) -> RunRecorder:
+    """Check all that can be checked before an environment is built.
+
+    Raises:
+        UnsupportedPolicyError, ConfigError, StoreError: the run cannot be recorded.
+    """
+    from lerobot_attn.policies import adapter_type
+    from lerobot_attn.run import RunRecorder
+
+    adapter_type(cfg.policy)
+    if getattr(cfg.env, "max_parallel_tasks", 1) > 1:
+        raise ConfigError(
+            f"env.max_parallel_tasks: got {cfg.env.max_parallel_tasks}, expected 1 with --eval.{FLAG}=true, "
+            "because parallel "
+            "tasks share one policy and its action queue; evaluate several environments at once with "
+            "--eval.batch_size"
+        )
+    folder = Path(config.dir) if config.dir else Path(cfg.output_dir) / "attention"
+    attributes = {
+        "versions": {
+            name: importlib.metadata.version(distribution)
+            for name, distribution in (
+                ("lerobot_attn", "lerobot_policy_attn"),
+                ("lerobot", "lerobot"),
+                ("torch", "torch"),
+                ("zarr", "zarr"),
+                ("numpy", "numpy"),
+            )
+        },
+        "policy": {
+            "path": None if cfg.policy.pretrained_path is None else str(cfg.policy.pretrained_path),
+            "dtype": getattr(cfg.policy, "dtype", None),
+            "device": str(cfg.policy.device),
+        },
+        "env_type": cfg.env.type,
+    }
+    return RunRecorder(config, folder, attributes)
+
+
+@contextmanager
+def _patched(namespace: dict[str, Any], run: RunRecorder, cfg: Any) -> Iterator[None]:
+    """Wrap the script's functions for one run, by name in its globals, where they look each other up."""
+    wrappers = {
+        "eval_policy_all": _wrap_eval_policy_all,
+        "run_one": functools.partial(_wrap_run_one, env_type=cfg.env.type),
+        "rollout": _wrap_rollout,
+    }
+    originals = {name: namespace[name] for name in wrappers}
+    try:
+        for name, wrap in wrappers.items():
+            namespace[name] = wrap(originals[name], run)
+        yield
+    finally:
+        namespace.update(originals)
+
+
+def _wrap_eval_policy_all(original: Callable[..., Any], run: RunRecorder) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def eval_policy_all(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        from lerobot_attn.capture import find_tokenizer
+
+        call = signature.bind(*args, **kwargs).arguments
+        with run.watch(call["policy"], find_tokenizer(call["preprocessor"])):
+            info: dict[str, Any] = original(*args, **kwargs)
+        _list_paths(info)
+        return info
+
+    return eval_policy_all
+
+
+def _list_paths(info: dict[str, Any]) -> None:
+    """List the stores beside the videos in the evaluation's summary, per group and over all."""
+    info["overall"]["attention_paths"] = []
+    for task in info["per_task"]:
+        paths = task["metrics"].get("attention_paths", [])
+        info["overall"]["attention_paths"] += paths
+        info["per_group"][task["task_group"]].setdefault("attention_paths", []).extend(paths)
+
+
+def _wrap_run_one(original: Callable[..., Any], run: RunRecorder, *, env_type: str) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def run_one(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs).arguments
+        run.start_task(_task_plan(call, env_type))
+        task_group, task_id, metrics = original(*args, **kwargs)
+        summary = run.end_task()
+        metrics["attention_paths"] = summary.paths
+        metrics["attention"] = summary.to_dict()
+        return task_group, task_id, metrics
+
+    return run_one
+
+
+def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
+    from lerobot_attn.recorder import DimensionNames
+    from lerobot_attn.run import TaskPlan
+
+    group, task_id, videos = call["task_group"], call["task_id"], call["videos_dir"]
+    return TaskPlan(
+        group=group,
+        task_id=task_id,
+        n_episodes=call["n_episodes"],
+        fps=float(call["env"].unwrapped.metadata.get("render_fps", 30)),
+        videos=None if videos is None else Path(videos) / f"{group}_{task_id}",
+        n_videos=call["max_episodes_rendered"],
+        names=DimensionNames(STATE_NAMES.get(env_type, ()), ACTION_NAMES.get(env_type, ())),
+    )
+
+
+def _wrap_rollout(original: Callable[..., Any], run: RunRecorder) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def rollout(*args: Any, **kwargs: Any) -> Any:
+        from lerobot_attn.policies.base import replaced_attribute
+
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        env, policy = call["env"], call["policy"]
+        with run.rollout(env.num_envs, call["seeds"]) as recorder, ExitStack() as stack:
+            observers = _Observers(run, recorder, env, policy, call["env_preprocessor"])
+            call["env_preprocessor"] = observers.env_preprocessor
+            stack.enter_context(replaced_attribute(env, "step", observers.step))
+            stack.enter_context(replaced_attribute(policy, "select_action", observers.select_action))
+            result = original(*bound.args, **bound.kwargs)
+            run.finish_rollout(rewards=result["reward"].numpy(), successes=result["success"].numpy())
+        return result
+
+    return rollout
+
+
+class _Observers:
+    """Stand-ins for what a rollout calls: each calls the original and tells the recorder."""
+
+    def __init__(self, run: RunRecorder, recorder: Any, env: Any, policy: Any, env_preprocessor: Any):
+        self._run = run
+        self._recorder = recorder
+        self._env = env
+        self._step = env.step
+        self._select_action = policy.select_action
+        self._env_preprocessor = env_preprocessor
+        self._size_told = False
+
+    def env_preprocessor(self, observation: dict[str, Any]) -> dict[str, Any]:
+        tasks = observation.get("task")
+        result: dict[str, Any] = self._env_preprocessor(observation)
+        state = result.get("observation.state")
+        self._recorder.on_observation(None if state is None else state.detach().cpu().numpy().copy(), tasks)
+        return result
+
+    def select_action(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._size_told:  # here, because the environments are up by now
+            self._run.tell_size(int(self._env.call("_max_episode_steps")[0]), self._env.num_envs)
+            self._size_told = True
+        self._run.before_inference()
+        action = self._select_action(batch, *args, **kwargs)
+        self._recorder.on_action(batch, action)
+        return action
+
+    def step(self, actions: Any) -> Any:
+        outcome = self._step(actions)
+        _, reward, terminated, truncated, info = outcome
+        self._recorder.on_step(
+            actions.copy(), reward.copy(), _successes(info, self._env.num_envs), terminated | truncated
+        )
+        return outcome
+
+
+def _successes(info: dict[str, Any], n_envs: int) -> Any:
+    """Return (batch,) bool as the rollout reads it from a step's info; its result is compared at the end."""
+    import numpy as np
+
+    final = info.get("final_info", info)
+    if isinstance(final, dict):
+        found = final.get("is_success", False)
+    else:  # Gymnasium before 1.0: one dict per environment
+        found = [isinstance(item, dict) and bool(item.get("is_success", False)) for item in final]
+    return np.broadcast_to(np.asarray(found, dtype=bool), (n_envs,)).copy()
+
+
+__all__ = [
+    "PATCH_POINTS",
+    "attention_options",
+    "check_lerobot",
+    "expand_attention_file",
+    "install",
+    "load",
+]

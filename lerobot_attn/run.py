@@ -1,0 +1,354 @@
+"""The recording of an evaluation run: its folder, its tasks, and what became of every episode.
+
+Knows the capture, the background writer and the recorder of a rollout. Knows nothing of LeRobot's scripts:
+the plugin tells it when tasks and rollouts begin and end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lerobot_attn.capture import AttentionCapture, capture_attention
+from lerobot_attn.config import AttentionConfig
+from lerobot_attn.errors import StoreError
+from lerobot_attn.recorder import DimensionNames, EpisodeJob, EpisodePlan, EpisodeResult, RolloutRecorder
+from lerobot_attn.store.background import BackgroundWriter
+from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task of the run.
+
+    Attributes:
+        group: e.g. "libero_object".
+        task_id: its number within the group.
+        n_episodes: how many are evaluated; a last batch may roll out more, which are discarded.
+        fps: frames per second of the evaluation's videos.
+        videos: folder of the evaluation's own MP4s, or None.
+        n_videos: how many of the first episodes get one.
+        names: names of state and action dimensions.
+    """
+
+    group: str
+    task_id: int
+    n_episodes: int
+    fps: float = 30.0
+    videos: Path | None = None
+    n_videos: int = 0
+    names: DimensionNames = field(default_factory=DimensionNames)
+
+    @property
+    def name(self) -> str:
+        """Folder name, as the evaluation's videos have it."""
+        return f"{self.group}_{self.task_id}"
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """What became of a task's episodes."""
+
+    name: str
+    saved: tuple[EpisodeResult, ...]
+    not_saved: tuple[EpisodeResult, ...]
+    stored_bytes: int
+    waited_s: float
+
+    @property
+    def paths(self) -> list[str]:
+        """Stores that are complete."""
+        return [str(result.path) for result in self.saved]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `eval_info.json`."""
+        return {
+            "n_saved": len(self.saved),
+            "n_not_saved": len(self.not_saved),
+            "not_saved": [
+                {"episode": r.index, "reason": r.reason, "path": None if r.path is None else str(r.path)}
+                for r in self.not_saved
+            ],
+            "stored_bytes": self.stored_bytes,
+            "raw_bytes": sum(r.raw_bytes for r in self.saved),
+            "waited_for_writer_s": round(self.waited_s, 3),
+        }
+
+    def line(self) -> str:
+        """Return the one line that is printed at the task's end."""
+        n = len(self.saved) + len(self.not_saved)
+        raw = sum(r.raw_bytes for r in self.saved)
+        ratio = f", {raw / self.stored_bytes:.1f}x compressed" if self.stored_bytes else ""
+        text = (
+            f"Attention of {self.name}: {len(self.saved)} of {n} episodes saved, "
+            f"{sum(r.n_inferences for r in self.saved)} inferences, "
+            f"{format_bytes(self.stored_bytes)}{ratio}; "
+            f"waited {self.waited_s:.1f} s for the writer"
+        )
+        reasons = sorted({f"episode {r.index}: {r.reason}" for r in self.not_saved})
+        return text + ("; not saved: " + "; ".join(reasons) if reasons else "")
+
+
+class RunRecorder:
+    """Records an evaluation run into `folder`.
+
+    Args:
+        config: the capture settings.
+        folder: where the stores go: `{folder}/{group}_{task_id}/episode_{index:05d}.zarr`.
+        attributes: what every store says of the run (versions, policy, environment).
+
+    Raises:
+        StoreError: the folder holds episodes already, is a file, or cannot be written.
+    """
+
+    def __init__(self, config: AttentionConfig, folder: Path, attributes: Mapping[str, Any]):
+        self.config = config
+        self.folder = folder
+        self.failures: list[str] = []
+        self._attributes = dict(attributes)
+        self._capture: AttentionCapture | None = None
+        self._writer: BackgroundWriter | None = None
+        self._task: TaskPlan | None = None
+        self._jobs: list[EpisodeJob] = []
+        self._next_episode = 0
+        self._waited_before_s = 0.0
+        self._size_told = False
+        _prepare_folder(folder)
+
+    @contextmanager
+    def watch(self, policy: Any, tokenizer: Tokenizer | None) -> Iterator[None]:
+        """Capture the policy's attention while the run lasts.
+
+        Raises:
+            UnsupportedPolicyError: no adapter knows the policy.
+            ConfigError: a layer, head or denoise step does not exist.
+        """
+        recorder_of = self._current_recorder
+        with capture_attention(
+            policy,
+            self.config,
+            tokenizer=tokenizer,
+            on_record=lambda record: recorder_of().on_inference(record),
+            on_failure=lambda error: recorder_of().fail(error),
+        ) as capture:
+            capture.enabled = False
+            self._capture = capture
+            sizes = capture.policy
+            self._attributes["policy"] = {
+                **self._attributes.get("policy", {}),
+                "type": sizes.policy_type,
+                "n_layers": sizes.n_layers,
+                "n_prefix_layers": sizes.n_prefix_layers,
+                "n_heads": sizes.n_heads,
+                "n_denoise_steps": sizes.n_denoise_steps,
+                "chunk_size": sizes.chunk_size,
+                "n_action_steps": sizes.n_action_steps,
+                "random_weights": sizes.random_weights,
+            }
+            self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
+            try:
+                yield
+            finally:
+                self._writer.close()
+                if self._task is not None:  # the task raised: say what there is
+                    self._report(self._summarise())
+
+    def start_task(self, task: TaskPlan) -> None:
+        """A task's rollouts begin."""
+        self._task = task
+        self._jobs = []
+        self._next_episode = 0
+        self._waited_before_s = self._open_writer.waited_s
+
+    def end_task(self) -> TaskSummary:
+        """The task's rollouts are done: wait until all is written."""
+        self._open_writer.flush()
+        summary = self._summarise()
+        self._report(summary)
+        self._task = None
+        return summary
+
+    @contextmanager
+    def rollout(self, n_envs: int, seeds: Sequence[int] | None) -> Iterator[RolloutRecorder]:
+        """Follow one batched rollout; the caller tells the recorder what happens."""
+        task = self._running_task
+        episodes = range(self._next_episode, self._next_episode + n_envs)
+        self._next_episode += n_envs
+        plans = [self._plan(task, index, seeds[env] if seeds else None) for env, index in enumerate(episodes)]
+        recorder = RolloutRecorder(
+            plans,
+            config=self.config,
+            writer=self._open_writer,
+            camera_views=self._open_capture.adapter.camera_views,
+            names=task.names,
+        )
+        self._recorder: RolloutRecorder | None = recorder
+        try:
+            yield recorder
+        except BaseException as error:
+            self._jobs += recorder.interrupt(error)
+            raise
+        finally:
+            self._open_capture.enabled = False
+            self._recorder = None
+
+    def before_inference(self) -> None:
+        """Called before each action is selected: inferences that nobody needs are let pass."""
+        self._open_capture.enabled = self._current_recorder().wants_inferences
+
+    def finish_rollout(self, *, rewards: np.ndarray, successes: np.ndarray) -> None:
+        """The rollout has returned its (batch, step) rewards and successes."""
+        self._jobs += self._current_recorder().finish(rewards=rewards, successes=successes)
+
+    def tell_size(self, max_steps: int, n_envs: int) -> None:
+        """Say once what a run will take, and each time warn if the disk cannot hold what comes next.
+
+        Args:
+            max_steps: frames an episode can have.
+            n_envs: environments of the batch.
+        """
+        capture = self._open_capture
+        inference_bytes = capture.selection.bytes_per_inference(capture.policy)
+        n_inferences = math.ceil(max_steps / capture.policy.n_action_steps)
+        episode_bytes = n_inferences * inference_bytes
+        free_bytes = shutil.disk_usage(self.folder).free
+        if not self._size_told:
+            logger.info(
+                "Attention goes to %s: %s an inference, at most %s an episode (%d inferences), before "
+                "compression; %s free",
+                self.folder,
+                format_bytes(inference_bytes),
+                format_bytes(episode_bytes),
+                n_inferences,
+                format_bytes(free_bytes),
+            )
+            if capture.policy.random_weights:
+                logger.warning("This policy's weights are random: its attention maps mean nothing")
+            self._size_told = True
+        if episode_bytes * n_envs > free_bytes:
+            logger.warning(
+                "The next %d episodes may need %s before compression, and %s has %s free; save fewer layers "
+                "(--eval.attention.layers) or free some space",
+                n_envs,
+                format_bytes(episode_bytes * n_envs),
+                self.folder,
+                format_bytes(free_bytes),
+            )
+
+    def _plan(self, task: TaskPlan, index: int, seed: int | None) -> EpisodePlan | None:
+        wanted = self.config.episodes is None or index in self.config.episodes
+        if index >= task.n_episodes or not wanted:
+            return None
+        path = self.folder / task.name / f"episode_{index:05d}{EPISODE_SUFFIX}"
+        video = None
+        if task.videos is not None and index < task.n_videos:
+            target = task.videos / f"eval_episode_{index}.mp4"
+            video = {"path": Path(os.path.relpath(target, path.parent)).as_posix(), "fps": task.fps}
+        return EpisodePlan(
+            index=index,
+            path=path,
+            fps=task.fps,
+            attributes={
+                **self._attributes,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "task_group": task.group,
+                "task_id": task.task_id,
+                "episode_index": index,
+                "seed": seed,
+                "eval_video": video,
+            },
+        )
+
+    def _summarise(self) -> TaskSummary:
+        task = self._running_task
+        results = [job.result for job in self._jobs if job.result is not None]
+        known = {result.index for result in results}
+        for index in range(min(task.n_episodes, self._next_episode)):
+            if index not in known:
+                results.append(EpisodeResult(index, None, f"not among episodes={self.config.episodes}"))
+        saved = tuple(r for r in results if r.reason is None)
+        not_saved = tuple(sorted((r for r in results if r.reason is not None), key=lambda r: r.index))
+        self.failures += [f"{task.name} episode {r.index}: {r.reason}" for r in not_saved if r.failed]
+        return TaskSummary(
+            name=task.name,
+            saved=saved,
+            not_saved=not_saved,
+            stored_bytes=sum(folder_bytes(r.path) for r in saved if r.path is not None),
+            waited_s=self._open_writer.waited_s - self._waited_before_s,
+        )
+
+    def _report(self, summary: TaskSummary) -> None:
+        failed = any(result.failed for result in summary.not_saved)
+        logger.log(logging.ERROR if failed else logging.INFO, "%s", summary.line())
+
+    _recorder: RolloutRecorder | None = None
+
+    def _current_recorder(self) -> RolloutRecorder:
+        assert self._recorder is not None, "no rollout is running"
+        return self._recorder
+
+    @property
+    def _open_capture(self) -> AttentionCapture:
+        assert self._capture is not None, "watch() comes first"
+        return self._capture
+
+    @property
+    def _open_writer(self) -> BackgroundWriter:
+        assert self._writer is not None, "watch() comes first"
+        return self._writer
+
+    @property
+    def _running_task(self) -> TaskPlan:
+        assert self._task is not None, "start_task() comes first"
+        return self._task
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder, bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Return a size for people, in powers of 1000: "16.3 MB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+def _prepare_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(
+            f"{folder}: is a file, expected a folder for the attention stores; remove or rename it"
+        )
+    existing = next(folder.glob(f"*/episode_*{EPISODE_SUFFIX}"), None) if folder.exists() else None
+    if existing is not None:
+        raise StoreError(
+            f"{folder}: already holds episodes (e.g. {existing.parent.name}/{existing.name}); expected a "
+            "folder without; "
+            "choose another --output_dir or --eval.attention.dir, or remove them"
+        )
+    probe = folder / ".lerobot-attn-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: cannot be written ({error.strerror}); choose another --output_dir or "
+            "--eval.attention.dir"
+        ) from error

@@ -1,0 +1,340 @@
+"""Open episode stores and runs lazily: milliseconds to open, no tensor read until asked.
+
+    episode = open_episode("out/attention/libero_object_0/episode_00000.zarr")
+    episode.dataset.suffix_attention.sel(layer=17, denoise_step=9)[0].values
+
+Knows neither torch nor LeRobot. Nothing that a store says is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lerobot_attn.errors import StoreError
+from lerobot_attn.layout import TokenLayout
+from lerobot_attn.store.schema import ARRAYS, BY_NAME, EPISODE_SUFFIX, SCHEMA_NAME, SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+_METADATA = "zarr.json"
+_MAX_METADATA_BYTES = 16_000_000
+_HELP = "expected an episode store written by `lerobot-eval --eval.save_attention_maps=true`"
+
+
+class Episode:
+    """One episode's store. Get it from `open_episode`.
+
+    Attributes:
+        path: the store's folder.
+        attributes: everything that the store says of itself.
+    """
+
+    def __init__(self, path: Path, attributes: dict[str, Any], arrays: dict[str, dict[str, Any]]):
+        self.path = path
+        self.attributes = attributes
+        self._arrays = arrays
+
+    def __repr__(self) -> str:
+        """Say which episode this is."""
+        state = "complete" if self.is_complete else "incomplete"
+        return (
+            f"<Episode {self.path.parent.name}/{self.path.name}: {self.task!r}, {self.n_frames} frames, "
+            f"{self.n_inferences} inferences, {state}>"
+        )
+
+    @property
+    def task(self) -> str:
+        """The instruction."""
+        return str(self.attributes.get("task", ""))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the episode was recorded to its end."""
+        return self.attributes.get("complete") is True
+
+    @property
+    def success(self) -> bool | None:
+        """Whether the task was solved; None if the episode was interrupted."""
+        success = self.attributes.get("success")
+        return success if isinstance(success, bool) else None
+
+    @property
+    def n_inferences(self) -> int:
+        """Number of inferences that are there."""
+        return self._rows("inference")
+
+    @property
+    def n_frames(self) -> int:
+        """Number of frames that are there."""
+        return self._rows("frame")
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether the policy was a demo whose maps mean nothing."""
+        return bool(self.attributes.get("policy", {}).get("random_weights"))
+
+    @cached_property
+    def layout(self) -> TokenLayout:
+        """Segments of the keys, cameras and their geometry.
+
+        Raises:
+            StoreError: the store's layout is damaged.
+        """
+        try:
+            return TokenLayout.from_dict(self.attributes["layout"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{self.path}: its token layout is damaged ({error!r})") from error
+
+    @cached_property
+    def dataset(self) -> xr.Dataset:
+        """All arrays as a lazy xarray dataset, one Dask chunk per chunk of the store.
+
+        Raises:
+            StoreError: the arrays' metadata is damaged.
+        """
+        import xarray as xr
+
+        try:
+            return xr.open_zarr(self.path, consolidated=True)
+        except Exception as error:  # zarr and xarray raise many kinds for damaged metadata
+            raise StoreError(f"{self.path}: damaged metadata: {_first_line(error)}") from error
+
+    def array_shape(self, name: str) -> tuple[int, ...] | None:
+        """Return an array's shape without opening it, or None if the episode does not have it."""
+        return tuple(self._arrays[name]["shape"]) if name in self._arrays else None
+
+    @cached_property
+    def videos(self) -> dict[str, Path]:
+        """Camera → MP4 of what it showed the policy, where the file exists."""
+        found = {}
+        for camera, video in self.attributes.get("videos", {}).items():
+            path = self._beside(video.get("path"))
+            if path is not None and path.is_file():
+                found[camera] = path
+        return found
+
+    @cached_property
+    def eval_video(self) -> Path | None:
+        """The evaluation's own MP4 of this episode, where the file exists.
+
+        It is looked for in the run's folder alone, whatever the store says.
+        """
+        video = self.attributes.get("eval_video")
+        if not isinstance(video, dict) or not isinstance(video.get("path"), str):
+            return None
+        run = self.path.resolve().parents[2] if len(self.path.resolve().parents) > 2 else self.path.parent
+        path = (self.path.parent / video["path"]).resolve()
+        return path if path.is_relative_to(run) and path.suffix == ".mp4" and path.is_file() else None
+
+    def stored_bytes(self) -> int:
+        """Return the size of the store's files, bytes."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def raw_bytes(self) -> int:
+        """Return the size of the maps before compression, bytes."""
+        total = 0
+        for spec in ARRAYS:
+            shape = self.array_shape(spec.name)
+            if spec.sharded and shape is not None:
+                size = 2
+                for length in shape:
+                    size *= length
+                total += size
+        return total
+
+    def row_sum_tolerance(self) -> float:
+        """Return how far from 1 a row of attention may sum, by the roundings that it went through.
+
+        The policy's softmax is rounded to the policy's dtype (relative error 2^-9 for bfloat16), then to
+        float16 (2^-11, and 2^-25 absolute for tiny values), then to `keep_bits` mantissa bits if that was
+        chosen.
+        """
+        keep_bits = self.attributes.get("capture", {}).get("keep_bits")
+        tolerance = 2**-11 + self.layout.n_keys * 2**-25
+        if self.attributes.get("policy", {}).get("dtype") == "bfloat16":
+            tolerance += 2**-9
+        if isinstance(keep_bits, int):
+            tolerance += 2.0 ** -(keep_bits + 1)
+        return tolerance
+
+    def _rows(self, dimension: str) -> int:
+        name = "inference_frame" if dimension == "inference" else "reward"
+        return int(self._arrays[name]["shape"][0])
+
+    def _beside(self, name: Any) -> Path | None:
+        """Resolve a file name in the store's own folder; anything with a path in it is refused."""
+        return self.path.parent / name if isinstance(name, str) and Path(name).name == name else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The episodes under a folder. Get it from `open_run`.
+
+    Attributes:
+        path: the folder.
+        episodes: in the order of their paths.
+        damaged: stores that could not be opened, with the reason.
+    """
+
+    path: Path
+    episodes: tuple[Episode, ...]
+    damaged: tuple[tuple[Path, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return iter(self.episodes)
+
+    def __getitem__(self, index: int) -> Episode:
+        return self.episodes[index]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per episode: its task, success, frames, inferences, bytes, complete and path."""
+        import pandas as pd
+
+        columns = (
+            "task_group",
+            "task_id",
+            "episode",
+            "task",
+            "success",
+            "frames",
+            "inferences",
+            "bytes",
+            "complete",
+            "path",
+        )
+        rows = [
+            (
+                episode.attributes.get("task_group"),
+                episode.attributes.get("task_id"),
+                episode.attributes.get("episode_index"),
+                episode.task,
+                episode.success,
+                episode.n_frames,
+                episode.n_inferences,
+                episode.stored_bytes(),
+                episode.is_complete,
+                str(episode.path),
+            )
+            for episode in self.episodes
+        ]
+        return pd.DataFrame(rows, columns=list(columns))
+
+
+def open_episode(path: str | Path) -> Episode:
+    """Open an episode's store; reads one small file.
+
+    Args:
+        path: folder `….zarr`.
+
+    Raises:
+        StoreError: nothing there, something else, damaged metadata, or a newer schema.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"{path}: no such store; {_HELP}")
+    if not path.is_dir():
+        raise StoreError(f"{path}: is a {path.suffix or 'plain'} file, {_HELP}")
+    metadata = path / _METADATA
+    if not metadata.is_file():
+        if (path / "meta" / "info.json").is_file():
+            raise StoreError(f"{path}: is a LeRobot dataset, {_HELP}")
+        stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{_METADATA}"), None)
+        hint = f"; it holds stores, e.g. {stores.parent.relative_to(path)}: use open_run()" if stores else ""
+        raise StoreError(f"{path}: is no Zarr v3 store, {_HELP}{hint}")
+    try:
+        if metadata.stat().st_size > _MAX_METADATA_BYTES:
+            raise StoreError(
+                f"{path}: its metadata is larger than {_MAX_METADATA_BYTES} bytes: damaged, or no episode"
+            )
+        document = json.loads(metadata.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise StoreError(f"{path}: its {_METADATA} is damaged: {_first_line(error)}") from error
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or attributes.get("schema") != SCHEMA_NAME:
+        raise StoreError(f"{path}: is a Zarr store of another kind, {_HELP}")
+    version = attributes.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path}: schema version {version!r}, expected at most {SCHEMA_VERSION}; upgrade "
+            "lerobot_policy_attn to read it"
+        )
+    return Episode(path, attributes, _consolidated(path, document))
+
+
+def open_run(path: str | Path) -> Run:
+    """Open every episode under a folder: a run's output folder, its `attention`, or one task's.
+
+    Args:
+        path: the folder; an episode's own path gives a run of one.
+
+    Raises:
+        StoreError: nothing there, or no episode in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"{path}: no such folder; {_HELP}")
+    if path.suffix == EPISODE_SUFFIX or not path.is_dir():
+        return Run(path, (open_episode(path),))
+    episodes, damaged = [], []
+    for store in _find_stores(path):
+        try:
+            episodes.append(open_episode(store))
+        except StoreError as error:
+            damaged.append((store, str(error)))
+    if not episodes and not damaged:
+        raise StoreError(f"{path}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it")
+    return Run(path, tuple(episodes), tuple(damaged))
+
+
+def _find_stores(path: Path) -> list[Path]:
+    pattern = f"episode_*{EPISODE_SUFFIX}"
+    for prefix in ("", "*/", "attention/*/"):
+        found = sorted(path.glob(prefix + pattern))
+        if found:
+            return found
+    return sorted(path.rglob(pattern))
+
+
+def _consolidated(path: Path, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metadata of the arrays after checking their names, ranks and shapes."""
+    consolidated = document.get("consolidated_metadata")
+    arrays = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+    if not isinstance(arrays, dict):
+        raise StoreError(f"{path}: its {_METADATA} has no consolidated metadata: damaged")
+    for spec in ARRAYS:
+        needed = bool(spec.grows_with) and not spec.optional
+        if needed and spec.name not in arrays:
+            raise StoreError(f"{path}: array {spec.name} is missing from its metadata: damaged")
+    lengths: dict[str, int] = {}
+    for name, array in arrays.items():
+        shape = array.get("shape") if isinstance(array, dict) else None
+        known = BY_NAME.get(name)
+        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise StoreError(f"{path}: array {name} has no valid shape: damaged")
+        if known is None:
+            continue
+        if len(shape) != len(known.dims):
+            raise StoreError(
+                f"{path}: array {name} has {len(shape)} dimensions, expected {len(known.dims)}: damaged"
+            )
+        for dim, length in zip(known.dims, shape, strict=True):
+            if lengths.setdefault(dim, length) != length:
+                raise StoreError(
+                    f"{path}: dimension {dim} is {length} in {name}, {lengths[dim]} elsewhere: damaged"
+                )
+    return arrays
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

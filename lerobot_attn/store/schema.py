@@ -1,0 +1,237 @@
+"""The one place that names the arrays, dimensions, chunks and codecs of an episode store.
+
+Writer, reader, `inspect` and the README's table come from here. Knows no policy and opens no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lerobot_attn.layout import Kind
+
+SCHEMA_NAME = "lerobot-attn/episode"
+SCHEMA_VERSION = 1
+EPISODE_SUFFIX = ".zarr"
+
+DIMENSIONS: dict[str, str] = {
+    "inference": "one run of the policy that yields an action chunk",
+    "denoise_step": "Euler step of flow matching inside an inference; labelled by the policy's step numbers",
+    "layer": "layers whose full maps are stored",
+    "all_layer": "layers whose means are stored",
+    "prefix_layer": "layers whose prefix self-attention is stored",
+    "head": "attention heads that are stored",
+    "query": "suffix tokens, the attending ones; query i is key prefix_len + i",
+    "key": "prefix and suffix tokens, the attended ones",
+    "prefix_query": "prefix tokens, attending",
+    "prefix_key": "prefix tokens, attended",
+    "text": "language slots of the prefix; text i is key `text_key[i]`",
+    "frame": "one environment step = one video frame; frame t shows the observation that action t answers",
+    "action_dim": "action dimensions",
+    "state_dim": "state dimensions",
+}
+
+# Rows of the small arrays that share a chunk: the last chunk is written again at each commit, so it must stay
+# small.
+ROWS_PER_CHUNK = 64
+FRAMES_PER_CHUNK = 1024
+
+Growth = Literal["inference", "frame", None]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the store.
+
+    `dims` name its axes; the first is "inference" or "frame" for arrays that grow with the episode. `sharded`
+    arrays put one inference in a shard, and one map with all its heads in a chunk.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    description: str
+    units: str = "1"
+    sharded: bool = False
+    optional: bool = False
+    coordinate: bool = False
+    flags: type[Kind] | None = None
+    fill_value: Any = 0
+
+    @property
+    def grows_with(self) -> Growth:
+        """The dimension along which rows are appended, if any."""
+        first = self.dims[0]
+        return first if first in ("inference", "frame") else None  # type: ignore[return-value]
+
+    def shape(self, sizes: Mapping[str, int], n_rows: int = 0) -> tuple[int, ...]:
+        """Return the shape with `n_rows` rows along the growing dimension."""
+        rest = tuple(sizes[dim] for dim in self.dims[1 if self.grows_with else 0 :])
+        return (n_rows, *rest) if self.grows_with else rest
+
+    def chunks(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the chunk shape: a map with its heads for sharded arrays, a run of rows for small ones."""
+        if self.sharded:
+            whole = {"head", "query", "key", "prefix_query", "prefix_key"}
+            if "query" not in self.dims and "prefix_query" not in self.dims:
+                whole = {
+                    "all_layer",
+                    "head",
+                    "key",
+                }  # means: all layers of a denoise step are looked at together
+            return tuple(max(1, sizes[dim]) if dim in whole else 1 for dim in self.dims)
+        rows = {"inference": ROWS_PER_CHUNK, "frame": FRAMES_PER_CHUNK}.get(self.dims[0])
+        return tuple(max(1, n) for n in (self.shape(sizes, rows) if rows else self.shape(sizes)))
+
+    def shards(self, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+        """Return the shard shape, or None for arrays without shards."""
+        return tuple(max(1, n) for n in self.shape(sizes, 1)) if self.sharded else None
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the array's attributes: CF's `long_name`, `units` and flags."""
+        attributes: dict[str, Any] = {"long_name": self.description, "units": self.units}
+        if self.flags is not None:
+            attributes["flag_values"] = [int(flag) for flag in self.flags]
+            attributes["flag_meanings"] = " ".join(flag.name.lower() for flag in self.flags)
+        return attributes
+
+
+_MAPS = ("inference", "denoise_step", "layer", "head", "query", "key")
+_PREFIX_MAPS = ("inference", "prefix_layer", "head", "prefix_query", "prefix_key")
+NAN = float("nan")
+
+ARRAYS: tuple[ArraySpec, ...] = (
+    ArraySpec(
+        "suffix_attention",
+        _MAPS,
+        "float16",
+        "attention probability of the suffix-only pass, softmax over key; rows sum to 1",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "suffix_attention_mean",
+        ("inference", "denoise_step", "all_layer", "head", "key"),
+        "float16",
+        "suffix attention averaged over the action tokens that are executed; sums to 1 over key",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "prefix_attention",
+        _PREFIX_MAPS,
+        "float16",
+        "attention probability among prefix tokens; rows sum to 1, rows of padding queries are 0",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec("token_id", ("inference", "text"), "int32", "language token ids that the policy got"),
+    ArraySpec("token_text", ("inference", "text"), "string", "decoded piece of each token id", fill_value=""),
+    ArraySpec(
+        "text_word", ("inference", "text"), "int16", "which word of the task, -1 elsewhere", fill_value=-1
+    ),
+    ArraySpec(
+        "text_state_dim", ("inference", "text"), "int16", "which state dimension, -1 elsewhere", fill_value=-1
+    ),
+    ArraySpec("key_kind", ("inference", "key"), "int8", "what each key token is", flags=Kind),
+    ArraySpec("inference_frame", ("inference",), "int32", "frame at which the policy was asked"),
+    ArraySpec(
+        "action_chunk",
+        ("inference", "query", "action_dim"),
+        "float32",
+        "actions that the inference yielded, one per action token, in the policy's normalised units",
+        fill_value=NAN,
+    ),
+    ArraySpec("frame_inference", ("frame",), "int32", "inference whose chunk gave this frame's action"),
+    ArraySpec("frame_query", ("frame",), "int32", "query (action token) that gave this frame's action"),
+    ArraySpec(
+        "action",
+        ("frame", "action_dim"),
+        "float32",
+        "action sent to the environment, in its own units",
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "state",
+        ("frame", "state_dim"),
+        "float32",
+        "robot state that the policy was shown, before normalisation",
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec("reward", ("frame",), "float32", "reward of this frame's action", fill_value=NAN),
+    ArraySpec(
+        "success",
+        ("frame",),
+        "bool",
+        "whether the task was solved after this frame's action",
+        fill_value=False,
+    ),
+    ArraySpec(
+        "flow_time",
+        ("denoise_step",),
+        "float32",
+        "t of the Euler step: 1 is noise, 0 the action",
+        coordinate=True,
+    ),
+    ArraySpec("denoise_step", ("denoise_step",), "int32", "denoise step", coordinate=True),
+    ArraySpec("layer", ("layer",), "int32", "layer of the action expert", coordinate=True),
+    ArraySpec("all_layer", ("all_layer",), "int32", "layer of the action expert", coordinate=True),
+    ArraySpec("prefix_layer", ("prefix_layer",), "int32", "layer of the language model", coordinate=True),
+    ArraySpec("head", ("head",), "int32", "attention head", coordinate=True),
+    ArraySpec("text_key", ("text",), "int32", "key index of each language slot", coordinate=True),
+    ArraySpec(
+        "key_camera",
+        ("key",),
+        "int8",
+        "index into the layout's cameras, -1 for tokens that are no image patch",
+        coordinate=True,
+        fill_value=-1,
+    ),
+    ArraySpec(
+        "key_row",
+        ("key",),
+        "int16",
+        "patch row, 0 is the top of what the policy saw; -1 elsewhere",
+        coordinate=True,
+        fill_value=-1,
+    ),
+    ArraySpec(
+        "key_column",
+        ("key",),
+        "int16",
+        "patch column, 0 is the left of what the policy saw; -1 elsewhere",
+        coordinate=True,
+        fill_value=-1,
+    ),
+    ArraySpec(
+        "action_dim",
+        ("action_dim",),
+        "string",
+        "name of the action dimension",
+        coordinate=True,
+        fill_value="",
+    ),
+    ArraySpec(
+        "state_dim", ("state_dim",), "string", "name of the state dimension", coordinate=True, fill_value=""
+    ),
+)
+
+BY_NAME: dict[str, ArraySpec] = {spec.name: spec for spec in ARRAYS}
+
+
+def schema_table() -> str:
+    """Return the arrays as a Markdown table, for the README."""
+    rows = ["| array | dimensions | dtype | what it holds |", "|---|---|---|---|"]
+    for spec in ARRAYS:
+        note = spec.description
+        if spec.flags is not None:
+            note += ": " + ", ".join(f"{int(flag)} {flag.name.lower()}" for flag in spec.flags)
+        if spec.optional:
+            note += " *(when captured)*"
+        rows.append(f"| `{spec.name}` | {', '.join(spec.dims)} | {spec.dtype} | {note} |")
+    return "\n".join(rows)

@@ -1,0 +1,284 @@
+"""Stream one episode into a Zarr v3 store that a reader may open at any instant.
+
+The rows of an inference are written first; then one atomic replacement of the group's `zarr.json`, which
+carries the consolidated metadata of every array, makes them exist. A process killed in between leaves a store
+that holds every inference committed before. Knows neither torch nor LeRobot, and no thread: see
+`lerobot_attn.store.background`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+import zarr.codecs
+from numcodecs.bitround import BitRound
+
+from lerobot_attn.errors import StoreError
+from lerobot_attn.store.schema import (
+    ARRAYS,
+    BY_NAME,
+    SCHEMA_NAME,
+    SCHEMA_VERSION,
+    ArraySpec,
+)
+
+_METADATA = "zarr.json"
+
+
+class Compression:
+    """How maps are compressed: Blosc with bit shuffle, and optionally fewer mantissa bits.
+
+    Args:
+        compressor: a Blosc compressor's name, or "none".
+        level: 0 to 9.
+        keep_bits: mantissa bits kept of float16's 10, rounded to nearest; None is lossless. The largest
+            relative error of a normal value is 2 ** -(keep_bits + 1).
+    """
+
+    def __init__(self, compressor: str = "zstd", level: int = 1, keep_bits: int | None = None):
+        self.compressor = compressor
+        self.level = level
+        self._round = None if keep_bits is None or keep_bits >= 10 else BitRound(keepbits=keep_bits)
+
+    def codecs(self) -> list[Any]:
+        """Return the bytes-to-bytes codecs: compressor, then a checksum over what it wrote."""
+        checksum = zarr.codecs.Crc32cCodec()
+        if self.compressor == "none":
+            return [checksum]
+        blosc = zarr.codecs.BloscCodec(
+            cname=self.compressor,  # type: ignore[arg-type]
+            clevel=self.level,
+            shuffle="bitshuffle",
+        )
+        return [blosc, checksum]
+
+    def prepare(self, maps: np.ndarray) -> np.ndarray:
+        """Return float16 maps as they are to be stored."""
+        if self._round is None:
+            return maps
+        rounded: np.ndarray = (
+            self._round.encode(np.ascontiguousarray(maps)).view(np.float16).reshape(maps.shape)
+        )
+        return rounded
+
+
+class EpisodeWriter:
+    """Writes one episode: `append_inference` and `append_frames` take rows, `commit` makes them visible.
+
+    Args:
+        path: the store's folder; must not exist.
+        sizes: dimension name → size, for every dimension but inference and frame.
+        coordinates: name → values of the fixed arrays.
+        attributes: the group's attributes; schema, `complete` and the row counts are added.
+        compression: how maps are compressed.
+        optional: names of the optional arrays that this episode has.
+
+    Raises:
+        StoreError: the path exists, or its folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        sizes: Mapping[str, int],
+        coordinates: Mapping[str, np.ndarray],
+        attributes: Mapping[str, Any],
+        compression: Compression,
+        optional: set[str],
+    ):
+        self.path = path
+        self._sizes = dict(sizes)
+        self._compression = compression
+        self._attributes: dict[str, Any] = {
+            "schema": SCHEMA_NAME,
+            "schema_version": SCHEMA_VERSION,
+            **attributes,
+            "complete": False,
+            "n_inferences": 0,
+            "n_frames": 0,
+        }
+        if path.exists():
+            raise StoreError(
+                f"{path}: already exists, expected a new path; choose another folder or remove it"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            group = zarr.create_group(path, zarr_format=3)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot create the store: {error.strerror or error}") from error
+        self._growing: dict[str, _GrowingArray] = {}
+        self._metadata: dict[str, dict[str, Any]] = {}
+        names = set(coordinates) | optional
+        for spec in ARRAYS:
+            if spec.optional and spec.name not in optional:
+                continue
+            if spec.grows_with is None and spec.name not in names:
+                continue
+            array = self._create(group, spec)
+            self._metadata[spec.name] = json.loads((path / spec.name / _METADATA).read_text(encoding="utf-8"))
+            if spec.grows_with:
+                self._growing[spec.name] = _GrowingArray(array, spec)
+            else:
+                array[...] = np.asarray(coordinates[spec.name])
+        # Coordinates that are no dimension's own: xarray finds them through this attribute.
+        extra = [n for n in self._metadata if BY_NAME[n].coordinate and BY_NAME[n].dims != (n,)]
+        self._attributes["coordinates"] = " ".join(extra)
+        self.commit()
+
+    @property
+    def n_inferences(self) -> int:
+        """Inferences appended so far."""
+        return self._growing["token_id"].n_rows
+
+    @property
+    def n_frames(self) -> int:
+        """Frames appended so far."""
+        return self._growing["reward"].n_rows
+
+    def append_inference(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Write the arrays of the next inference; they exist after the next `commit`.
+
+        Args:
+            rows: array name → values without the inference axis, for every array that grows with inference.
+
+        Raises:
+            StoreError: a name is missing or a shape does not fit.
+        """
+        self._append("inference", {name: np.asarray(value)[None] for name, value in rows.items()})
+
+    def append_frames(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Write the next frames; they exist after the next `commit`.
+
+        Args:
+            rows: array name → values with the frame axis first, for every array that grows with frame.
+
+        Raises:
+            StoreError: a name is missing or a shape does not fit.
+        """
+        if len({len(value) for value in rows.values()}) > 1:
+            raise StoreError(f"{self.path}: frame arrays differ in length: {_lengths(rows)}")
+        self._append("frame", rows)
+
+    def update_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Change group attributes; they exist after the next `commit`."""
+        self._attributes.update(attributes)
+
+    def commit(self) -> None:
+        """Make everything appended so far exist."""
+        for name, growing in self._growing.items():
+            metadata = self._metadata[name]
+            if metadata["shape"][0] != growing.n_rows:
+                metadata["shape"] = [growing.n_rows, *metadata["shape"][1:]]
+                _replace_json(self.path / name / _METADATA, metadata)
+        self._attributes["n_inferences"] = self.n_inferences
+        self._attributes["n_frames"] = self.n_frames
+        _replace_json(
+            self.path / _METADATA,
+            {
+                "zarr_format": 3,
+                "node_type": "group",
+                "attributes": self._attributes,
+                "consolidated_metadata": {
+                    "kind": "inline",
+                    "must_understand": False,
+                    "metadata": self._metadata,
+                },
+            },
+        )
+
+    def close(self, *, complete: bool, attributes: Mapping[str, Any] | None = None) -> None:
+        """Commit what is there; `complete` is the last thing that the store says of itself."""
+        self.update_attributes(attributes or {})
+        self._attributes["complete"] = complete
+        self.commit()
+
+    def remove(self) -> None:
+        """Delete the store."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _append(self, dimension: str, rows: Mapping[str, np.ndarray]) -> None:
+        expected = {name for name, g in self._growing.items() if g.spec.grows_with == dimension}
+        if set(rows) != expected:
+            odd = sorted(expected ^ set(rows))
+            raise StoreError(
+                f"{self.path}: {dimension} rows must hold exactly {sorted(expected)}; odd: {odd}"
+            )
+        for name, values in rows.items():
+            growing = self._growing[name]
+            shape = growing.spec.shape(self._sizes, len(values))
+            if values.shape != shape:
+                raise StoreError(f"{self.path}: {name} got shape {values.shape}, expected {shape}")
+        for name, values in rows.items():
+            growing = self._growing[name]
+            growing.append(self._compression.prepare(values) if growing.spec.sharded else values)
+
+    def _create(self, group: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
+        options: dict[str, Any] = {}
+        if spec.dtype != "string":
+            options["compressors"] = (
+                self._compression.codecs() if spec.sharded else [zarr.codecs.ZstdCodec(level=1)]
+            )
+        return group.create_array(
+            spec.name,
+            shape=spec.shape(self._sizes),
+            dtype=spec.dtype,
+            chunks=spec.chunks(self._sizes),
+            shards=spec.shards(self._sizes),
+            fill_value=spec.fill_value,
+            dimension_names=spec.dims,
+            attributes=spec.attributes(),
+            **options,
+        )
+
+
+class _GrowingArray:
+    """Rows of one array, written ahead of the shape that its metadata on disk admits to."""
+
+    def __init__(self, array: zarr.Array[Any], spec: ArraySpec):
+        self.spec = spec
+        self.n_rows = 0
+        self._array = array
+        # Rows of the last, unfilled chunk: it is written as a whole each time, never read back.
+        self._tail: list[np.ndarray] = []
+        self._rows_per_chunk = array.chunks[0]
+
+    def append(self, rows: np.ndarray) -> None:
+        if self.spec.sharded:
+            start, values = self.n_rows, rows
+        else:
+            start = self.n_rows - len(self._tail)
+            self._tail.extend(rows)
+            values = np.stack(self._tail) if self._tail else rows
+            keep = (self.n_rows + len(rows)) % self._rows_per_chunk
+            self._tail = self._tail[len(self._tail) - keep :]
+        self.n_rows += len(rows)
+        if len(values) == 0:
+            return
+        shape = (self.n_rows, *self._array.shape[1:])
+        # No comparison with the fill value: it costs a pass over the maps, and absent chunks save nothing
+        # here.
+        ahead = zarr.Array(
+            zarr.AsyncArray(
+                metadata=self._array.metadata.update_shape(shape),
+                store_path=self._array.store_path,
+                config={"write_empty_chunks": True},
+            )
+        )
+        ahead[start:] = values
+
+
+def _replace_json(path: Path, document: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _lengths(rows: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {len(values)}" for name, values in rows.items())

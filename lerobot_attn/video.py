@@ -1,0 +1,103 @@
+"""Camera MP4s in and out, frame by frame. Knows nothing of episodes or attention."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+
+from lerobot_attn.errors import StoreError
+
+
+class VideoWriter:
+    """Writes RGB frames to an H.264 MP4 that browsers play.
+
+    The encoder is a process of its own, which finishes the file even if this one is killed. Odd sizes are
+    padded by one row or column, which players crop away again only if told: `read_frames` does so when given
+    the size.
+
+    Args:
+        path: the MP4.
+        fps: frames per second.
+        size_px: (height, width) of the frames.
+    """
+
+    def __init__(self, path: Path, *, fps: float, size_px: tuple[int, int]):
+        self.path = path
+        self.size_px = size_px
+        self.n_frames = 0
+        self._pad = (size_px[0] % 2, size_px[1] % 2)
+        self._process: Any = imageio_ffmpeg.write_frames(
+            str(path),
+            (size_px[1] + self._pad[1], size_px[0] + self._pad[0]),
+            fps=fps,
+            codec="libx264",
+            pix_fmt_out="yuv420p",
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=["-crf", "16", "-preset", "veryfast", "-movflags", "+faststart"],
+        )
+        self._process.send(None)
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append a frame.
+
+        Args:
+            frame: (height, width, 3) uint8.
+
+        Raises:
+            StoreError: the frame's shape differs, or the encoder died.
+        """
+        if frame.shape != (*self.size_px, 3) or frame.dtype != np.uint8:
+            raise StoreError(
+                f"{self.path}: got a frame of shape {frame.shape} {frame.dtype}, expected "
+                f"{(*self.size_px, 3)} uint8"
+            )
+        if any(self._pad):
+            frame = np.pad(frame, ((0, self._pad[0]), (0, self._pad[1]), (0, 0)), mode="edge")
+        try:
+            self._process.send(np.ascontiguousarray(frame))
+        except (OSError, StopIteration) as error:
+            raise StoreError(f"{self.path}: the video encoder stopped: {error}") from error
+        self.n_frames += 1
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._process.close()
+
+
+def read_frames(path: Path, *, size_px: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+    """Yield the frames of a video, (height, width, 3) uint8, in order.
+
+    Args:
+        path: the video.
+        size_px: (height, width) to crop to, for videos of odd sizes.
+
+    Raises:
+        StoreError: the file is missing or no video.
+    """
+    if not path.is_file():
+        raise StoreError(f"{path}: no such video file")
+    frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    try:
+        size = next(frames)["size"]
+        for data in frames:
+            frame = np.frombuffer(data, np.uint8).reshape(size[1], size[0], 3)
+            yield frame if size_px is None else frame[: size_px[0], : size_px[1]]
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise StoreError(f"{path}: not a readable video: {str(error).splitlines()[0]}") from error
+    finally:
+        frames.close()
+
+
+def count_frames(path: Path) -> int:
+    """Return the number of frames of a video, by decoding it.
+
+    Raises:
+        StoreError: the file is missing or no video.
+    """
+    return sum(1 for _ in read_frames(path))
