@@ -299,8 +299,9 @@ class _Collector:
             self._check("prefix", layer, weights, (prefix_len, prefix_len))
             weights = weights if self._heads is None else weights[:, self._heads]
             if self._prefix is None:
-                shape = (len(self._prefix_slot), *weights.shape)
-                self._prefix = self._copies.allocate(shape, torch.float16, weights.device)
+                self._prefix = self._copies.allocate(
+                    (len(self._prefix_slot), *weights.shape), torch.float16, weights.device
+                )
             # Padding queries softmax over nothing to uniform rows that mean nothing.
             is_query = self._inputs.key_mask[:, None, :prefix_len, None]
             self._copies.copy_into(self._prefix[self._prefix_slot[layer]], weights * is_query)
@@ -331,8 +332,8 @@ class _Collector:
                 self._fill(self._suffix[slot, self._layer_slot[layer]], weights)
             if layer in self._mean_slot:
                 if self._suffix_mean is None:
-                    shape = (n_steps, len(self._mean_slot), batch, heads, layout.n_keys)
-                    self._suffix_mean = self._copies.allocate(shape, torch.float16, weights.device)
+                    mean_shape = (n_steps, len(self._mean_slot), batch, heads, layout.n_keys)
+                    self._suffix_mean = self._copies.allocate(mean_shape, torch.float16, weights.device)
                 mean = weights[:, :, self._selection.executed_queries].mean(dim=2, dtype=torch.float32)
                 self._fill(self._suffix_mean[slot, self._mean_slot[layer]], mean)
             self._note("suffix", step, layer)

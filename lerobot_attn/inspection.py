@@ -177,7 +177,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
     ):
         head.add_row(Text(label, style="bold"), Text(value))
     parts: list[RenderableType] = [head]
-    arrays = _table("arrays", "array", "dimensions", "shape", "what it holds")
+    arrays = _table("array", "dimensions", "shape", "what it holds")
     used = []
     for name, array in facts["arrays"].items():
         if BY_NAME[name].coordinate:
@@ -186,10 +186,10 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
             name, ", ".join(array["dims"]), " x ".join(map(str, array["shape"])), array["description"]
         )
         used += [dim for dim in array["dims"] if dim not in used]
-    dims = _table("dimensions", "dimension", "what it is")
+    dims = _table("dimension", "what it is")
     for dim in used:
-        dims.add_row(dim, DIMENSIONS[dim])
-    segments = _table("token segments", "segment", "kind", "keys", "tokens")
+        dims.add_row(dim, escape(DIMENSIONS[dim]))
+    segments = _table("segment", "kind", "keys", "tokens")
     for segment in facts["segments"]:
         segments.add_row(
             segment["name"],
@@ -197,19 +197,14 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
             f"{segment['start']} to {segment['stop'] - 1}",
             str(segment["tokens"]),
         )
-    parts += [arrays, dims, segments]
+    parts += [_title("arrays"), arrays, _title("dimensions"), dims, _title("token segments"), segments]
     if facts["attention_mass"]:
         sampled = ", ".join(map(str, facts["attention_mass_inferences"]))
-        mass = _table(
-            f"mean attention of the executed actions (inferences {sampled}; all saved layers, heads and "
-            "denoise steps)",
-            "segment",
-            "share",
-            "",
-        )
+        mass = _table("segment", "share", "")
         for name, share in facts["attention_mass"].items():
             mass.add_row(name, f"{share:6.1%}", "█" * round(share * 40))
-        parts.append(mass)
+        title = "mean attention of the executed actions, over all saved layers, heads and denoise steps"
+        parts += [_title(f"{title} of inferences {sampled}"), mass]
     parts.append(_sanity(facts))
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
@@ -223,34 +218,37 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
         f"{facts['n_success']} successful, "
         f"{facts['stored_bytes'] / 1e6:.1f} MB"
     )
-    table = _table(
-        "episodes", "task", "episode", "instruction", "outcome", "frames", "inferences", "MB", "complete"
-    )
+    parts: list[RenderableType] = [head]
+    tasks: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in facts["episodes"]:
-        outcome = {True: "success", False: "failure"}.get(row["success"], "-")
-        complete = "yes" if row["complete"] else "[red]no[/red]"
-        table.add_row(
-            escape(f"{row['task_group']}_{row['task_id']}"),
-            str(row["episode"]),
-            escape(row["task"]),
-            outcome,
-            str(row["frames"]),
-            str(row["inferences"]),
-            f"{row['bytes'] / 1e6:.1f}",
-            complete,
-        )
-    parts: list[RenderableType] = [head, table]
+        tasks.setdefault((f"{row['task_group']}_{row['task_id']}", row["task"]), []).append(row)
+    for (name, instruction), rows in tasks.items():
+        table = _table("episode", "outcome", "frames", "inferences", "MB", "complete")
+        for row in rows:
+            table.add_row(
+                str(row["episode"]),
+                {True: "success", False: "failure"}.get(row["success"], "-"),
+                str(row["frames"]),
+                str(row["inferences"]),
+                f"{row['bytes'] / 1e6:.1f}",
+                "yes" if row["complete"] else "[red]no[/red]",
+            )
+        parts += [_title(f"{name}: {instruction}"), table]
     parts += [Text(f"damaged: {entry['error']}", style="red") for entry in facts["damaged"]]
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
     return Group(*parts)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _title(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
 
 
 def _outcome(facts: dict[str, Any]) -> str:

@@ -234,7 +234,7 @@ class TextSpan(NamedTuple):
     kind: Kind
     start: int
     stop: int
-    index: int  # which word, or which dimension of the state
+    ordinal: int  # which word, or which dimension of the state
 
 
 class TextLabels(NamedTuple):
@@ -274,7 +274,7 @@ def label_text(pieces: Sequence[str], mask: np.ndarray, spans: Sequence[TextSpan
             continue
         kind[slot] = best.kind
         if best.kind == Kind.TASK:
-            word[slot] = best.index
+            word[slot] = best.ordinal
         elif best.kind == Kind.STATE:
-            state_dim[slot] = best.index
+            state_dim[slot] = best.ordinal
     return TextLabels(kind, word, state_dim)

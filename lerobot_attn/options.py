@@ -24,7 +24,7 @@ class AttentionEvalConfig(EvalConfig):
 class AttentionEvalPipelineConfig(EvalPipelineConfig):
     """`lerobot-eval`'s config with attention capture."""
 
-    eval: AttentionEvalConfig = field(default_factory=AttentionEvalConfig)  # type: ignore[assignment]
+    eval: AttentionEvalConfig = field(default_factory=AttentionEvalConfig)
 
 
 def plain_eval_config(options: AttentionEvalConfig) -> EvalConfig:

@@ -191,7 +191,7 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
         if not options.save_attention_maps:
             return run_original(cfg)
         run = _start_run(cfg, options.attention)
-        with _patched(namespace, run, cfg):
+        with recording(namespace, run, env_type=cfg.env.type):
             result = run_original(cfg)
         if run.failures:
             sys.exit(
@@ -309,11 +309,17 @@ def _start_run(cfg: Any, config: Any) -> RunRecorder:
 
 
 @contextmanager
-def _patched(namespace: dict[str, Any], run: RunRecorder, cfg: Any) -> Iterator[None]:
-    """Wrap the script's functions for one run, by name in its globals, where they look each other up."""
-    wrappers = {
+def recording(namespace: dict[str, Any], run: RunRecorder, *, env_type: str) -> Iterator[None]:
+    """Wrap the evaluation script's functions for one run.
+
+    Args:
+        namespace: globals of the script, where its functions look each other up by name.
+        run: records what they do.
+        env_type: LeRobot's name of the environment, by which dimensions get their names.
+    """
+    wrappers: dict[str, Callable[..., Callable[..., Any]]] = {
         "eval_policy_all": _wrap_eval_policy_all,
-        "run_one": functools.partial(_wrap_run_one, env_type=cfg.env.type),
+        "run_one": functools.partial(_wrap_run_one, env_type=env_type),
         "rollout": _wrap_rollout,
     }
     originals = {name: namespace[name] for name in wrappers}
@@ -375,6 +381,7 @@ def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
         group=group,
         task_id=task_id,
         n_episodes=call["n_episodes"],
+        max_steps=int(call["env"].call("_max_episode_steps")[0]),  # as the rollout asks
         fps=float(call["env"].unwrapped.metadata.get("render_fps", 30)),
         videos=None if videos is None else Path(videos) / f"{group}_{task_id}",
         n_videos=call["max_episodes_rendered"],
@@ -415,7 +422,6 @@ class _Observers:
         self._step = env.step
         self._select_action = policy.select_action
         self._env_preprocessor = env_preprocessor
-        self._size_told = False
 
     def env_preprocessor(self, observation: dict[str, Any]) -> dict[str, Any]:
         tasks = observation.get("task")
@@ -425,9 +431,6 @@ class _Observers:
         return result
 
     def select_action(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._size_told:  # here, because the environments are up by now
-            self._run.tell_size(int(self._env.call("_max_episode_steps")[0]), self._env.num_envs)
-            self._size_told = True
         self._run.before_inference()
         action = self._select_action(batch, *args, **kwargs)
         self._recorder.on_action(batch, action)
@@ -461,4 +464,5 @@ __all__ = [
     "expand_attention_file",
     "install",
     "load",
+    "recording",
 ]

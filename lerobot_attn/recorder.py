@@ -327,7 +327,9 @@ class EpisodeJob:
         """
         if rewards is None or successes is None:
             return
-        same = np.array_equal(np.float32(self._rewards), np.float32(rewards), equal_nan=True)
+        same = np.array_equal(
+            np.asarray(self._rewards, np.float32), np.asarray(rewards, np.float32), equal_nan=True
+        )
         if not same or self._successes != successes.tolist():
             raise CaptureError(
                 f"the {len(self._rewards)} recorded frames do not match the {len(rewards)} steps that the "
@@ -353,10 +355,10 @@ class EpisodeJob:
             }
         if store is None or store.n_inferences == 0:
             if self.interrupted is None or failure is not None:
-                reason = f"{failure or 'nothing was captured: the policy made no inference'}"
-                self._drop(reason, failed=True)
+                cause = str(failure or "nothing was captured: the policy made no inference")
             else:
-                self._drop(f"interrupted before the first inference: {self.interrupted}", failed=True)
+                cause = f"interrupted before the first inference: {self.interrupted}"
+            self._drop(cause, failed=True)
             return
         success = any(self._successes)
         whole = problem is None and self.interrupted is None
@@ -377,7 +379,7 @@ class EpisodeJob:
                 f"keep={self._config.keep}, and the episode was a {'success' if success else 'failure'}"
             )
             return
-        reason = None
+        reason: str | None = None
         if problem is not None:
             reason = f"incomplete: {problem}"
         elif self.interrupted is not None:

@@ -38,6 +38,7 @@ class TaskPlan:
         group: e.g. "libero_object".
         task_id: its number within the group.
         n_episodes: how many are evaluated; a last batch may roll out more, which are discarded.
+        max_steps: frames that an episode can have.
         fps: frames per second of the evaluation's videos.
         videos: folder of the evaluation's own MP4s, or None.
         n_videos: how many of the first episodes get one.
@@ -47,6 +48,7 @@ class TaskPlan:
     group: str
     task_id: int
     n_episodes: int
+    max_steps: int
     fps: float = 30.0
     videos: Path | None = None
     n_videos: int = 0
@@ -126,6 +128,7 @@ class RunRecorder:
         self._next_episode = 0
         self._waited_before_s = 0.0
         self._size_told = False
+        self._recorder: RolloutRecorder | None = None
         _prepare_folder(folder)
 
     @contextmanager
@@ -172,6 +175,7 @@ class RunRecorder:
         self._jobs = []
         self._next_episode = 0
         self._waited_before_s = self._open_writer.waited_s
+        self._tell_size(task)
 
     def end_task(self) -> TaskSummary:
         """The task's rollouts are done: wait until all is written."""
@@ -188,6 +192,7 @@ class RunRecorder:
         episodes = range(self._next_episode, self._next_episode + n_envs)
         self._next_episode += n_envs
         plans = [self._plan(task, index, seeds[env] if seeds else None) for env, index in enumerate(episodes)]
+        self._warn_of_full_disk(task, sum(plan is not None for plan in plans))
         recorder = RolloutRecorder(
             plans,
             config=self.config,
@@ -195,7 +200,7 @@ class RunRecorder:
             camera_views=self._open_capture.adapter.camera_views,
             names=task.names,
         )
-        self._recorder: RolloutRecorder | None = recorder
+        self._recorder = recorder
         try:
             yield recorder
         except BaseException as error:
@@ -213,40 +218,43 @@ class RunRecorder:
         """The rollout has returned its (batch, step) rewards and successes."""
         self._jobs += self._current_recorder().finish(rewards=rewards, successes=successes)
 
-    def tell_size(self, max_steps: int, n_envs: int) -> None:
-        """Say once what a run will take, and each time warn if the disk cannot hold what comes next.
-
-        Args:
-            max_steps: frames an episode can have.
-            n_envs: environments of the batch.
-        """
+    def _tell_size(self, task: TaskPlan) -> None:
+        """Say once what the run will take."""
         capture = self._open_capture
-        inference_bytes = capture.selection.bytes_per_inference(capture.policy)
-        n_inferences = math.ceil(max_steps / capture.policy.n_action_steps)
-        episode_bytes = n_inferences * inference_bytes
-        free_bytes = shutil.disk_usage(self.folder).free
         if not self._size_told:
             logger.info(
-                "Attention goes to %s: %s an inference, at most %s an episode (%d inferences), before "
-                "compression; %s free",
+                "Attention goes to %s: %s an inference, at most %s an episode (%d inferences of %d frames), "
+                "before compression; %s free",
                 self.folder,
-                format_bytes(inference_bytes),
-                format_bytes(episode_bytes),
-                n_inferences,
-                format_bytes(free_bytes),
+                format_bytes(capture.selection.bytes_per_inference(capture.policy)),
+                format_bytes(self._episode_bytes(task)),
+                self._max_inferences(task),
+                task.max_steps,
+                format_bytes(shutil.disk_usage(self.folder).free),
             )
             if capture.policy.random_weights:
                 logger.warning("This policy's weights are random: its attention maps mean nothing")
             self._size_told = True
-        if episode_bytes * n_envs > free_bytes:
+
+    def _warn_of_full_disk(self, task: TaskPlan, n_episodes: int) -> None:
+        needed_bytes = n_episodes * self._episode_bytes(task)
+        free_bytes = shutil.disk_usage(self.folder).free
+        if needed_bytes > free_bytes:
             logger.warning(
-                "The next %d episodes may need %s before compression, and %s has %s free; save fewer layers "
+                "The next %d episodes may need %s before compression, but %s has %s free; save fewer layers "
                 "(--eval.attention.layers) or free some space",
-                n_envs,
-                format_bytes(episode_bytes * n_envs),
+                n_episodes,
+                format_bytes(needed_bytes),
                 self.folder,
                 format_bytes(free_bytes),
             )
+
+    def _max_inferences(self, task: TaskPlan) -> int:
+        return math.ceil(task.max_steps / self._open_capture.policy.n_action_steps)
+
+    def _episode_bytes(self, task: TaskPlan) -> int:
+        capture = self._open_capture
+        return self._max_inferences(task) * capture.selection.bytes_per_inference(capture.policy)
 
     def _plan(self, task: TaskPlan, index: int, seed: int | None) -> EpisodePlan | None:
         wanted = self.config.episodes is None or index in self.config.episodes
@@ -293,8 +301,6 @@ class RunRecorder:
     def _report(self, summary: TaskSummary) -> None:
         failed = any(result.failed for result in summary.not_saved)
         logger.log(logging.ERROR if failed else logging.INFO, "%s", summary.line())
-
-    _recorder: RolloutRecorder | None = None
 
     def _current_recorder(self) -> RolloutRecorder:
         assert self._recorder is not None, "no rollout is running"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 
@@ -82,16 +82,11 @@ def read_frames(path: Path, *, size_px: tuple[int, int] | None = None) -> Iterat
     """
     if not path.is_file():
         raise StoreError(f"{path}: no such video file")
-    frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
     try:
-        size = next(frames)["size"]
-        for data in frames:
-            frame = np.frombuffer(data, np.uint8).reshape(size[1], size[0], 3)
+        for frame in imageio.imiter(path, plugin="pyav", format="rgb24"):
             yield frame if size_px is None else frame[: size_px[0], : size_px[1]]
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError) as error:  # PyAV's errors derive from these
         raise StoreError(f"{path}: not a readable video: {str(error).splitlines()[0]}") from error
-    finally:
-        frames.close()
 
 
 def count_frames(path: Path) -> int:

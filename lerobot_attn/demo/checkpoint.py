@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lerobot_attn.demo.tokenizer import demo_tokenizer_json, vocab_size
 from lerobot_attn.errors import SetupError
 
 if TYPE_CHECKING:
@@ -62,9 +63,10 @@ def make_demo_checkpoint(directory: str | Path, *, seed: int = 0, overwrite: boo
     try:
         if target.is_dir() and any(target.iterdir()) and not overwrite:
             raise SetupError(
-                f"cannot write a demo checkpoint to {target}: got a directory with files in it, expected a new or "
-                "an empty one; name another path or allow overwriting"
+                f"cannot write a demo checkpoint to {target}: got a directory with files in it, expected a "
+                "new or an empty one; name another path or allow overwriting"
             )
+        demo_tokenizer_json()  # without LIBERO nothing is made
         target.mkdir(parents=True, exist_ok=True)
         # Written aside on the same disk and then moved: an interrupted run leaves no half-written file.
         with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as aside:
@@ -88,7 +90,6 @@ def _write(directory: Path, seed: int) -> None:
     from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
     from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
     from lerobot_attn.demo.processor_pi05_tiny import make_pi05_tiny_pre_post_processors
-    from lerobot_attn.demo.tokenizer import demo_tokenizer_json, vocab_size
 
     config = PI05TinyConfig(
         device="cpu",  # fast enough everywhere; --policy.device=cuda works as well
@@ -112,7 +113,7 @@ def _write(directory: Path, seed: int) -> None:
 
 
 def _statistics(ranges: tuple[tuple[float, float], ...]) -> dict[str, torch.Tensor]:
-    """Return `{"q01": (n,), …}`, float32, of n numbers given as (q01, q99); mean and std as of a normal one."""
+    """Return `{"q01": (n,), …}`, float32, of n numbers given as (q01, q99); mean and std to match."""
     import torch
 
     low, high = torch.tensor(ranges, dtype=torch.float32).unbind(dim=1)

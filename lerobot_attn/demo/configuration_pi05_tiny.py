@@ -1,7 +1,7 @@
 """Settings of the demo policy `pi05_tiny`: those of Pi0.5, and the sizes of its small towers.
 
-Every LeRobot command imports this module, so it imports nothing that LeRobot's policies have not loaded. It does
-not know how the towers are built; see `modeling_pi05_tiny`.
+Every LeRobot command imports this module, so it imports nothing that LeRobot's policies have not loaded. It
+does not know how the towers are built; see `modeling_pi05_tiny`.
 """
 
 from __future__ import annotations

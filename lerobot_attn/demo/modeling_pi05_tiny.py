@@ -1,7 +1,7 @@
 """The demo policy `pi05_tiny`: LeRobot's Pi0.5 with its towers replaced by small random ones.
 
-All that runs is Pi0.5's own code; this module only builds smaller modules for it and fills them. Knows nothing
-of checkpoints, tokenizers or of how attention is captured.
+All that runs is Pi0.5's own code; this module only builds smaller modules for it and fills them. Knows
+nothing of checkpoints, tokenizers or of how attention is captured.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PI05TinyPolicy(PI05Policy):
 
         Args:
             config: Sizes and settings.
-            **kwargs: What LeRobot's factory hands every policy, such as dataset statistics; unused, as in Pi0.5.
+            **kwargs: What LeRobot's factory hands every policy, such as statistics; unused, as in Pi0.5.
         """
         require_package("transformers", extra="pi")
         # Not PI05Policy's own: it would build Pi0.5's 4 billion parameters. The steps are the same.
@@ -49,7 +49,7 @@ class PI05TinyPolicy(PI05Policy):
 
 def _small_model(config: PI05TinyConfig, rtc_processor: RTCProcessor | None) -> PI05Pytorch:
     """Return Pi0.5's model with small towers on the CPU, filled; the global random state stays as it was."""
-    # PyTorch's constructors draw initial weights, all replaced in _fill; on the CPU, so only its generator moves.
+    # PyTorch's constructors draw initial weights, all replaced in _fill; only the CPU's generator moves.
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):  # full size, but without memory
             model = PI05Pytorch(config, rtc_processor=rtc_processor)
@@ -96,8 +96,8 @@ def _fill(model: PI05Pytorch, config: PI05TinyConfig) -> None:
     """Fill every weight from `config.init_seed` so that attention is peaked and the actions stay small.
 
     Heads differ in sharpness, layers in their order, and denoise steps because AdaRMS, zero in a fresh Pi0.5,
-    reacts to the flow time. The noisy action passes through channels that no layer writes to, so that the velocity
-    takes the noise away, and what the layers read from images and words moves the arm a little.
+    reacts to the flow time. The noisy action passes through channels that no layer writes to, so that the
+    velocity takes the noise away, and what the layers read from images and words moves the arm a little.
     """
     draw = torch.Generator().manual_seed(config.init_seed)
     towers = model.paligemma_with_expert
@@ -139,7 +139,7 @@ def _fill(model: PI05Pytorch, config: PI05TinyConfig) -> None:
     _fill_weight(model.time_mlp_out, 2.0, draw)
     model.action_in_proj.bias.zero_()
     model.action_in_proj.weight.copy_(2.0 * torch.eye(config.width, carried))
-    _fill_weight(model.action_out_proj, 1.0, draw)
+    _fill_weight(model.action_out_proj, 1.5, draw)
     # 3: after ten steps about a tenth of the noise is left; from about 10 on, Euler's steps would overshoot.
     model.action_out_proj.weight[:, :carried] = 3.0 * torch.eye(carried)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class DemoTokenizerProcessorStep(TokenizerProcessorStep):
     """LeRobot's tokenizer step, with the tokenizer itself in its config instead of a name on the Hub.
 
-    A checkpoint that holds it can be moved, and loaded without network. LeRobot finds the class by import path.
+    A checkpoint that holds it can be moved and loaded without network. LeRobot imports the class by its path.
 
     Attributes:
         tokenizer_json: The `tokenizers` library's JSON text of the whole tokenizer.

@@ -1,8 +1,8 @@
 """A small tokenizer in PaliGemma's manner, trained on LIBERO's instructions.
 
 Pieces carry their leading blank as "▁", digits and punctuation stand alone, a newline is a token of its own,
-bytes catch every other character, and a `<bos>` opens the prompt. Knows neither policies nor checkpoints, and never
-imports `libero`, whose first import asks a question on stdin.
+bytes catch every other character, and a `<bos>` opens the prompt. Knows neither policies nor checkpoints, and
+never imports `libero`, whose first import asks a question on stdin.
 """
 
 from __future__ import annotations

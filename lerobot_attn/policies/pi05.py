@@ -112,7 +112,7 @@ class Pi05Adapter:
             stack.enter_context(replaced_attribute(model, "sample_actions", observed_sample_actions))
             stack.enter_context(replaced_attribute(model, "denoise_step", observed_denoise_step))
             for layer in layers:
-                attention = self._suffix_layers[layer].self_attn
+                attention: Any = self._suffix_layers[layer].self_attn
                 hook = _weights_hook(sink, sink.suffix_attention, layer)
                 stack.callback(attention.register_forward_hook(hook).remove)
             for layer in prefix_layers:

@@ -264,8 +264,8 @@ class _GrowingArray:
         shape = (self.n_rows, *self._array.shape[1:])
         # No comparison with the fill value: it costs a pass over the maps, and absent chunks save nothing
         # here.
-        ahead = zarr.Array(
-            zarr.AsyncArray(
+        ahead: zarr.Array[Any] = zarr.Array(
+            zarr.AsyncArray(  # type: ignore[call-overload]
                 metadata=self._array.metadata.update_shape(shape),
                 store_path=self._array.store_path,
                 config={"write_empty_chunks": True},

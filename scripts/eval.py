@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""Compose an evaluation from configs/ and run it through lerobot-eval, printing the equivalent command.
+
+python scripts/eval.py env=libero_object capture=summary policy.path=CHECKPOINT eval.n_episodes=10
+python scripts/eval.py -m env=libero_object,libero_goal capture=last_two policy.path=CHECKPOINT
+
+Fields of LeRobot's config that configs/ does not name are added with a plus: +policy.n_action_steps=5.
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from lerobot_attn.errors import LerobotAttnError
+from lerobot_attn.launch import eval_arguments, launch_eval
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="eval")
+def main(config: DictConfig) -> None:
+    """Run one composed evaluation."""
+    try:
+        arguments = eval_arguments(OmegaConf.to_container(config, resolve=True))
+    except LerobotAttnError as error:
+        sys.exit(f"error: {error}")
+    status = launch_eval(arguments)
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

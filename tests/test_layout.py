@@ -1,0 +1,135 @@
+"""Which token is what: geometry against LeRobot's own resizing, labels against known prompts."""
+
+import numpy as np
+import pytest
+
+from lerobot_attn.layout import Camera, ImageGeometry, Kind, Segment, TextSpan, TokenLayout, label_text
+
+SIZES = [(224, 224), (256, 256), (360, 360), (480, 640), (640, 480), (97, 331), (720, 1280)]
+
+
+def bright_pixel_after(resize, height, width, y, x):
+    """Return the centre (y, x) of a bright square, planted at (y, x), after LeRobot's own resizing."""
+    torch = pytest.importorskip("torch")
+    image = torch.zeros(1, 3, height, width)
+    image[:, :, max(0, y - 4) : y + 5, max(0, x - 4) : x + 5] = 1.0
+    resized = resize(image)[0, 0].numpy()
+    resized = np.where(resized > 0.5, resized, 0)
+    ys, xs = np.nonzero(resized)
+    return ys.mean() + 0.5, xs.mean() + 0.5
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("padding", ["centred", "left_top"])
+def test_patch_at_agrees_with_lerobots_letterbox(size, padding):
+    vla_utils = pytest.importorskip("lerobot.policies.common.vla_utils")
+    height, width = size
+
+    def resize(image):
+        if padding == "centred":
+            return vla_utils.resize_with_pad_torch(image, 224, 224)
+        return vla_utils.resize_with_pad(image, 224, 224, pad_value=0)
+
+    geometry = ImageGeometry.letterbox(size, (224, 224), (16, 16), padding=padding)
+    assert geometry.pad_top_px + geometry.resized_height_px <= 224
+    for y, x in [(height // 2, width // 2), (10, 10), (height - 12, width - 12), (height // 3, width // 4)]:
+        found_y, found_x = bright_pixel_after(resize, height, width, y, x)
+        row, column = geometry.patch_at(y + 0.5, x + 0.5)
+        # The square may straddle two patches: its centre must be in ours, a pixel of rounding aside.
+        assert row * 14 - 1 <= found_y <= row * 14 + 15, (y, x)
+        assert column * 14 - 1 <= found_x <= column * 14 + 15, (y, x)
+
+
+def make_layout():
+    geometry = ImageGeometry.letterbox((480, 640), (224, 224), (2, 3), padding="centred")
+    return TokenLayout(
+        segments=(
+            Segment("image", "front", 0, 6),
+            Segment("image", "empty", 6, 12),
+            Segment("language", "language", 12, 16),
+            Segment("state", "state", 16, 17),
+            Segment("action", "action", 17, 20),
+        ),
+        prefix_len=16,
+        cameras=(Camera("front", geometry), Camera("empty", None)),
+    )
+
+
+def test_layout_numbers():
+    layout = make_layout()
+    assert (layout.n_keys, layout.n_queries, layout.prefix_len) == (20, 4, 16)
+    # A state token opens this suffix, so that the first action is query 1.
+    assert layout.first_action_query == 1
+    assert layout.key_camera().tolist() == [0] * 6 + [1] * 6 + [-1] * 8
+    rows, columns = layout.key_patch()
+    assert rows[:6].tolist() == [0, 0, 0, 1, 1, 1]
+    assert columns[:6].tolist() == [0, 1, 2, 0, 1, 2]
+    assert columns[6:12].tolist() == [0, 1, 2, 0, 1, 2]
+    assert rows[12:].tolist() == [-1] * 8
+
+
+def test_layout_survives_json():
+    import json
+
+    layout = make_layout()
+    assert TokenLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        (Segment("image", "a", 0, 4), Segment("action", "action", 5, 9)),
+        (Segment("image", "a", 0, 4), Segment("action", "action", 3, 9)),
+    ],
+)
+def test_layout_refuses_gaps_and_overlaps(segments):
+    with pytest.raises(ValueError, match="must follow one another"):
+        TokenLayout(segments, 4, ())
+
+
+def test_key_kind_masks_what_the_policy_cannot_see():
+    layout = make_layout()
+    mask = np.ones(20, bool)
+    mask[6:12] = False
+    mask[15] = False
+    kinds = layout.key_kind(mask, np.array([Kind.SCAFFOLD, Kind.TASK, Kind.STATE, Kind.STATE], np.int8))
+    assert kinds.tolist() == [1] * 6 + [0] * 6 + [4, 2, 3, 0] + [3] + [5, 5, 5]
+
+
+def test_label_text_merges_tokens_of_a_word_and_of_a_number():
+    pieces = [
+        "<bos>",
+        "Task",
+        ":",
+        " pi",
+        "ck",
+        " up",
+        ",",
+        " State",
+        ":",
+        " ",
+        "1",
+        "2",
+        " ",
+        "7",
+        ";",
+        "",
+        "",
+    ]
+    mask = np.array([True] * 15 + [False] * 2)
+    prompt = "".join(pieces[:15])
+    spans = [
+        TextSpan(Kind.TASK, prompt.index("pick"), prompt.index("pick") + 4, 0),
+        TextSpan(Kind.TASK, prompt.index("up"), prompt.index("up") + 2, 1),
+        TextSpan(Kind.STATE, prompt.index("12"), prompt.index("12") + 2, 0),
+        TextSpan(Kind.STATE, prompt.index("7"), prompt.index("7") + 1, 1),
+    ]
+    labels = label_text(pieces, mask, spans)
+    assert labels.word.tolist() == [-1, -1, -1, 0, 0, 1] + [-1] * 11
+    assert labels.state_dim.tolist() == [-1] * 10 + [0, 0, -1, 1, -1, -1, -1]
+    assert labels.kind.tolist() == [4, 4, 4, 2, 2, 2, 4, 4, 4, 4, 3, 3, 4, 3, 4, 0, 0]
+
+
+def test_label_text_without_spans_is_plain_text():
+    labels = label_text(["a", "b", ""], np.array([True, True, False]), None)
+    assert labels.kind.tolist() == [Kind.TEXT, Kind.TEXT, Kind.PADDING]

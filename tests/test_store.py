@@ -1,0 +1,419 @@
+"""The store: what a reader sees at any instant, and what plain xarray, Dask and zarr see."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+from lerobot_attn.errors import StoreError
+from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
+from lerobot_attn.store.reader import open_episode, open_run
+from lerobot_attn.store.schema import ARRAYS, DIMENSIONS, SCHEMA_VERSION, schema_table
+from lerobot_attn.store.writer import Compression, EpisodeWriter
+
+SIZES = {
+    "denoise_step": 3,
+    "layer": 2,
+    "all_layer": 4,
+    "prefix_layer": 1,
+    "head": 2,
+    "query": 5,
+    "key": 14,
+    "prefix_query": 9,
+    "prefix_key": 9,
+    "text": 5,
+    "action_dim": 3,
+    "state_dim": 2,
+}
+LAYOUT = TokenLayout(
+    (
+        Segment("image", "cam", 0, 4),
+        Segment("language", "language", 4, 9),
+        Segment("action", "action", 9, 14),
+    ),
+    9,
+    (Camera("cam", ImageGeometry.letterbox((8, 8), (8, 8), (2, 2), padding="centred")),),
+)
+
+
+def softmax_like(rng, *shape):
+    values = rng.random(shape, dtype=np.float32)
+    return (values / values.sum(-1, keepdims=True)).astype(np.float16)
+
+
+def make_writer(path, compression=None, **attributes):
+    coordinates = {
+        "flow_time": np.linspace(1, 0.3, 3),
+        "denoise_step": np.array([0, 4, 9]),
+        "layer": np.array([16, 17]),
+        "all_layer": np.arange(4),
+        "prefix_layer": np.array([17]),
+        "head": np.array([1, 5]),
+        "text_key": np.arange(4, 9),
+        "key_camera": LAYOUT.key_camera(),
+        "key_row": LAYOUT.key_patch()[0],
+        "key_column": LAYOUT.key_patch()[1],
+        "action_dim": np.array(["x", "y", "gripper"], dtype=object),
+        "state_dim": np.array(["a", "b"], dtype=object),
+    }
+    return EpisodeWriter(
+        path,
+        sizes=SIZES,
+        coordinates=coordinates,
+        attributes={"task": "pick", "layout": LAYOUT.to_dict(), "executed_queries": [0, 2], **attributes},
+        compression=compression or Compression(),
+        optional={"suffix_attention", "suffix_attention_mean", "prefix_attention", "state"},
+    )
+
+
+def inference_rows(rng, index):
+    return {
+        "suffix_attention": softmax_like(rng, 3, 2, 2, 5, 14),
+        "suffix_attention_mean": softmax_like(rng, 3, 4, 2, 14),
+        "prefix_attention": softmax_like(rng, 1, 2, 9, 9),
+        "token_id": np.arange(5) + index,
+        "token_text": np.array(["Task", ":", " pick", f" {index}", "é"], dtype=object),
+        "text_word": np.array([-1, -1, 0, -1, -1]),
+        "text_state_dim": np.array([-1, -1, -1, 0, -1]),
+        "key_kind": np.array([1] * 4 + [4, 4, 2, 3, 4] + [5] * 5),
+        "inference_frame": np.int32(2 * index),
+        "action_chunk": rng.random((5, 3), dtype=np.float32),
+    }
+
+
+def frame_rows(rng, index, n=2):
+    return {
+        "frame_inference": np.full(n, index),
+        "frame_query": np.arange(n),
+        "action": rng.random((n, 3), dtype=np.float32),
+        "state": rng.random((n, 2), dtype=np.float32),
+        "reward": np.arange(n, dtype=np.float32),
+        "success": np.zeros(n, bool),
+    }
+
+
+def write_episode(path, n=3, *, complete=True, compression=None, **attributes):
+    rng = np.random.default_rng(0)
+    writer = make_writer(path, compression, **attributes)
+    written = []
+    for index in range(n):
+        rows, frames = inference_rows(rng, index), frame_rows(rng, index)
+        writer.append_inference(rows)
+        writer.append_frames(frames)
+        writer.commit()
+        written.append((rows, frames))
+    writer.close(complete=complete, attributes={"success": True})
+    return written
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_plain_xarray_reads_what_was_written(tmp_path, consolidated):
+    path = tmp_path / "episode_00000.zarr"
+    written = write_episode(path, 70)  # more rows than a chunk of the small arrays
+    dataset = xr.open_zarr(path, consolidated=consolidated)
+    assert dataset.sizes["inference"] == 70
+    assert dataset.sizes["frame"] == 140
+    for name, rows in (("inference", 0), ("frame", 1)):
+        for array in written[0][rows]:
+            join = np.stack if name == "inference" else np.concatenate
+            expected = join([entry[rows][array] for entry in written])
+            np.testing.assert_array_equal(dataset[array].values, expected, err_msg=array)
+            assert dataset[array].dims[0] == name
+    assert dataset.layer.values.tolist() == [16, 17]
+    assert dataset.suffix_attention.sel(layer=17, denoise_step=9, head=5).shape == (70, 5, 14)
+    assert set(dataset.coords) >= {"key_camera", "key_row", "key_column", "flow_time", "text_key", "layer"}
+    assert dataset.key_kind.attrs["flag_meanings"].split()[:3] == ["padding", "image", "task"]
+
+
+def test_every_array_is_as_the_schema_says(tmp_path):
+    path = tmp_path / "episode_00000.zarr"
+    write_episode(path)
+    group = zarr.open_group(path, mode="r")
+    assert set(group.array_keys()) == {spec.name for spec in ARRAYS}
+    for spec in ARRAYS:
+        array = group[spec.name]
+        assert array.metadata.dimension_names == spec.dims
+        assert array.attrs["long_name"] == spec.description
+        assert set(spec.dims) <= set(DIMENSIONS)
+        kind = "T" if spec.dtype == "string" else np.dtype(spec.dtype).kind
+        assert array.dtype.kind == kind, spec.name
+    suffix = group["suffix_attention"]
+    assert suffix.chunks == (1, 1, 1, 2, 5, 14)
+    assert suffix.shards == (1, 3, 2, 2, 5, 14)
+    assert group["suffix_attention_mean"].chunks == (1, 1, 4, 2, 14)
+
+
+def test_only_codecs_that_other_languages_have(tmp_path):
+    path = tmp_path / "episode_00000.zarr"
+    write_episode(path)
+    names = set()
+
+    def collect(value):
+        if isinstance(value, dict):
+            if "codecs" in value:
+                names.update(codec["name"] for codec in value["codecs"])
+            for inner in value.values():
+                collect(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                collect(inner)
+
+    collect(json.loads((path / "zarr.json").read_text()))
+    assert names == {"bytes", "blosc", "crc32c", "sharding_indexed", "zstd", "vlen-utf8"}
+
+
+def test_dask_is_lazy_and_correct(tmp_path):
+    path = tmp_path / "episode_00000.zarr"
+    written = write_episode(path)
+    lazy = open_episode(path).dataset.suffix_attention
+    assert lazy.chunks is not None
+    sums = lazy.astype("float32").sum("key").mean("inference").compute()
+    expected = np.mean([rows["suffix_attention"].astype(np.float32).sum(-1) for rows, _ in written], axis=0)
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compressor", ["zstd", "lz4", "blosclz", "zlib", "none"])
+def test_compressors_are_lossless(tmp_path, compressor):
+    path = tmp_path / "episode_00000.zarr"
+    written = write_episode(path, 1, compression=Compression(compressor, 3))
+    stored = open_episode(path).dataset.suffix_attention[0].values
+    np.testing.assert_array_equal(stored, written[0][0]["suffix_attention"])
+
+
+@pytest.mark.parametrize("keep_bits", [1, 4, 7, 9, 10])
+def test_keep_bits_keeps_its_error_bound(tmp_path, keep_bits):
+    path = tmp_path / "episode_00000.zarr"
+    written = write_episode(path, 1, compression=Compression(keep_bits=keep_bits))
+    stored = open_episode(path).dataset.suffix_attention[0].values.astype(np.float64)
+    true = written[0][0]["suffix_attention"].astype(np.float64)
+    bound = 0.0 if keep_bits == 10 else 2.0 ** -(keep_bits + 1)
+    smallest_normal = 2.0**-14
+    error = np.max(np.abs(stored - true) / np.maximum(true, smallest_normal))
+    assert error <= bound
+    if keep_bits < 10:
+        assert error > bound / 4  # it did round
+
+
+def test_appended_but_not_committed_does_not_exist(tmp_path):
+    path = tmp_path / "episode_00000.zarr"
+    rng = np.random.default_rng(0)
+    writer = make_writer(path)
+    assert open_episode(path).n_inferences == 0
+    assert xr.open_zarr(path).sizes["inference"] == 0
+    writer.append_inference(inference_rows(rng, 0))
+    assert open_episode(path).n_inferences == 0
+    writer.commit()
+    episode = open_episode(path)
+    assert (episode.n_inferences, episode.is_complete) == (1, False)
+    writer.append_inference(inference_rows(rng, 1))
+    assert xr.open_zarr(path).sizes["inference"] == 1
+    writer.close(complete=True)
+    episode = open_episode(path)
+    assert (episode.n_inferences, episode.is_complete) == (2, True)
+
+
+KILLED_WRITER = """
+    import sys
+    from pathlib import Path
+    import numpy as np
+    sys.path.insert(0, sys.argv[2])
+    from test_store import make_writer, inference_rows, frame_rows
+    rng = np.random.default_rng(0)
+    writer = make_writer(Path(sys.argv[1]))
+    for index in range(100_000):
+        writer.append_inference(inference_rows(rng, index))
+        writer.append_frames(frame_rows(rng, index))
+        writer.commit()
+        print(index + 1, flush=True)
+"""
+
+
+def test_killed_at_any_instant_leaves_what_was_committed(tmp_path):
+    rng = np.random.default_rng(1)
+    for attempt in range(3):
+        path = tmp_path / f"episode_{attempt:05d}.zarr"
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(KILLED_WRITER), str(path), os.path.dirname(__file__)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"
+        time.sleep(float(rng.uniform(0.02, 0.4)))
+        process.send_signal(signal.SIGKILL)
+        committed = 1 + len(process.stdout.read().splitlines())
+        process.wait()
+        process.stdout.close()
+        episode = open_episode(path)
+        assert not episode.is_complete
+        # The kill may fall between a commit and its line.
+        assert committed <= episode.n_inferences <= committed + 1
+        same = np.random.default_rng(0)
+        dataset = xr.open_zarr(path)
+        for index in range(episode.n_inferences):
+            rows = inference_rows(same, index)
+            frame_rows(same, index)
+            np.testing.assert_array_equal(dataset.suffix_attention[index].values, rows["suffix_attention"])
+            assert dataset.token_text[index].values.tolist() == rows["token_text"].tolist()
+
+
+def test_writer_refuses_an_existing_store(tmp_path):
+    path = tmp_path / "episode_00000.zarr"
+    write_episode(path)
+    before = (path / "zarr.json").read_bytes()
+    with pytest.raises(StoreError, match="already exists"):
+        make_writer(path)
+    assert (path / "zarr.json").read_bytes() == before
+
+
+def test_writer_refuses_rows_that_do_not_fit(tmp_path):
+    writer = make_writer(tmp_path / "episode_00000.zarr")
+    rows = inference_rows(np.random.default_rng(0), 0)
+    with pytest.raises(StoreError, match="suffix_attention got shape"):
+        writer.append_inference({**rows, "suffix_attention": rows["suffix_attention"][..., :-1]})
+    del rows["token_id"]
+    with pytest.raises(StoreError, match=r"odd: \['token_id'\]"):
+        writer.append_inference(rows)
+    assert writer.n_inferences == 0
+
+
+def pt_file(folder):
+    path = folder / "attention.pt"
+    path.write_bytes(b"PK\x03\x04")
+    return path
+
+
+def lerobot_dataset(folder):
+    (folder / "meta").mkdir()
+    (folder / "meta" / "info.json").write_text("{}")
+    return folder
+
+
+def foreign_zarr(folder):
+    zarr.create_group(folder / "other.zarr")
+    return folder / "other.zarr"
+
+
+def newer_schema(folder):
+    write_episode(folder / "e.zarr", schema_version=SCHEMA_VERSION + 1)
+    return folder / "e.zarr"
+
+
+def damaged_json(folder):
+    write_episode(folder / "e.zarr")
+    text = (folder / "e.zarr" / "zarr.json").read_text()
+    (folder / "e.zarr" / "zarr.json").write_text(text[: len(text) // 2])
+    return folder / "e.zarr"
+
+
+def damaged_shape(folder):
+    write_episode(folder / "e.zarr")
+    document = json.loads((folder / "e.zarr" / "zarr.json").read_text())
+    document["consolidated_metadata"]["metadata"]["suffix_attention"]["shape"][0] = 10**12
+    (folder / "e.zarr" / "zarr.json").write_text(json.dumps(document))
+    return folder / "e.zarr"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "none.zarr", "no such store"),
+        (pt_file, r"is a \.pt file, expected an episode store"),
+        (lerobot_dataset, "is a LeRobot dataset, expected an episode store"),
+        (foreign_zarr, "is a Zarr store of another kind"),
+        (newer_schema, "schema version 2, expected at most 1; upgrade"),
+        (damaged_json, "zarr.json is damaged"),
+        (damaged_shape, "dimension inference is .* elsewhere: damaged"),
+        (lambda folder: folder, "is no Zarr v3 store"),
+    ],
+)
+def test_open_episode_says_what_is_wrong(tmp_path, make, message):
+    with pytest.raises(StoreError, match=message) as error:
+        open_episode(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_open_episode_points_to_open_run(tmp_path):
+    write_episode(tmp_path / "attention" / "task_0" / "episode_00000.zarr")
+    with pytest.raises(StoreError, match=r"it holds stores, e\.g\. .*: use open_run\(\)"):
+        open_episode(tmp_path)
+
+
+def test_open_run_lists_episodes_and_what_is_damaged(tmp_path):
+    for task, index in (("a_0", 0), ("a_0", 1), ("b_3", 0)):
+        path = tmp_path / "attention" / task / f"episode_{index:05d}.zarr"
+        group, task_id = task.split("_")
+        write_episode(path, 2, task_group=group, task_id=int(task_id), episode_index=index)
+    broken = tmp_path / "attention" / "b_3" / "episode_00001.zarr"
+    broken.mkdir()
+    (broken / "zarr.json").write_text("{")
+    for folder in (tmp_path, tmp_path / "attention"):
+        run = open_run(folder)
+        assert [(e.attributes["task_group"], e.attributes["episode_index"]) for e in run] == [
+            ("a", 0),
+            ("a", 1),
+            ("b", 0),
+        ]
+        assert [path for path, _ in run.damaged] == [folder / broken.relative_to(folder)]
+    assert len(open_run(tmp_path / "attention" / "a_0")) == 2
+    table = open_run(tmp_path).table
+    assert table.success.tolist() == [True] * 3
+    assert table.inferences.tolist() == [2] * 3
+    assert (table.bytes > 0).all()
+
+
+def test_open_run_of_an_empty_folder(tmp_path):
+    with pytest.raises(StoreError, match="holds no episode store"):
+        open_run(tmp_path)
+    with pytest.raises(StoreError, match="no such folder"):
+        open_run(tmp_path / "none")
+
+
+def test_opening_reads_no_tensor(tmp_path):
+    path = tmp_path / "episode_00000.zarr"
+    write_episode(path)
+    for chunk in path.glob("*/c"):  # without any chunk on the disk, opening and describing still work
+        import shutil
+
+        shutil.rmtree(chunk)
+    episode = open_episode(path)
+    assert episode.n_inferences == 3
+    assert episode.layout == LAYOUT
+    assert episode.raw_bytes() == 3 * 2 * (3 * 2 * 2 * 5 * 14 + 3 * 4 * 2 * 14 + 2 * 9 * 9)
+
+
+@pytest.mark.parametrize("name", ["../../secret.mp4", "/etc/passwd", "a/b.mp4"])
+def test_video_paths_stay_beside_the_store(tmp_path, name):
+    (tmp_path / "secret.mp4").write_bytes(b"")
+    path = tmp_path / "attention" / "a_0" / "episode_00000.zarr"
+    write_episode(path, videos={"cam": {"path": name}})
+    assert open_episode(path).videos == {}
+
+
+def test_eval_video_is_found_in_the_run_alone(tmp_path):
+    path = tmp_path / "run" / "attention" / "a_0" / "episode_00000.zarr"
+    write_episode(path, eval_video={"path": "../../videos/a_0/eval_episode_0.mp4"})
+    assert open_episode(path).eval_video is None
+    video = tmp_path / "run" / "videos" / "a_0" / "eval_episode_0.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_bytes(b"")
+    assert open_episode(path).eval_video == video
+    outside = tmp_path / "outside.mp4"
+    outside.write_bytes(b"")
+    other = tmp_path / "run" / "attention" / "a_0" / "episode_00001.zarr"
+    write_episode(other, eval_video={"path": "../../../outside.mp4"})
+    assert open_episode(other).eval_video is None
+
+
+def test_schema_table_names_every_array():
+    table = schema_table()
+    for spec in ARRAYS:
+        assert f"| `{spec.name}` | {', '.join(spec.dims)} | {spec.dtype} |" in table
