@@ -1,19 +1,21 @@
 """LIBERO's files: the config file it would otherwise ask about, and its 3D assets.
 
-Imports no module of LIBERO that could ask a question: `import libero.libero` reads an answer from stdin until its
-config file exists. Knows nothing of tasks, simulation or rendering, and downloads nothing: without assets hf-libero
-fetches them from the Hub itself.
+Imports no module of LIBERO that could ask a question: `import libero.libero` reads an answer from stdin until
+its config file exists. Knows nothing of tasks, simulation or rendering, and downloads nothing: without assets
+hf-libero fetches them from the Hub itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import lzma
 import os
 import shutil
 import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,8 @@ ASSET_FOLDERS = (
     "stable_hope_objects",
     "scenes",
 )
+# RuntimeError: a zip file with a password.
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
 CONFIG_KEYS = ("benchmark_root", "bddl_files", "init_states", "datasets", "assets")
 
 
@@ -110,13 +114,14 @@ def install_assets(source: Path) -> Path:
     """Put LIBERO's assets where hf-libero looks before it downloads them.
 
     Args:
-        source: an archive (.tar.xz, .tar.gz, .zip) that holds `assets/`, a folder that holds `assets/`, or that folder.
+        source: an archive (.tar.xz, .tar.gz, .zip) or a folder that holds `assets/`, or an assets folder itself.
 
     Returns:
         The assets folder. Complete assets stay as they are; incomplete ones are replaced.
 
     Raises:
-        SetupError: `source` is missing, unsafe, damaged or holds no complete assets, or the target cannot be written.
+        SetupError: `source` is missing, unsafe, damaged or without complete assets, or the target cannot be
+            written.
     """
     state = assets_state()
     if state.complete:
@@ -137,12 +142,10 @@ def install_assets(source: Path) -> Path:
                 _unpack(source, unpacked)
             _make_writable(unpacked)
             new = _find_assets(unpacked, source)
-            if target.exists():
-                target.rename(Path(work) / "old")
-            new.rename(target)
+            _replace_folder(target, new, aside=Path(work) / "old")
     except OSError as error:
         raise SetupError(
-            f"cannot install LIBERO's assets in {target}: {error}; check the folder's permissions and free space"
+            f"cannot install LIBERO's assets in {target}: {error}; check its permissions and the free space"
         ) from error
     return target
 
@@ -176,9 +179,21 @@ def _find_assets(folder: Path, source: Path) -> Path:
             return candidate
     found = folder / "assets" if (folder / "assets").is_dir() else folder
     raise SetupError(
-        f"{source} holds no complete LIBERO assets: {', '.join(_missing_folders(found))} missing, expected assets/ "
-        f"with {', '.join(ASSET_FOLDERS)}"
+        f"{source} holds no complete LIBERO assets: {', '.join(_missing_folders(found))} missing, "
+        f"expected assets/ with {', '.join(ASSET_FOLDERS)}"
     )
+
+
+def _replace_folder(target: Path, new: Path, aside: Path) -> None:
+    """Put `new` in `target`'s place and what was there in `aside`; on failure `target` is as it was."""
+    if target.exists():
+        target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -194,16 +209,16 @@ def _unpack(archive: Path, folder: Path) -> None:
                 tar.extractall(folder, filter="data")
         else:
             raise SetupError(f"{archive} is not an archive, expected .tar.xz, .tar.gz or .zip, or a folder")
+    except SetupError:
+        raise
     except tarfile.FilterError as error:
         raise SetupError(f"{archive} is unsafe and was not installed: {error}") from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
-        if isinstance(error, SetupError):
-            raise
+    except _DAMAGED as error:
         raise SetupError(f"{archive} is damaged: {error or type(error).__name__}; get it again") from error
 
 
 def _check_zip_member(member: zipfile.ZipInfo, archive: Path) -> None:
-    # zipfile would quietly move such a file into the folder; an archive that holds one is not what it says it is.
+    # zipfile would quietly move such a file into the folder; an archive with one is not what it says it is.
     name = member.filename.replace("\\", "/")
     outside = name.startswith("/") or ":" in name.split("/")[0] or ".." in name.split("/")
     if outside or stat.S_ISLNK(member.external_attr >> 16):

@@ -152,14 +152,14 @@ class Episode:
     def row_sum_tolerance(self) -> float:
         """Return how far from 1 a row of attention may sum, by the roundings that it went through.
 
-        The policy's softmax is rounded to the policy's dtype (relative error 2^-9 for bfloat16), then to
+        The policy's softmax is rounded to the policy's dtype (relative error 2^-8 for bfloat16), then to
         float16 (2^-11, and 2^-25 absolute for tiny values), then to `keep_bits` mantissa bits if that was
         chosen.
         """
         keep_bits = self.attributes.get("capture", {}).get("keep_bits")
         tolerance = 2**-11 + self.layout.n_keys * 2**-25
         if self.attributes.get("policy", {}).get("dtype") == "bfloat16":
-            tolerance += 2**-9
+            tolerance += 2**-8
         if isinstance(keep_bits, int):
             tolerance += 2.0 ** -(keep_bits + 1)
         return tolerance

@@ -1,0 +1,311 @@
+"""Checks of this machine: each says what it found and, where something is wrong, what to do.
+
+Changes nothing: what has to be written goes to temporary folders. Knows no policy and no store. Needs only the base
+install; what is missing beyond it is a finding, not a crash.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from lerobot_attn.libero import CONFIG_KEYS, assets_state, config_path
+
+OK, WARNING, FAILED = "ok", "warning", "failed"
+PYTHON_FLOOR = (3, 12)
+EVAL_REMEDY = "pip install 'lerobot_policy_attn[eval]'"
+GL_REMEDY = (
+    "apt-get install libegl1 libgl1-mesa-dri for MUJOCO_GL=egl, "
+    "or set MUJOCO_GL=osmesa and apt-get install libosmesa6"
+)
+GL_TIMEOUT_S = 120
+GB = 1e9
+# A 300-frame LIBERO episode with the default settings is some hundred MB.
+DISK_WARNING_BYTES = 10 * GB
+DISK_FAILED_BYTES = 1 * GB
+_STYLES = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
+
+# Prints one JSON line: what rendered, and the picture's smallest and largest value.
+_RENDER_SCENE = """
+import json
+import mujoco
+scene = '<mujoco><worldbody><light pos="0 0 3"/><geom type="sphere" size="0.3" rgba="1 0 0 1"/></worldbody></mujoco>'
+model = mujoco.MjModel.from_xml_string(scene)
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+with mujoco.Renderer(model, 64, 64) as renderer:
+    renderer.update_scene(data)
+    picture = renderer.render()
+    try:
+        from OpenGL import GL
+        name = GL.glGetString(GL.GL_RENDERER).decode()
+    except Exception:
+        name = "unknown renderer"
+    print(json.dumps({"renderer": name, "low": int(picture.min()), "high": int(picture.max())}), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: what was looked at.
+        status: `ok`, `warning` (works, with a limit) or `failed` (something will not work).
+        detail: what was found, one line.
+        remedy: what to do about it, one line; empty when nothing has to be done.
+    """
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a status that `print_report` would not know."""
+        if self.status not in _STYLES:
+            raise ValueError(f"status {self.status!r} is unknown, expected one of {', '.join(_STYLES)}")
+
+
+def run_checks(console: Console | None = None) -> list[Check]:
+    """Run every check, in the order in which problems should be solved.
+
+    Args:
+        console: where progress is shown while the checks run; by default the terminal's standard error, if it is one.
+
+    Returns:
+        One `Check` each. A check that breaks is reported as failed; none raises.
+    """
+    console = Console(stderr=True) if console is None else console
+    checks = []
+    with console.status("Checking") as spinner:
+        for name, function in _CHECKS.items():
+            spinner.update(f"Checking {name}")
+            try:
+                checks.append(function(name))
+            # SystemExit: what an imported package may raise, too.
+            except (Exception, SystemExit) as error:
+                checks.append(Check(name, FAILED, f"the check broke: {_one_line(error)}", _repair(name)))
+    return checks
+
+
+def print_report(checks: list[Check], console: Console) -> int:
+    """Print one line per check, and its remedy below where there is one.
+
+    Returns:
+        The exit status: 1 when a check failed, otherwise 0.
+    """
+    width = max((len(check.name) for check in checks), default=0)
+    for check in checks:
+        line = Text.assemble(
+            (f"{check.status:<8}", _STYLES[check.status]), f"{check.name:<{width}}  ", check.detail
+        )
+        # Not wrapped: a remedy must stay copyable.
+        console.print(line, soft_wrap=True, highlight=False)
+        if check.remedy:
+            console.print(
+                Text(f"{'':8}{'':{width}}  remedy: {check.remedy}"), soft_wrap=True, highlight=False
+            )
+    counts = {status: sum(check.status == status for check in checks) for status in _STYLES}
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    console.print(Text(summary or "nothing was checked"), soft_wrap=True, highlight=False)
+    return 1 if counts[FAILED] else 0
+
+
+def check_rendering(name: str = "rendering") -> Check:
+    """Render a small scene off screen, in a process of its own: a broken EGL can abort the process it runs in."""
+    if not _installed("mujoco"):
+        return Check(name, FAILED, "mujoco is not installed", EVAL_REMEDY)
+    given = os.environ.get("MUJOCO_GL")
+    # robosuite takes egl on Linux when nothing is said.
+    fallback = "cgl" if sys.platform == "darwin" else "egl"
+    environment = {**os.environ, "MUJOCO_GL": given or fallback}
+    used = f"MUJOCO_GL={given}" if given else f"MUJOCO_GL={fallback}, as robosuite takes when it is not set"
+    # mujoco writes its log to the working folder.
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _RENDER_SCENE],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=GL_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            return Check(name, FAILED, f"no picture after {GL_TIMEOUT_S} s ({used})", GL_REMEDY)
+    result = _last_json(done.stdout)
+    if result is None:
+        return Check(name, FAILED, f"{_why_it_ended(done)} ({used})", GL_REMEDY)
+    if result["low"] == result["high"]:
+        return Check(name, FAILED, f"{result['renderer']} renders a blank picture ({used})", GL_REMEDY)
+    # A failure after the picture is one while the context closes, which LIBERO does after every task.
+    if done.returncode:
+        return Check(
+            name, WARNING, f"{result['renderer']} renders, then {_why_it_ended(done)} ({used})", GL_REMEDY
+        )
+    return Check(name, OK, f"{result['renderer']} ({used})")
+
+
+def _check_python(name: str) -> Check:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info[:2] < PYTHON_FLOOR:
+        floor = ".".join(str(part) for part in PYTHON_FLOOR)
+        return Check(name, FAILED, f"{version}, expected {floor} or newer", f"install Python {floor}")
+    return Check(name, OK, version)
+
+
+def _check_torch(name: str) -> Check:
+    if not _installed("torch"):
+        return Check(name, FAILED, "torch is not installed", EVAL_REMEDY)
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check(name, OK, f"{torch.__version__}, CPU only: enough for the demo policy")
+    devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Check(name, OK, f"{torch.__version__}, CUDA: {devices}")
+
+
+def _check_lerobot(name: str) -> Check:
+    if not _installed("lerobot"):
+        return Check(name, FAILED, "lerobot is not installed", EVAL_REMEDY)
+    version = importlib.metadata.version("lerobot")
+    from lerobot_attn.plugin import check_lerobot
+
+    problems = check_lerobot()
+    if problems:
+        return Check(name, FAILED, f"{version}: {'; '.join(problems)}", EVAL_REMEDY)
+    return Check(name, OK, f"{version}, every patch point is there")
+
+
+def _check_libero_config(name: str) -> Check:
+    if not _installed("libero"):
+        return Check(name, FAILED, "libero is not installed", EVAL_REMEDY)
+    path = config_path()
+    if not path.exists():
+        return Check(
+            name,
+            FAILED,
+            f"{path} does not exist: LIBERO would ask a question on stdin",
+            "lerobot-attn setup-libero",
+        )
+    remedy = f"delete {path}, then lerobot-attn setup-libero"
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return Check(name, FAILED, f"{path} cannot be read: {_one_line(error)}", remedy)
+    if not isinstance(config, dict) or set(CONFIG_KEYS) - set(config):
+        return Check(name, FAILED, f"{path} lacks some of {', '.join(CONFIG_KEYS)}", remedy)
+    # The others hold downloads, or are found elsewhere, and need not exist.
+    for key in ("benchmark_root", "bddl_files", "init_states"):
+        if not Path(str(config[key])).is_dir():
+            return Check(name, FAILED, f"{path}: {key} is {config[key]}, which does not exist", remedy)
+    return Check(name, OK, str(path))
+
+
+def _check_libero_assets(name: str) -> Check:
+    state = assets_state()
+    if state.complete:
+        return Check(name, OK, str(state.folder))
+    if not state.folder.exists():
+        return Check(
+            name,
+            WARNING,
+            f"{state.folder} does not exist: hf-libero will download it from the Hub at first use",
+            "without a connection to the Hub: lerobot-attn setup-libero --assets ARCHIVE_OR_FOLDER",
+        )
+    return Check(
+        name,
+        FAILED,
+        f"{state.folder} lacks {', '.join(state.missing)}",
+        f"delete {state.folder}, or lerobot-attn setup-libero --assets ARCHIVE_OR_FOLDER",
+    )
+
+
+def _check_ffmpeg(name: str) -> Check:
+    import imageio_ffmpeg
+
+    size_px = (16, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "frame.mp4"
+        encoder = imageio_ffmpeg.write_frames(
+            str(path), size_px, fps=1, codec="libx264", ffmpeg_log_level="error"
+        )
+        encoder.send(None)
+        encoder.send(bytes(3 * size_px[0] * size_px[1]))
+        encoder.close()
+        if not path.is_file() or not path.stat().st_size:
+            return Check(name, FAILED, f"{imageio_ffmpeg.get_ffmpeg_exe()} wrote no frame", _repair(name))
+    return Check(name, OK, f"{imageio_ffmpeg.get_ffmpeg_version()}, encodes H.264")
+
+
+def _check_disk(name: str) -> Check:
+    folder = Path.cwd()
+    free_bytes = shutil.disk_usage(folder).free
+    detail = f"{free_bytes / GB:.1f} GB free in {folder}"
+    if free_bytes >= DISK_WARNING_BYTES:
+        return Check(name, OK, detail)
+    remedy = "free some space, or give lerobot-eval an --output_dir on a larger disk"
+    return Check(name, FAILED if free_bytes < DISK_FAILED_BYTES else WARNING, detail, remedy)
+
+
+_CHECKS: dict[str, Callable[[str], Check]] = {
+    "Python": _check_python,
+    "torch": _check_torch,
+    "LeRobot": _check_lerobot,
+    "rendering": check_rendering,
+    "LIBERO config": _check_libero_config,
+    "LIBERO assets": _check_libero_assets,
+    "ffmpeg": _check_ffmpeg,
+    "disk space": _check_disk,
+}
+
+
+def _repair(name: str) -> str:
+    """Return what to try when a check itself broke: reinstall what it imports."""
+    if name == "ffmpeg":
+        return (
+            "pip install --force-reinstall 'imageio[ffmpeg]', or set IMAGEIO_FFMPEG_EXE to a working ffmpeg"
+        )
+    return EVAL_REMEDY if name in ("torch", "LeRobot", "rendering") else "report it with this line"
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _last_json(text: str) -> dict | None:
+    """Return the last line's JSON object; None when there is none, as after an abort."""
+    lines = text.strip().splitlines()
+    try:
+        result = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def _why_it_ended(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    last = f": {lines[-1].strip()}" if lines else ""
+    if done.returncode < 0:
+        return f"rendering was ended by signal {-done.returncode}{last}"
+    return f"rendering ended with exit status {done.returncode}{last}"
