@@ -1,7 +1,7 @@
 """Checks of this machine: each says what it found and, where something is wrong, what to do.
 
-Changes nothing: what has to be written goes to temporary folders. Knows no policy and no store. Needs only the base
-install; what is missing beyond it is a finding, not a crash.
+Changes nothing: what has to be written goes to temporary folders. Knows no policy and no store. Needs only
+the base install; what is missing beyond it is a finding, not a crash.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _STYLES = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
 _RENDER_SCENE = """
 import json
 import mujoco
-scene = '<mujoco><worldbody><light pos="0 0 3"/><geom type="sphere" size="0.3" rgba="1 0 0 1"/></worldbody></mujoco>'
+scene = '<light pos="0 0 3"/><geom type="sphere" size="0.3" rgba="1 0 0 1"/>'
+scene = f"<mujoco><worldbody>{scene}</worldbody></mujoco>"
 model = mujoco.MjModel.from_xml_string(scene)
 data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)
@@ -84,7 +85,7 @@ def run_checks(console: Console | None = None) -> list[Check]:
     """Run every check, in the order in which problems should be solved.
 
     Args:
-        console: where progress is shown while the checks run; by default the terminal's standard error, if it is one.
+        console: where progress is shown, if it is a terminal; by default standard error.
 
     Returns:
         One `Check` each. A check that breaks is reported as failed; none raises.
@@ -126,7 +127,10 @@ def print_report(checks: list[Check], console: Console) -> int:
 
 
 def check_rendering(name: str = "rendering") -> Check:
-    """Render a small scene off screen, in a process of its own: a broken EGL can abort the process it runs in."""
+    """Render a small scene off screen.
+
+    It runs in a process of its own: a broken EGL can abort the process that uses it.
+    """
     if not _installed("mujoco"):
         return Check(name, FAILED, "mujoco is not installed", EVAL_REMEDY)
     given = os.environ.get("MUJOCO_GL")

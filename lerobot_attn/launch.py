@@ -49,7 +49,7 @@ def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def launch_eval(arguments: list[str]) -> int:
-    """Print the equivalent `lerobot-eval` command, run it in a process of its own, and return its exit status."""
+    """Print the equivalent `lerobot-eval` command, run it as a process, and return its exit status."""
     print("lerobot-eval " + " ".join(shlex.quote(argument) for argument in arguments), flush=True)
     return subprocess.run(
         [sys.executable, "-m", "lerobot.scripts.lerobot_eval", *arguments], check=False

@@ -114,7 +114,7 @@ def install_assets(source: Path) -> Path:
     """Put LIBERO's assets where hf-libero looks before it downloads them.
 
     Args:
-        source: an archive (.tar.xz, .tar.gz, .zip) or a folder that holds `assets/`, or an assets folder itself.
+        source: an archive (.tar.xz, .tar.gz, .zip) or a folder that holds `assets/`, or an assets folder.
 
     Returns:
         The assets folder. Complete assets stay as they are; incomplete ones are replaced.

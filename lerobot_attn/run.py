@@ -21,7 +21,7 @@ import numpy as np
 
 from lerobot_attn.capture import AttentionCapture, capture_attention
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.errors import StoreError
+from lerobot_attn.errors import CaptureError, StoreError
 from lerobot_attn.recorder import DimensionNames, EpisodeJob, EpisodePlan, EpisodeResult, RolloutRecorder
 from lerobot_attn.store.background import BackgroundWriter
 from lerobot_attn.store.schema import EPISODE_SUFFIX
@@ -178,11 +178,17 @@ class RunRecorder:
         self._tell_size(task)
 
     def end_task(self) -> TaskSummary:
-        """The task's rollouts are done: wait until all is written."""
+        """The task's rollouts are done: wait until all is written.
+
+        Raises:
+            CaptureError: an episode could not be saved whole, and `on_error` is "abort".
+        """
         self._open_writer.flush()
         summary = self._summarise()
         self._report(summary)
         self._task = None
+        if self.failures and self.config.on_error == "abort":
+            raise CaptureError(f"{self.failures[0]}; stopped because of on_error=abort")
         return summary
 
     @contextmanager

@@ -5,6 +5,7 @@ python scripts/eval.py env=libero_object capture=summary policy.path=CHECKPOINT 
 python scripts/eval.py -m env=libero_object,libero_goal capture=last_two policy.path=CHECKPOINT
 
 Fields of LeRobot's config that configs/ does not name are added with a plus: +policy.n_action_steps=5.
+Without attention capture: ~capture.
 """
 
 import sys

@@ -35,7 +35,7 @@ def act(policy, batch, seed, n=1):
 
 
 class AdapterContract:
-    """Fixtures to provide: `policy`; `batch`, a batch of two; `break_policy`, a context that makes it raise."""
+    """Fixtures to provide: `policy`; `batch`, of two; `break_policy`, a context that makes it raise."""
 
     def test_is_an_adapter(self, policy):
         assert isinstance(adapter_for(policy), PolicyAdapter)

@@ -1,18 +1,77 @@
-"""Fixtures that several test modules share."""
+"""What tests share: no network, a headless renderer, the gate before the real LIBERO, the demo policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+# Before anything imports mujoco or huggingface_hub, which read them once.
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REQUIRE_LIBERO = "LEROBOT_ATTN_REQUIRE_LIBERO"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("libero") and isinstance(item, pytest.Function):
+            # First, so that no other fixture starts a simulation that cannot run.
+            item.fixturenames[:] = ["libero_ready", *(n for n in item.fixturenames if n != "libero_ready")]
+
 
 @pytest.fixture(scope="session")
-def demo_checkpoint(tmp_path_factory):
-    """A demo checkpoint's folder."""
+def libero_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of LIBERO's assets, with its config file in place and rendering tried.
+
+    Skips when something is missing; fails instead when LEROBOT_ATTN_REQUIRE_LIBERO=1.
+    """
+    reason = _why_libero_cannot_run()
+    if reason:
+        if os.environ.get(REQUIRE_LIBERO) == "1":
+            pytest.fail(f"{REQUIRE_LIBERO}=1, but {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    from lerobot_attn.libero import assets_state, config_path, write_libero_config
+
+    if not config_path().exists():
+        # Of the whole session, child processes too; the person's own folder stays as it is.
+        os.environ["LIBERO_CONFIG_PATH"] = str(tmp_path_factory.mktemp("libero_config"))
+        write_libero_config()
+    return assets_state().folder
+
+
+def _why_libero_cannot_run() -> str:
+    import importlib.util
+
+    from lerobot_attn.doctor import check_rendering
+    from lerobot_attn.libero import assets_state
+
+    if importlib.util.find_spec("libero") is None:
+        return "libero is not installed; pip install 'lerobot_policy_attn[eval]'"
+    state = assets_state()
+    if not state.complete:
+        return (
+            f"LIBERO's assets in {state.folder} lack {', '.join(state.missing)}; "
+            "lerobot-attn setup-libero --assets ARCHIVE_OR_FOLDER"
+        )
+    check = check_rendering()
+    return f"{check.detail}; {check.remedy}" if check.status == "failed" else ""
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a demo checkpoint."""
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 
     return make_demo_checkpoint(tmp_path_factory.mktemp("demo") / "pi05_tiny")
 
 
 @pytest.fixture(scope="session")
-def demo_policy(demo_checkpoint):
+def demo_policy(demo_checkpoint: Path) -> Callable[..., tuple[Any, Any, Any]]:
     """Load the demo checkpoint as lerobot-eval does: settings → (policy, preprocessor, postprocessor)."""
     from lerobot.configs import PreTrainedConfig
     from lerobot.envs.configs import LiberoEnv
@@ -20,7 +79,7 @@ def demo_policy(demo_checkpoint):
 
     import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401
 
-    def load(**settings):
+    def load(**settings: str) -> tuple[Any, Any, Any]:
         overrides = [f"--{name}={value}" for name, value in settings.items()]
         config = PreTrainedConfig.from_pretrained(demo_checkpoint, cli_overrides=overrides)
         config.pretrained_path = demo_checkpoint

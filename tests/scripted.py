@@ -1,8 +1,8 @@
-"""A policy whose attention and actions are known in advance, its adapter, and an environment to roll it out in.
+"""A policy whose attention and actions are known in advance, its adapter, and an environment for it.
 
-The policy's attention is not made by modules: its adapter observes it by replacing a function, as SmolVLA's must. Its
-suffix opens with a state token, as pi0's does, and its odd layers attend to the prefix alone, as SmolVLA's do. So what
-runs here runs through every width that the seam between adapters and capture has.
+The policy's attention is not made by modules: its adapter observes it by replacing a function, as SmolVLA's
+must. Its suffix opens with a state token, as pi0's does, and its odd layers attend to the prefix alone, as
+SmolVLA's do. So what runs here uses the whole width of the seam between adapters and capture.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def make_config(**settings):
 
 
 def attention_of(inference, step, layer, batch):
-    """The weights that the scripted policy "attends" with: (batch, head, query, key), known from the indices."""
+    """What the scripted policy "attends" with: (batch, head, query, key), known from the indices."""
     n_keys = PREFIX if layer % 2 else PREFIX + QUERIES
     generator = torch.Generator().manual_seed(1_000_000 * inference + 1000 * step + layer)
     return torch.softmax(3 * torch.randn(batch, HEADS, QUERIES, n_keys, generator=generator), dim=-1)
@@ -201,18 +201,18 @@ ADAPTER = (__name__, "ScriptedAdapter")
 
 
 class ScriptedEnv(gym.Env):
-    """Ends after `length` steps; its picture's brightness is 4 times the frame number; its reward is the frame."""
+    """Ends after `length` steps; its picture is as bright as 4 times the frame, its reward is the frame."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012  as gymnasium declares it
     task = "scripted"
     task_description = "do as told"
 
-    def __init__(self, length, success, max_steps, fail_at=None):
+    def __init__(self, length, success, max_steps, fail_at=None, size=8):
         self._length, self._success, self._fail_at = length, success, fail_at
-        self._max_episode_steps = max_steps
+        self._max_episode_steps, self._size = max_steps, size
         self.observation_space = gym.spaces.Dict(
             {
-                "pixels": gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)}),
+                "pixels": gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8)}),
                 "agent_pos": gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
             }
         )
@@ -220,7 +220,7 @@ class ScriptedEnv(gym.Env):
         self._t = 0
 
     def _observation(self):
-        image = np.full((8, 8, 3), min(4 * self._t, 255), np.uint8)
+        image = np.full((self._size, self._size, 3), min(4 * self._t, 255), np.uint8)
         return {"pixels": {"image": image}, "agent_pos": np.array([self._t, -self._t], np.float64)}
 
     def reset(self, *, seed=None, options=None):
@@ -240,11 +240,11 @@ class ScriptedEnv(gym.Env):
         return self._observation()["pixels"]["image"]
 
 
-def make_envs(lengths, successes=None, max_steps=1000, fail_at=None):
+def make_envs(lengths, successes=None, max_steps=1000, fail_at=None, size=8):
     successes = successes or [False] * len(lengths)
     return gym.vector.SyncVectorEnv(
         [
-            lambda length=length, success=success: ScriptedEnv(length, success, max_steps, fail_at)
+            lambda length=length, success=success: ScriptedEnv(length, success, max_steps, fail_at, size)
             for length, success in zip(lengths, successes, strict=True)
         ],
         autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,

@@ -152,7 +152,7 @@ def test_maps_differ_so_that_a_mixed_up_index_shows(policy, batch):
 
 @pytest.mark.parametrize("token", [0, 1, 20, 49])
 def test_query_i_is_action_i(policy, batch, token):
-    """Disturb one action's noise: as a query its own row changes, as a key its own column, and nothing else."""
+    """Disturb one action's noise: its own row changes, and its own column, and nothing else."""
     noise = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(0))
     disturbed = noise.clone()
     disturbed[:, token] += 3.0
@@ -224,7 +224,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("camera", [0, 1])
 def test_a_planted_object_lands_in_the_right_patch(policy, preprocessor, sizes, camera):
-    """Light a square in the environment's own image; find it in what the camera shows and in the image tokens."""
+    """Light a square in the environment's image; find it in the camera's view and in the image tokens."""
     height, width = sizes[camera]
     side = max(height, width) // 16
     name = (IMAGE, WRIST)[camera]
@@ -276,13 +276,13 @@ def test_a_planted_object_lands_in_the_right_patch(policy, preprocessor, sizes, 
 
 
 def test_a_missing_camera_is_put_last_and_masked(policy, preprocessor):
-    """The policy tokenises the cameras that it got first: the layout must follow the batch, not the config."""
+    """The policy puts the cameras that it got first: the layout must follow the batch, not the config."""
     batch = preprocessor(raw_observation())
     del batch[IMAGE]
     with capture_attention(policy) as capture:
         act(policy, batch, 0)
     (record,) = capture.drain()
-    assert [camera.name for camera in record.layout.cameras][0] == WRIST
+    assert record.layout.cameras[0].name == WRIST
     assert [camera.is_empty for camera in record.layout.cameras] == [False, True, True]
     assert not record.suffix_attention[..., 256:768].any()
     assert record.suffix_attention[..., :256].any()

@@ -1,12 +1,12 @@
 """The store: what a reader sees at any instant, and what plain xarray, Dask and zarr see."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,7 +241,7 @@ def test_killed_at_any_instant_leaves_what_was_committed(tmp_path):
     for attempt in range(3):
         path = tmp_path / f"episode_{attempt:05d}.zarr"
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(KILLED_WRITER), str(path), os.path.dirname(__file__)],
+            [sys.executable, "-c", textwrap.dedent(KILLED_WRITER), str(path), str(Path(__file__).parent)],
             stdout=subprocess.PIPE,
             text=True,
         )

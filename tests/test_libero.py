@@ -1,0 +1,207 @@
+"""The main job on the real simulation: stock lerobot-eval, real LIBERO tasks, the bundled demo policy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from lerobot_attn.layout import Kind
+from lerobot_attn.store.reader import open_run
+from lerobot_attn.video import count_frames, read_frames
+
+pytestmark = pytest.mark.libero
+
+N_STEPS = 14
+
+
+def command(name):
+    return str(Path(sys.executable).parent / name)
+
+
+def lerobot_eval(checkpoint, folder, *arguments):
+    """Run the stock command; return its log."""
+    result = subprocess.run(
+        [
+            command("lerobot-eval"),
+            f"--policy.path={checkpoint}",
+            "--policy.device=cpu",
+            "--policy.n_action_steps=5",
+            "--env.type=libero",
+            f"--env.episode_length={N_STEPS}",
+            f"--output_dir={folder}",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "SLURM_JOB_ID": "0"},
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stderr
+
+
+SYNCHRONOUS = ["--env.task=libero_object", "--env.task_ids=[0]", "--eval.n_episodes=2", "--eval.batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def synchronous(libero_ready, demo_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synchronous")
+    log = lerobot_eval(demo_checkpoint, folder, *SYNCHRONOUS, "--eval.save_attention_maps=true")
+    return folder, log
+
+
+@pytest.fixture(scope="module")
+def asynchronous(libero_ready, demo_checkpoint, tmp_path_factory):
+    """LeRobot's default kind of environments, a batch that does not divide the episodes, and every option."""
+    folder = tmp_path_factory.mktemp("asynchronous")
+    settings = folder / "capture.yaml"
+    settings.write_text("layers: all\nprefix_layers: [-1]\ndenoise_steps: [0, -1]\nkeep_bits: 8\n")
+    log = lerobot_eval(
+        demo_checkpoint,
+        folder / "out",
+        "--env.task=libero_goal",
+        "--env.task_ids=[1]",
+        "--eval.n_episodes=3",
+        "--eval.batch_size=2",
+        "--eval.save_attention_maps=true",
+        f"--eval.attention={settings}",
+    )
+    return folder / "out", log
+
+
+def check_stores(folder, task, n_episodes):
+    run = open_run(folder)
+    assert [episode.path for episode in run] == [
+        folder / "attention" / task / f"episode_{index:05d}.zarr" for index in range(n_episodes)
+    ]
+    for index, episode in enumerate(run):
+        video = folder / "videos" / task / f"eval_episode_{index}.mp4"
+        assert episode.is_complete
+        assert episode.has_random_weights
+        assert episode.eval_video == video
+        assert episode.n_frames == count_frames(video) == N_STEPS
+        assert episode.n_inferences == 3
+        data = xr.open_zarr(episode.path).load()
+        np.testing.assert_array_equal(data.frame_inference, np.arange(N_STEPS) // 5)
+        np.testing.assert_array_equal(data.frame_query, np.arange(N_STEPS) % 5)
+        assert data.state.shape == (N_STEPS, 8)
+        assert data.state_dim.values[:3].tolist() == ["eef_x", "eef_y", "eef_z"]
+        assert set(episode.videos) == {"observation.images.image", "observation.images.image2"}
+        words = [
+            "".join(data.token_text[0].values[(data.text_word[0] == word).values]).strip()
+            for word in range(int(data.text_word[0].max()) + 1)
+        ]
+        assert " ".join(words) == episode.task
+        assert int(data.text_state_dim.max()) == 7
+        maps = data.suffix_attention.astype(np.float32)
+        assert float(abs(maps.sum("key") - 1).max()) <= episode.row_sum_tolerance()
+        padding = data.key_kind == Kind.PADDING
+        assert float(maps.where(padding, 0).max()) == 0
+    return run
+
+
+def frame_difference(a, b):
+    return np.abs(a.astype(float) - b).mean()
+
+
+def check_views(run):
+    """The first camera is what LeRobot filmed; a frame's best match is the frame of its own number."""
+    for episode in run:
+        view = list(read_frames(episode.videos["observation.images.image"]))
+        wrist = list(read_frames(episode.videos["observation.images.image2"]))
+        filmed = list(read_frames(episode.eval_video))
+        assert len(view) == len(wrist) == len(filmed) == N_STEPS
+        same = np.mean([frame_difference(a, b) for a, b in zip(view, filmed, strict=True)])
+        assert same < 3.0  # of 255: what the codec loses
+        for shift in (1, 2, 3):
+            shifted = np.mean(
+                [frame_difference(a, b) for a, b in zip(view[shift:], filmed[:-shift], strict=True)]
+            )
+            assert same < shifted, "the frames are not the MP4's frames of the same number"
+        turned = np.mean([frame_difference(a[::-1, ::-1], b) for a, b in zip(view, filmed, strict=True)])
+        other = np.mean([frame_difference(a, b) for a, b in zip(wrist, filmed, strict=True)])
+        assert min(turned, other) > 4 * same
+
+
+def test_synchronous_episodes(synchronous):
+    folder, log = synchronous
+    run = check_stores(folder, "libero_object_0", 2)
+    check_views(run)
+    assert [episode.attributes["seed"] for episode in run] == [1000, 1001]
+    assert "Attention goes to" in log
+    assert "weights are random" in log
+    assert "Attention of libero_object_0: 2 of 2 episodes saved, 6 inferences" in log
+    assert run[0].task == "pick up the alphabet soup and place it in the basket"
+
+
+def test_asynchronous_batches(asynchronous):
+    folder, log = asynchronous
+    run = check_stores(folder, "libero_goal_1", 3)
+    check_views(run)
+    assert "Attention of libero_goal_1: 3 of 3 episodes saved" in log
+    data = run[2].dataset
+    assert data.sizes["layer"] == data.sizes["all_layer"]
+    assert data.denoise_step.values.tolist() == [0, 9]
+    assert data.prefix_attention.shape[1:] == (1, 8, 968, 968)
+    # Two environments of a batch and two batches see different things.
+    states = [episode.dataset.state.values for episode in run]
+    assert all(np.abs(states[i] - states[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_eval_info_lists_the_stores(synchronous, asynchronous):
+    for (folder, _), n in ((synchronous, 2), (asynchronous, 3)):
+        info = json.loads((folder / "eval_info.json").read_text())
+        paths = [str(episode.path) for episode in open_run(folder)]
+        assert info["overall"]["attention_paths"] == paths
+        assert info["per_task"][0]["metrics"]["attention"]["n_saved"] == n
+        assert len(info["overall"]["video_paths"]) >= n
+
+
+def test_evaluation_is_the_same_without_capture(synchronous, demo_checkpoint, tmp_path):
+    """Policy, simulation and videos: bit for bit what they are without us."""
+    folder, _ = synchronous
+    lerobot_eval(demo_checkpoint, tmp_path, *SYNCHRONOUS)
+    assert not (tmp_path / "attention").exists()
+    videos = sorted((tmp_path / "videos").rglob("*.mp4"))
+    assert len(videos) == 2
+    for video in videos:
+        assert video.read_bytes() == (folder / video.relative_to(tmp_path)).read_bytes()
+    with_capture, without = (json.loads((f / "eval_info.json").read_text()) for f in (folder, tmp_path))
+    metrics = without["per_task"][0]["metrics"]
+    assert "attention" not in metrics
+    for key in ("sum_rewards", "max_rewards", "successes"):
+        assert with_capture["per_task"][0]["metrics"][key] == metrics[key]
+
+
+def test_inspect_tells_what_is_there(synchronous):
+    folder, _ = synchronous
+
+    def inspect(path, *options):
+        result = subprocess.run(
+            [command("lerobot-attn"), "inspect", str(path), *options],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "COLUMNS": "140"},
+        )
+        return result.stdout
+
+    run = json.loads(inspect(folder, "--json"))
+    assert (run["n_episodes"], run["n_complete"]) == (2, 2)
+    assert "2 episodes, 2 complete, 0 successful" in inspect(folder)
+    store = folder / "attention" / "libero_object_0" / "episode_00000.zarr"
+    facts = json.loads(inspect(store, "--json"))
+    assert facts["rows_sum_to_one"] is True
+    assert abs(sum(facts["attention_mass"].values()) - 1) < 1e-3
+    assert facts["attention_mass"]["padding"] == 0
+    text = inspect(store)
+    assert "sanity: rows sum to 1" in text
+    assert "weights are random" in text

@@ -1,0 +1,474 @@
+"""Recording through LeRobot's own evaluation functions, where policy and environment have a known truth.
+
+The scripted policy's action of token k in inference i of environment e is (e, i, k, noise): an episode's
+stored actions therefore say themselves which inference and token they came from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lerobot")
+
+import scripted  # noqa: E402
+
+from lerobot_attn import plugin  # noqa: E402
+from lerobot_attn.config import AttentionConfig  # noqa: E402
+from lerobot_attn.errors import CaptureError, StoreError  # noqa: E402
+from lerobot_attn.policies import ADAPTERS  # noqa: E402
+from lerobot_attn.run import RunRecorder  # noqa: E402
+from lerobot_attn.store.reader import open_episode, open_run  # noqa: E402
+from lerobot_attn.store.writer import EpisodeWriter  # noqa: E402
+from lerobot_attn.video import read_frames  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def scripted_adapter(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "0")  # LeRobot's own way to leave its progress bars out
+    monkeypatch.setitem(ADAPTERS, "scripted", scripted.ADAPTER)
+
+
+@pytest.fixture
+def eval_namespace():
+    return dict(vars(importlib.import_module(plugin.EVAL_MODULE)))
+
+
+def evaluate(
+    folder, envs, *, policy=None, n_episodes=None, videos=10, record=True, recording=None, **settings
+):
+    """Run LeRobot's `eval_policy_all` over `{task_id: vector environment}`; return its info and the run."""
+    # A fresh copy of the script's globals, whose functions look each other up there.
+    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    policy = policy or scripted.ScriptedPolicy(scripted.make_config())
+    run = None
+    same = lambda value: value  # noqa: E731
+
+    def go():
+        first = next(iter(envs.values()))
+        return module.eval_policy_all(
+            envs={"group": envs},
+            policy=policy,
+            env_preprocessor=same,
+            env_postprocessor=same,
+            preprocessor=same,
+            postprocessor=same,
+            n_episodes=n_episodes or first.num_envs,
+            max_episodes_rendered=0 if recording else videos,
+            videos_dir=None if recording else folder / "videos",
+            start_seed=1000,
+            **(recording or {}),
+        )
+
+    if not record:
+        return go(), None
+    run = RunRecorder(AttentionConfig(**settings), folder / "attention", {"policy": {"dtype": "float32"}})
+    with plugin.recording(vars(module), run, env_type="scripted"):
+        info = go()
+    return info, run
+
+
+def make_policy(**settings):
+    return scripted.ScriptedPolicy(scripted.make_config(**settings))
+
+
+@pytest.mark.parametrize("n_action_steps", [1, 10, 50])
+@pytest.mark.parametrize("lengths", [(23,), (7, 23, 55)])
+def test_frames_inferences_and_tokens_match_the_truth(tmp_path, n_action_steps, lengths):
+    envs = {3: scripted.make_envs(lengths)}
+    policy = make_policy(n_action_steps=n_action_steps)
+    info, run = evaluate(tmp_path, envs, policy=policy, layers="all")
+    assert not run.failures
+    for env, length in enumerate(lengths):
+        path = tmp_path / "attention" / "group_3" / f"episode_{env:05d}.zarr"
+        episode = open_episode(path)
+        data = episode.dataset.load()
+        assert episode.is_complete
+        assert episode.n_frames == length
+        assert episode.n_inferences == math.ceil(length / n_action_steps)
+        frames = np.arange(length)
+        np.testing.assert_array_equal(data.inference_frame, np.arange(0, length, n_action_steps))
+        np.testing.assert_array_equal(data.frame_inference, frames // n_action_steps)
+        # The suffix opens with a state token: action k is query k + 1.
+        np.testing.assert_array_equal(data.frame_query, frames % n_action_steps + 1)
+        # What was executed says itself where it came from.
+        np.testing.assert_array_equal(data.action[:, 0], env)
+        np.testing.assert_array_equal(data.action[:, 1], data.frame_inference)
+        np.testing.assert_array_equal(data.action[:, 2], data.frame_query - 1)
+        chunk = data.action_chunk.values[data.frame_inference.values, data.frame_query.values]
+        np.testing.assert_array_equal(data.action, chunk)
+        assert np.isnan(data.action_chunk[:, 0]).all()
+        np.testing.assert_array_equal(data.reward, frames)
+        np.testing.assert_array_equal(data.state, np.stack([frames, -frames], axis=1))
+        for inference in range(episode.n_inferences):
+            for step, layer in ((0, 0), (2, 3)):
+                true = scripted.attention_of(inference, step, layer, len(lengths))[env].numpy()
+                stored = data.suffix_attention[inference, step, layer, ..., : true.shape[-1]]
+                np.testing.assert_array_equal(stored, true.astype(np.float16))
+        # Frame t of every video shows the observation that action t answers.
+        for video in (*episode.videos.values(), episode.eval_video):
+            shown = [frame.mean() for frame in read_frames(video)]
+            np.testing.assert_allclose(shown, np.minimum(4 * frames, 255), atol=4)
+    paths = [str(tmp_path / "attention" / "group_3" / f"episode_{i:05d}.zarr") for i in range(len(lengths))]
+    assert info["per_task"][0]["metrics"]["attention_paths"] == paths
+    assert info["overall"]["attention_paths"] == paths
+    assert info["per_group"]["group"]["attention_paths"] == paths
+
+
+def test_the_step_limit_ends_an_episode(tmp_path):
+    evaluate(tmp_path, {0: scripted.make_envs((99, 5), max_steps=12)})
+    first, second = open_run(tmp_path)
+    assert (first.n_frames, second.n_frames) == (12, 5)
+    assert (first.n_inferences, second.n_inferences) == (2, 1)
+    assert first.attributes["ended_by"] == "the step limit"
+    assert second.attributes["ended_by"] == "terminated or truncated by the environment"
+
+
+def test_success_is_what_the_evaluation_says(tmp_path):
+    info, _ = evaluate(tmp_path, {0: scripted.make_envs((5, 9), successes=[True, False])})
+    run = open_run(tmp_path)
+    assert (
+        [episode.success for episode in run] == info["per_task"][0]["metrics"]["successes"] == [True, False]
+    )
+    assert run[0].dataset.success.values.tolist() == [False] * 4 + [True]
+    assert not run[1].dataset.success.values.any()
+
+
+def test_discarded_rollouts_leave_no_store(tmp_path):
+    """3 episodes of batches of 2: the fourth rollout is run and thrown away."""
+    info, run = evaluate(tmp_path, {0: scripted.make_envs((5, 8))}, n_episodes=3)
+    assert [episode.path.name for episode in open_run(tmp_path)] == [
+        f"episode_0000{i}.zarr" for i in range(3)
+    ]
+    assert info["per_task"][0]["metrics"]["attention"]["n_not_saved"] == 0
+    assert not list((tmp_path / "attention").rglob("episode_00003*"))
+    assert [episode.attributes["seed"] for episode in open_run(tmp_path)] == [1000, 1001, 1002]
+    assert not run.failures
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("all", [0, 1, 2]), ("success", [1]), ("failure", [0, 2])])
+def test_keep(tmp_path, keep, kept):
+    envs = {0: scripted.make_envs((5, 6, 7), successes=[False, True, False])}
+    info, run = evaluate(tmp_path, envs, keep=keep)
+    assert [episode.attributes["episode_index"] for episode in open_run(tmp_path)] == kept
+    attention = info["per_task"][0]["metrics"]["attention"]
+    assert attention["n_saved"] == len(kept)
+    dropped = [entry["episode"] for entry in attention["not_saved"]]
+    assert dropped == [i for i in range(3) if i not in kept]
+    assert all(f"keep={keep}" in entry["reason"] for entry in attention["not_saved"])
+    left = sorted({path.name.split(".")[0] for path in (tmp_path / "attention" / "group_0").iterdir()})
+    assert left == [f"episode_{i:05d}" for i in kept]
+    assert not run.failures
+
+
+def test_only_chosen_episodes_are_recorded(tmp_path):
+    policy = make_policy()
+    info, run = evaluate(
+        tmp_path, {0: scripted.make_envs((5,))}, n_episodes=4, policy=policy, episodes=[1, 3]
+    )
+    assert [episode.attributes["episode_index"] for episode in open_run(tmp_path)] == [1, 3]
+    # The maps are those of the chosen episodes' own inferences.
+    for episode, inference in zip(open_run(tmp_path), (1, 3), strict=True):
+        true = scripted.attention_of(inference, 2, 2, 1)[0].numpy().astype(np.float16)
+        np.testing.assert_array_equal(episode.dataset.suffix_attention.sel(denoise_step=2, layer=2)[0], true)
+    reasons = [entry["reason"] for entry in info["per_task"][0]["metrics"]["attention"]["not_saved"]]
+    assert reasons == ["not among episodes=[1, 3]"] * 2
+    assert not run.failures
+
+
+def test_tasks_have_their_own_folders(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        info, _ = evaluate(tmp_path, {0: scripted.make_envs((5,)), 7: scripted.make_envs((6,))})
+    run = open_run(tmp_path)
+    assert [(e.path.parent.name, e.n_frames) for e in run] == [("group_0", 5), ("group_7", 6)]
+    assert len(info["overall"]["attention_paths"]) == 2
+    lines = [record.message for record in caplog.records if record.message.startswith("Attention")]
+    assert len(lines) == 3
+    assert lines[0].startswith(f"Attention goes to {tmp_path / 'attention'}: ")
+    assert lines[1].startswith("Attention of group_0: 1 of 1 episodes saved, 1 inferences, ")
+    assert "waited" in lines[2]
+
+
+def test_evaluation_is_the_same_with_and_without_recording(tmp_path):
+    results = []
+    for name, record in (("with", True), ("without", False)):
+        torch.manual_seed(0)
+        envs = {0: scripted.make_envs((5, 9), successes=[True, False]), 1: scripted.make_envs((3, 4))}
+        info, _ = evaluate(tmp_path / name, envs, n_episodes=3, record=record)
+        results.append(info)
+        for video in sorted((tmp_path / name / "videos").rglob("*.mp4")):
+            results.append(video.read_bytes())
+    half = len(results) // 2
+    with_capture, without = results[0], results[half]
+    assert results[1:half] == results[half + 1 :]
+    for task, other in zip(with_capture["per_task"], without["per_task"], strict=True):
+        for key in ("sum_rewards", "max_rewards", "successes"):
+            assert task["metrics"][key] == other["metrics"][key]
+
+
+def test_nothing_is_left_on_environment_and_policy(tmp_path):
+    envs, policy = {0: scripted.make_envs((5,))}, make_policy()
+    before = set(vars(envs[0])), set(vars(policy))
+    evaluate(tmp_path, envs, policy=policy)
+    assert (set(vars(envs[0])) - {"closed"}, set(vars(policy))) == (before[0] - {"closed"}, before[1])
+
+
+def test_with_lerobots_own_recording(tmp_path):
+    """--eval.recording=true turns the videos off and writes a LeRobot dataset: both can be had at once."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    size = 64  # the smallest that LeRobot's encoder takes
+    features = {
+        "action": PolicyFeature(FeatureType.ACTION, (4,)),
+        "observation.images.image": PolicyFeature(FeatureType.VISUAL, (size, size, 3)),
+    }
+    recording = {"recording_dir": tmp_path / "recordings", "env_features": features}
+    info, run = evaluate(tmp_path, {0: scripted.make_envs((5,), size=size)}, recording=recording)
+    assert not run.failures
+    (episode,) = open_run(tmp_path)
+    assert episode.is_complete
+    assert episode.eval_video is None
+    assert list(episode.videos) == [scripted.CAMERA]
+    assert info["per_task"][0]["metrics"]["attention_paths"]
+    assert (tmp_path / "recordings" / "group_0" / "meta" / "info.json").is_file()
+
+
+def test_policy_that_raises_leaves_an_incomplete_store(tmp_path):
+    policy = make_policy()
+    policy.fail_at = (2, 1, 1)
+    with pytest.raises(RuntimeError, match="the policy broke"):
+        evaluate(tmp_path, {0: scripted.make_envs((25, 45))}, policy=policy)
+    for episode in open_run(tmp_path):
+        assert not episode.is_complete
+        assert episode.success is None
+        assert (episode.n_inferences, episode.n_frames) == (2, 20)
+        assert episode.attributes["interrupted_by"] == "RuntimeError: the policy broke"
+        assert len(list(read_frames(next(iter(episode.videos.values()))))) == 20
+    assert "predict_action_chunk" not in vars(policy)
+
+
+def test_environment_that_raises_leaves_ended_episodes_complete(tmp_path):
+    envs = {0: scripted.make_envs((5, 45), fail_at=17)}
+    with pytest.raises(RuntimeError, match="the environment broke"):
+        evaluate(tmp_path, envs)
+    ended, cut = open_run(tmp_path)
+    assert ended.is_complete
+    assert ended.n_frames == 5
+    assert not cut.is_complete
+    # Frame 17 was shown and its action sent, but what came of it is unknown.
+    assert (cut.n_frames, cut.n_inferences) == (17, 2)
+
+
+def test_keyboard_interrupt_goes_through(tmp_path, monkeypatch):
+    envs = scripted.make_envs((30,))
+    step = envs.step
+
+    def interrupted(action):
+        if envs.envs[0].unwrapped._t == 13:
+            raise KeyboardInterrupt
+        return step(action)
+
+    envs.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path, {0: envs})
+    (episode,) = open_run(tmp_path)
+    assert not episode.is_complete
+    assert episode.n_frames == 13
+    assert episode.attributes["interrupted_by"] == "KeyboardInterrupt"
+
+
+def break_writing(monkeypatch, after):
+    """Fail the writer as a full disk does, once `after` inferences are written."""
+    original = EpisodeWriter.append_inference
+
+    def append(self, rows):
+        if self.n_inferences >= after:
+            raise OSError(28, "No space left on device")
+        original(self, rows)
+
+    monkeypatch.setattr(EpisodeWriter, "append_inference", append)
+
+
+def test_a_failing_writer_does_not_stop_the_evaluation(tmp_path, monkeypatch, caplog):
+    break_writing(monkeypatch, after=2)
+    info, run = evaluate(tmp_path, {0: scripted.make_envs((45, 15))}, n_episodes=4)
+    metrics = info["per_task"][0]["metrics"]
+    assert len(metrics["successes"]) == 4
+    assert len(run.failures) == 2
+    assert "No space left on device" in run.failures[0]
+    assert "episode 0: incomplete: [Errno 28] No space left on device" in caplog.text
+    episodes = {e.attributes["episode_index"]: e for e in open_run(tmp_path)}
+    assert [episodes[i].is_complete for i in range(4)] == [False, True, False, True]
+    # What was committed before is there and true.
+    broken = episodes[0]
+    assert broken.n_inferences == 2
+    assert "No space left" in broken.attributes["error"]
+    true = scripted.attention_of(1, 2, 2, 2)[0].numpy().astype(np.float16)
+    np.testing.assert_array_equal(broken.dataset.suffix_attention.sel(denoise_step=2, layer=2)[1], true)
+    assert metrics["attention"]["n_saved"] == 2
+    assert [entry["episode"] for entry in metrics["attention"]["not_saved"]] == [0, 2]
+
+
+def test_on_error_abort_stops_at_once(tmp_path, monkeypatch):
+    break_writing(monkeypatch, after=1)
+    policy = make_policy()
+    with pytest.raises(CaptureError, match="stopped because of on_error=abort"):
+        evaluate(tmp_path, {0: scripted.make_envs((900,))}, policy=policy, on_error="abort")
+    assert policy.n_inferences < 90
+    (episode,) = open_run(tmp_path)
+    assert not episode.is_complete
+
+
+def test_on_error_abort_stops_after_a_late_failure_too(tmp_path, monkeypatch):
+    """The rollout may be over before its writer fails: the next task must not start."""
+    break_writing(monkeypatch, after=0)
+    envs = {0: scripted.make_envs((2,)), 1: scripted.make_envs((2,))}
+    policy = make_policy()
+    with pytest.raises(CaptureError, match="on_error=abort"):
+        evaluate(tmp_path, envs, policy=policy, on_error="abort")
+    assert policy.n_inferences == 1
+
+
+class CaptureBreaks(scripted.ScriptedAdapter):
+    def observe(self, sink, *, layers, prefix_layers):
+        deliver = sink.suffix_attention
+
+        def broken(layer, weights):
+            deliver(layer, weights[..., :3, :] if self.policy.n_inferences == 1 else weights)
+
+        sink.suffix_attention = broken
+        return super().observe(sink, layers=layers, prefix_layers=prefix_layers)
+
+
+def test_a_failing_capture_does_not_stop_the_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(scripted, "ScriptedAdapter", CaptureBreaks)
+    info, run = evaluate(tmp_path, {0: scripted.make_envs((25,))}, n_episodes=2)
+    assert len(info["per_task"][0]["metrics"]["successes"]) == 2
+    first, second = open_run(tmp_path)
+    # Without the second inference nobody could say what the later frames looked at: none is stored.
+    assert (first.is_complete, first.n_inferences) == (False, 1)
+    assert "shape" in first.attributes["error"]
+    assert second.is_complete
+    assert len(run.failures) == 1
+
+
+def test_abort_on_a_failing_capture(tmp_path, monkeypatch):
+    monkeypatch.setattr(scripted, "ScriptedAdapter", CaptureBreaks)
+    with pytest.raises(CaptureError, match="on_error=abort"):
+        evaluate(tmp_path, {0: scripted.make_envs((25,))}, on_error="abort")
+
+
+class NothingSeen(scripted.ScriptedAdapter):
+    def observe(self, sink, *, layers, prefix_layers):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+def test_nothing_captured_is_an_error_and_no_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(scripted, "ScriptedAdapter", NothingSeen)
+    info, run = evaluate(tmp_path, {0: scripted.make_envs((25,))})
+    assert info["per_task"][0]["metrics"]["attention_paths"] == []
+    assert len(run.failures) == 1
+    assert "no captured inference" in run.failures[0]
+    assert not list((tmp_path / "attention").rglob("episode_*"))
+
+
+class OutOfOrder(scripted.ScriptedPolicy):
+    """Serves its chunk from the second action on: a frame's action is not the token that a table names."""
+
+    def select_action(self, batch, **kwargs):
+        if not self._queue:
+            self._queue.extend(self.predict_action_chunk(batch)[:, 1:11].transpose(0, 1))
+        return self._queue.popleft()
+
+
+def test_actions_that_are_not_their_tokens_are_refused(tmp_path):
+    policy = OutOfOrder(scripted.make_config())
+    _, run = evaluate(tmp_path, {0: scripted.make_envs((25,))}, policy=policy)
+    assert len(run.failures) == 1
+    assert "executed an action that is not token 0 of its inference's chunk" in run.failures[0]
+    assert not any(episode.is_complete for episode in open_run(tmp_path))
+
+
+def test_a_slow_writer_makes_the_policy_wait(tmp_path, monkeypatch):
+    import time
+
+    original = EpisodeWriter.append_inference
+
+    def slow(self, rows):
+        time.sleep(0.05)
+        original(self, rows)
+
+    monkeypatch.setattr(EpisodeWriter, "append_inference", slow)
+    monkeypatch.setattr("lerobot_attn.run.BackgroundWriter", lambda n: TinyQueue(200_000))
+    from lerobot_attn.store.background import BackgroundWriter as TinyQueue
+
+    info, _ = evaluate(
+        tmp_path, {0: scripted.make_envs((20,))}, policy=make_policy(n_action_steps=1), layers="all"
+    )
+    assert info["per_task"][0]["metrics"]["attention"]["waited_for_writer_s"] > 0.1
+    (episode,) = open_run(tmp_path)
+    assert episode.is_complete
+    assert episode.n_inferences == 20
+
+
+@pytest.mark.parametrize("what", ["existing", "file", "unwritable"])
+def test_folders_that_cannot_be_used(tmp_path, what, monkeypatch):
+    folder = tmp_path / "attention"
+    if what == "existing":
+        evaluate(tmp_path, {0: scripted.make_envs((5,))})
+        message = "already holds episodes"
+    elif what == "file":
+        folder.write_text("")
+        message = "is a file, expected a folder"
+    else:
+        from pathlib import Path
+
+        def refuse(self, data):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "write_bytes", refuse)
+        message = r"cannot be written \(Permission denied\)"
+    with pytest.raises(StoreError, match=message) as error:
+        RunRecorder(AttentionConfig(), folder, {})
+    assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_is_too_small_is_warned_of(tmp_path, monkeypatch, caplog):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    evaluate(tmp_path, {0: scripted.make_envs((5,))})
+    assert "may need" in caplog.text
+    assert "has 1.0 kB free; save fewer layers" in caplog.text
+
+
+def test_stores_say_where_they_come_from(tmp_path):
+    evaluate(tmp_path, {4: scripted.make_envs((5,))}, layers=[-1], keep_bits=7)
+    (episode,) = open_run(tmp_path)
+    attributes = episode.attributes
+    assert json.loads(json.dumps(attributes)) == attributes
+    assert attributes["task"] == "do as told"
+    assert (attributes["task_group"], attributes["task_id"], attributes["seed"]) == ("group", 4, 1000)
+    assert attributes["policy"]["type"] == "scripted"
+    assert attributes["capture"]["layers"] == [-1]
+    assert attributes["capture"]["keep_bits"] == 7
+    assert attributes["executed_queries"] == [1, 11]
+    assert attributes["videos"][scripted.CAMERA] == {
+        "path": "episode_00000.image.mp4",
+        "fps": 25.0,
+        "n_frames": 5,
+        "height_px": 8,
+        "width_px": 8,
+    }
+    assert attributes["eval_video"] == {"path": "../../videos/group_4/eval_episode_0.mp4", "fps": 25.0}
