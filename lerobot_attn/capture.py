@@ -267,7 +267,7 @@ class _Collector:
         self._prefix_slot = {layer: i for i, layer in enumerate(self._selection.prefix_layers)}
         self._step_slot = {step: i for i, step in enumerate(self._selection.denoise_steps)}
         all_heads = len(self._selection.heads) == capture.policy.n_heads
-        self._heads = None if all_heads else list(self._selection.heads)
+        self._heads = None if all_heads else torch.tensor(self._selection.heads)
         self._inputs: InferenceInputs | None = None
 
     # Everything below runs inside the policy's forward pass: with `on_failure` no exception may reach the
@@ -297,7 +297,7 @@ class _Collector:
         with self._guard():
             prefix_len = self._inputs.layout.prefix_len
             self._check("prefix", layer, weights, (prefix_len, prefix_len))
-            weights = weights if self._heads is None else weights[:, self._heads]
+            weights = self._choose_heads(weights)
             if self._prefix is None:
                 self._prefix = self._copies.allocate(
                     (len(self._prefix_slot), *weights.shape), torch.float16, weights.device
@@ -322,7 +322,7 @@ class _Collector:
         with self._guard():
             layout, slot = self._inputs.layout, self._step_slot[step]
             self._check("suffix", layer, weights, (layout.n_queries, layout.n_keys))
-            weights = weights if self._heads is None else weights[:, self._heads]
+            weights = self._choose_heads(weights)
             batch, heads, queries, _ = weights.shape
             n_steps = len(self._step_slot)
             if layer in self._layer_slot:
@@ -393,6 +393,13 @@ class _Collector:
             if self._on_failure is None:
                 raise
             self._on_failure(error)
+
+    def _choose_heads(self, weights: Tensor) -> Tensor:
+        if self._heads is None:
+            return weights
+        if self._heads.device != weights.device:  # once, for a copy to the device may wait for it
+            self._heads = self._heads.to(weights.device)
+        return weights.index_select(1, self._heads)
 
     def _fill(self, target: Tensor, source: Tensor) -> None:
         keys = source.shape[-1]

@@ -1,0 +1,27 @@
+"""The README's tables are what the code says."""
+
+import re
+from pathlib import Path
+
+from lerobot_attn.config import AttentionConfig
+from lerobot_attn.store.schema import schema_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_schema_table_is_generated():
+    table = README.split("<!-- schema -->")[1].split("<!-- /schema -->")[0].strip()
+    assert table == schema_table(), "write schema_table() of lerobot_attn/store/schema.py into the README"
+
+
+def test_every_setting_is_explained():
+    section = README.split("## Record")[1].split("\n## ")[0]
+    for name in AttentionConfig().to_dict():
+        assert f"`--eval.attention.{name}`" in section or f"`{name}`" in section, name
+
+
+def test_preset_sizes_are_the_presets_own():
+    for preset in (ROOT / "configs" / "capture").glob("*.yaml"):
+        size = re.search(r"full size: ([\d.]+ MB)", preset.read_text())[1]
+        assert re.search(rf"\| `{preset.stem}` \|.*\| {re.escape(size)} \|", README), preset.stem
