@@ -69,7 +69,8 @@ def demo_policy(
     """Write a tiny Pi0.5 checkpoint with random weights, for trying things out without the real one."""
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 
-    path = make_demo_checkpoint(directory, seed=seed, overwrite=overwrite)
+    with Console(stderr=True).status("Writing the demo checkpoint (loading LeRobot takes a while)"):
+        path = make_demo_checkpoint(directory, seed=seed, overwrite=overwrite)
     print(f"Wrote {path}: policy type pi05_tiny, random weights, so its attention maps mean nothing.")
     print(f"Use it with: lerobot-eval --policy.path={path} …")
 

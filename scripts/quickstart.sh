@@ -12,19 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 policy=outputs/quickstart/pi05_tiny
 results=outputs/quickstart/eval
 
-say() { printf '\n==> %s\n' "$*"; }
-show() {
-    local word line=+
-    for word in "$@"; do
-        [[ $word =~ ^[A-Za-z0-9_./:=,+-]+$ ]] || word="${word@Q}"
-        line+=" $word"
-    done
-    echo "$line"
-}
-run() { show "$@"; "$@"; }
-
-bash scripts/setup.sh eval
-export PATH="$PWD/.venv/bin:$PATH"
+# Sourced for its `say` and `run`, and for the environment that it makes.
+source scripts/setup.sh eval
 export MUJOCO_GL="${MUJOCO_GL:-egl}"
 
 say "A demo policy: the real Pi0.5 code with small towers and random weights"
@@ -32,7 +21,7 @@ run lerobot-attn demo-policy "$policy" --overwrite </dev/null
 
 device="$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")' </dev/null)"
 say "Evaluating it on LIBERO, with attention recorded (device: $device; some minutes on a CPU)"
-# lerobot-eval refuses a folder that exists.
+# A folder that holds recorded episodes is refused.
 run rm -rf "$results"
 echo "+ export MUJOCO_GL=$MUJOCO_GL"
 run lerobot-eval \

@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh              # extras: eval
 #   bash scripts/setup.sh eval,dev
+#   source scripts/setup.sh eval       # and keep its functions and .venv on the PATH
 #
 # LIBERO_ASSETS=<archive or folder>  installs LIBERO's assets from there; without it hf-libero downloads them from
 #                                    the Hub at first use.
