@@ -36,15 +36,17 @@ def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
         )
     arguments: list[str] = []
     for section in ("policy", "env", "eval"):
-        arguments += [f"--{name}={_text(value)}" for name, value in _flatten(section, settings.get(section))]
+        arguments += [
+            f"--{name}={option_text(value)}" for name, value in _flatten(section, settings.get(section))
+        ]
     capture = settings.get("capture")
     if capture is not None:
         AttentionConfig.from_dict(dict(capture), where="capture")
         arguments.append("--eval.save_attention_maps=true")
-        arguments += [f"--{name}={_text(value)}" for name, value in _flatten("eval.attention", capture)]
+        arguments += [f"--{name}={option_text(value)}" for name, value in _flatten("eval.attention", capture)]
     for name in ("output_dir", "seed", "job_name"):
         if settings.get(name) is not None:
-            arguments.append(f"--{name}={_text(settings[name])}")
+            arguments.append(f"--{name}={option_text(settings[name])}")
     return arguments
 
 
@@ -64,7 +66,8 @@ def _flatten(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}.{name}", value
 
 
-def _text(value: Any) -> str:
+def option_text(value: Any) -> str:
+    """Return a value as the option parser of LeRobot reads it."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value).replace(" ", "") if isinstance(value, list) else str(value)

@@ -248,11 +248,13 @@ def expand_attention_file(argv: Sequence[str]) -> list[str]:
 
 def attention_options(settings: dict[str, Any]) -> list[str]:
     """Return settings as `--eval.attention.name=value` options; unset ones are left out."""
+    from lerobot_attn.launch import option_text
 
-    def text(value: Any) -> str:
-        return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
-
-    return [f"--eval.attention.{name}={text(value)}" for name, value in settings.items() if value is not None]
+    return [
+        f"--eval.attention.{name}={option_text(value)}"
+        for name, value in settings.items()
+        if value is not None
+    ]
 
 
 @contextmanager

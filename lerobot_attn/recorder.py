@@ -140,7 +140,6 @@ class RolloutRecorder:
             if plan is not None
         ]
         self._record: InferenceRecord | None = None
-        self._n_inferences = 0
         self._state: np.ndarray | None = None
         self._frame: _Frame | None = None
 
@@ -184,8 +183,6 @@ class RolloutRecorder:
         self._frame = _Frame(copies, copies.copy(action.float()), views, self._state)
         copies.seal()
         record, self._record = self._record, None
-        if record is not None:
-            self._n_inferences += 1
         for track in self._active:
             if record is not None:
                 self._queue_inference(track, record)
@@ -215,7 +212,7 @@ class RolloutRecorder:
         """Attention could not be captured: what follows in these episodes has no inference to belong to.
 
         Raises:
-            Exception: the error itself, with `on_error="abort"`.
+            CaptureError: with `on_error="abort"`.
         """
         self._record = None
         for track in self._active:

@@ -44,6 +44,16 @@ def libero_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return assets_state().folder
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder, without LIBERO's files."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
+    return folder
+
+
 def _why_libero_cannot_run() -> str:
     import importlib.util
 

@@ -19,15 +19,6 @@ def report(checks: list[Check]) -> tuple[int, list[str]]:
     return status, out.getvalue().splitlines()
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    folder.mkdir()
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
-    return folder
-
-
 # The report
 
 

@@ -24,15 +24,6 @@ needs_libero = pytest.mark.skipif(libero._benchmark_root() is None, reason="libe
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    folder.mkdir()
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
-    return folder
-
-
-@pytest.fixture
 def assets(tmp_path: Path) -> Path:
     """A folder that holds `assets/`, with one file in every needed folder."""
     folder = tmp_path / "source"
