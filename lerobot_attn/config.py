@@ -5,13 +5,12 @@ hand, with `resolve_indices`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.settings import from_mapping, read_mapping
 
 Selection = list[int] | str
 COMPRESSORS = ("zstd", "lz4", "blosclz", "zlib", "none")
@@ -99,11 +98,7 @@ class AttentionConfig:
         Raises:
             ConfigError: an unknown name, or a value out of range.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(known)}")
-        return cls(**values)
+        return from_mapping(cls, values, where=where)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "AttentionConfig":
@@ -112,22 +107,7 @@ class AttentionConfig:
         Raises:
             ConfigError: the file is missing, not a mapping, or holds an unknown key or a bad value.
         """
-        path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot read the attention settings ({error.strerror}); expected a YAML file"
-            ) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{path}: got a {type(values).__name__}, expected a mapping of settings to values"
-            )
-        return cls.from_dict(values, where=str(path))
+        return cls.from_dict(read_mapping(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""

@@ -27,3 +27,7 @@ class IncompatibleLeRobotError(LerobotAttnError, RuntimeError):
 
 class SetupError(LerobotAttnError, RuntimeError):
     """Something around the package (LIBERO's files, a GL backend, an extra) is not in place."""
+
+
+class SelectionError(LerobotAttnError, LookupError):
+    """A frame, layer, head, camera, word … was asked for that the episode does not hold."""

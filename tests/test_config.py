@@ -68,7 +68,7 @@ def test_bad_yaml(tmp_path, text, message):
 
 
 def test_missing_yaml(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read the attention settings"):
+    with pytest.raises(ConfigError, match="cannot read the settings"):
         AttentionConfig.from_yaml(tmp_path / "none.yaml")
 
 

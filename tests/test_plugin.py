@@ -106,7 +106,7 @@ def test_help_shows_every_setting(run_main, capsys):
         (["--eval.attention.keep_bits=0"], "error: keep_bits: got 0, expected a whole number from 1 to 10"),
         (["--eval.attention.keep=best"], "error: keep: got 'best', expected one of all, success, failure"),
         (["--env.max_parallel_tasks=2"], "error: env.max_parallel_tasks: got 2, expected 1"),
-        (["--eval.attention=none.yaml"], "error: none.yaml: cannot read the attention settings"),
+        (["--eval.attention=none.yaml"], "error: none.yaml: cannot read the settings"),
     ],
 )
 def test_bad_settings_are_one_line_before_any_environment(run_main, capsys, tmp_path, arguments, message):

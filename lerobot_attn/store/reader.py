@@ -99,10 +99,24 @@ class Episode:
         Raises:
             StoreError: the arrays' metadata is damaged.
         """
+        return self._open(chunks={})
+
+    @cached_property
+    def arrays(self) -> xr.Dataset:
+        """The same dataset without Dask: a selection is read when its values are asked for.
+
+        The quickest for single maps; a computation over many of them belongs on `dataset`.
+
+        Raises:
+            StoreError: the arrays' metadata is damaged.
+        """
+        return self._open(chunks=None)
+
+    def _open(self, chunks: dict[str, int] | None) -> xr.Dataset:
         import xarray as xr
 
         try:
-            return xr.open_zarr(self.path, consolidated=True)
+            return xr.open_zarr(self.path, consolidated=True, chunks=chunks)
         except Exception as error:  # zarr and xarray raise many kinds for damaged metadata
             raise StoreError(f"{self.path}: damaged metadata: {_first_line(error)}") from error
 

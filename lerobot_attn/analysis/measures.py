@@ -1,0 +1,90 @@
+"""How sharp and how steady attention is."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import xarray as xr
+
+from lerobot_attn.errors import SelectionError
+
+
+def sharpness(array: xr.DataArray, dims: Sequence[Hashable] | None = None) -> xr.Dataset:
+    """Return the entropy of a distribution and the number of tokens that it is worth.
+
+    The values are first divided by their sum, so for a heatmap it is the distribution within the image:
+    `effective_number` is 1 when one patch takes everything and the number of patches when all get the same.
+
+    Args:
+        array: attention or a heatmap, not negative.
+        dims: what to take the distribution over; by default key, token, or grid_y and grid_x.
+
+    Returns:
+        `entropy` in bits and `effective_number` = 2^entropy (perplexity), over the remaining dimensions; NaN
+        where everything is 0.
+
+    Raises:
+        SelectionError: the array lacks the dimensions.
+    """
+    dims = _distribution_dims(array, dims)
+    total = array.sum(dims)
+    p = array / total.where(total > 0)
+    # 0 log 0 is 0; a sum of nothing but NaN must stay NaN.
+    bits: xr.DataArray = xr.apply_ufunc(np.log2, p.where(p > 0, 1), dask="allowed")
+    entropy = -(p * bits).sum(dims).where(total > 0)
+    entropy.attrs = {"long_name": "entropy", "units": "bit"}
+    number = 2**entropy
+    number.attrs = {"long_name": "effective number", "units": "1"}
+    return xr.Dataset({"entropy": entropy, "effective_number": number})
+
+
+def stability(array: xr.DataArray, along: str, dims: Sequence[Hashable] | None = None) -> xr.DataArray:
+    """Return how much of a map stays from one denoise step, inference or frame to the next.
+
+    The overlap sum(min(p, q)) of the two distributions, which is 1 minus their total variation distance: 1
+    when nothing moves, 0 when nothing is shared.
+
+    Args:
+        array: attention or heatmaps, with the dimension `along`.
+        along: "denoise_step", "inference" or "frame".
+        dims: what the distributions are over; by default key, token, or grid_y and grid_x.
+
+    Returns:
+        The same dimensions without `dims`; `along` is one shorter and labelled by the later of the two. NaN
+        where a map is all 0.
+
+    Raises:
+        SelectionError: the array lacks a dimension, or has one map only.
+    """
+    dims = _distribution_dims(array, dims)
+    if along not in array.dims:
+        raise SelectionError(
+            f"stability along {along!r}: the maps have {', '.join(map(str, array.dims))}; keep it with 'all'"
+        )
+    if array.sizes[along] < 2:
+        raise SelectionError(f"stability along {along!r} needs two maps at least, got {array.sizes[along]}")
+    total = array.sum(dims)
+    p = array / total.where(total > 0)
+    later = p.isel({along: slice(1, None)})
+    earlier = p.isel({along: slice(None, -1)})
+    if along in later.coords:
+        earlier = earlier.assign_coords({along: later[along].values})
+    shared: xr.DataArray = xr.apply_ufunc(np.minimum, later, earlier, dask="allowed")
+    overlap = shared.sum(dims, skipna=False)
+    overlap.attrs = {"long_name": f"overlap with the previous {along.replace('_', ' ')}", "units": "1"}
+    return overlap
+
+
+def _distribution_dims(array: xr.DataArray, dims: Sequence[Hashable] | None) -> list[Hashable]:
+    if dims is None:
+        for usual in (("grid_y", "grid_x"), ("key",), ("token",), ("action_key",), ("modality",)):
+            if set(usual) <= set(array.dims):
+                return list(usual)
+        raise SelectionError(
+            f"no distribution among the dimensions {', '.join(map(str, array.dims))}; give dims="
+        )
+    missing = [dim for dim in dims if dim not in array.dims]
+    if missing:
+        raise SelectionError(f"dimension {missing[0]!r} is not among {', '.join(map(str, array.dims))}")
+    return list(dims)

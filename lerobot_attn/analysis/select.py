@@ -1,0 +1,333 @@
+"""Choose attention by label: which frame, layer, denoise step, head and query.
+
+Every function of `lerobot_attn.analysis` takes an episode's dataset and these choices as keywords:
+
+    attention(episode.dataset, frame=12, layer=17, denoise_step=9, head="mean", query="frame")
+
+A Dask-backed dataset gives lazy results. Knows neither images nor words; opens no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import xarray as xr
+
+from lerobot_attn.errors import SelectionError, StoreError
+from lerobot_attn.layout import TokenLayout
+
+Labels = int | Sequence[int] | Literal["all"]
+Choice = int | Sequence[int] | Literal["all", "mean"]
+HeadChoice = int | Sequence[int] | Literal["all", "mean", "max"]
+QueryChoice = int | Literal["frame", "executed", "mean", "all"]
+
+RAW, MEANS = "suffix_attention", "suffix_attention_mean"
+KEY_COORDINATES = ("key_camera", "key_row", "key_column")
+
+
+class Where(TypedDict, total=False):
+    """What to look at; every key has a default.
+
+    An integer drops its dimension, a list or "all" keeps it, "mean" and "max" reduce it.
+
+    Keys:
+        frame: frame number(s), or "all".
+        inference: inference number(s), or "all"; the default where no frame is given.
+        layer: labels, negative from the policy's last; default -1, "all" for every stored one.
+        denoise_step: labels likewise; default -1, the step that yields the action.
+        head: labels, "all", "mean" (default) or "max".
+        query: an action token's index; "frame", the token whose action is executed at each frame (the
+            default with `frame`); "executed", the mean over the executed ones (the default otherwise); "mean"
+            over all; or "all".
+        leave_out: key tokens to leave out, e.g. attention sinks; the rest is rescaled to sum to 1.
+    """
+
+    frame: Labels | None
+    inference: Labels | None
+    layer: Choice
+    denoise_step: Choice
+    head: HeadChoice
+    query: QueryChoice | None
+    leave_out: Sequence[int]
+
+
+def layout_of(dataset: xr.Dataset) -> TokenLayout:
+    """Return the token layout that the dataset carries in its attributes.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    try:
+        return TokenLayout.from_dict(dataset.attrs["layout"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the dataset's token layout is missing or damaged ({error!r})") from error
+
+
+def executed_queries(dataset: xr.Dataset) -> slice:
+    """Return the queries whose actions are executed, as a slice."""
+    try:
+        first, stop = dataset.attrs["executed_queries"]
+        return slice(int(first), int(stop))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the dataset does not say which queries are executed ({error!r})") from error
+
+
+def attention(
+    dataset: xr.Dataset,
+    *,
+    frame: Labels | None = None,
+    inference: Labels | None = None,
+    layer: Choice = -1,
+    denoise_step: Choice = -1,
+    head: HeadChoice = "mean",
+    query: QueryChoice | None = None,
+    leave_out: Sequence[int] = (),
+) -> xr.DataArray:
+    """Select suffix attention by label. See `Where` for the choices.
+
+    Full maps are used where every layer asked for has them. Otherwise, and for `query="executed"`, the stored
+    means over the executed actions are; `attrs["source"]` and `attrs["query"]` say what was used.
+
+    Returns:
+        (frame or inference, denoise_step, layer, head, query, key) without the dimensions that were dropped
+        or reduced: float32 share of attention, rows sum to 1 over key (not with `head="max"`). Its attributes
+        say in words what was chosen.
+
+    Raises:
+        SelectionError: a label that the episode does not hold; the message names those that it does.
+    """
+    if frame is not None and inference is not None:
+        raise SelectionError(f"got both frame={frame!r} and inference={inference!r}, expected one of them")
+    by_frame = frame is not None
+    query = ("frame" if by_frame else "executed") if query is None else query
+    _check_query(dataset, query, by_frame=by_frame)
+    source, layers = _source(dataset, layer, query)
+    array = dataset[source]
+    if source == MEANS:
+        array = array.rename(all_layer="layer")
+    array = array.sel(layer=layers)
+    steps = _labels(dataset, "denoise_step", denoise_step, "n_denoise_steps")
+    array = array.sel(denoise_step=steps)
+    if not isinstance(head, str):
+        array = array.sel(head=_labels(dataset, "head", head, "n_heads"))
+    array, query_text = _select_rows(dataset, array, frame, inference, query, source)
+    array = array.astype(np.float32)
+    if denoise_step == "mean":
+        array = array.mean("denoise_step")
+    if layer == "mean":
+        array = array.mean("layer")
+    if head in ("mean", "max"):
+        array = array.mean("head") if head == "mean" else array.max("head")
+    if len(leave_out):
+        array = _leave_out(array, leave_out)
+    array.attrs = {
+        "long_name": "attention",
+        "units": "share of attention",
+        "source": source,
+        "query": query_text,
+        "layer": _words("layer", layer, layers),
+        "denoise_step": _words("denoise step", denoise_step, steps),
+        "head": _words("head", head, None if isinstance(head, str) else array["head"].values),
+        "left_out": f"{len(leave_out)} key tokens left out" if len(leave_out) else "",
+    }
+    return array
+
+
+def frames_of(dataset: xr.Dataset, frame: Labels) -> int | list[int]:
+    """Return frame numbers after checking them; negative ones count from the end.
+
+    Raises:
+        SelectionError: no such frame.
+    """
+    return _positions("frame", frame, dataset.sizes.get("frame", 0))
+
+
+def stored_layers(dataset: xr.Dataset) -> tuple[list[int], list[int]]:
+    """Return the layers with full maps, and those with means over the executed actions."""
+    full = dataset["layer"].values.tolist() if RAW in dataset else []
+    means = dataset["all_layer"].values.tolist() if MEANS in dataset else []
+    return full, means
+
+
+def ranges(values: Sequence[int]) -> str:
+    """Shorten [0, 1, 2, 5] to "0-2, 5"."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _check_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -> None:
+    words = ("frame", "executed", "mean", "all")
+    if isinstance(query, str):
+        if query not in words:
+            raise SelectionError(
+                f"query {query!r}: expected an action token's index or one of {', '.join(words)}"
+            )
+        if query == "frame" and not by_frame:
+            raise SelectionError("query='frame' is the action executed at a frame: expected frame= with it")
+        return
+    n_queries = layout_of(dataset).n_queries
+    if not 0 <= query < n_queries:
+        raise SelectionError(
+            f"query {query} does not exist: a chunk has {n_queries}, expected 0 to {n_queries - 1}"
+        )
+
+
+def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str, int | list[int]]:
+    """Choose full maps or means, and return the layers' labels in it."""
+    full, means = stored_layers(dataset)
+    if not full and not means:
+        raise SelectionError("the episode holds no suffix attention; record with layers or mean_layers")
+    if isinstance(layer, str):
+        if layer not in ("all", "mean"):
+            raise SelectionError(f"layer {layer!r}: expected a layer, a list, 'all' or 'mean'")
+        labels: int | list[int] = means or full if query in ("executed", "frame") else full
+    else:
+        last = max([*full, *means])
+        n_layers = int(dataset.attrs.get("policy", {}).get("n_layers") or last + 1)
+        labels = _from_end(layer, n_layers)
+    wanted = [labels] if isinstance(labels, int) else labels
+    in_means, in_full = (bool(wanted) and set(wanted) <= set(saved) for saved in (means, full))
+    executed = executed_queries(dataset)
+    covered = isinstance(query, str) and query in ("executed", "frame")
+    covered = covered or (isinstance(query, int) and executed.start <= query < executed.stop)
+    if in_means and query == "executed":
+        return MEANS, labels
+    if in_full:
+        return RAW, labels
+    if in_means and covered:
+        return MEANS, labels
+    saved = f"{ranges(full) or 'none'} as full maps, {ranges(means) or 'none'} as means over executed actions"
+    if in_means:
+        raise SelectionError(
+            f"query={query!r} needs full maps of layer {ranges(wanted)}; saved are {saved}; "
+            "choose query='executed' or a layer with full maps"
+        )
+    missing = [value for value in wanted if value not in full and value not in means] or wanted
+    raise SelectionError(f"layer {ranges(missing) or repr(layer)} was not saved; saved are {saved}")
+
+
+def _labels(dataset: xr.Dataset, name: str, choice: Any, count: str) -> Any:
+    """Return the labels of a choice that has a coordinate."""
+    saved = dataset[name].values.tolist()
+    if isinstance(choice, str):
+        if choice not in ("all", "mean"):
+            raise SelectionError(f"{_plain(name)} {choice!r}: expected a number, a list, 'all' or 'mean'")
+        return saved
+    total = dataset.attrs.get("policy", {}).get(count)
+    labels = _from_end(choice, int(total or saved[-1] + 1))
+    for label in [labels] if isinstance(labels, int) else labels:
+        if label not in saved:
+            raise SelectionError(f"{_plain(name)} {label} was not saved; saved are {ranges(saved)}")
+    return labels
+
+
+def _from_end(choice: Any, count: int) -> int | list[int]:
+    if isinstance(choice, (int, np.integer)) and not isinstance(choice, bool):
+        return int(choice) + count if choice < 0 else int(choice)
+    return [int(value) + count if value < 0 else int(value) for value in choice]
+
+
+def _positions(name: str, choice: Labels, count: int) -> int | list[int]:
+    if choice == "all":
+        return list(range(count))
+    if isinstance(choice, str):
+        raise SelectionError(f"{name} {choice!r}: expected a number, a list or 'all'")
+    values = [choice] if isinstance(choice, (int, np.integer)) else list(choice)
+    for value in values:
+        if not -count <= value < count:
+            held = f"0 to {count - 1}" if count else "none: it is empty"
+            raise SelectionError(f"{name} {value} does not exist: the episode's are {held}")
+    found = [int(value) % count for value in values]
+    return found[0] if isinstance(choice, (int, np.integer)) else found
+
+
+def _select_rows(
+    dataset: xr.Dataset,
+    array: xr.DataArray,
+    frame: Labels | None,
+    inference: Labels | None,
+    query: QueryChoice,
+    source: str,
+) -> tuple[xr.DataArray, str]:
+    """Select along inference or frame, and along query; and say in words which query it is."""
+    executed = executed_queries(dataset)
+    mean_text = f"mean of executed actions {executed.start}-{executed.stop - 1}"
+    if frame is None:
+        chosen = _positions(
+            "inference", "all" if inference is None else inference, dataset.sizes["inference"]
+        )
+        array = array.isel(inference=chosen)
+        array = array.assign_coords(inference=("inference", chosen) if isinstance(chosen, list) else chosen)
+        return (array, mean_text) if source == MEANS else _reduce_query(array, query, executed, mean_text)
+    frames = frames_of(dataset, frame)
+    wanted, order = np.unique(frames, return_inverse=True)
+    inferences = dataset["frame_inference"].values[wanted]
+    if source == RAW and query == "frame":
+        queries = dataset["frame_query"].values[wanted]
+        if isinstance(frames, int):
+            one = array.isel(inference=int(inferences[0]), query=int(queries[0]))
+            return one.assign_coords(frame=frames), f"action {int(queries[0])}, executed at the frame"
+        # One inference at a time: its frames share a chunk, and no more than one is ever held.
+        pieces = []
+        for value in dict.fromkeys(inferences.tolist()):
+            at = inferences == value
+            piece = (
+                array.isel(inference=value).isel(query=queries[at]).rename(query="frame").astype(np.float32)
+            )
+            pieces.append(piece.assign_coords(frame=wanted[at]))
+        joined = (
+            xr.concat(pieces, "frame") if pieces else array.isel(inference=0, query=[]).rename(query="frame")
+        )
+        return joined.isel(frame=order).transpose("frame", ...), "the action executed at the frame"
+    unique, back = np.unique(inferences, return_inverse=True)
+    array = array.isel(inference=unique)
+    text = mean_text
+    if source == RAW:
+        array, text = _reduce_query(array, query, executed, mean_text)
+    if isinstance(frames, int):
+        return array.isel(inference=0).assign_coords(frame=frames), text
+    array = array.isel(inference=xr.DataArray(back[order], dims="frame")).assign_coords(frame=wanted[order])
+    return array.transpose("frame", ...), text
+
+
+def _reduce_query(
+    array: xr.DataArray, query: QueryChoice, executed: slice, mean_text: str
+) -> tuple[xr.DataArray, str]:
+    if query == "executed":
+        return array.isel(query=executed).astype(np.float32).mean("query"), mean_text
+    if query == "mean":
+        return array.astype(np.float32).mean("query"), "mean of all actions"
+    if query == "all":
+        return array.assign_coords(query=np.arange(array.sizes["query"])), "every action"
+    assert isinstance(query, int)
+    return array.isel(query=query), f"action {query}"
+
+
+def _leave_out(array: xr.DataArray, keys: Sequence[int]) -> xr.DataArray:
+    n_keys = array.sizes["key"]
+    bad = [key for key in keys if not 0 <= key < n_keys]
+    if bad:
+        raise SelectionError(f"leave_out: key {bad[0]} does not exist, expected 0 to {n_keys - 1}")
+    keep = np.ones(n_keys, np.float32)
+    keep[list(keys)] = 0
+    kept = array * xr.DataArray(keep, dims="key")
+    total = kept.sum("key")
+    return kept / total.where(total > 0, 1)
+
+
+def _words(name: str, choice: Any, labels: Any) -> str:
+    if isinstance(choice, str):
+        return f"{choice} of all {name}s" if choice != "all" else f"all {name}s"
+    values = np.atleast_1d(labels).tolist()
+    return f"{name} {ranges(values)}" if len(values) == 1 else f"{name}s {ranges(values)}"
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,195 @@
+"""Attention on images: the grid of patches, and the camera's own pixels with the letterbox undone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, Unpack
+
+import numpy as np
+import xarray as xr
+
+from lerobot_attn.analysis.select import Where, attention, layout_of
+from lerobot_attn.errors import SelectionError
+from lerobot_attn.layout import ImageGeometry, Segment
+
+Normalisation = Literal["share", "image", "frame", "episode"]
+Interpolation = Literal["nearest", "linear"]
+
+NORMALISATIONS: dict[str, str] = {
+    "share": "share of all attention",
+    "image": "share of the attention on this image",
+    "frame": "relative to the largest patch",
+    "episode": "share of all attention, one range for the episode",
+}
+
+
+def camera_names(dataset: xr.Dataset) -> list[str]:
+    """Return the cameras that showed the policy an image, in the policy's order."""
+    return [camera.name for camera in layout_of(dataset).cameras if not camera.is_empty]
+
+
+def camera_geometry(dataset: xr.Dataset, camera: str | None = None) -> tuple[str, ImageGeometry, Segment]:
+    """Find a camera by its name or the last part of it; without a name, the first one.
+
+    Returns:
+        Its full name, its geometry and its keys.
+
+    Raises:
+        SelectionError: no such camera, several of that ending, or one that showed nothing.
+    """
+    layout, names = layout_of(dataset), camera_names(dataset)
+    if not names:
+        raise SelectionError("the episode's policy saw no camera image")
+    images = [segment for segment in layout.segments if segment.kind == "image"]
+    found = [c for c in layout.cameras if camera in (c.name, c.name.rpartition(".")[2])]
+    if camera is None:
+        found = [c for c in layout.cameras if c.name == names[0]]
+    if len(found) != 1 or found[0].geometry is None:
+        why = "showed no image" if found and found[0].is_empty else "does not exist"
+        raise SelectionError(f"camera {camera!r} {why}; the episode's are {', '.join(names)}")
+    return found[0].name, found[0].geometry, images[layout.cameras.index(found[0])]
+
+
+def image_heatmap(
+    dataset: xr.Dataset,
+    camera: str | None = None,
+    *,
+    normalisation: Normalisation = "share",
+    **where: Unpack[Where],
+) -> xr.DataArray:
+    """Return how much each patch of a camera's image is attended to.
+
+    Args:
+        dataset: an episode's.
+        camera: its name or the last part of it; the first one by default.
+        normalisation: "share" of all attention; share of the attention on this "image"; relative to the
+            largest patch of the map ("frame"); or "episode": shares of all attention whose colour range is
+            that of every frame of the episode, so that frames compare.
+        where: what to look at, see `Where`.
+
+    Returns:
+        (…, grid_y, grid_x) float32 after the dimensions that `attention` keeps. Attributes `vmin` and `vmax`
+        are the colour range, `camera` and `normalisation` say what it is, the rest what was chosen.
+
+    Raises:
+        SelectionError: no such camera, normalisation, frame, layer, …
+    """
+    if normalisation not in NORMALISATIONS:
+        raise SelectionError(f"normalisation {normalisation!r}: expected one of {', '.join(NORMALISATIONS)}")
+    name, geometry, segment = camera_geometry(dataset, camera)
+    array = attention(dataset, **where)
+    heatmap = _on_grid(array, geometry, segment)
+    if normalisation == "image":
+        total = heatmap.sum(("grid_y", "grid_x"))
+        heatmap = heatmap / total.where(total > 0, 1)
+    elif normalisation == "frame":
+        largest = heatmap.max(("grid_y", "grid_x"))
+        heatmap = heatmap / largest.where(largest > 0, 1)
+    heatmap.attrs = {**array.attrs, "camera": name, "normalisation": normalisation, "vmin": 0.0}
+    heatmap.attrs["units"] = NORMALISATIONS[normalisation]
+    if normalisation == "episode":
+        heatmap.attrs["vmax"] = episode_maximum(dataset, name, **where)
+    else:
+        heatmap.attrs["vmax"] = (
+            1.0 if normalisation == "frame" else float(heatmap.max()) if heatmap.size else 0.0
+        )
+    return heatmap
+
+
+def episode_maximum(dataset: xr.Dataset, camera: str | None = None, **where: Unpack[Where]) -> float:
+    """Return the largest share of all attention that a patch gets at any frame (or inference) of the episode.
+
+    Args:
+        dataset: an episode's.
+        camera: as for `image_heatmap`.
+        where: what to look at; its `frame` or `inference` is widened to all.
+    """
+    _, geometry, segment = camera_geometry(dataset, camera)
+    everything: Where = {**where, "inference": "all"}
+    if where.get("frame") is not None:
+        everything = {**where, "frame": "all"}
+    return float(_on_grid(attention(dataset, **everything), geometry, segment).max())
+
+
+def on_camera_pixels(
+    heatmap: xr.DataArray | np.ndarray,
+    geometry: ImageGeometry,
+    *,
+    size_px: tuple[int, int] | None = None,
+    interpolation: Interpolation = "nearest",
+) -> np.ndarray:
+    """Put patch values on the camera's own pixels: the resize and the padding of the policy undone.
+
+    Args:
+        heatmap: (…, grid_y, grid_x).
+        geometry: the camera's, from `camera_geometry` or the layout.
+        size_px: (height, width) wanted; the camera's own by default.
+        interpolation: "nearest" gives each pixel its patch's value; "linear" blends between patch centres.
+
+    Returns:
+        (…, height, width) float32. Values are those of patches, not divided by their number of pixels.
+        Patches that lie wholly on padding do not show; see `padding_share`.
+    """
+    rows, columns = _weights(geometry, size_px or (geometry.height_px, geometry.width_px), interpolation)
+    values = np.asarray(heatmap, np.float32)
+    if interpolation == "nearest":
+        return values[..., rows.argmax(axis=1), :][..., columns.argmax(axis=1)]
+    return (rows @ values @ columns.T).astype(np.float32)
+
+
+def padding_share(heatmap: xr.DataArray, geometry: ImageGeometry) -> xr.DataArray:
+    """Return the sum over patches that show nothing but letterbox padding, (…) in the heatmap's unit."""
+    rows, columns = _visible(geometry)
+    hidden = ~(rows[:, None] & columns[None, :])
+    return heatmap.where(xr.DataArray(hidden, dims=("grid_y", "grid_x")), 0).sum(("grid_y", "grid_x"))
+
+
+def _on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> xr.DataArray:
+    part = array.isel(key=slice(segment.start, segment.stop)).transpose(..., "key")
+    shape = (*part.shape[:-1], geometry.grid_rows, geometry.grid_columns)
+    coords = {name: part.coords[name] for name in part.coords if "key" not in part.coords[name].dims}
+    return xr.DataArray(part.data.reshape(shape), coords, (*part.dims[:-1], "grid_y", "grid_x"))
+
+
+def _visible(geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows and which columns of patches show a part of the image, both bool."""
+
+    def of_axis(pad: int, resized: int, whole: int, patches: int) -> np.ndarray:
+        edges = np.arange(patches + 1) * whole / patches
+        return (edges[1:] > pad) & (edges[:-1] < pad + resized)
+
+    g = geometry
+    return (
+        of_axis(g.pad_top_px, g.resized_height_px, g.input_height_px, g.grid_rows),
+        of_axis(g.pad_left_px, g.resized_width_px, g.input_width_px, g.grid_columns),
+    )
+
+
+@lru_cache(maxsize=64)
+def _weights(
+    geometry: ImageGeometry, size_px: tuple[int, int], interpolation: Interpolation
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights of patch rows per pixel row (height, grid_y), and likewise (width, grid_x)."""
+    if interpolation not in ("nearest", "linear"):
+        raise SelectionError(f"interpolation {interpolation!r}: expected 'nearest' or 'linear'")
+
+    def of_axis(pixels: int, pad: int, resized: int, whole: int, patches: int) -> np.ndarray:
+        # Centres of the pixels, in units of patches of the policy's input.
+        centre = (pad + (np.arange(pixels) + 0.5) * resized / pixels) * patches / whole
+        weights = np.zeros((pixels, patches), np.float32)
+        if interpolation == "nearest":
+            weights[np.arange(pixels), np.clip(centre.astype(int), 0, patches - 1)] = 1
+            return weights
+        position = np.clip(centre - 0.5, 0, patches - 1)
+        low = np.minimum(position.astype(int), max(patches - 2, 0))
+        high = np.minimum(low + 1, patches - 1)
+        part = (position - low).astype(np.float32)
+        np.add.at(weights, (np.arange(pixels), low), 1 - part)
+        np.add.at(weights, (np.arange(pixels), high), part)
+        return weights
+
+    g = geometry
+    return (
+        of_axis(size_px[0], g.pad_top_px, g.resized_height_px, g.input_height_px, g.grid_rows),
+        of_axis(size_px[1], g.pad_left_px, g.resized_width_px, g.input_width_px, g.grid_columns),
+    )

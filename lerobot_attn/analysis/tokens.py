@@ -1,0 +1,250 @@
+"""Attention on the prompt and by modality: words, state dimensions, scaffold; cameras, text, actions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Unpack
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from lerobot_attn.analysis.select import RAW, Where, attention, layout_of
+from lerobot_attn.errors import SelectionError
+from lerobot_attn.layout import Kind
+
+TASK, STATE, SCAFFOLD, TEXT, ACTIONS, PADDING = "task", "state", "scaffold", "text", "actions", "padding"
+_MODALITY_OF = {
+    Kind.TASK: TASK,
+    Kind.STATE: STATE,
+    Kind.SCAFFOLD: SCAFFOLD,
+    Kind.TEXT: TEXT,
+    Kind.ACTION: ACTIONS,
+    Kind.PADDING: PADDING,
+}
+
+
+class TokenGroup(NamedTuple):
+    """Language tokens that are one thing to a reader."""
+
+    kind: Kind
+    ordinal: int  # which word of the task, or which dimension of the state; -1 for scaffold
+    label: str
+
+
+def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], np.ndarray]:
+    """Group the language tokens: each word of the task, each number of the state, each run of scaffold.
+
+    Words and numbers come first, in their order. Scaffold runs of the same text are one group; blanks and
+    punctuation alone are the group "(blanks)". Tokens whose role is unknown are a group each.
+
+    Args:
+        dataset: an episode's.
+
+    Returns:
+        The groups, and (inference, key) int16: each key's group, -1 for other tokens and padding.
+    """
+    layout = layout_of(dataset)
+    kinds = dataset["key_kind"].values[:, layout.language.start : layout.language.stop]
+    words, dims = dataset["text_word"].values, dataset["text_state_dim"].values
+    texts = dataset["token_text"].values
+    names = [str(name) for name in dataset["state_dim"].values] if "state_dim" in dataset.coords else []
+    groups: dict[TokenGroup, int] = {}
+    keys = np.full((len(kinds), layout.n_keys), -1, np.int16)
+
+    for inference in range(len(kinds)):
+        previous_kind, run = None, []
+        runs: list[tuple[Kind, list[int]]] = []
+        for slot, value in enumerate(kinds[inference].tolist()):
+            kind = Kind(value)
+            if kind == Kind.PADDING:
+                continue
+            if kind == Kind.SCAFFOLD and previous_kind == Kind.SCAFFOLD:
+                run.append(slot)
+            else:
+                run = [slot]
+                runs.append((kind, run))
+            previous_kind = kind
+        for kind, slots in runs:
+            pieces = [str(texts[inference, slot]) for slot in slots]
+            if kind == Kind.TASK:
+                ordinal = int(words[inference, slots[0]])
+                at = words[inference] == ordinal
+                group = TokenGroup(kind, ordinal, "".join(map(str, texts[inference][at])).strip())
+            elif kind == Kind.STATE:
+                ordinal = int(dims[inference, slots[0]])
+                group = TokenGroup(
+                    kind, ordinal, names[ordinal] if 0 <= ordinal < len(names) else f"state {ordinal}"
+                )
+            elif kind == Kind.SCAFFOLD:
+                text = "".join(pieces).strip()
+                group = TokenGroup(kind, -1, text if any(c.isalnum() for c in text) else "(blanks)")
+            else:
+                group = TokenGroup(kind, slots[0], "".join(pieces).strip())
+            index = groups.setdefault(group, len(groups))
+            keys[inference, [layout.language.start + slot for slot in slots]] = index
+    order = sorted(
+        groups, key=lambda g: ((Kind.TASK, Kind.STATE, Kind.SCAFFOLD, Kind.TEXT).index(g.kind), g.ordinal)
+    )
+    new = np.full(len(groups) + 1, -1, np.int16)
+    for position, group in enumerate(order):
+        new[groups[group]] = position
+    return order, new[keys]
+
+
+def find_word(dataset: xr.Dataset, word: str | int) -> int:
+    """Return which word of the task is meant, by its text (any case) or its number from 0.
+
+    Raises:
+        SelectionError: the task does not have it.
+    """
+    groups, _ = token_groups(dataset)
+    labels = [group.label for group in groups if group.kind == Kind.TASK]
+    if isinstance(word, int) or (word.isdigit() and word not in labels):
+        if 0 <= int(word) < len(labels):
+            return int(word)
+    else:
+        matches = [i for i, label in enumerate(labels) if label.casefold() == word.casefold()]
+        if matches:
+            return matches[0]
+    raise SelectionError(f"word {word!r} is not in the task; its words are {', '.join(labels) or 'unknown'}")
+
+
+def token_attention(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
+    """Return the share of attention on each word of the task, number of the state and piece of scaffold.
+
+    Args:
+        dataset: an episode's.
+        where: what to look at, see `Where`.
+
+    Returns:
+        (…, token) float32 share of all attention after the dimensions that `attention` keeps; the tokens of a
+        word, and the digits of a number, are added up. Coordinates of token: `label`, `kind` ("task",
+        "state", "scaffold" or "text") and `ordinal` (which word or state dimension). `dataset.state_dim`
+        names are the labels of state dimensions.
+
+    Raises:
+        SelectionError: no such frame, layer, …
+    """
+    groups, keys = token_groups(dataset)
+    if not groups:
+        raise SelectionError("the episode's policy got no language tokens")
+    result = _sum_by_group(dataset, attention(dataset, **where), keys, len(groups), "token")
+    return result.assign_coords(
+        token=np.arange(len(groups)),
+        label=("token", [group.label for group in groups]),
+        kind=("token", [_MODALITY_OF[group.kind] for group in groups]),
+        ordinal=("token", [group.ordinal for group in groups]),
+    )
+
+
+def modalities(dataset: xr.Dataset) -> list[str]:
+    """Return the modalities of an episode: each camera, then task, state, scaffold, text and actions."""
+    layout = layout_of(dataset)
+    present = set(np.unique(dataset["key_kind"].values).tolist())
+    names = [camera.name for camera in layout.cameras if not camera.is_empty]
+    return names + [name for kind, name in _MODALITY_OF.items() if kind in present]
+
+
+def modality_keys(dataset: xr.Dataset) -> tuple[list[str], np.ndarray]:
+    """Return the modalities, and (inference, key) int16: which one each key belongs to."""
+    names = modalities(dataset)
+    layout = layout_of(dataset)
+    kinds, cameras = dataset["key_kind"].values, layout.key_camera()
+    keys = np.full(kinds.shape, -1, np.int16)
+    for index, camera in enumerate(layout.cameras):
+        if not camera.is_empty:
+            keys[(kinds == Kind.IMAGE) & (cameras == index)] = names.index(camera.name)
+    for kind, name in _MODALITY_OF.items():
+        keys[kinds == kind] = names.index(name) if name in names else -1
+    return names, keys
+
+
+def modality_share(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
+    """Return the share of attention on each camera, on the task, state and scaffold, and on the actions.
+
+    Args:
+        dataset: an episode's.
+        where: what to look at, see `Where`.
+
+    Returns:
+        (…, modality) float32, sums to 1 over modality (not with `head="max"`). "padding" is exactly 0 in a
+        faithful store.
+
+    Raises:
+        SelectionError: no such frame, layer, …
+    """
+    names, keys = modality_keys(dataset)
+    result = _sum_by_group(dataset, attention(dataset, **where), keys, len(names), "modality")
+    return result.assign_coords(modality=names)
+
+
+def action_self_attention(
+    dataset: xr.Dataset, *, within: bool = False, **where: Unpack[Where]
+) -> xr.DataArray:
+    """Return how action tokens attend to each other.
+
+    Args:
+        dataset: an episode's.
+        within: give shares of the attention on actions; shares of all attention otherwise.
+        where: what to look at, see `Where`; its `query` is always "all".
+
+    Returns:
+        (…, query, action_key) float32: row q is what action token q attends to, column k action token k.
+
+    Raises:
+        SelectionError: full maps of the layer were not saved, or no such frame, layer, …
+    """
+    if RAW not in dataset:
+        raise SelectionError(
+            "action-to-action attention needs full maps, and none were saved; record with layers=[-1]"
+        )
+    actions = layout_of(dataset).actions
+    every: Where = {**where, "query": "all"}
+    array = attention(dataset, **every)
+    result = array.isel(key=slice(actions.start, actions.stop)).rename(key="action_key")
+    result = result.drop_vars([name for name in result.coords if str(name).startswith("key_")])
+    if within:
+        total = result.sum("action_key")
+        result = result / total.where(total > 0, 1)
+    result = result.assign_coords(action_key=np.arange(len(actions)))
+    result.attrs = array.attrs | {
+        "units": "share of attention on actions" if within else "share of attention"
+    }
+    return result
+
+
+def to_table(array: xr.DataArray, value: str = "share") -> pd.DataFrame:
+    """Return a tidy table: one row per value, its labels in columns.
+
+    Args:
+        array: a result of this package.
+        value: name of the value's column.
+    """
+    if array.ndim == 0:
+        return pd.DataFrame([{**{str(k): v.item() for k, v in array.coords.items()}, value: float(array)}])
+    return array.rename(value).to_dataframe().reset_index()
+
+
+def _sum_by_group(
+    dataset: xr.Dataset, array: xr.DataArray, keys: np.ndarray, n_groups: int, dim: str
+) -> xr.DataArray:
+    """Add up attention over the keys of each group; `keys` is (inference, key), -1 for none."""
+    member = (keys[:, :, None] == np.arange(n_groups)).astype(np.float32)
+    membership = xr.DataArray(member, dims=("inference", "key", dim))
+    if "frame" in array.coords:
+        # The attention has lost its inference: find it again through the table.
+        frames = array.coords["frame"]
+        inferences = dataset["frame_inference"].values[np.atleast_1d(frames.values)]
+        membership = membership.isel(
+            inference=xr.DataArray(inferences, dims="frame") if frames.ndim else int(inferences[0])
+        )
+    else:
+        inferences = np.atleast_1d(array.coords["inference"].values)
+        membership = membership.isel(
+            inference=inferences if array.coords["inference"].ndim else int(inferences[0])
+        )
+        membership = membership.drop_vars("inference", errors="ignore")
+    drop = [name for name in array.coords if "key" in array.coords[name].dims]
+    result = xr.dot(array.drop_vars(drop), membership, dim="key").transpose(..., dim)
+    result.attrs = dict(array.attrs)
+    return result

@@ -1,0 +1,87 @@
+"""Settings of commands: dataclasses filled from YAML and from the command line. Knows none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lerobot_attn.errors import ConfigError
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that maps names of settings to values; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"{path}: cannot read the settings ({reason}); expected a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: got a {type(values).__name__}, expected a mapping of settings to values")
+    return values
+
+
+def from_mapping[T](cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Build a dataclass of settings.
+
+    Args:
+        cls: the dataclass; its `__post_init__` checks the values.
+        values: by field name.
+        where: what an error calls their source.
+
+    Raises:
+        ConfigError: an unknown name, or what the dataclass itself refuses.
+    """
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    unknown = sorted(set(map(str, values)) - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(known)}")
+    return cls(**values)
+
+
+def load_settings[T](cls: type[T], file: str | Path | None = None, **options: Any) -> T:
+    """Build settings from a YAML file, then options on top; options that are None were not given.
+
+    Raises:
+        ConfigError: a bad file, an unknown name or a bad value.
+    """
+    values = {} if file is None else read_mapping(file)
+    given = {name: value for name, value in options.items() if value is not None}
+    return from_mapping(cls, {**values, **given}, where="settings" if file is None else str(file))
+
+
+def parse_choice(text: Any) -> Any:
+    """Read a choice of labels as people write it: "17", "-1", "0,4,9", "0-3", "all", "mean", "frame".
+
+    Anything but a string is returned as it is, so values from YAML pass.
+
+    Raises:
+        ConfigError: a list or range that is malformed.
+    """
+    if not isinstance(text, str):
+        return text
+    text = text.strip().strip("[]").strip()
+    if not text or not (text[0].isdigit() or text[0] == "-"):
+        return text
+    values: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (
+            part.strip().partition("-") if not part.strip().startswith("-") else (part, "", "")
+        )
+        try:
+            values += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            raise ConfigError(f"got {text!r}, expected a number, a list as 0,4,9 or a range as 0-3") from None
+    return values[0] if len(values) == 1 and "," not in text else values
