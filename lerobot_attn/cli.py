@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError
@@ -60,6 +61,114 @@ def inspect(
     Console().print(render(facts))
 
 
+EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr.")]
+SettingsFile = Annotated[
+    Path | None, typer.Option("--settings", help="Read settings from this YAML file; options come on top.")
+]
+Layer = Annotated[str | None, typer.Option(help="Layer: a number (negative from the last) or mean.")]
+Step = Annotated[str | None, typer.Option(help="Denoise step: a number (negative from the last) or mean.")]
+Head = Annotated[str | None, typer.Option(help="Head: a number, mean or max.")]
+Query = Annotated[
+    str | None,
+    typer.Option(help="Action token: a number, frame (the one executed at the frame), executed or mean."),
+]
+Normalisation = Annotated[
+    str | None,
+    typer.Option(
+        help="share of all attention, share within the image, frame (of its largest patch), or episode (one "
+        "range for all frames)."
+    ),
+]
+LeaveOut = Annotated[
+    str | None, typer.Option(help="Key tokens to leave out, as 0,4; or sinks, to find attention sinks first.")
+]
+ColorMap = Annotated[str | None, typer.Option("--colormap", help="A matplotlib colour map.")]
+Alpha = Annotated[float | None, typer.Option(help="Opacity of the largest value, 0 to 1.")]
+Clip = Annotated[
+    float | None, typer.Option(help="Percentile of the patches at which colours end; 100 is the largest.")
+]
+Interpolation = Annotated[
+    str | None, typer.Option(help="nearest (a patch is a square) or linear (blended between patch centres).")
+]
+
+
+@app.command()
+def plot(
+    episode: EpisodePath,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="image, text, combined, evolution, heads, denoise, actions, cross-modal or timeline."
+        ),
+    ] = "image",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG, PDF or SVG file. Default: {kind}.png")
+    ] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="Frames, as 12 or 0,40,80 or 0-9, or all. Default: the middle one.")
+    ] = None,
+    cameras: Annotated[
+        str | None, typer.Option(help="Cameras, by the last part of the name. Default: all.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, as -1 or 0,8,17 or 0-17, all or mean. Default: full maps.")
+    ] = None,
+    denoise_steps: Annotated[
+        str | None, typer.Option(help="Denoise steps, likewise. Default: the last one.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads, as 3 or 0,4, all, mean or max. Default: mean.")
+    ] = None,
+    query: Query = None,
+    normalisation: Normalisation = None,
+    word: Annotated[
+        str | None, typer.Option(help="For cross-modal: a word of the task, or its number. Default: all.")
+    ] = None,
+    leave_out: LeaveOut = None,
+    clip: Clip = None,
+    color_map: ColorMap = None,
+    alpha: Alpha = None,
+    interpolation: Interpolation = None,
+    width: Annotated[
+        float | None, typer.Option(help="Width in inches: 3.4 is a paper's column, 7 (default) a page.")
+    ] = None,
+    columns: Annotated[int | None, typer.Option(help="Panels in a row.")] = None,
+    dpi: Annotated[int | None, typer.Option(help="Dots per inch of PNG files.")] = None,
+    settings: SettingsFile = None,
+) -> None:
+    """Draw where and at what the policy looked: a figure of one kind, for chosen frames, layers and heads."""
+    from lerobot_attn.figures import save_figure
+    from lerobot_attn.plot import PlotSettings
+    from lerobot_attn.plot import plot as draw
+    from lerobot_attn.settings import load_settings
+    from lerobot_attn.store.reader import open_episode
+
+    chosen = load_settings(
+        PlotSettings,
+        settings,
+        frames=frames,
+        cameras=cameras,
+        layers=layers,
+        denoise_steps=denoise_steps,
+        heads=heads,
+        query=query,
+        normalisation=normalisation,
+        word=word,
+        leave_out=leave_out,
+        clip=clip,
+        colormap=color_map,
+        alpha=alpha,
+        interpolation=interpolation,
+        width=width,
+        columns=columns,
+        dpi=dpi,
+    )
+    with _status(f"Drawing {kind}"):
+        figure = draw(open_episode(episode), kind, chosen)
+        path = save_figure(figure, output or Path(f"{kind}.png"), dpi=chosen.dpi)
+    print(f"Wrote {path}")
+
+
 @app.command()
 def demo_policy(
     directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
@@ -69,7 +178,7 @@ def demo_policy(
     """Write a tiny Pi0.5 checkpoint with random weights, for trying things out without the real one."""
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 
-    with Console(stderr=True).status("Writing the demo checkpoint (loading LeRobot takes a while)"):
+    with _status("Writing the demo checkpoint (loading LeRobot takes a while)"):
         path = make_demo_checkpoint(directory, seed=seed, overwrite=overwrite)
     print(f"Wrote {path}: policy type pi05_tiny, random weights, so its attention maps mean nothing.")
     print(f"Use it with: lerobot-eval --policy.path={path} …")
@@ -96,6 +205,11 @@ def setup_libero(
     print(f"LIBERO config: {write_libero_config()}")
     if assets is not None:
         print(f"LIBERO assets: {install_assets(assets)}")
+
+
+def _status(text: str) -> Status:
+    """Return a spinner on stderr."""
+    return Console(stderr=True).status(text)
 
 
 def main() -> None:

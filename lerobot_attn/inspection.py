@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lerobot_attn.errors import StoreError
-from lerobot_attn.layout import Kind
+from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_queries
+from lerobot_attn.analysis.tokens import by_modality
+from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.store.reader import Episode, Run
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
 
@@ -35,48 +36,28 @@ def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], fl
         inference: its index.
 
     Returns:
-        Segment → share of attention, averaged over denoise steps, layers, heads and executed action tokens;
-        and the largest deviation of a row's sum from 1 among all rows of the same maps.
+        Modality (camera, task, …) → share of attention, averaged over denoise steps, layers, heads and
+        executed action tokens; and the largest deviation of a row's sum from 1 among all rows of the same maps.
 
     Raises:
         StoreError: the episode holds no suffix attention, or a chunk is damaged.
     """
-    dataset = episode.dataset
-    name = "suffix_attention_mean" if "suffix_attention_mean" in dataset else "suffix_attention"
-    if name not in dataset:
-        raise StoreError(
-            f"{episode.path}: holds no suffix attention, expected layers or mean_layers to be captured"
-        )
-    first, last = episode.attributes.get("executed_queries", [0, None])
+    dataset = episode.arrays
+    query: QueryChoice = "executed" if MEANS in dataset else "all"
     try:
-        maps = dataset[name][inference].values.astype(np.float32)
-        kinds = dataset["key_kind"][inference].values
+        maps = attention(
+            dataset, inference=inference, layer="all", denoise_step="all", head="all", query=query
+        ).load()
+        deviation = float(np.abs(maps.sum("key") - 1).max())
+        executed = maps.isel(query=executed_queries(dataset)).mean("query") if "query" in maps.dims else maps
+        shares = by_modality(dataset, executed.mean(("denoise_step", "layer", "head")))
+    except SelectionError as error:
+        raise StoreError(f"{episode.path}: {error}") from error
     except Exception as error:  # a damaged chunk raises whatever its codec raises
         raise StoreError(
-            f"{episode.path}: {name} of inference {inference} cannot be read: {error}"
+            f"{episode.path}: the attention of inference {inference} cannot be read: {error}"
         ) from error
-    deviation = float(np.abs(maps.sum(axis=-1) - 1).max())
-    if name == "suffix_attention":
-        maps = maps[..., first:last, :].mean(axis=-2)
-    by_key = maps.reshape(-1, maps.shape[-1]).mean(axis=0)
-    cameras = episode.layout.key_camera()
-    mass: dict[str, float] = {}
-    for index, camera in enumerate(episode.layout.cameras):
-        if not camera.is_empty:
-            mass[camera.name] = float(by_key[(cameras == index) & (kinds == Kind.IMAGE)].sum())
-    labels = {
-        Kind.TASK: "task words",
-        Kind.STATE: "state",
-        Kind.SCAFFOLD: "scaffold",
-        Kind.TEXT: "text (unlabelled)",
-        Kind.ACTION: "actions",
-        Kind.PADDING: "padding",
-    }
-    for kind, label in labels.items():
-        share = float(by_key[kinds == kind].sum())
-        if (kinds == kind).any():
-            mass[label] = share
-    return mass, deviation
+    return {str(share["modality"].item()): float(share) for share in shares}, deviation
 
 
 def describe_episode(episode: Episode) -> dict[str, Any]:

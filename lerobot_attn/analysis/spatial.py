@@ -41,11 +41,11 @@ def camera_geometry(dataset: xr.Dataset, camera: str | None = None) -> tuple[str
     if not names:
         raise SelectionError("the episode's policy saw no camera image")
     images = [segment for segment in layout.segments if segment.kind == "image"]
-    found = [c for c in layout.cameras if camera in (c.name, c.name.rpartition(".")[2])]
-    if camera is None:
-        found = [c for c in layout.cameras if c.name == names[0]]
+    name = names[0] if camera is None else camera
+    found = [c for c in layout.cameras if c.name == name]
+    found = found or [c for c in layout.cameras if c.name.rpartition(".")[2] == name]
     if len(found) != 1 or found[0].geometry is None:
-        why = "showed no image" if found and found[0].is_empty else "does not exist"
+        why = "does not exist" if not found else "is ambiguous" if len(found) > 1 else "showed no image"
         raise SelectionError(f"camera {camera!r} {why}; the episode's are {', '.join(names)}")
     return found[0].name, found[0].geometry, images[layout.cameras.index(found[0])]
 
@@ -55,6 +55,7 @@ def image_heatmap(
     camera: str | None = None,
     *,
     normalisation: Normalisation = "share",
+    clip: float = 100.0,
     **where: Unpack[Where],
 ) -> xr.DataArray:
     """Return how much each patch of a camera's image is attended to.
@@ -65,6 +66,8 @@ def image_heatmap(
         normalisation: "share" of all attention; share of the attention on this "image"; relative to the
             largest patch of the map ("frame"); or "episode": shares of all attention whose colour range is
             that of every frame of the episode, so that frames compare.
+        clip: percentile of the patches at which the colour range ends; 100 is the largest. A single bright
+            patch, e.g. an attention sink, otherwise darkens all others.
         where: what to look at, see `Where`.
 
     Returns:
@@ -88,27 +91,30 @@ def image_heatmap(
     heatmap.attrs = {**array.attrs, "camera": name, "normalisation": normalisation, "vmin": 0.0}
     heatmap.attrs["units"] = NORMALISATIONS[normalisation]
     if normalisation == "episode":
-        heatmap.attrs["vmax"] = episode_maximum(dataset, name, **where)
+        heatmap.attrs["vmax"] = episode_range(dataset, name, clip=clip, **where)
+    elif normalisation == "frame":
+        heatmap.attrs["vmax"] = 1.0
     else:
-        heatmap.attrs["vmax"] = (
-            1.0 if normalisation == "frame" else float(heatmap.max()) if heatmap.size else 0.0
-        )
+        heatmap.attrs["vmax"] = _percentile(heatmap, clip)
     return heatmap
 
 
-def episode_maximum(dataset: xr.Dataset, camera: str | None = None, **where: Unpack[Where]) -> float:
-    """Return the largest share of all attention that a patch gets at any frame (or inference) of the episode.
+def episode_range(
+    dataset: xr.Dataset, camera: str | None = None, *, clip: float = 100.0, **where: Unpack[Where]
+) -> float:
+    """Return the share of all attention that a patch gets at most at any frame (or inference) of the episode.
 
     Args:
         dataset: an episode's.
         camera: as for `image_heatmap`.
+        clip: percentile of the patches of all frames; 100 is the largest.
         where: what to look at; its `frame` or `inference` is widened to all.
     """
     _, geometry, segment = camera_geometry(dataset, camera)
     everything: Where = {**where, "inference": "all"}
     if where.get("frame") is not None:
         everything = {**where, "frame": "all"}
-    return float(_on_grid(attention(dataset, **everything), geometry, segment).max())
+    return _percentile(_on_grid(attention(dataset, **everything), geometry, segment), clip)
 
 
 def on_camera_pixels(
@@ -130,7 +136,8 @@ def on_camera_pixels(
         (…, height, width) float32. Values are those of patches, not divided by their number of pixels.
         Patches that lie wholly on padding do not show; see `padding_share`.
     """
-    rows, columns = _weights(geometry, size_px or (geometry.height_px, geometry.width_px), interpolation)
+    height, width = size_px or (geometry.height_px, geometry.width_px)
+    rows, columns = _weights(geometry, (int(height), int(width)), interpolation)
     values = np.asarray(heatmap, np.float32)
     if interpolation == "nearest":
         return values[..., rows.argmax(axis=1), :][..., columns.argmax(axis=1)]
@@ -149,6 +156,11 @@ def _on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> 
     shape = (*part.shape[:-1], geometry.grid_rows, geometry.grid_columns)
     coords = {name: part.coords[name] for name in part.coords if "key" not in part.coords[name].dims}
     return xr.DataArray(part.data.reshape(shape), coords, (*part.dims[:-1], "grid_y", "grid_x"))
+
+
+def _percentile(heatmap: xr.DataArray, clip: float) -> float:
+    values = np.asarray(heatmap)
+    return float(np.percentile(values, clip)) if values.size else 0.0
 
 
 def _visible(geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:

@@ -76,7 +76,7 @@ def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], np.ndarray]:
                     kind, ordinal, names[ordinal] if 0 <= ordinal < len(names) else f"state {ordinal}"
                 )
             elif kind == Kind.SCAFFOLD:
-                text = "".join(pieces).strip()
+                text = " ".join("".join(pieces).split())
                 group = TokenGroup(kind, -1, text if any(c.isalnum() for c in text) else "(blanks)")
             else:
                 group = TokenGroup(kind, slots[0], "".join(pieces).strip())
@@ -98,15 +98,15 @@ def find_word(dataset: xr.Dataset, word: str | int) -> int:
         SelectionError: the task does not have it.
     """
     groups, _ = token_groups(dataset)
-    labels = [group.label for group in groups if group.kind == Kind.TASK]
-    if isinstance(word, int) or (word.isdigit() and word not in labels):
-        if 0 <= int(word) < len(labels):
-            return int(word)
+    words = {group.ordinal: group.label for group in groups if group.kind == Kind.TASK}
+    if isinstance(word, int) or (word.isdecimal() and word not in words.values()):
+        matches = [ordinal for ordinal in words if ordinal == int(word)]
     else:
-        matches = [i for i, label in enumerate(labels) if label.casefold() == word.casefold()]
-        if matches:
-            return matches[0]
-    raise SelectionError(f"word {word!r} is not in the task; its words are {', '.join(labels) or 'unknown'}")
+        matches = [ordinal for ordinal, label in words.items() if label.casefold() == word.casefold()]
+    if matches:
+        return matches[0]
+    held = ", ".join(words.values()) or "unknown"
+    raise SelectionError(f"word {word!r} is not in the task; its words are {held}")
 
 
 def token_attention(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
@@ -173,9 +173,18 @@ def modality_share(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
     Raises:
         SelectionError: no such frame, layer, …
     """
+    return by_modality(dataset, attention(dataset, **where))
+
+
+def by_modality(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
+    """Return what `modality_share` does of attention that was selected already.
+
+    Args:
+        dataset: an episode's.
+        array: (…, key) of `attention`.
+    """
     names, keys = modality_keys(dataset)
-    result = _sum_by_group(dataset, attention(dataset, **where), keys, len(names), "modality")
-    return result.assign_coords(modality=names)
+    return _sum_by_group(dataset, array, keys, len(names), "modality").assign_coords(modality=names)
 
 
 def action_self_attention(
@@ -245,6 +254,8 @@ def _sum_by_group(
         )
         membership = membership.drop_vars("inference", errors="ignore")
     drop = [name for name in array.coords if "key" in array.coords[name].dims]
+    if array.size == 0:
+        array = array.compute()  # Dask's einsum divides by zero where there is nothing to add up
     result = xr.dot(array.drop_vars(drop), membership, dim="key").transpose(..., dim)
     result.attrs = dict(array.attrs)
     return result

@@ -1,0 +1,193 @@
+"""What all figures share: their size and letters, the caption, colour bars, colours, and saving."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+
+from lerobot_attn.errors import ConfigError
+
+FORMATS = (".png", ".pdf", ".svg")
+# Letters that a paper's column can carry, in points.
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 6,
+    "axes.linewidth": 0.5,
+    "xtick.major.width": 0.5,
+    "ytick.major.width": 0.5,
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "lines.linewidth": 1,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    # Letters stay letters.
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+}
+_CAPTION_PT = 6.0
+# Okabe and Ito's colours, which colour-blind readers tell apart: cameras in blues, the rest one hue each.
+_CAMERAS = ("#0072B2", "#56B4E9", "#004466", "#99D0F0")
+_MODALITIES = {
+    "task": "#E69F00",
+    "state": "#009E73",
+    "scaffold": "#999999",
+    "text": "#CC79A7",
+    "actions": "#D55E00",
+    "padding": "#DDDDDD",
+}
+RANDOM_WEIGHTS = "random weights: the maps mean nothing"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a figure says of itself below.
+
+    Attributes:
+        facts: what was drawn: episode, frame, layer, head, step, normalisation, …; joined by dots.
+        warning: set in red, e.g. that the weights are random.
+    """
+
+    facts: Sequence[str]
+    warning: str = ""
+
+    def lines(self, width_in: float) -> list[str]:
+        """Return the facts as lines that fit the width."""
+        characters = max(30, int(width_in * 72 / (_CAPTION_PT * 0.56)))
+        lines = [""]
+        for fact in (fact for fact in self.facts if fact):
+            joined = f"{lines[-1]} · {fact}" if lines[-1] else fact
+            if len(joined) <= characters:
+                lines[-1] = joined
+            else:
+                lines += textwrap.wrap(fact, characters)
+        return [line for line in lines if line] or [""]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw with the package's letters and lines; matplotlib's own settings come back."""
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def styled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function that draws within `style`."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with style():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def new_figure(width_in: float, height_in: float, caption: Caption) -> Figure:
+    """Return an empty figure that is `height_in` high besides its caption, inches."""
+    lines = caption.lines(width_in)
+    n_lines = len(lines) + bool(caption.warning)
+    below = (n_lines * _CAPTION_PT * 1.35 + 4) / 72
+    height = height_in + below
+    figure = Figure(figsize=(width_in, height), layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(rect=(0, below / height, 1, 1 - below / height - 0.02 / height), w_pad=0.02, h_pad=0.03)
+    line = _CAPTION_PT * 1.35 / 72 / height
+    for index, text in enumerate(lines):
+        y = (n_lines - index - 0.2) * line
+        figure.text(0.01, y, text, fontsize=_CAPTION_PT, color="#444444", va="top", in_layout=False)
+    if caption.warning:
+        figure.text(
+            0.01,
+            0.8 * line,
+            caption.warning,
+            fontsize=_CAPTION_PT,
+            color="#B00020",
+            va="top",
+            in_layout=False,
+        )
+    return figure
+
+
+def colormap(name: str) -> Colormap:
+    """Return a colour map by its name.
+
+    Raises:
+        ConfigError: matplotlib does not know it.
+    """
+    try:
+        return mpl.colormaps[name]
+    except KeyError as error:
+        raise ConfigError(
+            f"colormap {name!r}: unknown; expected a matplotlib name, e.g. inferno, viridis, magma, cividis"
+        ) from error
+
+
+def colorbar(
+    figure: Figure,
+    axes: Any,
+    cmap: str,
+    vmin: float,
+    vmax: float,
+    label: str,
+    *,
+    clipped: bool = False,
+    **where: Any,
+) -> Axes:
+    """Add a colour bar with its unit, and return its axes; an arrow says that some values lie beyond."""
+    mappable = ScalarMappable(Normalize(vmin, vmax if vmax > vmin else vmin + 1), colormap(cmap))
+    options = {"pad": 0.015, "aspect": 30, "shrink": 0.9, "extend": "max" if clipped else "neither", **where}
+    bar = figure.colorbar(mappable, ax=axes, **options)
+    bar.set_label(label)
+    bar.outline.set_linewidth(0.5)
+    return bar.ax
+
+
+def modality_colors(names: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each modality: blues for the cameras, which are all names not known otherwise."""
+    cameras = [name for name in names if name not in _MODALITIES]
+    colors = {name: _CAMERAS[index % len(_CAMERAS)] for index, name in enumerate(cameras)}
+    return {name: colors.get(name) or _MODALITIES[name] for name in names}
+
+
+def short(camera: str) -> str:
+    """Return the last part of a camera's name."""
+    return camera.rpartition(".")[2]
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
+    """Write a figure as PNG, PDF or SVG, by the file's suffix; folders are made.
+
+    Raises:
+        ConfigError: another suffix, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(
+            f"{path}: cannot write {path.suffix or 'no suffix'!r}, expected {', '.join(FORMATS)}"
+        )
+    temporary = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with style():
+            figure.savefig(temporary, dpi=dpi)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write the figure: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,211 @@
+"""Heatmaps over camera images, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.figures.canvas import Caption, colorbar, colormap, new_figure, short, styled
+from lerobot_attn.figures.matrices import draw_matrix
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One heatmap: (height, width) on the camera's own pixels, its title, and its image if it has an own one."""
+
+    heat: np.ndarray
+    title: str
+    image: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heatmaps over one image: its label, the image (height, width, 3) uint8, and the panels."""
+
+    label: str
+    image: np.ndarray
+    panels: Sequence[Panel]
+
+
+@styled
+def image_grid(
+    groups: Sequence[Group],
+    caption: Caption,
+    *,
+    vmax: float,
+    unit: str,
+    vmin: float = 0.0,
+    clipped: bool = False,
+    cmap: str = "inferno",
+    alpha: float = 0.7,
+    columns: int = 6,
+    width_in: float = 7.0,
+) -> Figure:
+    """Draw each group's image, then its heatmaps over the image; all panels share one colour range.
+
+    Opacity grows with the value's root from 0 to `alpha`, so what is not attended to stays visible; the
+    colour alone tells the value.
+
+    Args:
+        groups: what to draw; each begins a new row.
+        caption: what is said below.
+        vmin: start of the colour range.
+        vmax: its end.
+        unit: label of the colour bar.
+        clipped: whether values lie beyond vmax, which the colour bar then shows.
+        cmap: a matplotlib colour map.
+        alpha: opacity of the largest value, 0 to 1.
+        columns: panels in a row, the plain image included.
+        width_in: width of the figure, inches.
+
+    Raises:
+        ConfigError: unknown colour map, or nothing to draw.
+    """
+    rows, columns = _rows(groups, columns, width_in)
+    figure = new_figure(width_in, sum(row.height_in for row in rows) + 0.05, caption)
+    shown = _draw_rows(figure, figure.add_gridspec(1, 1)[0], rows, columns, vmin, vmax, cmap, alpha)
+    colorbar(figure, shown, cmap, vmin, vmax, unit, clipped=clipped)
+    return figure
+
+
+@styled
+def cross_modal_figure(
+    groups: Sequence[Group],
+    shares: xr.DataArray,
+    caption: Caption,
+    *,
+    vmax: float,
+    unit: str,
+    clipped: bool = False,
+    cmap: str = "inferno",
+    alpha: float = 0.7,
+    columns: int = 6,
+    width_in: float = 7.0,
+) -> Figure:
+    """Draw what words look at in the images, and below what each modality looks at.
+
+    Args:
+        groups: one per camera, a panel per word.
+        shares: (from_modality, to_modality), rows sum to 1.
+        caption: what is said below.
+        vmax: end of the images' colour range.
+        unit: label of the images' colour bar.
+        clipped: whether values lie beyond vmax.
+        cmap: a matplotlib colour map, for images.
+        alpha: opacity of the largest value.
+        columns: panels in a row, the plain image included.
+        width_in: width of the figure, inches.
+
+    Raises:
+        ConfigError: unknown colour map, or nothing to draw.
+    """
+    rows, columns = _rows(groups, columns, width_in)
+    names = [[short(str(name)) for name in shares[dim].values] for dim in ("from_modality", "to_modality")]
+    images_in, matrix_in = sum(row.height_in for row in rows), 0.6 + 0.22 * len(names[0])
+    figure = new_figure(width_in, images_in + matrix_in, caption)
+    parts = figure.add_gridspec(2, 1, height_ratios=[images_in, matrix_in])
+    shown = _draw_rows(figure, parts[0], rows, columns, 0.0, vmax, cmap, alpha)
+    colorbar(figure, shown, cmap, 0, vmax, unit, clipped=clipped)
+    axes = figure.add_subplot(parts[1])
+    values = shares.transpose("from_modality", "to_modality").values
+    draw_matrix(axes, values, names[0], names[1], "viridis")
+    axes.set_ylabel("from")
+    axes.set_xlabel("to: share of attention, %")
+    colorbar(figure, axes, "viridis", 0, float(np.nanmax(values)), "share", shrink=1.0, aspect=12)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Row:
+    group: Group
+    panels: Sequence[Panel]
+    is_first: bool
+    height_in: float
+
+
+def _rows(groups: Sequence[Group], columns: int, width_in: float) -> tuple[list[_Row], int]:
+    """Break the panels of each group into rows, the plain image standing before its first."""
+    if not groups or not all(group.panels for group in groups):
+        raise ConfigError("nothing to draw: expected a frame, a camera and a layer at least")
+    columns = max(2, min(columns, 1 + max(len(group.panels) for group in groups)))
+    rows = []
+    # Rows of equal length: eight panels in two rows of four rather than five and three.
+    longest = max(len(group.panels) for group in groups)
+    per_row = -(-longest // -(-longest // (columns - 1)))
+    columns = per_row + 1
+    for group in groups:
+        panel_in = (width_in - 0.75) / columns
+        height = panel_in * group.image.shape[0] / group.image.shape[1] + 0.17
+        for start in range(0, len(group.panels), per_row):
+            panels = group.panels[start : start + per_row]
+            rows.append(_Row(group, panels, start == 0, height))
+    return rows, columns
+
+
+def _draw_rows(
+    figure: Figure,
+    where: SubplotSpec,
+    rows: Sequence[_Row],
+    columns: int,
+    vmin: float,
+    vmax: float,
+    cmap: str,
+    alpha: float,
+) -> list[Axes]:
+    colormap(cmap)
+    grid = where.subgridspec(len(rows), columns, height_ratios=[row.height_in for row in rows])
+    shown: list[Axes] = []
+    for index, row in enumerate(rows):
+        if row.is_first:
+            axes = figure.add_subplot(grid[index, 0])
+            axes.imshow(row.group.image)
+            _bare(axes, row.group.label)
+            shown.append(axes)
+        for column, panel in enumerate(row.panels, start=1):
+            axes = figure.add_subplot(grid[index, column])
+            image = row.group.image if panel.image is None else panel.image
+            draw_overlay(axes, image, panel.heat, vmin=vmin, vmax=vmax, cmap=cmap, alpha=alpha)
+            _bare(axes, panel.title)
+            shown.append(axes)
+    return shown
+
+
+def draw_overlay(
+    axes: Axes,
+    image: np.ndarray,
+    heat: np.ndarray,
+    *,
+    vmin: float = 0.0,
+    vmax: float,
+    cmap: str = "inferno",
+    alpha: float = 0.7,
+) -> None:
+    """Draw an image and a heatmap over it.
+
+    Args:
+        axes: where.
+        image: (height, width, 3) uint8.
+        heat: (height, width) of the same pixels.
+        vmin: start of the colour range.
+        vmax: its end.
+        cmap: a matplotlib colour map.
+        alpha: opacity of the largest value.
+    """
+    norm = Normalize(vmin, vmax if vmax > vmin else vmin + 1)
+    axes.imshow(image)
+    opacity = alpha * np.sqrt(np.clip(np.asarray(norm(heat), float), 0, 1))
+    axes.imshow(heat, cmap=colormap(cmap), norm=norm, alpha=opacity, interpolation="nearest")
+
+
+def _bare(axes: Axes, title: str) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, pad=2)

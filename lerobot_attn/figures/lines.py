@@ -1,0 +1,116 @@
+"""How the balance of attention changes: through layers, through denoise steps, over the episode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lerobot_attn.figures.canvas import Caption, modality_colors, new_figure, short, styled
+
+
+@styled
+def evolution_figure(
+    panels: Sequence[tuple[str, xr.DataArray]], caption: Caption, *, width_in: float = 7.0
+) -> Figure:
+    """Draw the shares of the modalities stacked, against layers or denoise steps.
+
+    Args:
+        panels: titles and arrays (layer or denoise_step, modality) that sum to 1 over modality.
+        caption: what is said below.
+        width_in: width of the figure, inches.
+    """
+    beside = width_in >= 5
+    figure = new_figure(width_in, 2.1 if beside else 1.9 * len(panels), caption)
+    shape = (1, len(panels)) if beside else (len(panels), 1)
+    all_axes = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
+    for axes, (title, shares) in zip(all_axes, panels, strict=True):
+        (along,) = (dim for dim in shares.dims if dim != "modality")
+        places = np.arange(shares.sizes[along])
+        labels = [str(value) for value in shares[along].values]
+        draw_shares(axes, places, shares.transpose(along, "modality"), bars=True)
+        step = max(1, len(places) // 12)
+        axes.set_xticks(places[::step], labels[::step])
+        axes.set_xlabel(str(along).replace("_", " "))
+        axes.set_title(title)
+        axes.set_ylim(0, 100)
+        if axes is all_axes[0] or not beside:
+            axes.set_ylabel("share of attention, %")
+    _legend(figure, all_axes[0])
+    return figure
+
+
+@styled
+def timeline_figure(
+    shares: xr.DataArray,
+    sharpness: Mapping[str, xr.DataArray],
+    reward: np.ndarray,
+    success: np.ndarray,
+    inference_frames: np.ndarray,
+    caption: Caption,
+    *,
+    width_in: float = 7.0,
+) -> Figure:
+    """Draw shares, sharpness and reward over the frames of an episode; thin lines mark inferences.
+
+    Args:
+        shares: (frame, modality).
+        sharpness: camera → (frame,) effective number of patches.
+        reward: (frame,).
+        success: (frame,) bool.
+        inference_frames: frames at which the policy was asked.
+        caption: what is said below.
+        width_in: width of the figure, inches.
+    """
+    figure = new_figure(width_in, 3.6, caption)
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[2.2, 1.3, 0.7])
+    frames = shares["frame"].values
+    draw_shares(top, frames, shares.transpose("frame", "modality"))
+    top.set_ylim(0, 100)
+    top.set_ylabel("share of\nattention, %")
+    colors = modality_colors(list(sharpness))
+    for camera, values in sharpness.items():
+        middle.plot(frames, values.values, color=colors[camera])
+    middle.set_ylabel("effective\nnumber of patches")
+    middle.set_ylim(bottom=0)
+    bottom.step(frames, reward, where="mid", color="black", label="reward")
+    solved = np.flatnonzero(success)
+    if len(solved):
+        bottom.axvspan(frames[solved[0]] - 0.5, frames[-1] + 0.5, color="#009E73", alpha=0.25, label="solved")
+    bottom.set_ylabel("reward")
+    bottom.set_xlabel("frame")
+    bottom.legend(frameon=False, loc="upper left", ncols=2)
+    low, high = float(np.min(reward)), float(np.max(reward))
+    bottom.set_ylim(min(0, low) - 0.1, max(1, high) * 1.1)
+    for axes in (top, middle, bottom):
+        axes.set_xlim(frames[0] - 0.5, frames[-1] + 0.5)
+        for frame in inference_frames:
+            axes.axvline(frame - 0.5, color="black", linewidth=0.3, alpha=0.35)
+    _legend(figure, top)
+    return figure
+
+
+def draw_shares(axes: Axes, places: np.ndarray, shares: xr.DataArray, *, bars: bool = False) -> None:
+    """Draw (place, modality) stacked, in per cent; modalities that are 0 throughout are left out."""
+    names = [str(name) for name in shares["modality"].values]
+    colors = modality_colors(names)
+    base = np.zeros(len(places))
+    for index, name in enumerate(names):
+        values = 100 * shares.values[:, index]
+        if not values.any():
+            continue
+        if bars or len(places) == 1:
+            axes.bar(places, values, bottom=base, width=0.9, color=colors[name], label=short(name))
+        else:
+            axes.fill_between(
+                places, base, base + values, color=colors[name], label=short(name), step="mid", linewidth=0
+            )
+        base = base + values
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)

@@ -1,0 +1,68 @@
+"""Matrices: action against action, and small ones with their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lerobot_attn.figures.canvas import Caption, colorbar, colormap, new_figure, styled
+
+
+@styled
+def action_figure(
+    panels: Sequence[tuple[str, np.ndarray]],
+    caption: Caption,
+    *,
+    unit: str,
+    executed: slice,
+    cmap: str = "viridis",
+    width_in: float = 7.0,
+    columns: int = 4,
+) -> Figure:
+    """Draw action-to-action attention.
+
+    Args:
+        panels: titles and (query, action_key) arrays.
+        caption: what is said below.
+        unit: label of the colour bar.
+        executed: the queries whose actions are executed; a line marks the last.
+        cmap: a matplotlib colour map.
+        width_in: width of the figure, inches.
+        columns: panels in a row.
+    """
+    columns = max(1, min(columns, len(panels)))
+    rows = -(-len(panels) // columns)
+    side = min((width_in - 0.9) / columns, 2.6)
+    figure = new_figure(width_in, rows * (side + 0.35), caption)
+    vmax = max(float(values.max()) for _, values in panels)
+    shown = []
+    grid = figure.add_gridspec(rows, columns)
+    for index, (title, values) in enumerate(panels):
+        axes = figure.add_subplot(grid[index // columns, index % columns])
+        axes.imshow(values, cmap=colormap(cmap), vmin=0, vmax=vmax or 1, interpolation="nearest")
+        axes.set_title(title, pad=2)
+        for draw in (axes.axhline, axes.axvline):
+            draw(executed.stop - 0.5, color="white", linewidth=0.6, linestyle=":")
+        if index % columns == 0:
+            axes.set_ylabel("query: action token")
+        if index // columns == rows - 1:
+            axes.set_xlabel("key: action token")
+        shown.append(axes)
+    colorbar(figure, shown, cmap, 0, vmax, unit)
+    return figure
+
+
+def draw_matrix(
+    axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], cmap: str
+) -> None:
+    """Draw the cells, with the number of each in per cent."""
+    vmax = float(values.max()) or 1
+    axes.imshow(values, cmap=colormap(cmap), vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    for (row, column), value in np.ndenumerate(values):
+        ink = "black" if value > 0.6 * vmax else "white"
+        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=6)

@@ -1,0 +1,476 @@
+"""Figures of an episode: reads what a kind of picture needs, and no more.
+
+    figure = plot(open_episode("….zarr"), "image", PlotSettings(frames=[12], layers=[16, 17]))
+
+Python side of `lerobot-attn plot`. The analysis is in `analysis`, the drawing in `figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from lerobot_attn import analysis, figures
+from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
+from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
+from lerobot_attn.errors import ConfigError, SelectionError, StoreError
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
+from lerobot_attn.settings import parse_choice
+from lerobot_attn.store.reader import Episode
+from lerobot_attn.video import read_frames
+
+_RANGES = {"clip": (50, 100), "alpha": (0, 1), "width": (2, 30), "columns": (2, 40), "dpi": (30, 1200)}
+
+
+@dataclass
+class PlotSettings:
+    """Settings of `lerobot-attn plot`; labels as `analysis.Where` takes them, or as text: "0,4,9", "0-3".
+
+    Unset (None) means what the kind of picture is usually looked at with.
+    """
+
+    # Frames: a number, a list, or 'all'. Default: the middle frame; every frame for evolution and timeline.
+    frames: Any = None
+    # Cameras, by name or the last part of it. Default: all that showed an image.
+    cameras: Any = None
+    # Layers: a number (negative from the last), a list, 'all' or 'mean'. Default: those with full maps.
+    layers: Any = None
+    # Denoise steps, likewise. Default: the last one, which yields the action.
+    denoise_steps: Any = None
+    # Heads: a number, a list, 'all', 'mean' or 'max'. Default: mean; all for kind heads.
+    heads: Any = None
+    # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
+    query: Any = None
+    # share (of all attention), image (share within the image), frame (of the largest patch), episode (one
+    # range for all frames).
+    normalisation: Normalisation = "share"
+    # Where the colour range ends: this percentile of the patches shown (of the episode's with episode); 100
+    # is the largest. Below it a single bright patch does not darken the rest; the colour bar gets an arrow.
+    clip: float = 99.5
+    # A word of the task, by its text or number, for kind cross-modal. Default: all words.
+    word: Any = None
+    # Key tokens to leave out, e.g. attention sinks; or 'sinks' to find them first.
+    leave_out: Any = ()
+    # A matplotlib colour map for images.
+    colormap: str = "inferno"
+    # Opacity of the largest value over the image, 0 to 1.
+    alpha: float = 0.7
+    # nearest (a patch is a square) or linear (blended between patch centres).
+    interpolation: Interpolation = "nearest"
+    # Width of the figure, inches: 3.4 is a column of a paper, 7 a page.
+    width: float = 7.0
+    # Panels in a row.
+    columns: int = 6
+    # Dots per inch of PNG files.
+    dpi: int = 200
+
+    def __post_init__(self) -> None:
+        """Read choices given as text, and check what can be checked without an episode.
+
+        Raises:
+            ConfigError: a value is out of range or of the wrong type.
+        """
+        for name in ("frames", "layers", "denoise_steps", "heads", "query", "leave_out"):
+            setattr(self, name, parse_choice(getattr(self, name)))
+        if isinstance(self.cameras, str):
+            self.cameras = None if self.cameras == "all" else [c.strip() for c in self.cameras.split(",")]
+        if isinstance(self.leave_out, int):
+            self.leave_out = [self.leave_out]
+        if self.normalisation not in NORMALISATIONS:
+            raise ConfigError(
+                f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
+            )
+        if self.interpolation not in ("nearest", "linear"):
+            raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
+        for name, low, high in (
+            ("clip", 50, 100),
+            ("alpha", 0, 1),
+            ("width", 2, 30),
+            ("columns", 2, 40),
+            ("dpi", 30, 1200),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ConfigError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+        colormap(self.colormap)
+
+
+def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> Figure:
+    """Draw a figure of an episode.
+
+    Args:
+        episode: from `open_episode`.
+        kind: one of `KINDS`.
+        settings: what to draw, and how.
+
+    Raises:
+        ConfigError: no such kind.
+        SelectionError: a frame, layer, camera, word … that the episode does not hold.
+        StoreError: the episode is empty or damaged, or lacks the camera's video.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    if episode.n_frames == 0:
+        raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
+    settings = settings or PlotSettings()
+    if settings.leave_out == "sinks":
+        from dataclasses import replace
+
+        from lerobot_attn.analysis.sinks import attention_sinks
+
+        settings = replace(settings, leave_out=attention_sinks(episode.dataset)["key"].tolist())
+    return KINDS[kind](episode, settings)
+
+
+def _image(episode: Episode, settings: PlotSettings) -> Figure:
+    return _image_grid(episode, settings, along="layer", panels=_layers(episode, settings))
+
+
+def _heads(episode: Episode, settings: PlotSettings) -> Figure:
+    heads = settings.heads if settings.heads not in (None, "mean", "max") else "all"
+    return _image_grid(episode, settings, along="head", panels=heads)
+
+
+def _denoise(episode: Episode, settings: PlotSettings) -> Figure:
+    steps = "all" if settings.denoise_steps is None else settings.denoise_steps
+    return _image_grid(episode, settings, along="denoise_step", panels=steps)
+
+
+def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels: Any) -> Figure:
+    """Draw one panel per value of a dimension, for each frame and camera."""
+    data = episode.arrays
+    where = _where(episode, settings, **{along: _listed(panels)})
+    for name, value in where.items():
+        if name in ("layer", "denoise_step", "head") and name != along and not _is_single(value):
+            raise SelectionError(
+                f"this kind shows one {name.replace('_', ' ')}, got {value!r}; choose a number or 'mean'"
+            )
+    groups, heatmaps = [], []
+    frames = np.atleast_1d(frames_of(data, _frames(episode, settings))).tolist()
+    for camera in _cameras(episode, settings):
+        name, geometry, _ = analysis.camera_geometry(data, camera)
+        for frame, image in zip(frames, _camera_frames(episode, name, frames), strict=True):
+            heat = _heatmap(data, name, settings, {**where, "frame": frame})
+            heatmaps.append(heat)
+            heat = heat if along in heat.dims else heat.expand_dims(along)
+            pixels = analysis.on_camera_pixels(
+                heat, geometry, size_px=image.shape[:2], interpolation=settings.interpolation
+            )
+            labels = heat[along].values if along in heat.coords else [""]
+            word = {"layer": "layer", "head": "head", "denoise_step": "step"}[along]
+            titles = [f"{word} {label}" for label in labels]
+            if panels in ("mean", "max"):
+                titles = [f"{panels} of {word}s"]
+            groups.append(
+                figures.Group(
+                    f"{short(name)}, frame {frame}",
+                    image,
+                    [figures.Panel(pixel, title) for pixel, title in zip(pixels, titles, strict=True)],
+                )
+            )
+    vmax, clipped = _range(heatmaps, settings)
+    return figures.image_grid(
+        groups,
+        _caption(episode, heatmaps[0].attrs, settings, frames, leave=along),
+        vmax=vmax,
+        clipped=clipped,
+        unit=NORMALISATIONS[settings.normalisation],
+        cmap=settings.colormap,
+        alpha=settings.alpha,
+        columns=settings.columns,
+        width_in=settings.width,
+    )
+
+
+def _text(episode: Episode, settings: PlotSettings) -> Figure:
+    data, frame = episode.arrays, _one_frame(episode, settings)
+    where = _where(episode, settings, frame=frame, layer=_single(settings.layers, -1))
+    tokens = analysis.token_attention(data, **where)
+    every: Where = {**where, "layer": "all"}
+    by_layer = analysis.token_attention(data, **every)
+    facts = _caption(episode, tokens.attrs, settings, [frame], image=False)
+    other = by_layer.attrs["query"]
+    note = f"by layer: {other}" if other != tokens.attrs["query"] else ""
+    return figures.text_figure(
+        tokens.load(),
+        by_layer.load(),
+        Caption([*facts.facts, note], facts.warning),
+        width_in=settings.width,
+    )
+
+
+def _combined(episode: Episode, settings: PlotSettings) -> Figure:
+    data, frame = episode.arrays, _one_frame(episode, settings)
+    where = _where(episode, settings, frame=frame, layer=_single(settings.layers, -1))
+    groups, heatmaps = [], []
+    for camera in _cameras(episode, settings):
+        name, geometry, _ = analysis.camera_geometry(data, camera)
+        (image,) = _camera_frames(episode, name, [frame])
+        heat = _heatmap(data, name, settings, where)
+        heatmaps.append(heat)
+        pixels = analysis.on_camera_pixels(
+            heat, geometry, size_px=image.shape[:2], interpolation=settings.interpolation
+        )
+        groups.append(figures.Group(short(name), image, [figures.Panel(pixels, "")]))
+    vmax, clipped = _range(heatmaps, settings)
+    return figures.combined_figure(
+        groups,
+        analysis.modality_share(data, **where).load(),
+        analysis.token_attention(data, **where).load(),
+        _caption(episode, heatmaps[0].attrs, settings, [frame]),
+        vmax=vmax,
+        clipped=clipped,
+        unit=NORMALISATIONS[settings.normalisation],
+        cmap=settings.colormap,
+        alpha=settings.alpha,
+        width_in=settings.width,
+    )
+
+
+def _evolution(episode: Episode, settings: PlotSettings) -> Figure:
+    data = episode.dataset
+    frames: Any = "all" if settings.frames is None else settings.frames
+    layers = "all" if settings.layers is None else settings.layers
+    where = _where(episode, settings, frame=frames, layer=_listed(layers), query="executed")
+    steps = {**where, "denoise_step": "all", "layer": _single(settings.layers, "mean")}
+    by_layer = analysis.modality_share(data, **where)
+    by_step = analysis.modality_share(data, **steps)
+    n_frames = np.atleast_1d(frames_of(data, frames)).size
+    facts = _caption(episode, by_layer.attrs, settings, frames, image=False, leave="layer")
+    return figures.evolution_figure(
+        [
+            (f"through layers, {by_layer.attrs['denoise_step']}", _over_frames(by_layer)),
+            (f"from noise to action, {by_step.attrs['layer']}", _over_frames(by_step)),
+        ],
+        Caption([*facts.facts, f"mean of {n_frames} frames" if n_frames > 1 else ""], facts.warning),
+        width_in=settings.width,
+    )
+
+
+def _actions(episode: Episode, settings: PlotSettings) -> Figure:
+    data, frame = episode.arrays, _one_frame(episode, settings)
+    layers = settings.layers if settings.layers is not None else (stored_layers(data)[0] or [-1])
+    where = _where(episode, settings, frame=frame, layer=_listed(layers))
+    del where["query"]
+    values = analysis.action_self_attention(data, **where)
+    along = [dim for dim in values.dims if dim not in ("query", "action_key")]
+    if len(along) > 1:
+        raise SelectionError(
+            f"this kind shows several {along[0]}s or {along[1]}s, not both; choose one number"
+        )
+    name = str(along[0]) if along else "layer"
+    stacked = values if along else values.expand_dims(name)
+    titles = (
+        [f"{name.replace('_', ' ')} {value}" for value in np.atleast_1d(values[name].values)]
+        if (name in values.coords)
+        else [values.attrs[name]]
+    )
+    return figures.action_figure(
+        [(title, panel.values) for title, panel in zip(titles, stacked, strict=True)],
+        _caption(episode, values.attrs, settings, [frame], image=False, leave=name),
+        unit=values.attrs["units"],
+        executed=executed_queries(data),
+        width_in=settings.width,
+        columns=min(settings.columns, 4),
+    )
+
+
+def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
+    from lerobot_attn.analysis.prefix import cross_modal, text_to_image
+
+    data, frame = episode.arrays, _one_frame(episode, settings)
+    layer = _single(settings.layers, -1)
+    head = "mean" if settings.heads is None else settings.heads
+    groups, maps = [], []
+    for camera in _cameras(episode, settings):
+        name, geometry, _ = analysis.camera_geometry(data, camera)
+        (image,) = _camera_frames(episode, name, [frame])
+        heat = text_to_image(data, settings.word, name, frame=frame, layer=layer, head=head)
+        maps.append(heat)
+        labels = heat["label"].values.tolist() if "token" in heat.dims else [str(heat.attrs["word"])]
+        pixels = analysis.on_camera_pixels(
+            heat if "token" in heat.dims else heat.expand_dims("token"),
+            geometry,
+            size_px=image.shape[:2],
+            interpolation=settings.interpolation,
+        )
+        panels = [figures.Panel(pixel, f"“{label}”") for pixel, label in zip(pixels, labels, strict=True)]
+        groups.append(figures.Group(f"{short(name)}, frame {frame}", image, panels))
+    shares = cross_modal(data, frame=frame, layer=layer, head=head)
+    facts = _caption(episode, maps[0].attrs, settings, [frame], image=False)
+    vmax, clipped = _range(maps, settings)
+    return figures.cross_modal_figure(
+        groups,
+        shares.load(),
+        Caption(["prefix attention", *facts.facts], facts.warning),
+        vmax=vmax,
+        clipped=clipped,
+        unit="share of the word's attention",
+        cmap=settings.colormap,
+        alpha=settings.alpha,
+        columns=settings.columns,
+        width_in=settings.width,
+    )
+
+
+def _timeline(episode: Episode, settings: PlotSettings) -> Figure:
+    data = episode.dataset
+    frames: Any = "all" if settings.frames is None else settings.frames
+    where = _where(episode, settings, frame=frames, layer=_single(settings.layers, -1))
+    shares = analysis.modality_share(data, **where)
+    sharp = {
+        name: analysis.sharpness(analysis.image_heatmap(data, name, **where)).effective_number.compute()
+        for name in (analysis.camera_geometry(data, c)[0] for c in _cameras(episode, settings))
+    }
+    chosen = np.atleast_1d(frames_of(data, frames))
+    return figures.timeline_figure(
+        shares.compute(),
+        sharp,
+        data["reward"].values[chosen],
+        data["success"].values[chosen],
+        np.unique(data["inference_frame"].values[data["frame_inference"].values[chosen]]),
+        _caption(episode, shares.attrs, settings, frames, image=False),
+        width_in=settings.width,
+    )
+
+
+KINDS: dict[str, Callable[[Episode, PlotSettings], Figure]] = {
+    "image": _image,
+    "text": _text,
+    "combined": _combined,
+    "evolution": _evolution,
+    "heads": _heads,
+    "denoise": _denoise,
+    "actions": _actions,
+    "cross-modal": _cross_modal,
+    "timeline": _timeline,
+}
+
+
+def _where(episode: Episode, settings: PlotSettings, **changes: Any) -> Where:
+    where: dict[str, Any] = {
+        "frame": _frames(episode, settings),
+        "layer": -1,
+        "denoise_step": -1 if settings.denoise_steps is None else settings.denoise_steps,
+        "head": "mean" if settings.heads is None else settings.heads,
+        "query": "frame" if settings.query is None else settings.query,
+        "leave_out": settings.leave_out,
+    }
+    return where | changes  # type: ignore[return-value]
+
+
+def _heatmap(data: xr.Dataset, camera: str, settings: PlotSettings, where: Any) -> xr.DataArray:
+    return analysis.image_heatmap(
+        data, camera, normalisation=settings.normalisation, clip=settings.clip, **where
+    ).load()
+
+
+def _range(heatmaps: Sequence[xr.DataArray], settings: PlotSettings) -> tuple[float, bool]:
+    """Return where the colour range ends, and whether values lie beyond."""
+    largest = max(float(heat.max()) for heat in heatmaps)
+    if settings.normalisation == "frame":
+        return 1.0, False
+    if settings.normalisation == "episode":
+        vmax = max(float(heat.attrs["vmax"]) for heat in heatmaps)
+    else:
+        vmax = float(np.percentile(np.concatenate([heat.values.ravel() for heat in heatmaps]), settings.clip))
+    return (vmax, largest > vmax) if vmax > 0 else (largest, False)
+
+
+def _frames(episode: Episode, settings: PlotSettings) -> Any:
+    return episode.n_frames // 2 if settings.frames is None else settings.frames
+
+
+def _one_frame(episode: Episode, settings: PlotSettings) -> int:
+    frames = np.atleast_1d(frames_of(episode.arrays, _frames(episode, settings)))
+    if len(frames) != 1:
+        raise SelectionError(f"this kind shows one frame, got {len(frames)}; choose one with frames=12")
+    return int(frames[0])
+
+
+def _cameras(episode: Episode, settings: PlotSettings) -> Sequence[str]:
+    return settings.cameras or analysis.camera_names(episode.arrays)
+
+
+def _layers(episode: Episode, settings: PlotSettings) -> Any:
+    if settings.layers is not None:
+        return settings.layers
+    full, means = stored_layers(episode.arrays)
+    return full or means[-2:] or -1
+
+
+def _single(choice: Any, default: Any) -> Any:
+    if choice is None:
+        return default
+    if _is_single(choice):
+        return choice
+    raise SelectionError(f"this kind shows one layer, got {choice!r}; choose a number or 'mean'")
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, int) or value in ("mean", "max")
+
+
+def _listed(choice: Any) -> Any:
+    return [choice] if isinstance(choice, int) else choice
+
+
+def _over_frames(shares: xr.DataArray) -> xr.DataArray:
+    return (shares.mean("frame") if "frame" in shares.dims else shares).compute()
+
+
+def _camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[np.ndarray]:
+    """Return the camera's frames, (height, width, 3) uint8 each.
+
+    Raises:
+        StoreError: the episode has no video of the camera, or it is shorter.
+    """
+    if camera not in episode.videos:
+        raise StoreError(
+            f"{episode.path}: has no video of camera {camera}, expected an MP4 beside the store; record with "
+            "--eval.attention.cameras=true (the default)"
+        )
+    video = episode.attributes["videos"][camera]
+    size = (video["height_px"], video["width_px"])
+    found = {t: f for t, f in enumerate(read_frames(episode.videos[camera], size_px=size)) if t in frames}
+    return [found[frame] for frame in frames]
+
+
+def _caption(
+    episode: Episode,
+    chosen: dict[str, Any],
+    settings: PlotSettings,
+    frames: Any,
+    *,
+    image: bool = True,
+    leave: str = "",
+) -> Caption:
+    """Say which episode, frame, layer, step, head, query and normalisation were drawn."""
+    outcome = {True: ", success", False: ", failure"}.get(episode.success, "")  # type: ignore[arg-type]
+    state = "" if episode.is_complete else ", incomplete"
+    data = episode.arrays
+    facts = [f"{episode.path.parent.name}/{episode.path.stem}{outcome}{state}"]
+    if isinstance(frames, list) and len(frames) == 1:
+        facts.append(f"frame {frames[0]} (inference {int(data['frame_inference'].values[frames[0]])})")
+    elif isinstance(frames, str):
+        facts.append(f"{frames} frames")
+    else:
+        facts.append(f"frames {', '.join(map(str, np.atleast_1d(frames).tolist()))}")
+    facts += [
+        str(chosen.get(name, "")) for name in ("layer", "denoise_step", "head", "query") if name != leave
+    ]
+    if image:
+        facts.append(NORMALISATIONS[settings.normalisation])
+        if settings.clip < 100 and settings.normalisation != "frame":
+            facts.append(f"colours end at percentile {settings.clip:g}")
+    source = str(chosen.get("source", ""))
+    facts.append(
+        {"suffix_attention_mean": "from stored means", "suffix_attention": "from full maps"}.get(source, "")
+    )
+    facts.append(str(chosen.get("left_out", "")))
+    return Caption(facts, RANDOM_WEIGHTS if episode.has_random_weights else "")
