@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
 from lerobot_attn import __version__
@@ -170,6 +173,156 @@ def plot(
 
 
 @app.command()
+def overlay(
+    episode: EpisodePath,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="MP4 or GIF file. Default: overlay.mp4")
+    ] = None,
+    camera: Annotated[
+        str | None, typer.Option(help="Camera, by the last part of its name, or all. Default: the first.")
+    ] = None,
+    layer: Layer = None,
+    denoise_step: Step = None,
+    head: Head = None,
+    query: Query = None,
+    normalisation: Normalisation = None,
+    leave_out: LeaveOut = None,
+    clip: Clip = None,
+    alpha: Alpha = None,
+    color_map: ColorMap = None,
+    interpolation: Interpolation = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second. Default: the episode's.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height of a view in pixels. Default: the camera's.")
+    ] = None,
+    frames: Annotated[str | None, typer.Option(help="Frames, as 0-99 or 0,5,10. Default: all.")] = None,
+    gif: Annotated[bool, typer.Option("--gif", help="Write a GIF, for a README.")] = False,
+    settings: SettingsFile = None,
+) -> None:
+    """Write the episode's video with the heatmap over it on the left and the pure map on the right."""
+    from lerobot_attn.overlay import OverlaySettings, write_overlay
+    from lerobot_attn.settings import load_settings
+    from lerobot_attn.store.reader import open_episode
+
+    chosen = load_settings(
+        OverlaySettings,
+        settings,
+        camera=camera,
+        layer=layer,
+        denoise_step=denoise_step,
+        head=head,
+        query=query,
+        normalisation=normalisation,
+        leave_out=leave_out,
+        clip=clip,
+        alpha=alpha,
+        colormap=color_map,
+        interpolation=interpolation,
+        fps=fps,
+        size=size,
+        frames=frames,
+    )
+    target = output or Path("overlay.gif" if gif else "overlay.mp4")
+    with _progress("Overlay") as progress:
+        path = write_overlay(open_episode(episode), target, chosen, progress)
+    print(f"Wrote {path}")
+
+
+@app.command()
+def verify(
+    episode: EpisodePath,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", "-o", help="Write a contact sheet: PNG, PDF or SVG.")
+    ] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Check every inference, not three.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check that maps, frames and videos belong together; exit status 1 if a check fails."""
+    from lerobot_attn.figures import save_figure
+    from lerobot_attn.store.reader import open_episode
+    from lerobot_attn.verify import contact_sheet, verify_episode
+
+    found = open_episode(episode)
+    with _progress("Checking") as progress:
+        report = verify_episode(found, thorough=thorough, progress=progress)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        report.render(Console())
+    if sheet is not None:
+        with _status("Drawing the contact sheet"):
+            path = save_figure(contact_sheet(found), sheet)
+        print(f"Wrote {path}", file=sys.stderr if as_json else sys.stdout)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Side A: an episode, a task's folder, or a run's output folder.")],
+    b: Annotated[Path | None, typer.Argument(help="Side B, likewise. Not with --by.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for figure, tables and video.")
+    ] = Path("report"),
+    by: Annotated[
+        str | None, typer.Option(help="Split A instead of giving B: success, its failures against successes.")
+    ] = None,
+    layer: Layer = None,
+    denoise_step: Step = None,
+    head: Head = None,
+    query: Query = None,
+    camera: Annotated[
+        str | None,
+        typer.Option(help="Camera of the images, by the last part of its name. Default: first."),
+    ] = None,
+    normalisation: Normalisation = None,
+    leave_out: LeaveOut = None,
+    clip: Clip = None,
+    align: Annotated[
+        str | None, typer.Option(help="phase (fraction of the episode, default) or frame.")
+    ] = None,
+    confidence: Annotated[float | None, typer.Option(help="Of the intervals over episodes.")] = None,
+    video: Annotated[
+        bool | None, typer.Option("--video/--no-video", help="Write the video of two episodes side by side.")
+    ] = None,
+    settings: SettingsFile = None,
+) -> None:
+    """Compare two episodes (success and failure, two prompts) or two groups, and write a report."""
+    from lerobot_attn.analysis.compare import split_by_success
+    from lerobot_attn.errors import ConfigError
+    from lerobot_attn.report import CompareSettings, write_report
+    from lerobot_attn.settings import load_settings
+    from lerobot_attn.store.reader import open_run
+
+    chosen = load_settings(
+        CompareSettings,
+        settings,
+        layer=layer,
+        denoise_step=denoise_step,
+        head=head,
+        query=query,
+        camera=camera,
+        normalisation=normalisation,
+        leave_out=leave_out,
+        clip=clip,
+        align=align,
+        confidence=confidence,
+        video=video,
+    )
+    if by not in (None, "success"):
+        raise ConfigError(f"--by: got {by!r}, expected success")
+    if (b is None) == (by is None):
+        raise ConfigError("compare: expected two sides A and B, or one with --by success")
+    if b is None:
+        split = split_by_success(open_run(a))
+        sides = split.failures, split.successes
+    else:
+        sides = list(open_run(a)), list(open_run(b))
+    with _progress("Comparing") as progress:
+        files = write_report(*sides, output, chosen, progress)
+    print("\n".join(f"Wrote {path}" for path in files))
+
+
+@app.command()
 def demo_policy(
     directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
@@ -210,6 +363,15 @@ def setup_libero(
 def _status(text: str) -> Status:
     """Return a spinner on stderr."""
     return Console(stderr=True).status(text)
+
+
+@contextmanager
+def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr, moved by calls of (done, total)."""
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
     frames = np.atleast_1d(frames_of(data, _frames(episode, settings))).tolist()
     for camera in _cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(data, camera)
-        for frame, image in zip(frames, _camera_frames(episode, name, frames), strict=True):
+        for frame, image in zip(frames, camera_frames(episode, name, frames), strict=True):
             heat = _heatmap(data, name, settings, {**where, "frame": frame})
             heatmaps.append(heat)
             heat = heat if along in heat.dims else heat.expand_dims(along)
@@ -210,7 +210,7 @@ def _combined(episode: Episode, settings: PlotSettings) -> Figure:
     groups, heatmaps = [], []
     for camera in _cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(data, camera)
-        (image,) = _camera_frames(episode, name, [frame])
+        (image,) = camera_frames(episode, name, [frame])
         heat = _heatmap(data, name, settings, where)
         heatmaps.append(heat)
         pixels = analysis.on_camera_pixels(
@@ -289,7 +289,7 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
     groups, maps = [], []
     for camera in _cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(data, camera)
-        (image,) = _camera_frames(episode, name, [frame])
+        (image,) = camera_frames(episode, name, [frame])
         heat = text_to_image(data, settings.word, name, frame=frame, layer=layer, head=head)
         maps.append(heat)
         labels = heat["label"].values.tolist() if "token" in heat.dims else [str(heat.attrs["word"])]
@@ -355,7 +355,7 @@ KINDS: dict[str, Callable[[Episode, PlotSettings], Figure]] = {
 def _where(episode: Episode, settings: PlotSettings, **changes: Any) -> Where:
     where: dict[str, Any] = {
         "frame": _frames(episode, settings),
-        "layer": -1,
+        "layer": -1 if settings.layers is None else settings.layers,
         "denoise_step": -1 if settings.denoise_steps is None else settings.denoise_steps,
         "head": "mean" if settings.heads is None else settings.heads,
         "query": "frame" if settings.query is None else settings.query,
@@ -424,7 +424,7 @@ def _over_frames(shares: xr.DataArray) -> xr.DataArray:
     return (shares.mean("frame") if "frame" in shares.dims else shares).compute()
 
 
-def _camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[np.ndarray]:
+def camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[np.ndarray]:
     """Return the camera's frames, (height, width, 3) uint8 each.
 
     Raises:

@@ -19,7 +19,7 @@ from lerobot_attn.figures.matrices import draw_matrix
 
 @dataclass(frozen=True)
 class Panel:
-    """One heatmap: (height, width) on the camera's own pixels, its title, and its image if it has an own one."""
+    """One heatmap: (height, width) on the camera's own pixels, its title, and its image if it has its own."""
 
     heat: np.ndarray
     title: str

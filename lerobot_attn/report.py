@@ -1,0 +1,428 @@
+"""Comparison of two episodes or two groups, as figure, tables and video in one folder.
+
+    write_report([failed], [solved], "report")   # Python side of `lerobot-attn compare A B -o report`
+
+The numbers are those of `analysis.compare`; the drawing is in `figures`, the video in `overlay`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.figure import Figure
+
+from lerobot_attn import analysis, figures
+from lerobot_attn.analysis.compare import compare, compare_overall
+from lerobot_attn.analysis.select import Where
+from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
+from lerobot_attn.errors import ConfigError, SelectionError
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
+from lerobot_attn.overlay import OverlaySettings, overlay_frames
+from lerobot_attn.plot import camera_frames
+from lerobot_attn.settings import parse_choice
+from lerobot_attn.store.reader import Episode
+from lerobot_attn.video import VideoWriter
+
+Progress = Callable[[int, int], None]
+_STRIP = 5  # phases of an episode that are shown as images
+_PASSES = 5  # times that `compare_groups` goes over the episodes
+
+
+@dataclass
+class CompareSettings:
+    """Settings of `lerobot-attn compare`; labels as `analysis.Where` takes them, or as text."""
+
+    # Layer: a number (negative from the last) or 'mean'.
+    layer: Any = -1
+    # Denoise step: a number (negative from the last) or 'mean'.
+    denoise_step: Any = -1
+    # Head: a number, 'mean' or 'max'.
+    head: Any = "mean"
+    # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
+    query: Any = "frame"
+    # Key tokens to leave out of both sides.
+    leave_out: Any = ()
+    # Camera of images and video, by the last part of its name. Default: the first.
+    camera: str | None = None
+    # share, image, frame or episode: what the images' colours mean.
+    normalisation: Normalisation = "image"
+    # Percentile of the patches at which the images' colours end.
+    clip: float = 99.5
+    # phase (fraction of the episode) or frame: what is put side by side.
+    align: str = "phase"
+    # Parts of an episode, with align=phase.
+    n_phases: int = 20
+    # Confidence of the intervals over episodes.
+    confidence: float = 0.95
+    # A matplotlib colour map for images.
+    colormap: str = "inferno"
+    # Opacity of the largest value.
+    alpha: float = 0.7
+    # nearest or linear.
+    interpolation: Interpolation = "nearest"
+    # Width of the figure, inches.
+    width: float = 7.0
+    dpi: int = 200
+    # Write the video of two episodes side by side.
+    video: bool = True
+    # Frames per second of the video. Default: the first episode's.
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        """Read choices given as text, and check what can be checked without episodes.
+
+        Raises:
+            ConfigError: a value is out of range or of the wrong type.
+        """
+        for name in ("layer", "denoise_step", "head", "query", "leave_out"):
+            setattr(self, name, parse_choice(getattr(self, name)))
+        for name in ("layer", "denoise_step", "head"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and value not in ("mean", *(("max",) if name == "head" else ())):
+                raise ConfigError(f"{name}: got {value!r}, expected one number or 'mean'")
+        if isinstance(self.leave_out, int):
+            self.leave_out = [self.leave_out]
+        if self.normalisation not in NORMALISATIONS:
+            raise ConfigError(
+                f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
+            )
+        colormap(self.colormap)
+
+    @property
+    def where(self) -> Where:
+        """What to look at, for `analysis`."""
+        return {
+            "layer": self.layer,
+            "denoise_step": self.denoise_step,
+            "head": self.head,
+            "query": self.query,
+            "leave_out": self.leave_out,
+        }
+
+
+class Comparison(NamedTuple):
+    """What `analysis` found of two sides."""
+
+    shares: xr.Dataset
+    sharpness: xr.Dataset
+    overall: pd.DataFrame  # modalities, then tokens: kind, name, a, b, difference, low, high, n_a, n_b
+    heatmap: xr.Dataset  # (grid_y, grid_x) of the camera: a, b, difference, …
+
+
+def compare_groups(
+    a: Sequence[Episode],
+    b: Sequence[Episode],
+    settings: CompareSettings | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare shares, sharpness and words of two groups of episodes; of one each, without intervals.
+
+    Args:
+        a: an episode or more.
+        b: likewise.
+        settings: what to look at.
+        progress: called as `progress(done, total)`, episodes read.
+
+    Raises:
+        SelectionError: an empty side, or a layer, camera, … that an episode does not hold.
+    """
+    settings = settings or CompareSettings()
+    total, passes = len(a) + len(b), _PASSES
+    done = 0
+
+    def count(_: int, __: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, passes * total)
+
+    options: dict[str, Any] = {"confidence": settings.confidence, "progress": count, **settings.where}
+    along: dict[str, Any] = {"align": settings.align, "n_phases": settings.n_phases, **options}
+    shares = compare(a, b, "modality_share", **along)
+    sharpness = compare(a, b, "sharpness", **along)
+    if "quantity" in sharpness.dims:
+        sharpness = sharpness.sel(quantity="effective_number")
+    tables = [compare_overall(a, b, measure, **options) for measure in ("modality_share", "token_attention")]
+    tables[0] = tables[0][tables[0]["name"] != "padding"].assign(kind=lambda t: t["name"])
+    tables[0]["name"] = tables[0]["name"].map(short)
+    overall = pd.concat(tables, ignore_index=True)
+    overall.attrs["interval"] = tables[1].attrs["interval"]
+    shown = {"camera": settings.camera, "n_phases": 1, **options}
+    heatmap = compare(a, b, "image_heatmap", **shown).isel(phase=0)
+    return Comparison(shares, sharpness, overall, heatmap)
+
+
+def comparison_figure(
+    a: Sequence[Episode],
+    b: Sequence[Episode],
+    settings: CompareSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    found: Comparison | None = None,
+) -> Figure:
+    """Draw two sides: images at five phases (of two episodes), shares, sharpness and overall differences.
+
+    Args:
+        a: an episode or more.
+        b: likewise.
+        settings: what to look at, and how to draw it.
+        progress: called as `progress(done, total)`, episodes read.
+        found: of `compare_groups`, where it was computed already.
+
+    Raises:
+        SelectionError, StoreError: as `compare_groups`; an episode has no video of the camera.
+    """
+    settings = settings or CompareSettings()
+    found = found or compare_groups(a, b, settings, progress)
+    strips, heats = [], []
+    if len(a) == len(b) == 1:
+        for name, episode in (("A", a[0]), ("B", b[0])):
+            group, maps = _strip(name, episode, settings)
+            strips.append(group)
+            heats += maps
+    means: list[np.ndarray] = []
+    unit = NORMALISATIONS[settings.normalisation]
+    if not strips:
+        _, geometry, _ = analysis.camera_geometry(a[0].arrays, settings.camera)
+        kept = [found.heatmap[name].transpose("grid_y", "grid_x") for name in ("a", "b", "difference")]
+        means = [analysis.on_camera_pixels(part, geometry) for part in kept]
+        unit = NORMALISATIONS["share"]
+    vmax = 1.0
+    if heats and settings.normalisation != "frame":
+        vmax = float(np.percentile(np.concatenate([heat.ravel() for heat in heats]), settings.clip))
+    largest = max((float(heat.max()) for heat in heats), default=0.0)
+    vmax = vmax if vmax > 0 else (largest or 1.0)
+    return figures.comparison_figure(
+        found.shares,
+        found.sharpness,
+        found.overall,
+        ("A", "B"),
+        _caption(a, b, settings, found),
+        strips=strips,
+        means=means,
+        vmax=vmax,
+        unit=unit,
+        clipped=largest > vmax,
+        cmap=settings.colormap,
+        alpha=settings.alpha,
+        width_in=settings.width,
+    )
+
+
+def side_by_side(a: Episode, b: Episode, settings: CompareSettings | None = None) -> Iterator[np.ndarray]:
+    """Yield the overlays of two episodes side by side, (height, width, 3) uint8.
+
+    By phase there are as many frames as the longer episode has, and the shorter one holds its frames; by
+    frame the shorter one stays at its last.
+    """
+    settings = settings or CompareSettings()
+    n = max(a.n_frames, b.n_frames)
+    views = []
+    for episode in (a, b):
+        wanted = np.arange(n)
+        if settings.align == "phase" and n > 1:
+            wanted = np.round(wanted * (episode.n_frames - 1) / (n - 1)).astype(int)
+        views.append(
+            _held(overlay_frames(episode, _overlay(settings)), np.minimum(wanted, episode.n_frames - 1))
+        )
+    for left, right in zip(*views, strict=True):
+        height = max(left.shape[0], right.shape[0])
+        yield np.concatenate([_to_height(left, height), _to_height(right, height)], axis=1)
+
+
+def write_report(
+    a: Sequence[Episode],
+    b: Sequence[Episode],
+    folder: str | Path,
+    settings: CompareSettings | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write a comparison: `comparison.png`, tables, `report.md`, and for two episodes `comparison.mp4`.
+
+    Args:
+        a: an episode or more.
+        b: likewise.
+        folder: where to; it is made.
+        settings: what to look at, and how to draw it.
+        progress: called as `progress(done, total)`.
+
+    Returns:
+        The files.
+
+    Raises:
+        SelectionError, StoreError: as `comparison_figure`.
+        ConfigError: the folder cannot be written.
+    """
+    settings = settings or CompareSettings()
+    folder = Path(folder)
+    if not a or not b:
+        raise SelectionError(
+            f"nothing to compare: A has {len(a)} episodes, B has {len(b)}; expected one at least"
+        )
+    video = settings.video and len(a) == len(b) == 1
+    n_video = max(a[0].n_frames, b[0].n_frames) if video else 0
+    n_read = _PASSES * (len(a) + len(b))
+
+    def reading(done: int, _: int) -> None:
+        if progress is not None:
+            progress(done, n_read + n_video)
+
+    found = compare_groups(a, b, settings, reading)
+    figure = comparison_figure(a, b, settings, found=found)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [figures.save_figure(figure, folder / "comparison.png", dpi=settings.dpi)]
+        files.append(folder / "overall.csv")
+        found.overall.to_csv(files[-1], index=False)
+        files.append(folder / "shares.csv")
+        found.shares.to_dataframe().reset_index().to_csv(files[-1], index=False)
+        files.append(folder / "sharpness.csv")
+        found.sharpness.to_dataframe().reset_index().to_csv(files[-1], index=False)
+        if video:
+            files.append(folder / "comparison.mp4")
+            _write_video(a[0], b[0], files[-1], settings, progress, n_read)
+        files.append(folder / "report.md")
+        files[-1].write_text(_markdown(a, b, settings, found, video=video), encoding="utf-8")
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise ConfigError(f"{folder}: cannot write the report: {error.strerror}") from error
+    return files
+
+
+def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, list[np.ndarray]]:
+    """Return one side's heatmaps over its images at five phases, and the same on the patches."""
+    data = episode.arrays
+    camera, geometry, _ = analysis.camera_geometry(data, settings.camera)
+    frames = sorted({round(phase * (episode.n_frames - 1)) for phase in np.linspace(0, 1, _STRIP)})
+    where: Where = {**settings.where, "frame": frames}
+    heat = analysis.image_heatmap(data, camera, normalisation=settings.normalisation, **where)
+    panels = []
+    for index, (frame, image) in enumerate(zip(frames, camera_frames(episode, camera, frames), strict=True)):
+        pixels = analysis.on_camera_pixels(
+            heat[index], geometry, size_px=image.shape[:2], interpolation=settings.interpolation
+        )
+        panels.append(figures.Panel(pixels, f"{name}, frame {frame}", image))
+    label = f"{name}: {short(camera)}"
+    assert panels[0].image is not None
+    return figures.Group(label, panels[0].image, panels), [heat.values]
+
+
+def _overlay(settings: CompareSettings) -> OverlaySettings:
+    return OverlaySettings(
+        camera=settings.camera,
+        layer=settings.layer,
+        denoise_step=settings.denoise_step,
+        head=settings.head,
+        query=settings.query,
+        leave_out=settings.leave_out,
+        clip=settings.clip,
+        colormap=settings.colormap,
+        alpha=settings.alpha,
+        interpolation=settings.interpolation,
+    )
+
+
+def _held(frames: Iterator[np.ndarray], wanted: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield frames by ascending number, each as often as it is wanted."""
+    position, shown = -1, None
+    for number in wanted.tolist():
+        while position < number:
+            shown = next(frames)
+            position += 1
+        assert shown is not None
+        yield shown
+
+
+def _to_height(frame: np.ndarray, height: int) -> np.ndarray:
+    return np.pad(frame, ((0, height - frame.shape[0]), (0, 0), (0, 0)))
+
+
+def _write_video(
+    a: Episode, b: Episode, path: Path, settings: CompareSettings, progress: Progress | None, done: int
+) -> None:
+    video = next(iter(a.attributes.get("videos", {}).values()), {})
+    fps = settings.fps or float(video.get("fps", 20))
+    total = done + max(a.n_frames, b.n_frames)
+    temporary = path.with_name(f".{path.stem}.new.mp4")
+    writer: VideoWriter | None = None
+    try:
+        for frame in side_by_side(a, b, settings):
+            writer = writer or VideoWriter(temporary, fps=fps, size_px=frame.shape[:2])
+            writer.write(frame)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        if writer is not None:
+            writer.close()
+            temporary.replace(path)
+    finally:
+        if writer is not None:
+            writer.close()
+        temporary.unlink(missing_ok=True)
+
+
+def _caption(
+    a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings, found: Comparison
+) -> Caption:
+    chosen = found.shares.attrs
+    facts = [f"A: {_side(a)}", f"B: {_side(b)}"]
+    facts += [str(chosen.get(name, "")) for name in ("layer", "denoise_step", "head", "query", "left_out")]
+    facts += [f"camera {short(analysis.camera_geometry(a[0].arrays, settings.camera)[0])}"]
+    facts += [f"aligned by {settings.align}", f"intervals: {found.overall.attrs['interval']}"]
+    facts += [_only(found.overall, "a", "A"), _only(found.overall, "b", "B")]
+    return Caption(facts, RANDOM_WEIGHTS if any(e.has_random_weights for e in (*a, *b)) else "")
+
+
+def _only(overall: pd.DataFrame, side: str, name: str) -> str:
+    """Say which words only one side has."""
+    other = {"a": "b", "b": "a"}[side]
+    missing = overall[np.isfinite(overall[side]) & ~np.isfinite(overall[other])]
+    return f"only in {name}: {', '.join(missing['name'])}" if len(missing) else ""
+
+
+def _side(episodes: Sequence[Episode]) -> str:
+    """Say which episodes these are."""
+    outcomes = [episode.success for episode in episodes]
+    solved = f"{outcomes.count(True)} of {len(episodes)} solved"
+    if len(episodes) == 1:
+        solved = {True: "success", False: "failure"}.get(outcomes[0], "unfinished")  # type: ignore[arg-type]
+        return f"{episodes[0].path.parent.name}/{episodes[0].path.stem} ({solved}): {episodes[0].task}"
+    tasks = sorted({episode.task for episode in episodes})
+    task = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
+    return f"{len(episodes)} episodes ({solved}): {task}"
+
+
+def _markdown(
+    a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings, found: Comparison, *, video: bool
+) -> str:
+    """Write the report's text."""
+    lines = ["# Attention compared", "", f"- A: {_side(a)}", f"- B: {_side(b)}"]
+    lines += [
+        f"- settings: `{json.dumps(asdict(settings))}`",
+        f"- intervals: {found.overall.attrs['interval']}",
+    ]
+    if any(episode.has_random_weights for episode in (*a, *b)):
+        lines.append(f"- **{RANDOM_WEIGHTS}**")
+    lines += ["", "![comparison](comparison.png)", ""]
+    if video:
+        lines += ["Side by side: [comparison.mp4](comparison.mp4)", ""]
+    lines += ["| what | A, % | B, % | B - A | interval | episodes |", "|---|---|---|---|---|---|"]
+    for row in found.overall.to_dict("records"):
+        interval = "" if np.isnan(row["low"]) else f"{100 * row['low']:.2f} to {100 * row['high']:.2f}"
+        cells = [_percent(row[name]) for name in ("a", "b", "difference")]
+        what = row["name"] if row["measure"] == "modality_share" else f"{row['kind']}: {row['name']}"
+        lines.append(f"| {what} | {' | '.join(cells)} | {interval} | {row['n_a']}, {row['n_b']} |")
+    lines += ["", "Shares of all attention, means over whole episodes. More in the CSV files.", ""]
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "" if np.isnan(value) else f"{100 * value:.2f}"

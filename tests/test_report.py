@@ -1,0 +1,209 @@
+"""Comparison reports: planted differences come out as numbers, figure, tables and video."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_inspection import run_cli
+
+from lerobot_attn import analysis
+from lerobot_attn.errors import ConfigError, SelectionError
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
+from lerobot_attn.report import CompareSettings, compare_groups, comparison_figure, side_by_side, write_report
+from lerobot_attn.store.reader import open_episode, open_run
+from lerobot_attn.synthetic import SyntheticPlan, planted_shares, write_planted_episode
+from lerobot_attn.video import count_frames
+
+FIRST = "observation.images.image"
+PLAN = SyntheticPlan(n_frames=20, n_executed=4)
+OTHER = dataclasses.replace(PLAN, task="open the drawer", task_id=1, n_frames=10, success=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two tasks: three successes of 20 frames, three failures of 10."""
+    folder = tmp_path_factory.mktemp("runs")
+    for plan in (PLAN, OTHER):
+        for index in range(3):
+            write_planted_episode(folder, dataclasses.replace(plan, episode_index=index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sides(folder):
+    run = list(open_run(folder))
+    return run[:3], run[3:]
+
+
+def rows(table):
+    return {(row["kind"], row["name"]): row for row in table.to_dict("records")}
+
+
+def test_numbers_are_the_planted_ones(sides):
+    a, b = sides
+    found = compare_groups(a[:1], b[:1])
+    overall = rows(found.overall)
+    for plan, side in ((PLAN, "a"), (OTHER, "b")):
+        expected = np.mean([planted_shares(plan, frame)["task"] for frame in range(plan.n_frames)])
+        assert overall["task", "task"][side] == pytest.approx(expected, abs=1e-3)
+    assert overall["task", "pick"]["a"] > 0
+    assert np.isnan(overall["task", "pick"]["b"])
+    assert found.shares.sizes["phase"] == 20
+    by_phase = found.shares["a"].sel(modality=FIRST).values
+    expected = [planted_shares(PLAN, frame)[FIRST] for frame in range(20)]
+    np.testing.assert_allclose(by_phase, expected, atol=1e-3)
+    assert np.isnan(overall["task", "task"]["low"]), "one episode a side has no interval"
+
+
+def test_progress_counts_to_its_end(sides):
+    calls = []
+    compare_groups(*sides, progress=lambda done, total: calls.append((done, total)))
+    assert [done for done, _ in calls] == list(range(1, calls[-1][1] + 1))
+
+
+def test_figure_of_two_episodes_shows_images_and_differences(sides):
+    a, b = sides
+    figure = comparison_figure(a[:1], b[:1], CompareSettings(layer=3, head=0))
+    strips = [axes for axes in figure.axes if len(axes.images) == 2]
+    titles = [axes.get_title() for axes in strips]
+    assert titles == [f"A, frame {t}" for t in (0, 5, 10, 14, 19)] + [
+        f"B, frame {t}" for t in (0, 2, 4, 7, 9)
+    ]
+    geometry = analysis.camera_geometry(a[0].arrays, FIRST)[1]
+    expected = analysis.on_camera_pixels(
+        analysis.image_heatmap(a[0].arrays, FIRST, frame=5, layer=3, head=0, normalisation="image"), geometry
+    )
+    np.testing.assert_array_equal(strips[1].images[1].get_array(), expected)
+    (lines,) = (axes for axes in figure.axes if axes.get_title() == "task, %")
+    assert lines.lines[0].get_ydata()[0] == pytest.approx(15, abs=0.1)
+    text = " ".join(t.get_text() for t in figure.texts)
+    assert "A: synthetic_0/episode_00000 (success): pick up the red block" in text
+    assert "only in B: open, drawer" in text
+    assert RANDOM_WEIGHTS in text
+
+
+def test_figure_of_groups_shows_mean_heatmaps_and_intervals(sides):
+    figure = comparison_figure(*sides)
+    means = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if len(axes.images) == 1}
+    np.testing.assert_allclose(means["B minus A"], means["B, mean"] - means["A, mean"], atol=1e-6)
+    (lines,) = (axes for axes in figure.axes if axes.get_title() == "task, %")
+    assert len(lines.collections) == 1, "no interval is drawn"
+
+
+def test_report_of_two_episodes(tmp_path, sides):
+    a, b = sides
+    files = write_report(a[:1], b[:1], tmp_path / "new" / "report")
+    names = {"comparison.png", "comparison.mp4", "overall.csv", "shares.csv", "sharpness.csv", "report.md"}
+    assert {file.name for file in files} == names == {file.name for file in files[0].parent.iterdir()}
+    assert count_frames(tmp_path / "new" / "report" / "comparison.mp4") == 20
+    table = pd.read_csv(tmp_path / "new" / "report" / "overall.csv")
+    pd.testing.assert_frame_equal(
+        table[["name", "a", "b"]], compare_groups(a[:1], b[:1]).overall[["name", "a", "b"]], check_dtype=False
+    )
+    text = (tmp_path / "new" / "report" / "report.md").read_text()
+    assert RANDOM_WEIGHTS in text
+    assert "| task | 27.50 | 27.50 | " in text
+    assert "| task: pick | 2.25 |  |  |  | 1, 0 |" in text or "| task: pick |" in text
+
+
+def test_report_of_groups_has_no_video(tmp_path, sides):
+    files = write_report(*sides, tmp_path)
+    assert "comparison.mp4" not in {file.name for file in files}
+    text = (tmp_path / "report.md").read_text()
+    assert "3 episodes (3 of 3 solved): pick up the red block" in text
+    assert "bootstrap over episodes" in text
+
+
+@pytest.mark.parametrize("align", ["phase", "frame"])
+def test_video_aligns_the_shorter_episode(sides, align):
+    a, b = (side[0] for side in sides)
+    frames = list(side_by_side(a, b, CompareSettings(align=align)))
+    assert len(frames) == 20
+    right = [frame[:, frame.shape[1] // 2 :] for frame in frames]
+    moved = [not np.array_equal(x, y) for x, y in zip(right, right[1:], strict=False)]
+    # By phase ten frames are spread over twenty; by frame they play and then hold the last.
+    assert sum(moved) == 9
+    assert all(moved[:9]) == (align == "frame")
+
+
+def test_same_episode_twice_differs_nowhere(sides):
+    a, _ = sides
+    overall = compare_groups(a[:1], a[:1]).overall
+    np.testing.assert_array_equal(overall["difference"], 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer": "0,1"}, r"layer: got \[0, 1\], expected one number or 'mean'"),
+        ({"head": "all"}, r"head: got 'all', expected one number or 'mean'"),
+        ({"normalisation": "max"}, r"normalisation: got 'max'"),
+        ({"colormap": "none"}, r"colormap 'none': unknown"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        CompareSettings(**settings)
+
+
+def test_nothing_to_compare(tmp_path, sides):
+    with pytest.raises(SelectionError, match=r"nothing to compare: A has 0 episodes, B has 3"):
+        write_report([], sides[1], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_command_compares_episodes_tasks_and_successes(folder, tmp_path, monkeypatch, capsys):
+    first, second = (open_run(folder)[index].path for index in (0, 3))
+    status, out, _ = run_cli(
+        monkeypatch, capsys, "compare", first, second, "-o", tmp_path / "a", "--no-video"
+    )
+    assert status == 0
+    assert f"Wrote {tmp_path / 'a' / 'report.md'}" in out
+    assert not (tmp_path / "a" / "comparison.mp4").exists()
+    status, *_ = run_cli(monkeypatch, capsys, "compare", folder, "--by", "success", "-o", tmp_path / "b")
+    assert status == 0
+    text = (tmp_path / "b" / "report.md").read_text()
+    assert "A: 3 episodes (0 of 3 solved)" in text
+    assert "B: 3 episodes (3 of 3 solved)" in text
+    settings = tmp_path / "compare.yaml"
+    settings.write_text("layer: 2\nn_phases: 5\n")
+    status, *_ = run_cli(
+        monkeypatch,
+        capsys,
+        "compare",
+        first.parent,
+        second.parent,
+        "-o",
+        tmp_path / "c",
+        "--settings",
+        settings,
+    )
+    assert status == 0
+    line = next(x for x in (tmp_path / "c" / "report.md").read_text().splitlines() if "settings" in x)
+    chosen = json.loads(line.split("`")[1])
+    assert (chosen["layer"], chosen["n_phases"]) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: compare: expected two sides A and B, or one with --by success"),
+        (["--by", "colour"], "error: --by: got 'colour', expected success"),
+        (["none.zarr"], "error: none.zarr: no such folder"),
+    ],
+)
+def test_command_errors(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run_cli(monkeypatch, capsys, "compare", folder, *arguments)
+    assert status == 1
+    assert error.startswith(message)
+    assert not (tmp_path / "report").exists()
+
+
+def test_episode_of_one_frame(tmp_path):
+    plan = dataclasses.replace(PLAN, n_frames=1)
+    one = open_episode(write_planted_episode(tmp_path, plan))
+    assert len(list(side_by_side(one, one))) == 1
+    assert comparison_figure([one], [one]).axes
