@@ -17,6 +17,7 @@ from rich.text import Text
 from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_queries
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import SelectionError, StoreError
+from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.reader import Episode, Run
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
 
@@ -37,7 +38,8 @@ def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], fl
 
     Returns:
         Modality (camera, task, …) → share of attention, averaged over denoise steps, layers, heads and
-        executed action tokens; and the largest deviation of a row's sum from 1 among all rows of the same maps.
+        executed action tokens; and the largest deviation of a row's sum from 1 among all rows of the
+        same maps.
 
     Raises:
         StoreError: the episode holds no suffix attention, or a chunk is damaged.
@@ -152,7 +154,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         ("saved", "; ".join(f"{name} {_ranges(values)}" for name, values in facts["saved"].items())),
         (
             "on disk",
-            f"{facts['stored_bytes'] / 1e6:.1f} MB, maps compressed {facts['compression_ratio'] or 0:.1f}x",
+            f"{format_bytes(facts['stored_bytes'])}, maps compressed {facts['compression_ratio'] or 0:.1f}x",
         ),
         ("videos", "\n".join([*facts["videos"].values(), facts["eval_video"] or "no evaluation video"])),
     ):
@@ -196,22 +198,21 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
     """Lay out what `describe_run` returned for a terminal."""
     head = Text(
         f"{facts['path']}: {facts['n_episodes']} episodes, {facts['n_complete']} complete, "
-        f"{facts['n_success']} successful, "
-        f"{facts['stored_bytes'] / 1e6:.1f} MB"
+        f"{facts['n_success']} successful, {format_bytes(facts['stored_bytes'])}"
     )
     parts: list[RenderableType] = [head]
     tasks: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in facts["episodes"]:
         tasks.setdefault((f"{row['task_group']}_{row['task_id']}", row["task"]), []).append(row)
     for (name, instruction), rows in tasks.items():
-        table = _table("episode", "outcome", "frames", "inferences", "MB", "complete")
+        table = _table("episode", "outcome", "frames", "inferences", "size", "complete")
         for row in rows:
             table.add_row(
                 str(row["episode"]),
                 {True: "success", False: "failure"}.get(row["success"], "-"),
                 str(row["frames"]),
                 str(row["inferences"]),
-                f"{row['bytes'] / 1e6:.1f}",
+                format_bytes(row["bytes"]),
                 "yes" if row["complete"] else "[red]no[/red]",
             )
         parts += [_title(f"{name}: {instruction}"), table]

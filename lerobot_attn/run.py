@@ -23,6 +23,7 @@ from lerobot_attn.capture import AttentionCapture, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, StoreError
 from lerobot_attn.recorder import DimensionNames, EpisodeJob, EpisodePlan, EpisodeResult, RolloutRecorder
+from lerobot_attn.sizes import folder_bytes, format_bytes
 from lerobot_attn.store.background import BackgroundWriter
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.text import Tokenizer
@@ -326,20 +327,6 @@ class RunRecorder:
     def _running_task(self) -> TaskPlan:
         assert self._task is not None, "start_task() comes first"
         return self._task
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder, bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Return a size for people, in powers of 1000: "16.3 MB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
 
 
 def _prepare_folder(folder: Path) -> None:

@@ -25,6 +25,15 @@ FRAMEWORK_FREE = (
     "launch",
     "libero",
     "cli",
+    "settings",
+    "sizes",
+    "synthetic",
+    "analysis",
+    "figures",
+    "plot",
+    "overlay",
+    "verify",
+    "report",
 )
 FRAMEWORKS = {"torch", "lerobot", "transformers", "gymnasium"}
 

@@ -1,6 +1,7 @@
 """Comparison reports: planted differences come out as numbers, figure, tables and video."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_video_aligns_the_shorter_episode(sides, align):
     frames = list(side_by_side(a, b, CompareSettings(align=align)))
     assert len(frames) == 20
     right = [frame[:, frame.shape[1] // 2 :] for frame in frames]
-    moved = [not np.array_equal(x, y) for x, y in zip(right, right[1:], strict=False)]
+    moved = [not np.array_equal(x, y) for x, y in itertools.pairwise(right)]
     # By phase ten frames are spread over twenty; by frame they play and then hold the last.
     assert sum(moved) == 9
     assert all(moved[:9]) == (align == "frame")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.layout import TokenLayout
+from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, EPISODE_SUFFIX, SCHEMA_NAME, SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Episode:
 
     def stored_bytes(self) -> int:
         """Return the size of the store's files, bytes."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return folder_bytes(self.path)
 
     def raw_bytes(self) -> int:
         """Return the size of the maps before compression, bytes."""

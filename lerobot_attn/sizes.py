@@ -1,0 +1,19 @@
+"""Sizes of folders, counted and written for people. Knows nothing of what lies in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder, bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Return a size for people, in powers of 1000: "16.3 MB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
