@@ -16,6 +16,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from lerobot_attn import analysis, figures
+from lerobot_attn.analysis.prefix import cross_modal, text_to_image
 from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
 from lerobot_attn.errors import ConfigError, SelectionError, StoreError
@@ -281,11 +282,9 @@ def _actions(episode: Episode, settings: PlotSettings) -> Figure:
 
 
 def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
-    from lerobot_attn.analysis.prefix import cross_modal, text_to_image
-
     data, frame = episode.arrays, _one_frame(episode, settings)
     layer = _single(settings.layers, -1)
-    head = "mean" if settings.heads is None else settings.heads
+    head: Any = "mean" if settings.heads is None else settings.heads
     groups, maps = [], []
     for camera in _cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(data, camera)
@@ -437,7 +436,10 @@ def camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[
         )
     video = episode.attributes["videos"][camera]
     size = (video["height_px"], video["width_px"])
-    found = {t: f for t, f in enumerate(read_frames(episode.videos[camera], size_px=size)) if t in frames}
+    numbers = sorted(set(frames))
+    found = dict(
+        zip(numbers, read_frames(episode.videos[camera], size_px=size, numbers=numbers), strict=True)
+    )
     return [found[frame] for frame in frames]
 
 

@@ -226,7 +226,7 @@ def side_by_side(a: Episode, b: Episode, settings: CompareSettings | None = None
     n = max(a.n_frames, b.n_frames)
     views = []
     for episode in (a, b):
-        wanted = np.arange(n)
+        wanted: np.ndarray = np.arange(n)
         if settings.align == "phase" and n > 1:
             wanted = np.round(wanted * (episode.n_frames - 1) / (n - 1)).astype(int)
         views.append(
@@ -348,7 +348,7 @@ def _to_height(frame: np.ndarray, height: int) -> np.ndarray:
 def _write_video(
     a: Episode, b: Episode, path: Path, settings: CompareSettings, progress: Progress | None, done: int
 ) -> None:
-    video = next(iter(a.attributes.get("videos", {}).values()), {})
+    video: dict[str, Any] = next(iter(a.attributes.get("videos", {}).values()), {})
     fps = settings.fps or float(video.get("fps", 20))
     total = done + max(a.n_frames, b.n_frames)
     temporary = path.with_name(f".{path.stem}.new.mp4")

@@ -11,6 +11,8 @@ import yaml
 
 from lerobot_attn.errors import ConfigError
 
+_LONGEST_RANGE = 1_000_000  # a slip of the finger must not fill the memory
+
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that maps names of settings to values; an empty file is an empty mapping.
@@ -72,16 +74,21 @@ def parse_choice(text: Any) -> Any:
     """
     if not isinstance(text, str):
         return text
+    is_list = "," in text or text.strip().startswith("[")
     text = text.strip().strip("[]").strip()
     if not text or not (text[0].isdigit() or text[0] == "-"):
         return text
     values: list[int] = []
+    wrong = ConfigError(f"got {text!r}, expected a number, a list as 0,4,9 or a range as 0-3")
     for part in text.split(","):
         first, dash, last = (
             part.strip().partition("-") if not part.strip().startswith("-") else (part, "", "")
         )
         try:
-            values += range(int(first), int(last) + 1) if dash else [int(first)]
+            found = range(int(first), int(last) + 1) if dash else [int(first)]
         except ValueError:
-            raise ConfigError(f"got {text!r}, expected a number, a list as 0,4,9 or a range as 0-3") from None
-    return values[0] if len(values) == 1 and "," not in text else values
+            raise wrong from None
+        if not 0 < len(found) <= _LONGEST_RANGE:
+            raise wrong
+        values += found
+    return values if is_list or len(values) != 1 else values[0]

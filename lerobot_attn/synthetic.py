@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, Segment, TextSpan, TokenLayout, label_text
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.store.writer import Compression, EpisodeWriter
@@ -59,6 +60,24 @@ class SyntheticPlan:
     videos: bool = True
     fps: float = 20.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that there is something to plant in: a camera of several patches, a word, a number of state.
+
+        Raises:
+            ConfigError: a size is too small.
+        """
+        rules = {
+            "image_px": (len(self.image_px) >= 1, "at least one camera"),
+            "grid": (self.grid[0] * self.grid[1] >= 2, "at least two patches"),
+            "task": (len(self.task.split()) >= 1, "at least one word"),
+            "n_state": (self.n_state >= 1, "at least 1"),
+            "n_executed": (1 <= self.n_executed <= self.n_queries, f"1 to n_queries = {self.n_queries}"),
+            "layers": (all(0 <= i < self.n_layers for i in self.layers), f"0 to {self.n_layers - 1}"),
+        }
+        for name, (is_fine, expected) in rules.items():
+            if not is_fine:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
     def full_size(cls, n_frames: int = 280, **changes: Any) -> SyntheticPlan:
@@ -225,6 +244,7 @@ def _planted_row(
     for word in range(words):
         tokens = np.flatnonzero(prompt.word == word)
         here = _WORD_SHARE if word == planted_word(plan, frame) else (1 - _WORD_SHARE) / (words - 1)
+        here = 1 if words == 1 else here
         row[start + tokens] = shares["task"] * here / len(tokens)
     digits = np.flatnonzero(prompt.kind == Kind.STATE)
     row[start + digits] = shares["state"] / len(digits)
@@ -273,6 +293,8 @@ def _prompt(plan: SyntheticPlan, inference: int) -> _Prompt:
         pieces.append(" ")
         add(Kind.STATE, dim, list(str((37 * dim + 13 * inference) % 256)))
     pieces += [";\n", "Action", ":", " "]
+    if len(pieces) > plan.n_text:
+        raise ConfigError(f"n_text: got {plan.n_text}, expected at least the prompt's {len(pieces)} tokens")
     mask = np.arange(plan.n_text) < len(pieces)
     pieces += [""] * (plan.n_text - len(pieces))
     return _Prompt(pieces, mask, *label_text(pieces, mask, spans))
@@ -320,7 +342,7 @@ def _write(
         writer.append_inference(rows)
         writer.append_frames(_frame_rows(plan, start, rows["action_chunk"]))
         writer.commit()
-    videos = _write_videos(path, plan) if plan.videos else {}
+    videos = _write_videos(path, plan) if plan.videos and plan.n_frames else {}
     writer.close(
         complete=plan.complete,
         attributes={"success": plan.success if plan.complete else None, **videos},

@@ -32,7 +32,7 @@ def sharpness(array: xr.DataArray, dims: Sequence[Hashable] | None = None) -> xr
     p = array / total.where(total > 0)
     # 0 log 0 is 0; a sum of nothing but NaN must stay NaN.
     bits: xr.DataArray = xr.apply_ufunc(np.log2, p.where(p > 0, 1), dask="allowed")
-    entropy = -(p * bits).sum(dims).where(total > 0)
+    entropy = (0 - (p * bits).sum(dims)).where(total > 0)  # not -(…), which makes -0.0 of a one-hot's 0
     entropy.attrs = {"long_name": "entropy", "units": "bit"}
     number = 2**entropy
     number.attrs = {"long_name": "effective number", "units": "1"}
@@ -68,8 +68,8 @@ def stability(array: xr.DataArray, along: str, dims: Sequence[Hashable] | None =
     p = array / total.where(total > 0)
     later = p.isel({along: slice(1, None)})
     earlier = p.isel({along: slice(None, -1)})
-    if along in later.coords:
-        earlier = earlier.assign_coords({along: later[along].values})
+    # The result is labelled by the later map alone: its step, its flow time.
+    earlier = earlier.drop_vars([name for name in earlier.coords if along in earlier.coords[name].dims])
     shared: xr.DataArray = xr.apply_ufunc(np.minimum, later, earlier, dask="allowed")
     overlap = shared.sum(dims, skipna=False)
     overlap.attrs = {"long_name": f"overlap with the previous {along.replace('_', ' ')}", "units": "1"}

@@ -9,7 +9,8 @@ A Dask-backed dataset gives lazy results. Knows neither images nor words; opens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -37,10 +38,10 @@ class Where(TypedDict, total=False):
         inference: inference number(s), or "all"; the default where no frame is given.
         layer: labels, negative from the policy's last; default -1, "all" for every stored one.
         denoise_step: labels likewise; default -1, the step that yields the action.
-        head: labels, "all", "mean" (default) or "max".
-        query: an action token's index; "frame", the token whose action is executed at each frame (the
-            default with `frame`); "executed", the mean over the executed ones (the default otherwise); "mean"
-            over all; or "all".
+        head: labels, "all", "mean" (default) or "max", which is taken last, of the other means.
+        query: an action token's number in the chunk, from 0 also where a state token opens the suffix;
+            "frame", the token whose action is executed at each frame (the default with `frame`); "executed",
+            the mean over the executed ones (the default otherwise); "mean" over all; or "all".
         leave_out: key tokens to leave out, e.g. attention sinks; the rest is rescaled to sum to 1.
     """
 
@@ -102,7 +103,7 @@ def attention(
         raise SelectionError(f"got both frame={frame!r} and inference={inference!r}, expected one of them")
     by_frame = frame is not None
     query = ("frame" if by_frame else "executed") if query is None else query
-    _check_query(dataset, query, by_frame=by_frame)
+    query = _checked_query(dataset, query, by_frame=by_frame)
     source, layers = _source(dataset, layer, query)
     array = dataset[source]
     if source == MEANS:
@@ -110,15 +111,18 @@ def attention(
     array = array.sel(layer=layers)
     steps = _labels(dataset, "denoise_step", denoise_step, "n_denoise_steps")
     array = array.sel(denoise_step=steps)
+    heads = _labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
     if not isinstance(head, str):
-        array = array.sel(head=_labels(dataset, "head", head, "n_heads"))
+        array = array.sel(head=heads)
     array, query_text = _select_rows(dataset, array, frame, inference, query, source)
     array = array.astype(np.float32)
-    if denoise_step == "mean":
+    if array.size == 0:
+        array = array.compute()  # Dask cannot reduce an array that holds nothing
+    if isinstance(denoise_step, str) and denoise_step == "mean":
         array = array.mean("denoise_step")
-    if layer == "mean":
+    if isinstance(layer, str) and layer == "mean":
         array = array.mean("layer")
-    if head in ("mean", "max"):
+    if isinstance(head, str) and head != "all":
         array = array.mean("head") if head == "mean" else array.max("head")
     if len(leave_out):
         array = _leave_out(array, leave_out)
@@ -129,7 +133,7 @@ def attention(
         "query": query_text,
         "layer": _words("layer", layer, layers),
         "denoise_step": _words("denoise step", denoise_step, steps),
-        "head": _words("head", head, None if isinstance(head, str) else array["head"].values),
+        "head": _words("head", head, heads),
         "left_out": f"{len(leave_out)} key tokens left out" if len(leave_out) else "",
     }
     return array
@@ -162,7 +166,13 @@ def ranges(values: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _check_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -> None:
+def _action_queries(dataset: xr.Dataset) -> slice:
+    """Return the queries that are action tokens: all of them unless a state token opens the suffix."""
+    layout = layout_of(dataset)
+    return slice(layout.first_action_query, layout.first_action_query + len(layout.actions))
+
+
+def _checked_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -> QueryChoice:
     words = ("frame", "executed", "mean", "all")
     if isinstance(query, str):
         if query not in words:
@@ -171,12 +181,13 @@ def _check_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -> 
             )
         if query == "frame" and not by_frame:
             raise SelectionError("query='frame' is the action executed at a frame: expected frame= with it")
-        return
-    n_queries = layout_of(dataset).n_queries
-    if not 0 <= query < n_queries:
+        return query
+    number, n_actions = _integers("query", query, "a word"), len(layout_of(dataset).actions)
+    if not isinstance(number, int) or not 0 <= number < n_actions:
         raise SelectionError(
-            f"query {query} does not exist: a chunk has {n_queries}, expected 0 to {n_queries - 1}"
+            f"query {query} does not exist: a chunk has {n_actions}, expected one of 0 to {n_actions - 1}"
         )
+    return number
 
 
 def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str, int | list[int]]:
@@ -184,19 +195,22 @@ def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str
     full, means = stored_layers(dataset)
     if not full and not means:
         raise SelectionError("the episode holds no suffix attention; record with layers or mean_layers")
+    if isinstance(query, int):
+        executed, position = executed_queries(dataset), _action_queries(dataset).start + query
+        covered, prefer_means = executed.start <= position < executed.stop, not full
+    else:
+        covered = query in ("executed", "frame")
+        prefer_means = len(means) >= len(full)
     if isinstance(layer, str):
         if layer not in ("all", "mean"):
-            raise SelectionError(f"layer {layer!r}: expected a layer, a list, 'all' or 'mean'")
-        labels: int | list[int] = means or full if query in ("executed", "frame") else full
+            raise SelectionError(f"layer {layer!r}: expected a number, a list, 'all' or 'mean'")
+        labels: int | list[int] = means if covered and prefer_means else full
     else:
         last = max([*full, *means])
         n_layers = int(dataset.attrs.get("policy", {}).get("n_layers") or last + 1)
-        labels = _from_end(layer, n_layers)
+        labels = _from_end("layer", layer, n_layers)
     wanted = [labels] if isinstance(labels, int) else labels
     in_means, in_full = (bool(wanted) and set(wanted) <= set(saved) for saved in (means, full))
-    executed = executed_queries(dataset)
-    covered = isinstance(query, str) and query in ("executed", "frame")
-    covered = covered or (isinstance(query, int) and executed.start <= query < executed.stop)
     if in_means and query == "executed":
         return MEANS, labels
     if in_full:
@@ -209,43 +223,70 @@ def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str
             f"query={query!r} needs full maps of layer {ranges(wanted)}; saved are {saved}; "
             "choose query='executed' or a layer with full maps"
         )
-    missing = [value for value in wanted if value not in full and value not in means] or wanted
+    missing = [value for value in wanted if value not in full and value not in means]
+    if wanted and not missing:
+        raise SelectionError(
+            f"layers {ranges(wanted)} are not all in the same array; saved are {saved}; "
+            "choose layers of one kind"
+        )
     raise SelectionError(f"layer {ranges(missing) or repr(layer)} was not saved; saved are {saved}")
 
 
-def _labels(dataset: xr.Dataset, name: str, choice: Any, count: str) -> Any:
+def _labels(
+    dataset: xr.Dataset, name: str, choice: Any, count: str, words: tuple[str, ...] = ("all", "mean")
+) -> Any:
     """Return the labels of a choice that has a coordinate."""
     saved = dataset[name].values.tolist()
     if isinstance(choice, str):
-        if choice not in ("all", "mean"):
-            raise SelectionError(f"{_plain(name)} {choice!r}: expected a number, a list, 'all' or 'mean'")
+        if choice not in words:
+            known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
+            raise SelectionError(f"{_plain(name)} {choice!r}: expected a number, a list, {known}")
         return saved
     total = dataset.attrs.get("policy", {}).get(count)
-    labels = _from_end(choice, int(total or saved[-1] + 1))
+    labels = _from_end(_plain(name), choice, int(total or saved[-1] + 1))
+    if labels == []:
+        raise SelectionError(f"{_plain(name)} []: expected at least one; saved are {ranges(saved)}")
     for label in [labels] if isinstance(labels, int) else labels:
         if label not in saved:
             raise SelectionError(f"{_plain(name)} {label} was not saved; saved are {ranges(saved)}")
     return labels
 
 
-def _from_end(choice: Any, count: int) -> int | list[int]:
-    if isinstance(choice, (int, np.integer)) and not isinstance(choice, bool):
-        return int(choice) + count if choice < 0 else int(choice)
-    return [int(value) + count if value < 0 else int(value) for value in choice]
+def _integers(name: str, choice: Any, word: str) -> int | list[int]:
+    """Return a number or a list of them, of whatever integer type, as plain integers."""
+
+    def plain(value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+
+    values = np.asarray(choice).tolist() if hasattr(choice, "__array__") else choice
+    try:
+        return [plain(value) for value in values] if isinstance(values, Iterable) else plain(values)
+    except TypeError:
+        raise SelectionError(f"{name} {choice!r}: expected a number, a list or {word}") from None
+
+
+def _from_end(name: str, choice: Any, count: int) -> int | list[int]:
+    labels = _integers(name, choice, "a word")
+
+    def positive(label: int) -> int:
+        return label + count if -count <= label < 0 else label
+
+    return positive(labels) if isinstance(labels, int) else [positive(label) for label in labels]
 
 
 def _positions(name: str, choice: Labels, count: int) -> int | list[int]:
-    if choice == "all":
+    if isinstance(choice, str) and choice == "all":
         return list(range(count))
-    if isinstance(choice, str):
-        raise SelectionError(f"{name} {choice!r}: expected a number, a list or 'all'")
-    values = [choice] if isinstance(choice, (int, np.integer)) else list(choice)
+    numbers = _integers(name, choice, "'all'")
+    values = [numbers] if isinstance(numbers, int) else numbers
     for value in values:
         if not -count <= value < count:
             held = f"0 to {count - 1}" if count else "none: it is empty"
             raise SelectionError(f"{name} {value} does not exist: the episode's are {held}")
-    found = [int(value) % count for value in values]
-    return found[0] if isinstance(choice, (int, np.integer)) else found
+    found = [value % count for value in values]
+    return found[0] if isinstance(numbers, int) else found
 
 
 def _select_rows(
@@ -257,23 +298,27 @@ def _select_rows(
     source: str,
 ) -> tuple[xr.DataArray, str]:
     """Select along inference or frame, and along query; and say in words which query it is."""
-    executed = executed_queries(dataset)
-    mean_text = f"mean of executed actions {executed.start}-{executed.stop - 1}"
+    executed, actions = executed_queries(dataset), _action_queries(dataset)
+    first = actions.start
+    mean_text = f"mean of executed actions {executed.start - first}-{executed.stop - 1 - first}"
     if frame is None:
         chosen = _positions(
             "inference", "all" if inference is None else inference, dataset.sizes["inference"]
         )
         array = array.isel(inference=chosen)
-        array = array.assign_coords(inference=("inference", chosen) if isinstance(chosen, list) else chosen)
-        return (array, mean_text) if source == MEANS else _reduce_query(array, query, executed, mean_text)
+        labels = ("inference", np.array(chosen, int)) if isinstance(chosen, list) else chosen
+        array = array.assign_coords(inference=labels)
+        if source == MEANS:
+            return array, mean_text
+        return _reduce_query(array, query, executed, actions, mean_text)
     frames = frames_of(dataset, frame)
-    wanted, order = np.unique(frames, return_inverse=True)
+    wanted, order = np.unique(np.array(frames, int), return_inverse=True)
     inferences = dataset["frame_inference"].values[wanted]
     if source == RAW and query == "frame":
         queries = dataset["frame_query"].values[wanted]
         if isinstance(frames, int):
             one = array.isel(inference=int(inferences[0]), query=int(queries[0]))
-            return one.assign_coords(frame=frames), f"action {int(queries[0])}, executed at the frame"
+            return one.assign_coords(frame=frames), f"action {int(queries[0]) - first}, executed at the frame"
         # One inference at a time: its frames share a chunk, and no more than one is ever held.
         pieces = []
         for value in dict.fromkeys(inferences.tolist()):
@@ -282,15 +327,16 @@ def _select_rows(
                 array.isel(inference=value).isel(query=queries[at]).rename(query="frame").astype(np.float32)
             )
             pieces.append(piece.assign_coords(frame=wanted[at]))
-        joined = (
-            xr.concat(pieces, "frame") if pieces else array.isel(inference=0, query=[]).rename(query="frame")
-        )
-        return joined.isel(frame=order).transpose("frame", ...), "the action executed at the frame"
+        if not pieces:
+            none = array.isel(inference=slice(0), query=0).rename(inference="frame")
+            pieces = [none.assign_coords(frame=wanted)]
+        joined = xr.concat(pieces, "frame").sel(frame=wanted[order])
+        return joined.transpose("frame", ...), "the action executed at the frame"
     unique, back = np.unique(inferences, return_inverse=True)
     array = array.isel(inference=unique)
     text = mean_text
     if source == RAW:
-        array, text = _reduce_query(array, query, executed, mean_text)
+        array, text = _reduce_query(array, query, executed, actions, mean_text)
     if isinstance(frames, int):
         return array.isel(inference=0).assign_coords(frame=frames), text
     array = array.isel(inference=xr.DataArray(back[order], dims="frame")).assign_coords(frame=wanted[order])
@@ -298,16 +344,17 @@ def _select_rows(
 
 
 def _reduce_query(
-    array: xr.DataArray, query: QueryChoice, executed: slice, mean_text: str
+    array: xr.DataArray, query: QueryChoice, executed: slice, actions: slice, mean_text: str
 ) -> tuple[xr.DataArray, str]:
     if query == "executed":
         return array.isel(query=executed).astype(np.float32).mean("query"), mean_text
     if query == "mean":
-        return array.astype(np.float32).mean("query"), "mean of all actions"
+        return array.isel(query=actions).astype(np.float32).mean("query"), "mean of all actions"
     if query == "all":
+        array = array.isel(query=actions)
         return array.assign_coords(query=np.arange(array.sizes["query"])), "every action"
     assert isinstance(query, int)
-    return array.isel(query=query), f"action {query}"
+    return array.isel(query=actions.start + query), f"action {query}"
 
 
 def _leave_out(array: xr.DataArray, keys: Sequence[int]) -> xr.DataArray:

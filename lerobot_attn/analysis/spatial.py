@@ -77,6 +77,8 @@ def image_heatmap(
     Raises:
         SelectionError: no such camera, normalisation, frame, layer, …
     """
+    if not 0 <= clip <= 100:
+        raise SelectionError(f"clip {clip!r}: expected a percentile from 0 to 100")
     if normalisation not in NORMALISATIONS:
         raise SelectionError(f"normalisation {normalisation!r}: expected one of {', '.join(NORMALISATIONS)}")
     name, geometry, segment = camera_geometry(dataset, camera)

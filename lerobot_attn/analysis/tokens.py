@@ -99,7 +99,7 @@ def find_word(dataset: xr.Dataset, word: str | int) -> int:
     """
     groups, _ = token_groups(dataset)
     words = {group.ordinal: group.label for group in groups if group.kind == Kind.TASK}
-    if isinstance(word, int) or (word.isdecimal() and word not in words.values()):
+    if not isinstance(word, str) or (word.isdecimal() and word not in words.values()):
         matches = [ordinal for ordinal in words if ordinal == int(word)]
     else:
         matches = [ordinal for ordinal, label in words.items() if label.casefold() == word.casefold()]
@@ -254,8 +254,6 @@ def _sum_by_group(
         )
         membership = membership.drop_vars("inference", errors="ignore")
     drop = [name for name in array.coords if "key" in array.coords[name].dims]
-    if array.size == 0:
-        array = array.compute()  # Dask's einsum divides by zero where there is nothing to add up
     result = xr.dot(array.drop_vars(drop), membership, dim="key").transpose(..., dim)
     result.attrs = dict(array.attrs)
     return result

@@ -150,7 +150,8 @@ def colorbar(
 ) -> Axes:
     """Add a colour bar with its unit, and return its axes; an arrow says that some values lie beyond."""
     mappable = ScalarMappable(Normalize(vmin, vmax if vmax > vmin else vmin + 1), colormap(cmap))
-    options = {"pad": 0.015, "aspect": 30, "shrink": 0.9, "extend": "max" if clipped else "neither", **where}
+    extend = {"extend": "max", "extendfrac": 0.025} if clipped else {}
+    options = {"pad": 0.015, "aspect": 30, "shrink": 0.9, **extend, **where}
     bar = figure.colorbar(mappable, ax=axes, **options)
     bar.set_label(label)
     bar.outline.set_linewidth(0.5)

@@ -1,0 +1,204 @@
+"""Synthetic episodes are what recorded ones are: well-formed stores, videos beside them, masked keys at 0."""
+
+import numpy as np
+import pytest
+
+from lerobot_attn import open_episode, open_run
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.layout import Kind
+from lerobot_attn.store.schema import ARRAYS
+from lerobot_attn.synthetic import (
+    SyntheticPlan,
+    planted_patch,
+    planted_shares,
+    planted_word,
+    write_planted_episode,
+    write_softmax_episode,
+)
+from lerobot_attn.video import count_frames, read_frames
+
+SMALL = {"grid": (4, 4), "n_frames": 5, "n_text": 60, "videos": False}
+PLANS = {
+    "default": SyntheticPlan(**SMALL),
+    "prefix": SyntheticPlan(**SMALL, prefix_layers=(0, 3)),
+    "means only": SyntheticPlan(**SMALL, layers=()),
+    "one camera": SyntheticPlan(
+        **SMALL, image_px={"observation.images.image": (61, 97)}, n_empty_cameras=0, padding="left_top"
+    ),
+    "two empty cameras": SyntheticPlan(**SMALL, n_empty_cameras=2),
+    "one word": SyntheticPlan(**SMALL, task="reach"),
+    "one frame": SyntheticPlan(**{**SMALL, "n_frames": 1}),
+    "one head, one step": SyntheticPlan(**SMALL, n_heads=1, n_denoise_steps=1, n_layers=1, layers=(0,)),
+}
+
+
+@pytest.mark.parametrize("write", [write_planted_episode, write_softmax_episode])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+def test_stores_are_well_formed(tmp_path, plan, write):
+    path = write(tmp_path, plan, note="made up")
+    (episode,) = open_run(tmp_path)
+    assert episode.path == path == tmp_path / "attention" / "synthetic_0" / "episode_00000.zarr"
+    assert (episode.n_frames, episode.n_inferences) == (plan.n_frames, plan.n_inferences)
+    assert (episode.is_complete, episode.success, episode.task) == (True, True, plan.task)
+    assert episode.has_random_weights  # nobody shall take it for a policy's
+    assert episode.attributes["note"] == "made up"
+    assert episode.layout == plan.layout
+    data = episode.arrays
+    optional = {"suffix_attention": plan.layers, "prefix_attention": plan.prefix_layers}
+    missing = {name for name, layers in optional.items() if not layers}
+    coordinates = {"layer"} if not plan.layers else set()
+    coordinates |= {"prefix_layer"} if not plan.prefix_layers else set()
+    assert set(data.variables) == {spec.name for spec in ARRAYS} - missing - coordinates
+    masked = data.key_kind.values == Kind.PADDING
+    tolerance = episode.row_sum_tolerance()
+    for name in ("suffix_attention", "suffix_attention_mean"):
+        if name in data:
+            maps = data[name].values.astype(np.float32)
+            assert (maps >= 0).all()
+            np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=tolerance)
+            for inference in range(plan.n_inferences):
+                assert (maps[inference][..., masked[inference]] == 0).all()
+    empty = np.isin(data.key_camera.values, range(len(plan.image_px), len(plan.layout.cameras)))
+    assert masked[:, empty].all()
+    assert not masked[:, data.key_camera.values == 0].any()
+    # Every frame's action is that of its inference and query.
+    chunk, inference, query = (data[n].values for n in ("action_chunk", "frame_inference", "frame_query"))
+    np.testing.assert_array_equal(data.action.values, chunk[inference, query])
+    frames = np.arange(plan.n_frames)
+    np.testing.assert_array_equal(data.inference_frame.values[inference] + query, frames)
+    assert data.success.values.tolist() == [False] * (plan.n_frames - 1) + [True]
+
+
+@pytest.mark.parametrize("plan", [PLANS["default"], PLANS["two empty cameras"]])
+def test_means_are_the_mean_of_the_executed_actions(tmp_path, plan):
+    data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+    full = data.suffix_attention.values.astype(np.float32)[..., : plan.n_executed, :].mean(axis=-2)
+    np.testing.assert_allclose(data.suffix_attention_mean.values[:, :, list(plan.layers)], full, atol=3e-4)
+
+
+def test_planted_prefix_rows(tmp_path):
+    plan = PLANS["prefix"]
+    data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+    assert data.prefix_layer.values.tolist() == [0, 3]
+    n_words, start = len(plan.task.split()), plan.layout.language.start
+    for inference in range(plan.n_inferences):
+        rows = data.prefix_attention.values[inference].astype(np.float32)
+        words, kinds = data.text_word.values[inference], data.key_kind.values[inference]
+        masked = kinds[: plan.layout.prefix_len] == Kind.PADDING
+        assert (rows[..., masked, :] == 0).all()
+        assert (rows[..., masked] == 0).all()
+        np.testing.assert_allclose(rows[..., ~masked, :].sum(axis=-1), 1, atol=1e-3)
+        for word in range(n_words):
+            tokens = start + np.flatnonzero(words == word)
+            assert len(tokens) >= 1
+            assert (rows[..., tokens, word] == 1).all()  # patch `word` of the first camera
+        for key in np.flatnonzero(np.isin(data.key_camera.values, [0, 1])):
+            tokens = start + np.flatnonzero(words == data.key_row.values[key] % n_words)
+            np.testing.assert_allclose(rows[..., key, tokens], 1 / len(tokens), rtol=1e-3)
+        itself = np.flatnonzero(np.isin(kinds, [Kind.SCAFFOLD, Kind.STATE]))
+        assert (rows[..., itself, itself] == 1).all()
+
+
+def test_prompts_name_their_words_and_numbers(tmp_path):
+    plan = SyntheticPlan(**{**SMALL, "n_frames": 30})
+    data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+    lengths = set()
+    for inference in range(plan.n_inferences):
+        texts, words, dims = (
+            data[name].values[inference] for name in ("token_text", "text_word", "text_state_dim")
+        )
+        assert [
+            "".join(texts[words == i]).strip() for i in range(len(plan.task.split()))
+        ] == plan.task.split()
+        numbers = ["".join(texts[dims == i]) for i in range(plan.n_state)]
+        assert numbers == [str((37 * dim + 13 * inference) % 256) for dim in range(plan.n_state)]
+        lengths.add(sum(map(len, numbers)))
+    assert len(lengths) > 2  # the number of state tokens changes from inference to inference
+
+
+def test_videos_have_the_frames_and_sizes_that_the_store_says(tmp_path):
+    plan = SyntheticPlan(
+        grid=(4, 4), n_frames=5, image_px={"observation.images.a": (48, 64), "observation.images.b": (33, 47)}
+    )
+    episode = open_episode(write_planted_episode(tmp_path, plan))
+    assert set(episode.videos) == set(plan.image_px)
+    for camera, size in plan.image_px.items():
+        video = episode.attributes["videos"][camera]
+        assert (video["n_frames"], video["height_px"], video["width_px"]) == (5, *size)
+        frames = list(read_frames(episode.videos[camera], size_px=size))
+        assert [frame.shape for frame in frames] == [(*size, 3)] * 5
+        assert any((frames[0] != frames[4]).ravel())
+    assert episode.eval_video == tmp_path / "videos" / "synthetic_0" / "eval_episode_0.mp4"
+    assert count_frames(episode.eval_video) == 5
+
+
+def test_an_episode_without_frames_has_no_videos(tmp_path):
+    episode = open_episode(write_planted_episode(tmp_path, SyntheticPlan(grid=(4, 4), n_frames=0)))
+    assert (episode.n_frames, episode.n_inferences, episode.videos) == (0, 0, {})
+
+
+def test_several_episodes_make_a_run(tmp_path):
+    for index, success in enumerate((True, False, True)):
+        plan = SyntheticPlan(**SMALL, episode_index=index, success=success, complete=index < 2)
+        write_planted_episode(tmp_path, plan)
+    run = open_run(tmp_path)
+    assert [episode.success for episode in run] == [True, False, None]
+    assert run.table.complete.tolist() == [True, True, False]
+    assert not run[1].arrays.success.values.any()
+
+
+@pytest.mark.parametrize("write", [write_planted_episode, write_softmax_episode])
+def test_the_same_plan_gives_the_same_numbers(tmp_path, write):
+    first, second = (open_episode(write(tmp_path / name, PLANS["default"])).arrays for name in "ab")
+    assert first.drop_attrs().identical(second.drop_attrs())
+    other = open_episode(write(tmp_path / "c", SyntheticPlan(**SMALL, seed=1))).arrays
+    assert not np.array_equal(first.action, other.action)
+
+
+def test_softmax_rows_are_peaked_and_alike_from_inference_to_inference(tmp_path):
+    data = open_episode(write_softmax_episode(tmp_path, PLANS["default"])).arrays
+    maps = data.suffix_attention.values.astype(np.float64)[..., data.key_kind.values[0] != Kind.PADDING]
+    assert maps.max(axis=-1).mean() > 5 / maps.shape[-1]  # far from even
+    logs = np.log(maps[:, 0, 0, 0, 0] + 1e-6)
+    assert np.corrcoef(logs[0], logs[1])[0, 1] > 0.6
+
+
+def test_what_is_planted_adds_up_and_moves():
+    plan = PLANS["default"]
+    for frame in range(plan.n_frames):
+        assert sum(planted_shares(plan, frame).values()) == pytest.approx(1)
+        assert 0 <= planted_word(plan, frame) < len(plan.task.split())
+    assert sum(planted_shares(PLANS["one camera"], 3).values()) == pytest.approx(1)
+    base = {"frame": 0, "layer": 0, "head": 0, "denoise_step": 0}
+    full = SyntheticPlan()
+    for name in base:
+        places = {planted_patch(full, 0, **{**base, name: value}) for value in range(4)}
+        assert len(places) > 2, name
+
+
+def test_full_size_is_pi05():
+    plan = SyntheticPlan.full_size(20, n_heads=4)
+    assert plan.layout.n_keys == 1018
+    assert (plan.n_frames, plan.n_heads, plan.n_layers, plan.n_inferences) == (20, 4, 18, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_px": {}}, "image_px: got {}, expected at least one camera"),
+        ({"grid": (1, 1)}, r"grid: got \(1, 1\), expected at least two patches"),
+        ({"task": " "}, "task: got ' ', expected at least one word"),
+        ({"n_state": 0}, "n_state: got 0, expected at least 1"),
+        ({"n_executed": 6}, "n_executed: got 6, expected 1 to n_queries = 5"),
+        ({"n_executed": 0}, "n_executed: got 0"),
+        ({"layers": (3, 4)}, r"layers: got \(3, 4\), expected 0 to 3"),
+    ],
+)
+def test_plans_that_nothing_can_be_planted_in(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        SyntheticPlan(**changes)
+
+
+def test_a_prompt_that_does_not_fit(tmp_path):
+    with pytest.raises(ConfigError, match="n_text: got 10, expected at least the prompt's 31 tokens"):
+        write_planted_episode(tmp_path, SyntheticPlan(n_text=10))
