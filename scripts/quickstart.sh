@@ -41,8 +41,19 @@ run lerobot-attn inspect "$results" </dev/null
 
 store="$(find "$results/attention" -maxdepth 2 -name 'episode_*.zarr' | sort | head -n 1 || true)"
 [ -n "$store" ] || { echo "error: $results/attention holds no episode store" >&2; exit 1; }
+say "Do maps, frames and videos belong together?"
+run lerobot-attn verify "$store" -o "$results/look/contact-sheet.png" </dev/null
+
+say "Where and at what it looked"
+run lerobot-attn plot "$store" --kind image -o "$results/look/image.png" </dev/null
+run lerobot-attn plot "$store" --kind combined -o "$results/look/combined.png" </dev/null
+run lerobot-attn overlay "$store" -o "$results/look/overlay.mp4" </dev/null
+
 say "Where to look next"
 cat <<TEXT
+Pictures and a video:
+$(find "$results/look" -type f | sort | sed 's/^/    /')
+
 One Zarr store per episode, one MP4 per camera beside it:
 $(find "$results/attention" -maxdepth 2 \( -name 'episode_*.zarr' -o -name '*.mp4' \) | sort | sed 's/^/    /')
 
@@ -60,6 +71,8 @@ Three ways to load a store, in Python:
 
     import zarr
     group = zarr.open_group("$store", mode="r")
+
+A walk through all of it: examples/walkthrough.ipynb
 
 The demo policy's weights are random: it solves no task and its attention means nothing. It shows that everything
 works. For real maps give --policy.path a trained Pi0.5.

@@ -9,8 +9,19 @@
 Knows neither torch nor LeRobot, draws nothing and opens no file.
 """
 
+from lerobot_attn.analysis.compare import compare, compare_overall, split_by_success
 from lerobot_attn.analysis.measures import sharpness, stability
+from lerobot_attn.analysis.prefix import (
+    cross_modal,
+    flow,
+    image_to_text,
+    prefix_attention,
+    rollout,
+    text_to_image,
+)
+from lerobot_attn.analysis.runs import summarise, summarise_run
 from lerobot_attn.analysis.select import Where, attention
+from lerobot_attn.analysis.sinks import attention_sinks
 from lerobot_attn.analysis.spatial import (
     camera_geometry,
     camera_names,
@@ -24,14 +35,26 @@ __all__ = [
     "Where",
     "action_self_attention",
     "attention",
+    "attention_sinks",
     "camera_geometry",
     "camera_names",
+    "compare",
+    "compare_overall",
+    "cross_modal",
+    "flow",
     "image_heatmap",
+    "image_to_text",
     "modality_share",
     "on_camera_pixels",
     "padding_share",
+    "prefix_attention",
+    "rollout",
     "sharpness",
+    "split_by_success",
     "stability",
+    "summarise",
+    "summarise_run",
+    "text_to_image",
     "to_table",
     "token_attention",
 ]

@@ -1,0 +1,557 @@
+"""Summaries of whole runs: measures of every inference or frame of thousands of episodes, as tidy tables.
+
+    from lerobot_attn import open_run
+    from lerobot_attn.analysis.runs import summarise_run
+
+    summary = summarise_run(open_run("out"), ("modality_share", "stability"), layer="all")
+    summary.table    # one row per value, with the episode that it is of
+    summary.failed   # episodes that could not be read, and why
+
+A worker holds no more than the maps of one inference are in the store. Knows no file format: an episode opens
+itself when its turn comes, and is let go after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, Unpack
+
+import dask
+import numpy as np
+import pandas as pd
+import xarray as xr
+from dask.callbacks import Callback
+from pandas.api.types import union_categoricals
+
+from lerobot_attn.analysis.measures import sharpness, stability
+from lerobot_attn.analysis.select import MEANS, RAW, Where, attention
+from lerobot_attn.analysis.spatial import camera_geometry, camera_names
+from lerobot_attn.analysis.tokens import modality_share, token_attention
+from lerobot_attn.errors import SelectionError
+
+By = Literal["inference", "frame"]
+Progress = Callable[[int, int], None]
+
+_MAPS = (RAW, MEANS, "prefix_attention")
+_BLOCK_BYTES = 8_000_000  # where the maps of an inference are smaller: blocks of a few would be slow
+_MOST_INFERENCES = 64  # of a block: its tables of tokens grow with it, too
+_NAMING = ("modality", "token", "camera")
+_LEADING = (
+    "inference",
+    "frame",
+    "phase",
+    "flow_time",
+    "denoise_step",
+    "layer",
+    "head",
+    "query",
+)
+_TEXT = ("measure", "quantity", "kind", "name")
+
+
+class EpisodeLike(Protocol):
+    """What is asked of an episode; `lerobot_attn.open_episode` and `open_run` give them."""
+
+    @property
+    def path(self) -> Any:
+        """Where it lies."""
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """What it says of itself."""
+
+    @property
+    def arrays(self) -> xr.Dataset:
+        """The episode's dataset; opened only when its turn comes."""
+
+
+Source = xr.Dataset | EpisodeLike
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something to measure at each inference or frame.
+
+    Attributes:
+        name: what tables call it.
+        function: called as `function(dataset, inference=[…], **where)`, or with `frame=[…]`, as any function
+            of `lerobot_attn.analysis` is. The dataset is a view of a few inferences and their frames, both
+            numbered from 0. It returns a DataArray with that dimension.
+        quantity: what its values are, where its result has no dimension "quantity".
+        n_before: how many inferences before those asked for the view must hold too, where there are any.
+    """
+
+    name: str
+    function: Callable[..., xr.DataArray]
+    quantity: str = "value"
+    n_before: int = 0
+
+
+AnyMeasure = str | Measure | Callable[..., xr.DataArray]
+
+
+class FailedEpisode(NamedTuple):
+    """An episode that could not be summarised."""
+
+    path: str
+    error: str
+
+
+class RunSummary(NamedTuple):
+    """What `summarise_run` returns."""
+
+    table: pd.DataFrame
+    failed: tuple[FailedEpisode, ...]
+
+
+class Labels(NamedTuple):
+    """What tells tokens of different inferences and episodes apart, and the same ones together."""
+
+    kind: str  # "task", "state", "scaffold" or "text"
+    name: str  # the token's text; "the (2)" for the second of its kind and text
+
+
+def _camera_sharpness(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
+    """Return entropy (bit) and effective number of patches within each image: (…, camera, quantity)."""
+    cameras = []
+    for part in _camera_parts(dataset, where):
+        of_camera = sharpness(part, ["key"])
+        cameras.append(xr.concat([of_camera[name] for name in of_camera], "quantity", coords="minimal"))
+    result = xr.concat(cameras, "camera", coords="minimal").transpose(..., "camera", "quantity")
+    result.attrs = {"long_name": "sharpness within the image"}
+    return result.assign_coords(camera=camera_names(dataset), quantity=["entropy", "effective_number"])
+
+
+def _camera_stability(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
+    """Return the overlap with the inference, or frame, before within each image: (…, camera)."""
+    along = "frame" if where.get("frame") is not None else "inference"
+    wanted: list[int] = where[along]  # type: ignore[literal-required]
+    seen = {**where, along: list(range(max(0, wanted[0] - 1), wanted[-1] + 1))}
+    cameras = []
+    for part in _camera_parts(dataset, seen):
+        overlap = part.isel({along: slice(1, None)}).sum("key")
+        if part.sizes[along] > 1:
+            overlap = stability(part, along, ["key"])
+        # The episode's first has none before it: NaN.
+        cameras.append(overlap.reindex({along: wanted}))
+    result = xr.concat(cameras, "camera", coords="minimal").transpose(..., "camera")
+    result.attrs = {"long_name": f"overlap with the previous {along} within the image", "units": "1"}
+    return result.assign_coords(camera=camera_names(dataset))
+
+
+def _camera_parts(dataset: xr.Dataset, where: Mapping[str, Any]) -> list[xr.DataArray]:
+    """Return attention on each camera's patches, (…, key); the maps are read once for all cameras."""
+    cameras: list[str | None] = [*camera_names(dataset)]
+    segments = [camera_geometry(dataset, name)[2] for name in cameras or [None]]
+    array = attention(dataset, **where).compute(scheduler="synchronous")
+    array = array.drop_vars([name for name in array.coords if str(name).startswith("key_")])
+    return [array.isel(key=slice(segment.start, segment.stop)) for segment in segments]
+
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        Measure("modality_share", modality_share, "share"),
+        Measure("token_attention", token_attention, "share"),
+        Measure("sharpness", _camera_sharpness),
+        Measure("stability", _camera_stability, "overlap", n_before=1),
+    )
+}
+
+
+def find_measure(measure: AnyMeasure) -> Measure:
+    """Return a measure by its name; a function becomes one of its own name.
+
+    Raises:
+        SelectionError: unknown name.
+    """
+    if isinstance(measure, Measure):
+        return measure
+    if isinstance(measure, str):
+        if measure in MEASURES:
+            return MEASURES[measure]
+        raise SelectionError(f"measure {measure!r}: expected one of {', '.join(MEASURES)}, or a function")
+    if not callable(measure):
+        raise SelectionError(f"measure {measure!r}: expected a name or a function")
+    inner: Any = measure
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    return Measure(getattr(inner, "__name__", type(inner).__name__), measure)
+
+
+def summarise(
+    dataset: xr.Dataset,
+    measures: AnyMeasure | Sequence[AnyMeasure] = tuple(MEASURES),
+    *,
+    by: By = "inference",
+    **where: Unpack[Where],
+) -> pd.DataFrame:
+    """Measure every inference, or every frame, of an episode.
+
+    No more is held at a time than the maps of one inference are in the store. By inference the stored means
+    over the executed actions are used unless `where` says otherwise; by frame the map of the very action,
+    where it was stored.
+
+    Args:
+        dataset: an episode's; `episode.arrays` is quicker here than the Dask one.
+        measures: names from `MEASURES`, `Measure`s or functions:
+            "modality_share", the share of attention on each camera, words, state, …;
+            "token_attention", the share on each word, state number and piece of scaffold;
+            "sharpness", entropy (bit) and effective number of patches within each image;
+            "stability", the overlap (0 to 1) with the previous inference, or frame, within each image; NaN at
+            the first.
+        by: "inference" or "frame".
+        where: what to look at, see `Where`; neither its frame nor its inference.
+
+    Returns:
+        One row per value. Columns: `inference` or `frame`; `phase`, 0 at the episode's first frame and 1 at
+        its last; `flow_time`, `denoise_step`, `layer`, `head`, `query` where they are not averaged over; any
+        other dimension of a function's result; `measure`; `quantity`, what the value is; `kind` and `name`,
+        what it is of: modality, camera, or task, state and scaffold for tokens (the second "the" of a task is
+        "the (2)"); `value`.
+
+    Raises:
+        SelectionError: unknown measure or `by`, nothing recorded, or a label that the episode does not hold.
+    """
+    chosen = _measures(measures)
+    _check(by, where)
+    return _episode_table(dataset, chosen, by, where)
+
+
+def summarise_run(
+    episodes: Iterable[Source],
+    measures: AnyMeasure | Sequence[AnyMeasure] = tuple(MEASURES),
+    *,
+    by: By = "inference",
+    scheduler: str = "threads",
+    progress: Progress | None = None,
+    **where: Unpack[Where],
+) -> RunSummary:
+    """Measure every inference, or every frame, of every episode, in parallel by Dask.
+
+    An episode is opened when its turn comes and let go after it; see `summarise` for what a worker holds.
+    Incomplete episodes are included and marked so.
+
+    Args:
+        episodes: of `open_run`, or datasets, whose attributes name them.
+        measures: as for `summarise`.
+        by: "inference" or "frame".
+        scheduler: Dask's: "threads", "processes" (for many cores; functions must be importable then) or
+            "synchronous".
+        progress: called as `progress(done, total)` as episodes are done, from this thread.
+        where: what to look at, see `Where`; neither its frame nor its inference.
+
+    Returns:
+        The table of `summarise` after columns task_group, task_id, episode, task, success (None where an
+        episode was interrupted), complete and path. Texts are categories, which keeps millions of rows small:
+        group by them with `observed=True`. Beside it, the episodes that could not be read and why.
+
+    Raises:
+        SelectionError: unknown measure, `by` or scheduler, no episodes, or not one could be summarised.
+    """
+    chosen = _measures(measures)
+    _check(by, where)
+    sources = sources_of(episodes, "episodes")
+    function = functools.partial(summarise, measures=chosen, by=by, **where)
+    results = map_episodes(function, sources, scheduler=scheduler, progress=progress)
+    done = [(s, r) for s, r in zip(sources, results, strict=True) if isinstance(r, pd.DataFrame)]
+    failed = tuple(
+        FailedEpisode(path_of(source), f"{type(result).__name__}: {result}")
+        for source, result in zip(sources, results, strict=True)
+        if isinstance(result, Exception)
+    )
+    if not done:
+        raise SelectionError(
+            f"none of {len(sources)} episodes could be summarised; {failed[0].path}: {failed[0].error}"
+        )
+    return RunSummary(_run_table([s for s, _ in done], [t for _, t in done]), failed)
+
+
+class Measured(NamedTuple):
+    """A measure of some inferences or frames of an episode, computed."""
+
+    measure: Measure
+    values: xr.DataArray
+
+
+def measured(
+    dataset: xr.Dataset, measures: Sequence[Measure], by: By, where: Mapping[str, Any]
+) -> Iterator[Measured]:
+    """Yield measures of one block of inferences after another.
+
+    A block is as many inferences as can be looked at in the bytes that the maps of one inference have in the
+    store, or in 8 MB if that is more, and one at least: a long episode needs the memory of a short one.
+
+    Args:
+        dataset: an episode's.
+        measures: what to measure.
+        by: what the values' first dimension is, labelled by the episode's own numbers.
+        where: what to look at, neither frame nor inference.
+
+    Raises:
+        SelectionError: nothing recorded, or a function returned something else than expected.
+    """
+    n_inferences, n_frames = dataset.sizes.get("inference", 0), dataset.sizes.get("frame", 0)
+    if not n_inferences or (by == "frame" and not n_frames):
+        raise SelectionError(
+            f"the episode holds {n_inferences} inferences and {n_frames} frames: nothing to measure"
+        )
+    maps = [name for name in _MAPS if name in dataset]
+    # Tables of a few kilobytes an inference, whose chunks hold many: read once, not for each block.
+    dataset = dataset.drop_vars(maps).compute().assign({name: dataset[name] for name in maps})
+    owners = dataset["frame_inference"].values
+    n_before = max(measure.n_before for measure in measures)
+    length = _block_length(dataset, where)
+    for start in range(0, n_inferences, length):
+        first, stop = max(0, start - n_before), min(start + length, n_inferences)
+        frames = np.flatnonzero((owners >= first) & (owners < stop))
+        view = dataset.isel(inference=slice(first, stop), frame=frames)
+        view = view.assign(frame_inference=("frame", owners[frames] - first))
+        own = (
+            np.flatnonzero(owners[frames] >= start)
+            if by == "frame"
+            else np.arange(start - first, stop - first)
+        )
+        if not len(own):
+            continue
+        labels = frames[own] if by == "frame" else own + first
+        choice: dict[str, Any] = {by: own.tolist()}
+        for measure in measures:
+            values = measure.function(view, **choice, **where)
+            if not isinstance(values, xr.DataArray) or values.sizes.get(by) != len(own):
+                got = dict(values.sizes) if isinstance(values, xr.DataArray) else type(values).__name__
+                raise SelectionError(
+                    f"measure {measure.name!r} returned {got}, expected a DataArray, {by} of {len(own)}"
+                )
+            values = values.compute(scheduler="synchronous").transpose(by, ...)
+            yield Measured(measure, values.assign_coords({by: labels}))
+
+
+def map_episodes[Result](
+    function: Callable[[xr.Dataset], Result],
+    sources: Sequence[Source],
+    *,
+    scheduler: str,
+    progress: Progress | None = None,
+) -> list[Result | Exception]:
+    """Call a function on every episode's dataset, in parallel; what it raises takes the place of its result.
+
+    Raises:
+        SelectionError: unknown scheduler.
+    """
+    if scheduler not in ("threads", "processes", "synchronous"):
+        raise SelectionError(f"scheduler {scheduler!r}: expected 'threads', 'processes' or 'synchronous'")
+    jobs = [dask.delayed(_Job(function, source), pure=False, traverse=False)() for source in sources]
+    with _Counting({job.key for job in jobs}, progress):
+        return list(dask.compute(*jobs, scheduler=scheduler))
+
+
+def sources_of[S: Source](episodes: S | Iterable[S], what: str) -> list[S]:
+    """Return episodes as a list, one alone too, after checking that they are some.
+
+    Raises:
+        SelectionError: there is none, or something else.
+    """
+    if isinstance(episodes, xr.Dataset) or not isinstance(episodes, Iterable):
+        found: list[Any] = [episodes]
+    else:
+        found = list(episodes)
+    if not found:
+        raise SelectionError(f"{what}: got no episodes, expected one at least")
+    for source in found:
+        if not isinstance(source, xr.Dataset) and not hasattr(source, "attributes"):
+            raise SelectionError(
+                f"{what}: got {type(source).__name__} {source!r:.80}, expected datasets or episodes"
+            )
+    return found
+
+
+def attributes_of(source: Source) -> Mapping[Any, Any]:
+    """Return what an episode says of itself, without opening its arrays."""
+    return source.attrs if isinstance(source, xr.Dataset) else source.attributes
+
+
+def success_of(source: Source) -> bool | None:
+    """Return whether an episode solved its task; None if it was interrupted."""
+    success = attributes_of(source).get("success")
+    return success if isinstance(success, bool) else None
+
+
+def path_of(source: Source) -> str:
+    """Return where an episode lies, "" if it does not say."""
+    return str(source.encoding.get("source", "")) if isinstance(source, xr.Dataset) else str(source.path)
+
+
+def token_labels(array: xr.DataArray) -> list[Labels]:
+    """Return each token's kind and name, unique in the array; `array` is (…, token) of `token_attention`."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for kind, label in zip(array["kind"].values.tolist(), array["label"].values.tolist(), strict=True):
+        seen[kind, label] += 1
+        times = seen[kind, label]
+        found.append(Labels(kind, label if times == 1 else f"{label} ({times})"))
+    return found
+
+
+def label_columns(array: xr.DataArray) -> dict[str, np.ndarray]:
+    """Return the labels of every value, each a flat column in the order of `array.values.ravel()`.
+
+    The dimension that names things (modality, token or camera) becomes `kind` and `name`; other dimensions
+    and coordinates keep theirs.
+    """
+    naming = next((dim for dim in _NAMING if dim in array.dims), None)
+    labels: dict[str, tuple[Hashable | None, np.ndarray]] = {
+        str(dim): (dim, np.arange(size)) for dim, size in array.sizes.items() if dim != naming
+    }
+    for key, coord in array.coords.items():
+        if coord.ndim == 0:
+            labels[str(key)] = (None, coord.values)
+        elif coord.ndim == 1 and coord.dims[0] != naming:
+            labels[str(key)] = (coord.dims[0], coord.values)
+    if naming == "token":
+        tokens = token_labels(array)
+        labels["kind"] = (naming, np.array([token.kind for token in tokens], dtype=object))
+        labels["name"] = (naming, np.array([token.name for token in tokens], dtype=object))
+    else:
+        names = np.array("" if naming is None else array[naming].values, dtype=object)
+        labels["kind"] = (None, np.array(naming or "", dtype=object))
+        labels["name"] = (naming, names)
+    columns = {}
+    for column, (along, values) in labels.items():
+        shape = [-1 if dim == along else 1 for dim in array.dims]
+        values = values.reshape(shape) if along is not None else values
+        columns[column] = np.broadcast_to(values, array.shape).ravel()
+    return columns
+
+
+def ordered_columns(columns: Iterable[str], last: Sequence[str]) -> list[str]:
+    """Return column names in order: where in the episode and the policy, anything else, what, then `last`."""
+    every = list(columns)
+    known = {*_LEADING, *_TEXT, *last}
+    names = [name for name in _LEADING if name in every] + [name for name in every if name not in known]
+    return [*names, *_TEXT, *last]
+
+
+class _Job:
+    """One episode's work. No dataclass and no plain argument: Dask would compute a dataset it found there."""
+
+    def __init__(self, function: Callable[[xr.Dataset], Any], source: Source):
+        self.function = function
+        self.source = source
+
+    def __call__(self) -> Any:
+        try:
+            # What a copy opens goes when the copy goes; the episode itself would keep it.
+            source = self.source
+            return self.function(source if isinstance(source, xr.Dataset) else copy.copy(source).arrays)
+        except Exception as error:  # a damaged store raises many kinds, and must not end thousands of others
+            return error
+
+
+class _Counting(Callback):
+    """Reports finished jobs; Dask's local schedulers call it in the thread that waits for them."""
+
+    def __init__(self, keys: set[Any], progress: Progress | None):
+        super().__init__()
+        self._keys, self._total, self._progress = keys, len(keys), progress
+
+    def _posttask(self, key: Any, *_: Any) -> None:
+        if key in self._keys:
+            self._keys.discard(key)
+            if self._progress is not None:
+                self._progress(self._total - len(self._keys), self._total)
+
+
+def _measures(measures: AnyMeasure | Sequence[AnyMeasure]) -> tuple[Measure, ...]:
+    if isinstance(measures, (str, Measure)) or not isinstance(measures, Iterable):
+        return (find_measure(measures),)
+    found = tuple(find_measure(measure) for measure in measures)
+    if not found:
+        raise SelectionError(f"got no measures, expected some of {', '.join(MEASURES)}, or functions")
+    return found
+
+
+def _check(by: str, where: Mapping[str, Any]) -> None:
+    if by not in ("inference", "frame"):
+        raise SelectionError(f"by={by!r}: expected 'inference' or 'frame'")
+    check_whole_episode(where)
+
+
+def check_whole_episode(where: Mapping[str, Any]) -> None:
+    """Check that `where` leaves frames and inferences open.
+
+    Raises:
+        SelectionError: it does not.
+    """
+    for name in ("frame", "inference"):
+        if where.get(name) is not None:
+            raise SelectionError(f"got {name}={where[name]!r}, expected none: every {name} is measured")
+
+
+def _block_length(dataset: xr.Dataset, where: Mapping[str, Any]) -> int:
+    """Return how many inferences to look at at once."""
+    maps = [dataset[name] for name in (RAW, MEANS) if name in dataset]
+    layers = max((array.sizes.get("layer", array.sizes.get("all_layer", 0)) for array in maps), default=1)
+    steps, choices = (
+        dataset.sizes.get("denoise_step", 1),
+        (where.get("layer", -1), where.get("denoise_step", -1)),
+    )
+    chosen = [
+        every if isinstance(choice, str) else np.size(choice)
+        for every, choice in zip((layers, steps), choices, strict=True)
+    ]
+    queries = dataset.sizes["query"] if RAW in dataset else 1
+    # Looked at in float32, whatever the store holds.
+    looked_at = 4 * math.prod(chosen) * dataset.sizes.get("head", 1) * queries * dataset.sizes["key"]
+    stored = sum(array.nbytes for array in maps) // dataset.sizes["inference"]
+    return min(max(1, max(stored, _BLOCK_BYTES) // max(1, looked_at)), _MOST_INFERENCES)
+
+
+def _episode_table(
+    dataset: xr.Dataset, measures: Sequence[Measure], by: By, where: Mapping[str, Any]
+) -> pd.DataFrame:
+    starts = dataset["inference_frame"].values
+    last = max(dataset.sizes["frame"] - 1, int(starts.max(initial=0)), 1)
+    pieces: dict[str, list[dict[str, np.ndarray]]] = {}
+    for measure, values in measured(dataset, measures, by, where):
+        columns = label_columns(values)
+        frames = columns["frame"] if by == "frame" else starts[columns["inference"]]
+        columns["phase"] = frames / last
+        columns["measure"] = np.full(values.size, measure.name, dtype=object)
+        columns.setdefault("quantity", np.full(values.size, measure.quantity, dtype=object))
+        columns["value"] = values.values.ravel()
+        pieces.setdefault(measure.name, []).append(columns)
+    tables = [
+        pd.DataFrame({name: np.concatenate([p[name] for p in of_measure]) for name in of_measure[0]})
+        for of_measure in pieces.values()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return table[ordered_columns(table.columns, ["value"])]
+
+
+def _run_table(sources: Sequence[Source], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    counts = [len(table) for table in tables]
+    attributes = [attributes_of(source) for source in sources]
+    labels: dict[str, Any] = {
+        "task_group": [a.get("task_group") for a in attributes],
+        "task_id": [a.get("task_id") for a in attributes],
+        "episode": [a.get("episode_index") for a in attributes],
+        "task": [str(a.get("task", "")) for a in attributes],
+        "success": [success_of(source) for source in sources],
+        "complete": [a.get("complete") is True for a in attributes],
+        "path": [path_of(source) for source in sources],
+    }
+    texts = {name: union_categoricals([pd.Categorical(table[name]) for table in tables]) for name in _TEXT}
+    table = pd.concat([table.drop(columns=list(_TEXT)) for table in tables], ignore_index=True)
+    for name, values in texts.items():
+        table[name] = values
+    table = table[ordered_columns(table.columns, ["value"])]
+    for position, (name, values) in enumerate(labels.items()):
+        column = pd.Series(values, dtype="category" if name in ("task_group", "task", "path") else None)
+        table.insert(position, name, column.repeat(counts).array)
+    return table
