@@ -19,7 +19,7 @@ from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.prefix import cross_modal, text_to_image
 from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
-from lerobot_attn.errors import ConfigError, SelectionError, StoreError
+from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
 from lerobot_attn.settings import parse_choice
 from lerobot_attn.store.reader import Episode
@@ -125,7 +125,15 @@ def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> F
         from lerobot_attn.analysis.sinks import attention_sinks
 
         settings = replace(settings, leave_out=attention_sinks(episode.dataset)["key"].tolist())
-    return KINDS[kind](episode, settings)
+    try:
+        return KINDS[kind](episode, settings)
+    except LerobotAttnError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:  # what codecs raise for damaged chunks
+        raise StoreError(
+            f"{episode.path}: cannot be drawn ({_first_line(error)}); lerobot-attn verify tells what is "
+            "damaged"
+        ) from error
 
 
 def _image(episode: Episode, settings: PlotSettings) -> Figure:
@@ -349,6 +357,10 @@ KINDS: dict[str, Callable[[Episode, PlotSettings], Figure]] = {
     "cross-modal": _cross_modal,
     "timeline": _timeline,
 }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _where(episode: Episode, settings: PlotSettings, **changes: Any) -> Where:

@@ -320,6 +320,17 @@ def test_one_frame_and_incomplete_episodes(tmp_path):
         plot(empty, "timeline")
 
 
+def test_damaged_chunk_is_one_line(tmp_path):
+    path = write_planted_episode(tmp_path, SyntheticPlan())
+    shard = path / "suffix_attention" / "c" / "2" / "0" / "0" / "0" / "0" / "0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[:-400] = bytes(len(damaged) - 400)  # the chunks; the index at the end stays
+    shard.write_bytes(damaged)
+    with pytest.raises(StoreError, match=r"cannot be drawn \(.*\); lerobot-attn verify tells") as caught:
+        plot(open_episode(path), "denoise", PlotSettings(frames=6))
+    assert "\n" not in str(caught.value)
+
+
 def test_command_with_settings_from_a_file(tmp_path, episode, monkeypatch, capsys):
     settings = tmp_path / "plot.yaml"
     settings.write_text("layers: [2]\nframes: 3\nwidth: 3.4\ndpi: 60\n")

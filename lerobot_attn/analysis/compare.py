@@ -44,7 +44,7 @@ from lerobot_attn.analysis.runs import (
 )
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.spatial import camera_names, image_heatmap
-from lerobot_attn.errors import SelectionError
+from lerobot_attn.errors import SelectionError, StoreError
 
 Align = Literal["phase", "frame"]
 Place = Callable[[xr.DataArray], xr.DataArray]  # (frame, …) onto the axis that episodes share
@@ -137,6 +137,7 @@ def compare(
     Raises:
         SelectionError: an empty group, cameras or sizes that differ, nothing recorded, an unknown measure,
             align, camera or label, or a setting out of its range.
+        StoreError: an episode cannot be read.
     """
     _check(align, n_phases, confidence, n_resamples)
     place = functools.partial(_by_phase, n_phases=n_phases) if align == "phase" else _by_frame
@@ -224,8 +225,11 @@ def _groups(
     for source, result in zip(sources, results, strict=True):
         if isinstance(result, Exception):
             # A comparison that silently lacks episodes would be of other groups than those asked for.
-            result.add_note(f"in episode {path_of(source) or '(of unknown path)'}")
-            raise result
+            where_it_was = path_of(source) or "an episode of unknown path"
+            if isinstance(result, SelectionError):
+                raise SelectionError(f"{where_it_was}: {result}") from result
+            reason = (str(result).splitlines() or [type(result).__name__])[0]
+            raise StoreError(f"{where_it_was}: cannot be read: {reason}") from result
     paths = [path_of(source) or f"episode {index}" for index, source in enumerate(sources)]
     values, cameras = zip(*results, strict=True)
     for path, names in zip(paths, cameras, strict=True):
