@@ -17,7 +17,7 @@ from lerobot_attn.analysis.prefix import (
     rollout,
     text_to_image,
 )
-from lerobot_attn.analysis.spatial import _on_grid, camera_geometry
+from lerobot_attn.analysis.spatial import camera_geometry, on_grid
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
@@ -443,7 +443,7 @@ def test_rollout_serves_where_attention_does(stack):
     assert got.attrs["layer"] == "layers 0-2"
     np.testing.assert_allclose(by_modality(stack.data, got).sum("modality"), 1, atol=1e-5)
     name, geometry, segment = camera_geometry(stack.data, "wrist")
-    heat = _on_grid(got, geometry, segment)
+    heat = on_grid(got, geometry, segment)
     np.testing.assert_array_equal(heat, got.values[:, 4:8].reshape(2, 2, 2))
 
 

@@ -10,7 +10,8 @@ import zarr
 
 from lerobot_attn import open_episode
 from lerobot_attn.analysis import attention
-from lerobot_attn.analysis.select import executed_queries, frames_of, layout_of, ranges, stored_layers
+from lerobot_attn.analysis.labels import ranges
+from lerobot_attn.analysis.select import executed_queries, frames_of, layout_of, stored_layers
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
 from lerobot_attn.store.writer import Compression, EpisodeWriter

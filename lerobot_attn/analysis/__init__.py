@@ -12,6 +12,7 @@ Knows neither torch nor LeRobot, draws nothing and opens no file.
 from lerobot_attn.analysis.compare import compare, compare_overall, split_by_success
 from lerobot_attn.analysis.measures import sharpness, stability
 from lerobot_attn.analysis.prefix import (
+    PrefixWhere,
     cross_modal,
     flow,
     image_to_text,
@@ -19,7 +20,7 @@ from lerobot_attn.analysis.prefix import (
     rollout,
     text_to_image,
 )
-from lerobot_attn.analysis.runs import summarise, summarise_run
+from lerobot_attn.analysis.runs import MEASURES, Measure, summarise, summarise_run
 from lerobot_attn.analysis.select import Where, attention
 from lerobot_attn.analysis.sinks import attention_sinks
 from lerobot_attn.analysis.spatial import (
@@ -27,11 +28,15 @@ from lerobot_attn.analysis.spatial import (
     camera_names,
     image_heatmap,
     on_camera_pixels,
+    on_grid,
     padding_share,
 )
 from lerobot_attn.analysis.tokens import action_self_attention, modality_share, to_table, token_attention
 
 __all__ = [
+    "MEASURES",
+    "Measure",
+    "PrefixWhere",
     "Where",
     "action_self_attention",
     "attention",
@@ -46,6 +51,7 @@ __all__ = [
     "image_to_text",
     "modality_share",
     "on_camera_pixels",
+    "on_grid",
     "padding_share",
     "prefix_attention",
     "rollout",

@@ -21,6 +21,15 @@ import xarray as xr
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
+from lerobot_attn.analysis.labels import (
+    from_end,
+    in_words,
+    integers,
+    picked,
+    positions,
+    ranges,
+    stored_labels,
+)
 from lerobot_attn.analysis.select import (
     KEY_COORDINATES,
     RAW,
@@ -28,23 +37,17 @@ from lerobot_attn.analysis.select import (
     HeadChoice,
     Labels,
     QueryChoice,
-    _action_queries,
-    _checked_query,
-    _from_end,
-    _integers,
-    _labels,
-    _positions,
-    _words,
+    action_queries,
+    checked_query,
     executed_queries,
     frames_of,
     layout_of,
-    ranges,
     stored_layers,
 )
-from lerobot_attn.analysis.spatial import _on_grid, camera_geometry
+from lerobot_attn.analysis.spatial import camera_geometry, on_grid
 from lerobot_attn.analysis.tokens import (
-    _MODALITY_OF,
     ACTIONS,
+    MODALITY_OF,
     PADDING,
     TokenGroup,
     find_word,
@@ -139,7 +142,7 @@ def text_to_image(
     count = queries.sum(axis=1, keepdims=True)
     queries /= np.where(count > 0, count, np.nan)
     attended = _gather(choice, rows=("token", queries))
-    result = _on_grid(attended.rename(prefix_key="key"), geometry, segment).compute()
+    result = on_grid(attended.rename(prefix_key="key"), geometry, segment).compute()
     said = ", ".join(group.label for group in words)
     result = _token_coordinates(result, words) if word is None else result.isel(token=0, drop=True)
     result.attrs = {
@@ -180,8 +183,8 @@ def image_to_text(
         raise SelectionError("the episode's policy got no language tokens")
     members = _members(keys, range(len(groups)), choice.n_prefix)
     by_patch = _gather(choice, columns=("token", members))
-    on_grid = _on_grid(by_patch.rename(prefix_query="key"), geometry, segment)
-    result = _token_coordinates(on_grid.transpose(..., "token").compute(), groups)
+    by_place = on_grid(by_patch.rename(prefix_query="key"), geometry, segment)
+    result = _token_coordinates(by_place.transpose(..., "token").compute(), groups)
     result.attrs = {
         **choice.attributes(),
         "query": "each patch",
@@ -273,7 +276,7 @@ def rollout(
     by_frame = frame is not None
     query = ("frame" if by_frame else "executed") if query is None else query
     rows = _Rows.of(dataset, frame, inference)
-    query = _checked_query(dataset, query, by_frame=by_frame)
+    query = checked_query(dataset, query, by_frame=by_frame)
     stack = _Stack.of(dataset, "rollout", layer, denoise_step, head)
     starts, said = _starts(dataset, query)
     each = 1 if query == "frame" else len(starts)
@@ -286,7 +289,7 @@ def rollout(
             rolled = _rolled(stack, number, starts[queries])
             shares[at, ..., 0, :] = np.moveaxis(rolled, 2, 0)
             if not rows.is_list:
-                said = f"action {int(queries[0]) - _action_queries(dataset).start}, executed at the frame"
+                said = f"action {int(queries[0]) - action_queries(dataset).start}, executed at the frame"
         else:
             shares[at] = _rolled(stack, number, starts)
     coords: dict[str, Any] = _key_coordinates(dataset)
@@ -355,7 +358,7 @@ def flow(
             "flow is of one action token: expected one frame, or one inference and the number of a query; "
             f"got {rows.dim} {frame if rows.dim == 'frame' else inference!r} and query {query!r}"
         )
-    query_number = _checked_query(dataset, query, by_frame=frame is not None)
+    query_number = checked_query(dataset, query, by_frame=frame is not None)
     if not 0 <= min_share < 1:
         raise SelectionError(f"min_share: got {min_share!r}, expected at least 0 and less than 1")
     stack = _Stack.of(dataset, "flow", layer, denoise_step, head)
@@ -365,7 +368,7 @@ def flow(
             f"got denoise step {denoise_step!r} and head {head!r}"
         )
     number = int(rows.inferences[0])
-    first = _action_queries(dataset).start
+    first = action_queries(dataset).start
     if query_number == "frame":
         token = int(dataset["frame_query"].values[rows.numbers])
         said = f"action {token - first}, executed at the frame"
@@ -404,7 +407,7 @@ class _Rows(NamedTuple):
             owners = dataset["frame_inference"].values[np.atleast_1d(np.array(frames, int))]
             return cls("frame", frames, owners)
         n_inferences = dataset.sizes["inference"]
-        chosen = _positions("inference", "all" if inference is None else inference, n_inferences)
+        chosen = positions("inference", "all" if inference is None else inference, n_inferences)
         return cls("inference", chosen, np.atleast_1d(np.array(chosen, int)))
 
     @property
@@ -444,8 +447,8 @@ class _PrefixChoice:
             raise SelectionError(f"prefix attention was not captured; {_HOW_PREFIX}")
         policy = dataset.attrs.get("policy", {})
         count = "n_prefix_layers" if policy.get("n_prefix_layers") else "n_layers"
-        layers = _labels(dataset, "prefix_layer", layer, count)
-        heads = _labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
+        layers = stored_labels(dataset, "prefix_layer", layer, count)
+        heads = stored_labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
         return cls(dataset, _Rows.of(dataset, frame, inference), layer, layers, head, heads)
 
     @property
@@ -454,9 +457,9 @@ class _PrefixChoice:
 
     def maps(self, inference: int) -> xr.DataArray:
         """Select (prefix_layer, head, prefix_query, prefix_key), heads not reduced yet."""
-        array = _picked(self.dataset[PREFIX].isel(inference=inference), "prefix_layer", self.layers)
+        array = picked(self.dataset[PREFIX].isel(inference=inference), "prefix_layer", self.layers)
         if not isinstance(self.head, str):
-            array = _picked(array, "head", self.heads)
+            array = picked(array, "head", self.heads)
         if isinstance(self.layer, str) and self.layer == "mean":
             # The dtype is the sum's: all layers in float32 at once would be twice what was read.
             array = array.mean("prefix_layer", skipna=False, dtype=np.float32)
@@ -473,8 +476,8 @@ class _PrefixChoice:
             "units": "share of attention",
             "source": PREFIX,
             "query": "prefix tokens",
-            "layer": _words("layer", self.layer, self.layers),
-            "head": _words("head", self.head, self.heads),
+            "layer": in_words("layer", self.layer, self.layers),
+            "head": in_words("head", self.head, self.heads),
             "left_out": "",
         }
 
@@ -510,13 +513,6 @@ def _gather(
     return choice.rows.label(joined.isel(inference=back))
 
 
-def _picked(array: xr.DataArray, dim: str, labels: int | list[int]) -> xr.DataArray:
-    """Select labels. All of them are left as they are: Zarr reads by list ten times as slowly as by slice."""
-    if isinstance(labels, list) and labels == array[dim].values.tolist():
-        return array
-    return array.sel({dim: labels})
-
-
 def _members(keys: np.ndarray, groups: Iterable[int], n_prefix: int) -> np.ndarray:
     """Return (inference, prefix token, group) float32: 1 where the token is of the group."""
     members: np.ndarray = keys[:, :n_prefix, None] == np.array(list(groups), int)
@@ -527,7 +523,7 @@ def _token_coordinates(array: xr.DataArray, groups: Sequence[TokenGroup]) -> xr.
     return array.assign_coords(
         token=np.arange(len(groups)),
         label=("token", [group.label for group in groups]),
-        kind=("token", [_MODALITY_OF[group.kind] for group in groups]),
+        kind=("token", [MODALITY_OF[group.kind] for group in groups]),
         ordinal=("token", [group.ordinal for group in groups]),
     )
 
@@ -561,7 +557,7 @@ class _Stack:
         if not full:
             raise SelectionError(f"{what} needs full maps, and none were saved; {_HOW_ALL}")
         n_layers = int(policy.get("n_layers") or full[-1] + 1)
-        top = None if isinstance(layer, str) else _from_end("layer", layer, n_layers)
+        top = None if isinstance(layer, str) else from_end("layer", layer, n_layers)
         if not isinstance(top, int) or not 0 <= top < n_layers:
             raise SelectionError(
                 f"layer {layer!r}: {what} is of one layer's output, expected one of 0 to {n_layers - 1}"
@@ -581,8 +577,8 @@ class _Stack:
                 f"{what} to layer {top} needs all layers below; not saved are {' and '.join(missing)}; "
                 f"{_HOW_ALL}"
             )
-        steps = _labels(dataset, "denoise_step", denoise_step, "n_denoise_steps")
-        heads = _labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
+        steps = stored_labels(dataset, "denoise_step", denoise_step, "n_denoise_steps")
+        heads = stored_labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
         return cls(
             dataset, top, denoise_step, np.atleast_1d(steps).tolist(), head, np.atleast_1d(heads).tolist()
         )
@@ -614,7 +610,7 @@ class _Stack:
         return self._fused(self.dataset[PREFIX].isel(inference=inference).sel(prefix_layer=layer))
 
     def _fused(self, array: xr.DataArray) -> np.ndarray:
-        values = _picked(array.load(), "head", self.heads).values.astype(np.float32)
+        values = picked(array.load(), "head", self.heads).values.astype(np.float32)
         if self.fuses:
             fused = np.mean if self.head == "mean" else np.max
             values = fused(values, axis=0, keepdims=True)
@@ -642,14 +638,14 @@ class _Stack:
         return {
             "units": "share of attention",
             "source": _BOTH if self.top else RAW,
-            "layer": _words("layer", list(range(self.top + 1)), list(range(self.top + 1))),
-            "denoise_step": _words("denoise step", self.denoise_step, self.steps),
-            "head": _words("head", self.head, self.heads),
+            "layer": in_words("layer", list(range(self.top + 1)), list(range(self.top + 1))),
+            "denoise_step": in_words("denoise step", self.denoise_step, self.steps),
+            "head": in_words("head", self.head, self.heads),
         }
 
 
 def _plain_choice(choice: Any) -> Any:
-    return choice if isinstance(choice, str) else _integers("choice", choice, "a word")
+    return choice if isinstance(choice, str) else integers("choice", choice, "a word")
 
 
 def _key_coordinates(dataset: xr.Dataset) -> dict[str, Any]:
@@ -661,7 +657,7 @@ def _starts(dataset: xr.Dataset, query: QueryChoice) -> tuple[np.ndarray, str]:
 
     For "frame", a row for every suffix token: the frames choose among them.
     """
-    executed, actions = executed_queries(dataset), _action_queries(dataset)
+    executed, actions = executed_queries(dataset), action_queries(dataset)
     first = actions.start
     one = np.eye(dataset.sizes["query"], dtype=np.float32)
     if query == "frame":
@@ -713,7 +709,7 @@ def _targets(
         if targets == "groups":
             return _groups(dataset, inference)
     n_keys = dataset.sizes["key"]
-    keys = list(range(n_keys)) if isinstance(targets, str) else _integers("targets", targets, "a word")
+    keys = list(range(n_keys)) if isinstance(targets, str) else integers("targets", targets, "a word")
     if not isinstance(keys, list) or not keys:
         raise SelectionError(f"targets {targets!r}: expected 'groups', 'tokens' or a list of keys")
     bad = [key for key in keys if not 0 <= key < n_keys]
@@ -730,7 +726,7 @@ def _groups(dataset: xr.Dataset, inference: int) -> tuple[list[np.ndarray], dict
         ("modality", name, of_modality[inference] == i) for i, name in enumerate(names) if name != PADDING
     ]
     wanted += [
-        (_MODALITY_OF[group.kind], group.label, of_group[inference] == i)
+        (MODALITY_OF[group.kind], group.label, of_group[inference] == i)
         for i, group in enumerate(groups)
         if group.kind in (Kind.TASK, Kind.STATE)
     ]

@@ -9,13 +9,21 @@ A Dask-backed dataset gives lazy results. Knows neither images nor words; opens 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypedDict
+from collections.abc import Sequence
+from typing import Literal, TypedDict
 
 import numpy as np
 import xarray as xr
 
+from lerobot_attn.analysis.labels import (
+    from_end,
+    in_words,
+    integers,
+    picked,
+    positions,
+    ranges,
+    stored_labels,
+)
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import TokenLayout
 
@@ -103,17 +111,17 @@ def attention(
         raise SelectionError(f"got both frame={frame!r} and inference={inference!r}, expected one of them")
     by_frame = frame is not None
     query = ("frame" if by_frame else "executed") if query is None else query
-    query = _checked_query(dataset, query, by_frame=by_frame)
+    query = checked_query(dataset, query, by_frame=by_frame)
     source, layers = _source(dataset, layer, query)
     array = dataset[source]
     if source == MEANS:
         array = array.rename(all_layer="layer")
-    array = array.sel(layer=layers)
-    steps = _labels(dataset, "denoise_step", denoise_step, "n_denoise_steps")
-    array = array.sel(denoise_step=steps)
-    heads = _labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
+    array = picked(array, "layer", layers)
+    steps = stored_labels(dataset, "denoise_step", denoise_step, "n_denoise_steps")
+    array = picked(array, "denoise_step", steps)
+    heads = stored_labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
     if not isinstance(head, str):
-        array = array.sel(head=heads)
+        array = picked(array, "head", heads)
     array, query_text = _select_rows(dataset, array, frame, inference, query, source)
     array = array.astype(np.float32)
     if array.size == 0:
@@ -131,9 +139,9 @@ def attention(
         "units": "share of attention",
         "source": source,
         "query": query_text,
-        "layer": _words("layer", layer, layers),
-        "denoise_step": _words("denoise step", denoise_step, steps),
-        "head": _words("head", head, heads),
+        "layer": in_words("layer", layer, layers),
+        "denoise_step": in_words("denoise step", denoise_step, steps),
+        "head": in_words("head", head, heads),
         "left_out": f"{len(leave_out)} key tokens left out" if len(leave_out) else "",
     }
     return array
@@ -145,7 +153,7 @@ def frames_of(dataset: xr.Dataset, frame: Labels) -> int | list[int]:
     Raises:
         SelectionError: no such frame.
     """
-    return _positions("frame", frame, dataset.sizes.get("frame", 0))
+    return positions("frame", frame, dataset.sizes.get("frame", 0))
 
 
 def stored_layers(dataset: xr.Dataset) -> tuple[list[int], list[int]]:
@@ -155,24 +163,18 @@ def stored_layers(dataset: xr.Dataset) -> tuple[list[int], list[int]]:
     return full, means
 
 
-def ranges(values: Sequence[int]) -> str:
-    """Shorten [0, 1, 2, 5] to "0-2, 5"."""
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def _action_queries(dataset: xr.Dataset) -> slice:
+def action_queries(dataset: xr.Dataset) -> slice:
     """Return the queries that are action tokens: all of them unless a state token opens the suffix."""
     layout = layout_of(dataset)
     return slice(layout.first_action_query, layout.first_action_query + len(layout.actions))
 
 
-def _checked_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -> QueryChoice:
+def checked_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -> QueryChoice:
+    """Return a choice of query after checking it.
+
+    Raises:
+        SelectionError: no such action token or word, or "frame" without a frame.
+    """
     words = ("frame", "executed", "mean", "all")
     if isinstance(query, str):
         if query not in words:
@@ -182,7 +184,7 @@ def _checked_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -
         if query == "frame" and not by_frame:
             raise SelectionError("query='frame' is the action executed at a frame: expected frame= with it")
         return query
-    number, n_actions = _integers("query", query, "a word"), len(layout_of(dataset).actions)
+    number, n_actions = integers("query", query, "a word"), len(layout_of(dataset).actions)
     if not isinstance(number, int) or not 0 <= number < n_actions:
         raise SelectionError(
             f"query {query} does not exist: a chunk has {n_actions}, expected one of 0 to {n_actions - 1}"
@@ -196,7 +198,7 @@ def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str
     if not full and not means:
         raise SelectionError("the episode holds no suffix attention; record with layers or mean_layers")
     if isinstance(query, int):
-        executed, position = executed_queries(dataset), _action_queries(dataset).start + query
+        executed, position = executed_queries(dataset), action_queries(dataset).start + query
         covered, prefer_means = executed.start <= position < executed.stop, not full
     else:
         covered = query in ("executed", "frame")
@@ -208,7 +210,7 @@ def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str
     else:
         last = max([*full, *means])
         n_layers = int(dataset.attrs.get("policy", {}).get("n_layers") or last + 1)
-        labels = _from_end("layer", layer, n_layers)
+        labels = from_end("layer", layer, n_layers)
     wanted = [labels] if isinstance(labels, int) else labels
     in_means, in_full = (bool(wanted) and set(wanted) <= set(saved) for saved in (means, full))
     if in_means and query == "executed":
@@ -232,63 +234,6 @@ def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str
     raise SelectionError(f"layer {ranges(missing) or repr(layer)} was not saved; saved are {saved}")
 
 
-def _labels(
-    dataset: xr.Dataset, name: str, choice: Any, count: str, words: tuple[str, ...] = ("all", "mean")
-) -> Any:
-    """Return the labels of a choice that has a coordinate."""
-    saved = dataset[name].values.tolist()
-    if isinstance(choice, str):
-        if choice not in words:
-            known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
-            raise SelectionError(f"{_plain(name)} {choice!r}: expected a number, a list, {known}")
-        return saved
-    total = dataset.attrs.get("policy", {}).get(count)
-    labels = _from_end(_plain(name), choice, int(total or saved[-1] + 1))
-    if labels == []:
-        raise SelectionError(f"{_plain(name)} []: expected at least one; saved are {ranges(saved)}")
-    for label in [labels] if isinstance(labels, int) else labels:
-        if label not in saved:
-            raise SelectionError(f"{_plain(name)} {label} was not saved; saved are {ranges(saved)}")
-    return labels
-
-
-def _integers(name: str, choice: Any, word: str) -> int | list[int]:
-    """Return a number or a list of them, of whatever integer type, as plain integers."""
-
-    def plain(value: Any) -> int:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-
-    values = np.asarray(choice).tolist() if hasattr(choice, "__array__") else choice
-    try:
-        return [plain(value) for value in values] if isinstance(values, Iterable) else plain(values)
-    except TypeError:
-        raise SelectionError(f"{name} {choice!r}: expected a number, a list or {word}") from None
-
-
-def _from_end(name: str, choice: Any, count: int) -> int | list[int]:
-    labels = _integers(name, choice, "a word")
-
-    def positive(label: int) -> int:
-        return label + count if -count <= label < 0 else label
-
-    return positive(labels) if isinstance(labels, int) else [positive(label) for label in labels]
-
-
-def _positions(name: str, choice: Labels, count: int) -> int | list[int]:
-    if isinstance(choice, str) and choice == "all":
-        return list(range(count))
-    numbers = _integers(name, choice, "'all'")
-    values = [numbers] if isinstance(numbers, int) else numbers
-    for value in values:
-        if not -count <= value < count:
-            held = f"0 to {count - 1}" if count else "none: it is empty"
-            raise SelectionError(f"{name} {value} does not exist: the episode's are {held}")
-    found = [value % count for value in values]
-    return found[0] if isinstance(numbers, int) else found
-
-
 def _select_rows(
     dataset: xr.Dataset,
     array: xr.DataArray,
@@ -298,13 +243,11 @@ def _select_rows(
     source: str,
 ) -> tuple[xr.DataArray, str]:
     """Select along inference or frame, and along query; and say in words which query it is."""
-    executed, actions = executed_queries(dataset), _action_queries(dataset)
+    executed, actions = executed_queries(dataset), action_queries(dataset)
     first = actions.start
     mean_text = f"mean of executed actions {executed.start - first}-{executed.stop - 1 - first}"
     if frame is None:
-        chosen = _positions(
-            "inference", "all" if inference is None else inference, dataset.sizes["inference"]
-        )
+        chosen = positions("inference", "all" if inference is None else inference, dataset.sizes["inference"])
         array = array.isel(inference=chosen)
         labels = ("inference", np.array(chosen, int)) if isinstance(chosen, list) else chosen
         array = array.assign_coords(inference=labels)
@@ -367,14 +310,3 @@ def _leave_out(array: xr.DataArray, keys: Sequence[int]) -> xr.DataArray:
     kept = array * xr.DataArray(keep, dims="key")
     total = kept.sum("key")
     return kept / total.where(total > 0, 1)
-
-
-def _words(name: str, choice: Any, labels: Any) -> str:
-    if isinstance(choice, str):
-        return f"{choice} of all {name}s" if choice != "all" else f"all {name}s"
-    values = np.atleast_1d(labels).tolist()
-    return f"{name} {ranges(values)}" if len(values) == 1 else f"{name}s {ranges(values)}"
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ")

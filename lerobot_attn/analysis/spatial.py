@@ -83,7 +83,7 @@ def image_heatmap(
         raise SelectionError(f"normalisation {normalisation!r}: expected one of {', '.join(NORMALISATIONS)}")
     name, geometry, segment = camera_geometry(dataset, camera)
     array = attention(dataset, **where)
-    heatmap = _on_grid(array, geometry, segment)
+    heatmap = on_grid(array, geometry, segment)
     if normalisation == "image":
         total = heatmap.sum(("grid_y", "grid_x"))
         heatmap = heatmap / total.where(total > 0, 1)
@@ -116,7 +116,7 @@ def episode_range(
     everything: Where = {**where, "inference": "all"}
     if where.get("frame") is not None:
         everything = {**where, "frame": "all"}
-    return _percentile(_on_grid(attention(dataset, **everything), geometry, segment), clip)
+    return _percentile(on_grid(attention(dataset, **everything), geometry, segment), clip)
 
 
 def on_camera_pixels(
@@ -153,7 +153,17 @@ def padding_share(heatmap: xr.DataArray, geometry: ImageGeometry) -> xr.DataArra
     return heatmap.where(xr.DataArray(hidden, dims=("grid_y", "grid_x")), 0).sum(("grid_y", "grid_x"))
 
 
-def _on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> xr.DataArray:
+def on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> xr.DataArray:
+    """Arrange anything given per key, e.g. of `attention` or `rollout`, by the patches of a camera.
+
+    Args:
+        array: (…, key).
+        geometry: the camera's, from `camera_geometry`.
+        segment: its keys, likewise.
+
+    Returns:
+        (…, grid_y, grid_x).
+    """
     part = array.isel(key=slice(segment.start, segment.stop)).transpose(..., "key")
     shape = (*part.shape[:-1], geometry.grid_rows, geometry.grid_columns)
     coords = {name: part.coords[name] for name in part.coords if "key" not in part.coords[name].dims}

@@ -13,7 +13,7 @@ from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind
 
 TASK, STATE, SCAFFOLD, TEXT, ACTIONS, PADDING = "task", "state", "scaffold", "text", "actions", "padding"
-_MODALITY_OF = {
+MODALITY_OF = {
     Kind.TASK: TASK,
     Kind.STATE: STATE,
     Kind.SCAFFOLD: SCAFFOLD,
@@ -132,7 +132,7 @@ def token_attention(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray
     return result.assign_coords(
         token=np.arange(len(groups)),
         label=("token", [group.label for group in groups]),
-        kind=("token", [_MODALITY_OF[group.kind] for group in groups]),
+        kind=("token", [MODALITY_OF[group.kind] for group in groups]),
         ordinal=("token", [group.ordinal for group in groups]),
     )
 
@@ -142,7 +142,7 @@ def modalities(dataset: xr.Dataset) -> list[str]:
     layout = layout_of(dataset)
     present = set(np.unique(dataset["key_kind"].values).tolist())
     names = [camera.name for camera in layout.cameras if not camera.is_empty]
-    return names + [name for kind, name in _MODALITY_OF.items() if kind in present]
+    return names + [name for kind, name in MODALITY_OF.items() if kind in present]
 
 
 def modality_keys(dataset: xr.Dataset) -> tuple[list[str], np.ndarray]:
@@ -154,7 +154,7 @@ def modality_keys(dataset: xr.Dataset) -> tuple[list[str], np.ndarray]:
     for index, camera in enumerate(layout.cameras):
         if not camera.is_empty:
             keys[(kinds == Kind.IMAGE) & (cameras == index)] = names.index(camera.name)
-    for kind, name in _MODALITY_OF.items():
+    for kind, name in MODALITY_OF.items():
         keys[kinds == kind] = names.index(name) if name in names else -1
     return names, keys
 

@@ -1,0 +1,112 @@
+"""Labels as people give them: numbers, from the end too, lists, words; checked against the episode."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lerobot_attn.errors import SelectionError
+
+
+def stored_labels(
+    dataset: xr.Dataset, name: str, choice: Any, count: str, words: tuple[str, ...] = ("all", "mean")
+) -> Any:
+    """Return what a choice of layers, steps or heads means among the labels that were saved.
+
+    Args:
+        dataset: an episode's.
+        name: the coordinate, e.g. "denoise_step".
+        choice: a number (negative from the policy's last), a list of them, or one of `words`: every one.
+        count: the policy attribute that says how many there are.
+        words: what may be said instead of numbers.
+
+    Raises:
+        SelectionError: a label that was not saved, or something else.
+    """
+    saved = dataset[name].values.tolist()
+    if isinstance(choice, str):
+        if choice not in words:
+            known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
+            raise SelectionError(f"{_plain(name)} {choice!r}: expected a number, a list, {known}")
+        return saved
+    total = dataset.attrs.get("policy", {}).get(count)
+    labels = from_end(_plain(name), choice, int(total or saved[-1] + 1))
+    if labels == []:
+        raise SelectionError(f"{_plain(name)} []: expected at least one; saved are {ranges(saved)}")
+    for label in [labels] if isinstance(labels, int) else labels:
+        if label not in saved:
+            raise SelectionError(f"{_plain(name)} {label} was not saved; saved are {ranges(saved)}")
+    return labels
+
+
+def from_end(name: str, choice: Any, count: int) -> int | list[int]:
+    """Return labels, of which negative ones count from the last of `count`; others are not checked here."""
+    labels = integers(name, choice, "a word")
+
+    def positive(label: int) -> int:
+        return label + count if -count <= label < 0 else label
+
+    return positive(labels) if isinstance(labels, int) else [positive(label) for label in labels]
+
+
+def integers(name: str, choice: Any, word: str) -> int | list[int]:
+    """Return a number or a list of them, of whatever integer type, as plain integers."""
+
+    def plain(value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+
+    values = np.asarray(choice).tolist() if hasattr(choice, "__array__") else choice
+    try:
+        return [plain(value) for value in values] if isinstance(values, Iterable) else plain(values)
+    except TypeError:
+        raise SelectionError(f"{name} {choice!r}: expected a number, a list or {word}") from None
+
+
+def positions(name: str, choice: Any, count: int) -> int | list[int]:
+    """Return frame or inference numbers, "all" included, after checking them; negative ones from the end."""
+    if isinstance(choice, str) and choice == "all":
+        return list(range(count))
+    numbers = integers(name, choice, "'all'")
+    values = [numbers] if isinstance(numbers, int) else numbers
+    for value in values:
+        if not -count <= value < count:
+            held = f"0 to {count - 1}" if count else "none: it is empty"
+            raise SelectionError(f"{name} {value} does not exist: the episode's are {held}")
+    found = [value % count for value in values]
+    return found[0] if isinstance(numbers, int) else found
+
+
+def picked(array: xr.DataArray, dim: str, labels: int | list[int]) -> xr.DataArray:
+    """Select labels. All of them are left as they are: Zarr reads by list ten times as slowly as by slice."""
+    if isinstance(labels, list) and labels == array[dim].values.tolist():
+        return array
+    return array.sel({dim: labels})
+
+
+def in_words(name: str, choice: Any, labels: Any) -> str:
+    """Say a choice as people do: "layers 16-17", "mean of all heads"."""
+    if isinstance(choice, str):
+        return f"{choice} of all {name}s" if choice != "all" else f"all {name}s"
+    values = np.atleast_1d(labels).tolist()
+    return f"{name} {ranges(values)}" if len(values) == 1 else f"{name}s {ranges(values)}"
+
+
+def ranges(values: Sequence[int]) -> str:
+    """Shorten [0, 1, 2, 5] to "0-2, 5"."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
