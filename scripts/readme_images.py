@@ -27,10 +27,15 @@ FOLDER = Path(__file__).parent.parent / "docs" / "images"
 DPI = 120
 
 
+CHARTS = ("text", "evolution", "actions", "timeline")
+
+
 def shrink(path: Path) -> None:
-    """Keep 256 colours, which charts do not miss."""
-    with Image.open(path) as image:
-        image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
+    """Make a JPEG of what shows camera images; charts stay as they are."""
+    if path.stem not in CHARTS:
+        with Image.open(path) as image:
+            image.convert("RGB").save(path.with_suffix(".jpg"), quality=88, optimize=True)
+        path.unlink()
 
 
 def main() -> int:
@@ -49,7 +54,8 @@ def main() -> int:
     figures["contact-sheet"] = contact_sheet(episode)
     for name, figure in figures.items():
         shrink(save_figure(figure, FOLDER / f"{name}.png", dpi=DPI))
-    write_overlay(episode, FOLDER / "overlay.gif", OverlaySettings(size=224))
+    clip = OverlaySettings(size=224, frames=list(range(0, episode.n_frames, 3)), fps=8)
+    write_overlay(episode, FOLDER / "overlay.gif", clip)
     for path in sorted(FOLDER.iterdir()):
         print(f"{path.stat().st_size / 1000:8.0f} kB  {path.relative_to(FOLDER.parent.parent)}")
     return 0
