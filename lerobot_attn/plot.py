@@ -183,9 +183,11 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
                 )
             )
     vmax, clipped = _range(heatmaps, settings)
+    queries = {heat.attrs["query"] for heat in heatmaps}
+    query = queries.pop() if len(queries) == 1 else "the action executed at each frame"
     return figures.image_grid(
         groups,
-        _caption(episode, heatmaps[0].attrs, settings, frames, leave=along),
+        _caption(episode, {**heatmaps[0].attrs, "query": query}, settings, frames, leave=along),
         vmax=vmax,
         clipped=clipped,
         unit=NORMALISATIONS[settings.normalisation],

@@ -210,6 +210,17 @@ def test_every_caption_says_what_was_drawn(episode, kind):
     assert RANDOM_WEIGHTS in text
 
 
+def test_caption_is_inside_a_tight_bounding_box(episode):
+    # Notebooks cut figures to it: what the picture is must not be cut away.
+    figure = plot(episode, "image")
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+    for text in figure.texts:
+        extent = text.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+        assert box.y0 <= extent.y0 + 0.01
+        assert extent.x1 <= box.x1 + 0.01
+
+
 def test_caption_says_normalisation_sinks_and_fallback(plan, episode):
     settings = PlotSettings(frames=7, layers=1, normalisation="episode", leave_out="sinks", clip=100)
     text = caption(plot(episode, "image", settings))
@@ -219,6 +230,7 @@ def test_caption_says_normalisation_sinks_and_fallback(plan, episode):
     assert "from stored means" in text
     assert "mean of executed actions 0-2" in text
     assert "percentile" not in text
+    assert "the action executed at each frame" in caption(plot(episode, "image", PlotSettings(frames=[0, 7])))
     assert "colours end at percentile 90" in caption(plot(episode, "image", PlotSettings(clip=90)))
 
 

@@ -109,7 +109,7 @@ def new_figure(width_in: float, height_in: float, caption: Caption) -> Figure:
     line = _CAPTION_PT * 1.35 / 72 / height
     for index, text in enumerate(lines):
         y = (n_lines - index - 0.2) * line
-        figure.text(0.01, y, text, fontsize=_CAPTION_PT, color="#444444", va="top", in_layout=False)
+        figure.text(0.01, y, text, fontsize=_CAPTION_PT, color="#444444", va="top")
     if caption.warning:
         figure.text(
             0.01,
@@ -118,7 +118,6 @@ def new_figure(width_in: float, height_in: float, caption: Caption) -> Figure:
             fontsize=_CAPTION_PT,
             color="#B00020",
             va="top",
-            in_layout=False,
         )
     return figure
 
