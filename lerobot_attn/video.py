@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as imageio
+import av
 import imageio_ffmpeg
 import numpy as np
 
@@ -24,9 +24,10 @@ class VideoWriter:
         path: the MP4.
         fps: frames per second.
         size_px: (height, width) of the frames.
+        fast: spend a third less time, for larger files of somewhat less quality: for what is only looked at.
     """
 
-    def __init__(self, path: Path, *, fps: float, size_px: tuple[int, int]):
+    def __init__(self, path: Path, *, fps: float, size_px: tuple[int, int], fast: bool = False):
         self.path = path
         self.size_px = size_px
         self.n_frames = 0
@@ -39,7 +40,11 @@ class VideoWriter:
             pix_fmt_out="yuv420p",
             macro_block_size=1,
             ffmpeg_log_level="error",
-            output_params=["-crf", "16", "-preset", "veryfast", "-movflags", "+faststart"],
+            output_params=[
+                *("-crf", "20" if fast else "16"),
+                *("-preset", "superfast" if fast else "veryfast"),
+                *("-movflags", "+faststart"),
+            ],
         )
         self._process.send(None)
 
@@ -70,23 +75,39 @@ class VideoWriter:
         self._process.close()
 
 
-def read_frames(path: Path, *, size_px: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+def read_frames(
+    path: Path, *, size_px: tuple[int, int] | None = None, numbers: Iterable[int] | None = None
+) -> Iterator[np.ndarray]:
     """Yield the frames of a video, (height, width, 3) uint8, in order.
 
     Args:
         path: the video.
         size_px: (height, width) to crop to, for videos of odd sizes.
+        numbers: frame numbers wanted, from 0, ascending; all by default. Found by decoding from the start,
+            so they are exact, whatever the file's timestamps say.
 
     Raises:
-        StoreError: the file is missing or no video.
+        StoreError: the file is missing or no video, or ends before a wanted frame.
     """
-    if not path.is_file():
-        raise StoreError(f"{path}: no such video file")
-    try:
-        for frame in imageio.imiter(path, plugin="pyav", format="rgb24"):
-            yield frame if size_px is None else frame[: size_px[0], : size_px[1]]
-    except (OSError, ValueError) as error:  # PyAV's errors derive from these
-        raise StoreError(f"{path}: not a readable video: {str(error).splitlines()[0]}") from error
+    wanted = None if numbers is None else iter(numbers)
+    next_one = 0 if wanted is None else next(wanted, None)
+    if next_one is None:
+        return
+    n_frames = 0
+    for frame in _decode(path):
+        n_frames += 1
+        if n_frames <= next_one:
+            continue
+        image = frame.to_ndarray(format="rgb24")
+        yield image if size_px is None else image[: size_px[0], : size_px[1]]
+        following = n_frames if wanted is None else next(wanted, None)
+        if following is None:
+            return
+        if following < n_frames:
+            raise ValueError(f"numbers must ascend, got {following} after {next_one}")
+        next_one = following
+    if wanted is not None:
+        raise StoreError(f"{path}: has {n_frames} frames, expected a frame {next_one} in it")
 
 
 def count_frames(path: Path) -> int:
@@ -95,4 +116,20 @@ def count_frames(path: Path) -> int:
     Raises:
         StoreError: the file is missing or no video.
     """
-    return sum(1 for _ in read_frames(path))
+    return sum(1 for _ in _decode(path))
+
+
+def _decode(path: Path) -> Iterator[av.VideoFrame]:
+    """Yield decoded frames that are not converted to RGB yet: what is skipped costs little."""
+    if not path.is_file():
+        raise StoreError(f"{path}: no such video file")
+    try:
+        with av.open(str(path)) as container:
+            stream = next(iter(container.streams.video), None)
+            # A file cut off inside its header has a stream without a decoder; PyAV crashes on using it.
+            if stream is None or stream.codec_context is None:
+                raise StoreError(f"{path}: not a readable video: it holds no pictures")
+            stream.thread_type = "AUTO"
+            yield from container.decode(stream)
+    except av.FFmpegError as error:
+        raise StoreError(f"{path}: not a readable video: {str(error).splitlines()[0]}") from error

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind
+from lerobot_attn.overlay import OverlaySettings, write_overlay
+from lerobot_attn.plot import KINDS, plot
+from lerobot_attn.report import write_report
 from lerobot_attn.store.reader import open_run
+from lerobot_attn.verify import contact_sheet, verify_episode
 from lerobot_attn.video import count_frames, read_frames
 
 pytestmark = pytest.mark.libero
@@ -205,3 +210,30 @@ def test_inspect_tells_what_is_there(synchronous):
     text = inspect(store)
     assert "sanity: rows sum to 1" in text
     assert "weights are random" in text
+
+
+def test_real_episodes_verify_and_every_picture_is_drawn(synchronous, asynchronous, tmp_path):
+    """What a person does after recording, on two suites: verify, plot, overlay, compare."""
+    first, second = (open_run(folder)[0] for folder in (synchronous[0], asynchronous[0]))
+    for episode in (first, second):
+        report = verify_episode(episode, thorough=True)
+        assert report.passed, report.to_dict()
+        assert [check.name for check in report.checks if check.passed is None] in (
+            [],
+            ["evaluation's timing"],
+        )
+        assert len(contact_sheet(episode).axes) == 3 * 3 * 2 + 1
+        written = write_overlay(
+            episode, tmp_path / f"{episode.path.parent.name}.mp4", OverlaySettings(camera="all")
+        )
+        assert count_frames(written.path) == N_STEPS
+    for kind in KINDS:
+        if kind == "cross-modal":
+            with pytest.raises(SelectionError, match="prefix attention was not captured"):
+                plot(first, kind)
+        else:
+            assert plot(first, kind).axes
+        assert plot(second, kind).axes
+    files = {file.name for file in write_report([first], [second], tmp_path / "report")}
+    assert {"comparison.png", "comparison.mp4", "report.md"} <= files
+    assert count_frames(tmp_path / "report" / "comparison.mp4") == N_STEPS

@@ -39,3 +39,41 @@ def test_not_a_video(tmp_path):
     path.write_text("nothing of the kind")
     with pytest.raises(StoreError, match="not a readable video"):
         count_frames(path)
+
+
+def numbered_video(path, n_frames=20):
+    writer = VideoWriter(path, fps=10, size_px=(32, 32))
+    for number in range(n_frames):
+        writer.write(np.full((32, 32, 3), 20 + 10 * number, np.uint8))
+    writer.close()
+    return path
+
+
+def numbers_shown(frames):
+    return [round((float(frame.mean()) - 20) / 10) for frame in frames]
+
+
+@pytest.mark.parametrize("numbers", [[0], [19], [3, 4, 11], range(20), range(5, 20, 7), []])
+def test_chosen_frames_are_exact(tmp_path, numbers):
+    path = numbered_video(tmp_path / "video.mp4")
+    assert numbers_shown(read_frames(path, numbers=numbers)) == list(numbers)
+
+
+def test_frame_beyond_the_end(tmp_path):
+    frames = read_frames(numbered_video(tmp_path / "video.mp4"), numbers=[18, 20])
+    assert numbers_shown([next(frames)]) == [18]
+    with pytest.raises(StoreError, match="has 20 frames, expected a frame 20 in it"):
+        next(frames)
+
+
+@pytest.mark.parametrize("numbers", [[4, 3], [4, 4]])
+def test_numbers_must_ascend(tmp_path, numbers):
+    with pytest.raises(ValueError, match="numbers must ascend"):
+        list(read_frames(numbered_video(tmp_path / "video.mp4"), numbers=numbers))
+
+
+def test_truncated_video(tmp_path):
+    path = numbered_video(tmp_path / "video.mp4")
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(StoreError, match="not a readable video"):
+        count_frames(path)

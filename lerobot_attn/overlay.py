@@ -1,0 +1,741 @@
+"""Camera frames with the heatmap over them, beside the pure map: as arrays, as MP4, as GIF.
+
+    write_overlay(open_episode("….zarr"), "overlay.mp4")
+    for frame in overlay_frames(open_episode("….zarr"), OverlaySettings(layer=17)):
+        …  # (height, width, 3) uint8
+
+Python side of `lerobot-attn overlay`. Which attention is meant is `analysis`'s business; this only paints.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lerobot_attn import analysis
+from lerobot_attn.analysis.select import RAW, Where, frames_of
+from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
+from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap, short
+from lerobot_attn.layout import ImageGeometry
+from lerobot_attn.settings import parse_choice
+from lerobot_attn.store.reader import Episode
+from lerobot_attn.video import VideoWriter, count_frames, read_frames
+
+Progress = Callable[[int, int], None]
+
+FORMATS = (".mp4", ".gif")
+_GIF_FPS = 10.0  # frames beyond are left out: a README's clip has to stay small
+_GIF_SIZE_PX = 224
+_DEFAULT_FPS = 20.0
+
+_GAP_PX = 8
+_BAR_PX = 12
+_MIN_WIDTH_PX = 240  # narrower than this no header can be read
+_BACKGROUND, _WHITE, _GREY, _AMBER = (18, 18, 18), (240, 240, 240), (170, 170, 170), (255, 190, 70)
+# Stand for numbers that change from frame to frame; lines are broken for their widest.
+_FRAME, _ACTION = "\ue000", "\ue001"
+
+
+@dataclass(frozen=True)
+class OverlaySettings:
+    """Settings of `lerobot-attn overlay`; labels as `analysis.Where` takes them, or as text: "17", "0-99".
+
+    A frame shows one map, so layer, denoise step, head and query are each one number or a mean.
+    """
+
+    # Camera, by name or the last part of it; 'all' for every one in a grid. Default: the first.
+    camera: str | None = None
+    # Layer: a number (negative from the last) or 'mean'.
+    layer: int | Literal["mean"] = -1
+    # Denoise step: likewise; the last one yields the action.
+    denoise_step: int | Literal["mean"] = -1
+    # Head: a number, 'mean' or 'max'.
+    head: int | Literal["mean", "max"] = "mean"
+    # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
+    query: int | Literal["frame", "executed", "mean"] = "frame"
+    # share (of all attention), image (share within the image), frame (of the largest patch), episode (share
+    # of all attention, one colour range for all frames). The range is that of the frames shown with share and
+    # image.
+    normalisation: Normalisation = "episode"
+    # Where the colour range ends: this percentile of the patches of all frames that the range is for; 100 is
+    # the largest. The default keeps a few outliers from darkening a whole episode, yet a map of one bright
+    # patch among 16 × 16 keeps its range.
+    clip: float = 99.9
+    # Key tokens to leave out, e.g. attention sinks; or 'sinks' to find them first.
+    leave_out: Any = ()
+    # Opacity of the largest value over the image, 0 to 1.
+    alpha: float = 0.6
+    # A matplotlib colour map.
+    colormap: str = "inferno"
+    # nearest (a patch is a square) or linear (blended between patch centres).
+    interpolation: Interpolation = "nearest"
+    # Frames per second. Default: the episode's.
+    fps: float | None = None
+    # Height of a view, pixels. Default: the camera's; 224 at most for a GIF.
+    size: int | None = None
+    # Frames: 'all', a number, a list or a range as '40-80'; shown in the episode's order.
+    frames: Any = "all"
+
+    def __post_init__(self) -> None:
+        """Read choices given as text, and check what can be checked without an episode.
+
+        Raises:
+            ConfigError: a value is out of range, of the wrong type, or asks for several maps at once.
+        """
+        for name in ("layer", "denoise_step", "head", "query", "leave_out", "frames"):
+            object.__setattr__(self, name, parse_choice(getattr(self, name)))
+        for name, words in (
+            ("layer", ("mean",)),
+            ("denoise_step", ("mean",)),
+            ("head", ("mean", "max")),
+            ("query", ("frame", "executed", "mean")),
+        ):
+            _check_one(name, getattr(self, name), words)
+        if not isinstance(self.camera, str | None):
+            raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
+        for name in ("leave_out", "frames"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, _checked_list(name, value))
+        if self.normalisation not in NORMALISATIONS:
+            raise ConfigError(
+                f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
+            )
+        if self.interpolation not in ("nearest", "linear"):
+            raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
+        for name, low, high in (
+            ("clip", 50, 100),
+            ("alpha", 0, 1),
+            ("fps", 0.1, 240),
+            ("size", 32, 4320),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("fps", "size"):
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high or (name == "size" and value != int(value)):
+                raise ConfigError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+        if not isinstance(self.colormap, str):
+            raise ConfigError(f"colormap: got {self.colormap!r}, expected a matplotlib name, e.g. inferno")
+        colormap(self.colormap)
+
+
+@dataclass(frozen=True)
+class WrittenOverlay:
+    """What `write_overlay` wrote; as text its path and what is to be known of it.
+
+    Attributes:
+        path: the file.
+        n_frames: frames in it.
+        fps: frames per second.
+        notes: what differs from what was asked for, e.g. frames that no camera video shows; usually empty.
+    """
+
+    path: Path
+    n_frames: int
+    fps: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the path, and the notes in parentheses."""
+        return f"{self.path} ({'; '.join(self.notes)})" if self.notes else str(self.path)
+
+
+@dataclass(frozen=True)
+class ColourScale:
+    """Colours and opacities of values from 0 to `vmax`.
+
+    Opacity grows with the value's root from 0 to `alpha`, as in the figures: what is not attended to stays
+    visible as it is, and small values show. The colour alone tells the value.
+    """
+
+    vmax: float
+    colormap: str = "inferno"
+    alpha: float = 0.6
+
+    def colours(self, values: np.ndarray) -> np.ndarray:
+        """Return the colours of (…) values: (…, 3) uint8."""
+        return np.take(self._tables.colours, self._steps(values), axis=0, mode="clip")
+
+    def over(self, image: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Return an image (height, width, 3) uint8 with (height, width) values blended over it."""
+        return _blend(image, *self.weights(values))
+
+    def weights(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `_blend` wants for (…) values: two arrays (…, 3) uint16."""
+        steps = self._steps(values)
+        rest, weighted = (np.take(table, steps, axis=0, mode="clip") for table in self._tables[1:])
+        return rest, weighted
+
+    @property
+    def _tables(self) -> _Tables:
+        return _tables(self.colormap, self.alpha)
+
+    def _steps(self, values: np.ndarray) -> np.ndarray:
+        scaled = np.asarray(values, np.float32) * np.float32(255 / self.vmax if self.vmax > 0 else 0)
+        return np.clip(scaled + 0.5, 0, 255).astype(np.uint8)
+
+
+class _Tables(NamedTuple):
+    colours: np.ndarray  # (256, 3) uint8
+    rest: np.ndarray  # (256, 3) uint16: 255 less the opacity
+    weighted: np.ndarray  # (256, 3) uint16: colour times opacity
+
+
+@lru_cache(maxsize=8)
+def _tables(name: str, alpha: float) -> _Tables:
+    values = np.linspace(0, 1, 256)
+    colours = (colormap(name)(values)[:, :3] * 255).round().astype(np.uint8)
+    opacity = (alpha * np.sqrt(values) * 255).round().astype(np.uint16)[:, None]
+    # 127 rounds the division by 255; the sum stays below 2^16.
+    return _Tables(colours, np.repeat(255 - opacity, 3, axis=1), colours * opacity + np.uint16(127))
+
+
+def _blend(image: np.ndarray, rest: np.ndarray, weighted: np.ndarray) -> np.ndarray:
+    blended = image * rest
+    blended += weighted
+    blended //= 255
+    return blended.astype(np.uint8)
+
+
+def overlay_frames(
+    episode: Episode, settings: OverlaySettings | None = None, progress: Progress | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the overlay's frames: the camera with the heatmap over it on the left, the pure map on the right.
+
+    A header names camera, frame, layer, denoise step, head and action; a footer what the colours mean. Maps
+    are read first, one inference at a time, and kept as patches (1 kB a frame for 16 × 16); images stream, so
+    memory stays flat. Frames that the store has but a camera's video has not are left out at the end.
+
+    Args:
+        episode: from `open_episode`.
+        settings: what to show, and how.
+        progress: called as `progress(done, total)` with inferences read and frames drawn.
+
+    Returns:
+        An iterator over (height, width, 3) uint8, all of one size. Whatever can go wrong with the choice
+        itself is raised before the first frame is asked for.
+
+    Raises:
+        SelectionError: a frame, layer, camera … that the episode does not hold.
+        StoreError: the episode is empty or damaged, or has no video of the camera.
+    """
+    film = _Film(episode, settings or OverlaySettings(), progress)
+    return film.draw(film.frames, progress)
+
+
+def write_overlay(
+    episode: Episode,
+    path: str | Path,
+    settings: OverlaySettings | None = None,
+    progress: Progress | None = None,
+) -> WrittenOverlay:
+    """Write the overlay as MP4 (H.264, for browsers) or, by the file's suffix, as GIF.
+
+    A GIF shows at most 10 frames a second, or `settings.fps`; frames between are left out, and the result's
+    notes say so. It is held in memory, one byte a pixel, so it is for clips.
+
+    Args:
+        episode: from `open_episode`.
+        path: ….mp4 or ….gif; folders are made. It appears when the file is whole.
+        settings: what to show, and how.
+        progress: called as `progress(done, total)` with inferences read and frames drawn.
+
+    Returns:
+        What was written. Where a camera's video is shorter than the store, the frames that both have are
+        written, and the notes say how many.
+
+    Raises:
+        ConfigError: another suffix, the file is one of the episode's own, or it cannot be written.
+        SelectionError: a frame, layer, camera … that the episode does not hold.
+        StoreError: the episode is empty or damaged, has no video of the camera, or encoding failed.
+    """
+    settings, path = settings or OverlaySettings(), Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise ConfigError(
+            f"{path}: cannot write {path.suffix or 'no suffix'!r}, expected {' or '.join(FORMATS)}"
+        )
+    _refuse_inputs(episode, path)
+    film = _Film(episode, settings, progress, max_size_px=_GIF_SIZE_PX if suffix == ".gif" else None)
+    temporary = path.with_name(f".{path.stem}.new{suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = (_write_gif if suffix == ".gif" else _write_mp4)(film, temporary, progress)
+        temporary.replace(path)
+    except LerobotAttnError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write the overlay: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # nothing there is fine, a folder that could not be made as well
+            temporary.unlink()
+    return WrittenOverlay(path, written.n_frames, written.fps, (*film.notes, *written.notes))
+
+
+class _View(NamedTuple):
+    """One camera's pair of pictures on the canvas; sizes in pixels."""
+
+    camera: str
+    video: Path
+    crop_px: tuple[int, int] | None
+    geometry: ImageGeometry
+    size_px: tuple[int, int]
+    heat: np.ndarray  # (frame, grid_y, grid_x) float32
+    rows: np.ndarray  # (height,): the row of patches that a row of pixels shows
+    columns: np.ndarray  # (width,): likewise
+
+
+class _Place(NamedTuple):
+    """Where a view's two pictures lie on the canvas, pixels."""
+
+    top: int
+    left: int
+    right: int
+
+
+class _Written(NamedTuple):
+    n_frames: int
+    fps: float
+    notes: tuple[str, ...] = ()
+
+
+class _Film:
+    """An overlay that is ready to be drawn.
+
+    Attributes:
+        frames: frame numbers that will be drawn, ascending.
+        fps: frames per second.
+        fps_is_free: nobody asked for them.
+        scale: its colours.
+        notes: what differs from what was asked for.
+    """
+
+    def __init__(
+        self,
+        episode: Episode,
+        settings: OverlaySettings,
+        progress: Progress | None = None,
+        *,
+        max_size_px: int | None = None,
+    ):
+        if episode.n_frames == 0:
+            raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
+        self._episode, self._settings = episode, settings
+        data = episode.arrays
+        chosen = np.unique(np.atleast_1d(frames_of(data, settings.frames))).tolist()
+        names = (
+            analysis.camera_names(data)
+            if settings.camera == "all"
+            else [analysis.camera_geometry(data, settings.camera)[0]]
+        )
+        videos = {name: _video_of(episode, name) for name in names}
+        self._n_shown = min(count_frames(video) for video in videos.values())
+        self.frames: list[int] = [frame for frame in chosen if frame < self._n_shown]
+        self.notes: tuple[str, ...] = ()
+        if len(self.frames) < len(chosen):
+            state = "" if episode.is_complete else "incomplete, "
+            what = f"the camera's video has {self._n_shown} of the store's {episode.n_frames} frames"
+            if not self.frames:
+                raise StoreError(f"{episode.path}: {state}{what}; expected a chosen frame among them")
+            self.notes = (f"{state}{what}: {len(self.frames)} of {len(chosen)} chosen frames are shown",)
+        elif not self.frames:
+            raise SelectionError("frames []: expected one at least")
+        facts = episode.attributes.get("videos", {})
+        self.fps = float(settings.fps or facts.get(names[0], {}).get("fps") or _DEFAULT_FPS)
+        self.fps_is_free = settings.fps is None
+        maps = _read_maps(episode, names, settings, self.frames, progress)
+        self._attrs = maps.attrs
+        self.scale = ColourScale(maps.vmax, settings.colormap, settings.alpha)
+        self._clipped = maps.clipped
+        self._views = []
+        for name in names:
+            _, geometry, _ = analysis.camera_geometry(data, name)
+            size = _size_of(geometry, settings.size, max_size_px)
+            crop = video_size(episode, name)
+            rows, columns = _patches_of(geometry, size)
+            self._views.append(
+                _View(name, videos[name], crop, geometry, size, maps.heat[name], rows, columns)
+            )
+        self._n_read = maps.n_read
+        self._arrange()
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(height, width) of its frames."""
+        height, width, _ = self._canvas.shape
+        return height, width
+
+    def draw(self, frames: Sequence[int], progress: Progress | None = None) -> Iterator[np.ndarray]:
+        """Yield the overlay at some of its frames, ascending."""
+        images = [read_frames(view.video, size_px=view.crop_px, numbers=frames) for view in self._views]
+        index_of = {frame: index for index, frame in enumerate(self.frames)}
+        for done, (frame, *shown) in enumerate(zip(frames, *images, strict=True), start=1):
+            canvas = self._canvas.copy()
+            for view, place, image in zip(self._views, self._places, shown, strict=True):
+                height, width = view.size_px
+                if image.shape[:2] != view.size_px:
+                    image = resized(image, view.size_px)
+                over, pure = self._paint(view, view.heat[index_of[frame]], image)
+                rows = slice(place.top, place.top + height)
+                canvas[rows, place.left : place.left + width] = over
+                canvas[rows, place.right : place.right + width] = pure
+            self._write_numbers(canvas, frame)
+            yield canvas
+            if progress is not None:
+                progress(self._n_read + done, self._n_read + len(frames))
+
+    def _paint(self, view: _View, heat: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image with the heatmap over it, and the heatmap, (height, width, 3) uint8 each."""
+        if self._settings.interpolation == "nearest":
+            # Colours are looked up a patch, not a pixel: several times as fast.
+            def spread(patches: np.ndarray) -> np.ndarray:
+                return patches.take(view.columns, axis=1, mode="clip").take(view.rows, axis=0, mode="clip")
+
+            rest, weighted = self.scale.weights(heat)
+            return _blend(image, spread(rest), spread(weighted)), spread(self.scale.colours(heat))
+        pixels = analysis.on_camera_pixels(
+            heat, view.geometry, size_px=view.size_px, interpolation=self._settings.interpolation
+        )
+        return self.scale.over(image, pixels), self.scale.colours(pixels)
+
+    def _header_parts(self) -> list[str]:
+        settings, attrs = self._settings, self._attrs
+        one_camera = len(self._views) == 1
+        query = attrs["query"]
+        if attrs["source"] == RAW and settings.query == "frame":
+            query = f"action {_ACTION}"
+        return [
+            short(self._views[0].camera) if one_camera else f"{len(self._views)} cameras",
+            f"frame {_FRAME}/{self._episode.n_frames}",
+            attrs["layer"],
+            attrs["denoise_step"],
+            f"head {settings.head}" if isinstance(settings.head, str) else attrs["head"],
+            query,
+        ]
+
+    def _footer_parts(self) -> list[str]:
+        settings, attrs = self._settings, self._attrs
+        over = "" if settings.normalisation in ("frame", "episode") else ", one range for the frames shown"
+        return [
+            f"colours: {NORMALISATIONS[settings.normalisation]}{over}",
+            f"range ends at percentile {settings.clip:g}" if self._clipped else "",
+            "" if attrs["source"] == RAW else "from stored means",
+            attrs["left_out"],
+            "" if self._episode.is_complete else "incomplete episode",
+        ]
+
+    def _arrange(self) -> None:
+        """Place everything that stays, and draw it once."""
+        views = self._views
+        heights, widths = zip(*(view.size_px for view in views), strict=True)
+        self._font = _font(min(max(round(max(heights) / 24), 11), 22))
+        small = _font(min(max(round(max(heights) / 30), 10), 18))
+        columns = math.ceil(math.sqrt(len(views) / 2))
+        label_px = _line_px(small) if len(views) > 1 else 0
+        labels = self._bar_labels()
+        bar_px = _BAR_PX + 4 + math.ceil(max(small.getlength(label) for label in labels))
+        cell_px = 2 * max(widths) + _GAP_PX
+        pairs_px = columns * (cell_px + _GAP_PX)
+        width = _GAP_PX + pairs_px + bar_px + _GAP_PX
+        shift = max(0, _MIN_WIDTH_PX - width) // 2
+        width = max(width, _MIN_WIDTH_PX)
+        width += width % 2
+        self._frame_query = self._episode.arrays["frame_query"].values
+        self._first_query = self._episode.layout.first_action_query
+        last_action = int(self._frame_query.max()) - self._first_query
+        self._digits = {_FRAME: len(str(max(self.frames))), _ACTION: len(str(last_action))}
+        inside = width - 2 * _GAP_PX
+        self._header = _break(self._header_parts(), " | ", self._font, inside, self._digits)
+        footer = _break([part for part in self._footer_parts() if part], " | ", small, inside)
+        warning = _break([RANDOM_WEIGHTS], " ", small, inside) if self._episode.has_random_weights else []
+        top = 4 + len(self._header) * _line_px(self._font) + 3
+        rows = [heights[start : start + columns] for start in range(0, len(views), columns)]
+        self._places: list[_Place] = []
+        y = top
+        for row in rows:
+            for column, _ in enumerate(row):
+                left = _GAP_PX + shift + column * (cell_px + _GAP_PX)
+                own = views[len(self._places)].size_px[1]
+                self._places.append(_Place(y + label_px, left, left + own + _GAP_PX))
+            y += label_px + max(row) + _GAP_PX
+        bottom = y - _GAP_PX
+        height = bottom + 5 + (len(footer) + len(warning)) * _line_px(small) + 3
+        canvas = Image.new("RGB", (width, height + height % 2), _BACKGROUND)
+        draw = ImageDraw.Draw(canvas)
+        if label_px:
+            for view, place in zip(views, self._places, strict=True):
+                (label, *_) = _break([short(view.camera)], " ", small, cell_px)
+                draw.text((place.left, place.top - label_px), label, _WHITE, small)
+        y = bottom + 5
+        for line, colour in [*((line, _GREY) for line in footer), *((line, _AMBER) for line in warning)]:
+            draw.text((_GAP_PX, y), line, colour, small)
+            y += _line_px(small)
+        bar_left, bar_top = _GAP_PX + shift + pairs_px, top + label_px
+        draw.rectangle((bar_left - 1, bar_top, bar_left + _BAR_PX, bottom - 1), outline=_GREY)
+        draw.text((bar_left + _BAR_PX + 4, bar_top), labels[1], _WHITE, small)
+        draw.text((bar_left + _BAR_PX + 4, bottom - _line_px(small)), labels[0], _WHITE, small)
+        self._numbers = []
+        for index, line in enumerate(self._header):
+            x, y = float(_GAP_PX), 4 + index * _line_px(self._font)
+            for piece in re.split(f"([{_FRAME}{_ACTION}])", line):
+                if piece in (_FRAME, _ACTION):
+                    self._numbers.append((piece, round(x), y))
+                    piece = "0" * self._digits[piece]
+                else:
+                    draw.text((round(x), y), piece, _WHITE, self._font)
+                x += self._font.getlength(piece)
+        self._canvas = np.array(canvas)
+        ramp = np.linspace(self.scale.vmax or 1, 0, bottom - bar_top - 2, dtype=np.float32)[:, None]
+        bar = ColourScale(self.scale.vmax or 1, self.scale.colormap).colours(ramp)
+        self._canvas[bar_top + 1 : bottom - 1, bar_left : bar_left + _BAR_PX] = bar
+
+    def _bar_labels(self) -> tuple[str, str]:
+        end = f"{100 * self.scale.vmax:.3g}%" if self.scale.vmax else "0%"
+        return "0%", f"≥{end}" if self._clipped else end
+
+    def _write_numbers(self, canvas: np.ndarray, frame: int) -> None:
+        """Write what the header's words leave open; they are on the canvas already."""
+        action = int(self._frame_query[frame]) - self._first_query
+        values = {_FRAME: frame, _ACTION: action}
+        for mark, x, y in self._numbers:
+            picture = _number(values[mark], self._digits[mark], self._font)
+            canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+
+
+class _Maps(NamedTuple):
+    heat: dict[str, np.ndarray]  # camera → (frame, grid_y, grid_x) float32
+    vmax: float
+    clipped: bool
+    attrs: dict[str, Any]
+    n_read: int
+
+
+def _read_maps(
+    episode: Episode,
+    cameras: Sequence[str],
+    settings: OverlaySettings,
+    frames: Sequence[int],
+    progress: Progress | None,
+) -> _Maps:
+    """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
+    data = episode.arrays
+    leave_out = settings.leave_out
+    if leave_out == "sinks":
+        from lerobot_attn.analysis.sinks import attention_sinks
+
+        leave_out = attention_sinks(episode.dataset)["key"].tolist()
+    where: Where = {
+        "layer": settings.layer,
+        "denoise_step": settings.denoise_step,
+        "head": settings.head,
+        "query": settings.query,
+        "leave_out": leave_out,
+    }
+    episode_wide = settings.normalisation == "episode"
+    # The episode's range is found on the way, so that no map is read twice.
+    normalisation: Normalisation = "share" if episode_wide else settings.normalisation
+    needed = np.arange(episode.n_frames) if episode_wide else np.array(frames)
+    inference_of = data["frame_inference"].values[needed]
+    inferences = np.unique(inference_of).tolist()
+    pieces: dict[str, list[np.ndarray]] = {camera: [] for camera in cameras}
+    attrs: dict[str, Any] = {}
+    for done, inference in enumerate(inferences, start=1):
+        where["frame"] = needed[inference_of == inference].tolist()
+        for camera in cameras:
+            try:
+                heat = analysis.image_heatmap(data, camera, normalisation=normalisation, **where).load()
+            except LerobotAttnError:
+                raise
+            except Exception as error:  # a damaged chunk raises whatever its codec raises
+                raise StoreError(
+                    f"{episode.path}: the attention of inference {inference} cannot be read: {error}; "
+                    "lerobot-attn verify tells what is damaged"
+                ) from error
+            pieces[camera].append(heat.values)
+            attrs = heat.attrs
+        if progress is not None:
+            progress(done, len(inferences) + len(frames))
+    read = {camera: np.concatenate(found) for camera, found in pieces.items()}
+    order = np.argsort(inference_of, kind="stable")
+    row_of = {int(frame): row for row, frame in enumerate(needed[order])}
+    rows = [row_of[frame] for frame in frames]
+    largest = max(float(heat.max()) for heat in read.values())
+    vmax = 1.0
+    if settings.normalisation != "frame":
+        vmax = max(float(np.percentile(heat, settings.clip)) for heat in read.values()) or largest
+    heat_of = {camera: np.ascontiguousarray(heat[rows]) for camera, heat in read.items()}
+    return _Maps(heat_of, vmax, largest > vmax, attrs, len(inferences))
+
+
+def _write_mp4(film: _Film, path: Path, progress: Progress | None) -> _Written:
+    writer = VideoWriter(path, fps=film.fps, size_px=film.size_px, fast=True)
+    try:
+        for frame in film.draw(film.frames, progress):
+            writer.write(frame)
+    finally:
+        writer.close()
+    found = count_frames(path)
+    if found != len(film.frames):
+        raise StoreError(
+            f"{path}: the video encoder wrote {found} frames, expected {len(film.frames)}; is the disk full?"
+        )
+    return _Written(found, film.fps)
+
+
+def _write_gif(film: _Film, path: Path, progress: Progress | None) -> _Written:
+    step = max(1, math.ceil(film.fps / _GIF_FPS - 1e-6)) if film.fps_is_free else 1
+    # GIFs count hundredths of a second, and players take less than two for ten.
+    hundredths = max(2, round(100 * step / film.fps))
+    frames = film.frames[::step]
+    palette = _palette(film, frames)
+    images = (
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+        for frame in film.draw(frames, progress)
+    )
+    first = next(images)
+    first.save(
+        path, format="GIF", save_all=True, append_images=images, duration=10 * hundredths, loop=0, disposal=1
+    )
+    fps = 100 / hundredths
+    notes = (f"one of {step} frames, at {fps:.3g} frames/s",) if step > 1 else ()
+    return _Written(len(frames), fps, notes)
+
+
+def _palette(film: _Film, frames: Sequence[int]) -> Image.Image:
+    """Return 256 colours for the first, the middle and the last frame, and for the colour map."""
+    sampled = sorted({frames[0], frames[len(frames) // 2], frames[-1]})
+    stacked = np.concatenate(list(film.draw(sampled)))
+    # A fifth of all pixels, or the images take every colour and the bar gets bands.
+    ramp = film.scale.colours(np.linspace(0, film.scale.vmax, 256))
+    stacked = np.concatenate([stacked, np.resize(ramp, (len(stacked) // 4, *stacked.shape[1:]))])
+    return Image.fromarray(stacked).quantize(256, method=Image.Quantize.MEDIANCUT)
+
+
+def _refuse_inputs(episode: Episode, path: Path) -> None:
+    target = path.resolve()
+    inputs = [file for file in (*episode.videos.values(), episode.eval_video) if file is not None]
+    if target in [file.resolve() for file in inputs] or target.is_relative_to(episode.path.resolve()):
+        raise ConfigError(f"{path}: is one of the episode's own files; expected another name")
+    if target.is_dir():
+        raise ConfigError(f"{path}: is a folder, expected a file's name")
+
+
+def _video_of(episode: Episode, camera: str) -> Path:
+    if camera not in episode.videos:
+        raise StoreError(
+            f"{episode.path}: has no video of camera {camera}, expected an MP4 beside the store; record with "
+            "--eval.attention.cameras=true (the default)"
+        )
+    return episode.videos[camera]
+
+
+def _size_of(geometry: ImageGeometry, size: int | None, largest: int | None) -> tuple[int, int]:
+    height = int(size or min(geometry.height_px, largest or geometry.height_px))
+    return height, max(1, round(geometry.width_px * height / geometry.height_px))
+
+
+def _patches_of(geometry: ImageGeometry, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return which row and which column of patches each pixel's row and column show."""
+    rows, columns = np.mgrid[: geometry.grid_rows, : geometry.grid_columns]
+    row, column = analysis.on_camera_pixels(np.stack([rows, columns]), geometry, size_px=size_px)
+    return row[:, 0].astype(int), column[0].astype(int)
+
+
+def video_size(episode: Episode, camera: str) -> tuple[int, int] | None:
+    """Return the (height, width) of a camera's images, where the store says it: odd videos are padded."""
+    video = episode.attributes.get("videos", {}).get(camera)
+    height, width = (video.get("height_px"), video.get("width_px")) if isinstance(video, dict) else (0, 0)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) and height else None
+
+
+def resized(image: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
+    """Return an image (height, width, 3) uint8 at another (height, width)."""
+    return np.asarray(Image.fromarray(image).resize(size_px[::-1], Image.Resampling.BILINEAR))
+
+
+@lru_cache(maxsize=16)
+def _font(size_px: int) -> ImageFont.FreeTypeFont:
+    # Matplotlib brings it, so letters are the figures' and the same on every machine.
+    return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size_px)
+
+
+@lru_cache(maxsize=4096)
+def _number(value: int, digits: int, font: ImageFont.FreeTypeFont) -> np.ndarray:
+    """Return a number, right-aligned: (height, width, 3) uint8."""
+    width = math.ceil(font.getlength("0" * digits))
+    picture = Image.new("RGB", (width, _line_px(font)), _BACKGROUND)
+    ImageDraw.Draw(picture).text((width, 0), str(value), _WHITE, font, anchor="ra")
+    return np.asarray(picture)
+
+
+def _line_px(font: ImageFont.FreeTypeFont) -> int:
+    return math.ceil(font.size * 1.3)
+
+
+def _break(
+    parts: Sequence[str],
+    separator: str,
+    font: ImageFont.FreeTypeFont,
+    width_px: int,
+    digits: Mapping[str, int] | None = None,
+) -> list[str]:
+    """Put parts on as few lines as fit; a part that is too long for one is broken at words, then anywhere."""
+
+    def fits(text: str) -> bool:
+        for mark, n in (digits or {}).items():
+            text = text.replace(mark, "0" * n)
+        return font.getlength(text) <= width_px
+
+    lines: list[str] = []
+    for part in parts:
+        joined = f"{lines[-1]}{separator}{part}" if lines else part
+        if lines and fits(joined):
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for word in part.split(" "):
+            joined = f"{lines[-1]} {word}" if lines[-1] else word
+            if fits(joined):
+                lines[-1] = joined
+                continue
+            if lines[-1]:
+                lines.append("")
+            for letter in word:
+                if not fits(lines[-1] + letter):
+                    lines.append("")
+                lines[-1] += letter
+    return lines
+
+
+def _check_one(name: str, value: Any, words: tuple[str, ...]) -> None:
+    if value in words if isinstance(value, str) else _is_integer(value):
+        return
+    expected = f"{', '.join(['one number', *map(repr, words[:-1])])} or {words[-1]!r}"
+    raise ConfigError(f"{name}: got {value!r}, expected {expected}: a frame of an overlay shows one map")
+
+
+def _checked_list(name: str, value: Any) -> Any:
+    word = {"leave_out": "sinks", "frames": "all"}[name]
+    if isinstance(value, str) and value == word:
+        return value
+    if _is_integer(value):
+        return (int(value),)
+    if isinstance(value, str) or not hasattr(value, "__iter__") or not all(map(_is_integer, value)):
+        raise ConfigError(f"{name}: got {value!r}, expected {word!r}, a number, a list or a range as '0-9'")
+    return tuple(operator.index(item) for item in value)
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
