@@ -340,7 +340,7 @@ class _Film:
             if settings.camera == "all"
             else [analysis.camera_geometry(data, settings.camera)[0]]
         )
-        videos = {name: _video_of(episode, name) for name in names}
+        videos = {name: episode.video(name) for name in names}
         self._n_shown = min(count_frames(video) for video in videos.values())
         self.frames: list[int] = [frame for frame in chosen if frame < self._n_shown]
         self.notes: tuple[str, ...] = ()
@@ -363,7 +363,7 @@ class _Film:
         for name in names:
             _, geometry, _ = analysis.camera_geometry(data, name)
             size = _size_of(geometry, settings.size, max_size_px)
-            crop = video_size(episode, name)
+            crop = episode.image_size_px(name)
             rows, columns = _patches_of(geometry, size)
             self._views.append(
                 _View(name, videos[name], crop, geometry, size, maps.heat[name], rows, columns)
@@ -632,15 +632,6 @@ def _refuse_inputs(episode: Episode, path: Path) -> None:
         raise ConfigError(f"{path}: is a folder, expected a file's name")
 
 
-def _video_of(episode: Episode, camera: str) -> Path:
-    if camera not in episode.videos:
-        raise StoreError(
-            f"{episode.path}: has no video of camera {camera}, expected an MP4 beside the store; record with "
-            "--eval.attention.cameras=true (the default)"
-        )
-    return episode.videos[camera]
-
-
 def _size_of(geometry: ImageGeometry, size: int | None, largest: int | None) -> tuple[int, int]:
     height = int(size or min(geometry.height_px, largest or geometry.height_px))
     return height, max(1, round(geometry.width_px * height / geometry.height_px))
@@ -651,13 +642,6 @@ def _patches_of(geometry: ImageGeometry, size_px: tuple[int, int]) -> tuple[np.n
     rows, columns = np.mgrid[: geometry.grid_rows, : geometry.grid_columns]
     row, column = analysis.on_camera_pixels(np.stack([rows, columns]), geometry, size_px=size_px)
     return row[:, 0].astype(int), column[0].astype(int)
-
-
-def video_size(episode: Episode, camera: str) -> tuple[int, int] | None:
-    """Return the (height, width) of a camera's images, where the store says it: odd videos are padded."""
-    video = episode.attributes.get("videos", {}).get(camera)
-    height, width = (video.get("height_px"), video.get("width_px")) if isinstance(video, dict) else (0, 0)
-    return (height, width) if isinstance(height, int) and isinstance(width, int) and height else None
 
 
 def resized(image: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:

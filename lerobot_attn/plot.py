@@ -52,7 +52,7 @@ class PlotSettings:
     normalisation: Normalisation = "share"
     # Where the colour range ends: this percentile of the patches shown (of the episode's with episode); 100
     # is the largest. Below it a single bright patch does not darken the rest; the colour bar gets an arrow.
-    clip: float = 99.5
+    clip: float = 99.9
     # A word of the task, by its text or number, for kind cross-modal. Default: all words.
     word: Any = None
     # Key tokens to leave out, e.g. attention sinks; or 'sinks' to find them first.
@@ -443,16 +443,9 @@ def camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[
     Raises:
         StoreError: the episode has no video of the camera, or it is shorter.
     """
-    if camera not in episode.videos:
-        raise StoreError(
-            f"{episode.path}: has no video of camera {camera}, expected an MP4 beside the store; record with "
-            "--eval.attention.cameras=true (the default)"
-        )
-    video = episode.attributes["videos"][camera]
-    size = (video["height_px"], video["width_px"])
-    numbers = sorted(set(frames))
+    video, numbers = episode.video(camera), sorted(set(frames))
     found = dict(
-        zip(numbers, read_frames(episode.videos[camera], size_px=size, numbers=numbers), strict=True)
+        zip(numbers, read_frames(video, size_px=episode.image_size_px(camera), numbers=numbers), strict=True)
     )
     return [found[frame] for frame in frames]
 

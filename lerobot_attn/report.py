@@ -54,7 +54,7 @@ class CompareSettings:
     # share, image, frame or episode: what the images' colours mean.
     normalisation: Normalisation = "image"
     # Percentile of the patches at which the images' colours end.
-    clip: float = 99.5
+    clip: float = 99.9
     # phase (fraction of the episode) or frame: what is put side by side.
     align: str = "phase"
     # Parts of an episode, with align=phase.

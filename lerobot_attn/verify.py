@@ -29,7 +29,7 @@ from lerobot_attn.errors import LerobotAttnError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_figure, short, styled
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
-from lerobot_attn.overlay import ColourScale, Progress, resized, video_size
+from lerobot_attn.overlay import ColourScale, Progress, resized
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import count_frames, read_frames
 
@@ -167,7 +167,7 @@ def contact_sheet(
             f"{episode.path}: the attention of inferences {inferences} cannot be read: {_first_line(error)}"
         ) from error
     views = {
-        camera: _some_frames(episode.videos.get(camera), frames, video_size(episode, camera))
+        camera: _some_frames(episode.videos.get(camera), frames, episode.image_size_px(camera))
         for camera in cameras
     }
     filmed = _some_frames(episode.eval_video, frames)
@@ -489,7 +489,7 @@ def _matches(episode: Episode, ticks: _Ticks) -> list[_Match]:
         window: deque[np.ndarray] = deque(maxlen=2 * reach + 1)
         views: deque[np.ndarray] = deque(maxlen=reach + 1)  # its first is the frame of the window's middle
         pairs = zip(
-            read_frames(video, size_px=video_size(episode, camera)),
+            read_frames(video, size_px=episode.image_size_px(camera)),
             read_frames(episode.eval_video),
             strict=False,
         )

@@ -390,6 +390,24 @@ def test_opening_reads_no_tensor(tmp_path):
     assert episode.raw_bytes() == 3 * 2 * (3 * 2 * 2 * 5 * 14 + 3 * 4 * 2 * 14 + 2 * 9 * 9)
 
 
+def test_videos_of_a_killed_recording_are_found_by_name(tmp_path):
+    cameras = tuple(Camera(name, LAYOUT.cameras[0].geometry) for name in ("left.cam", "right.cam"))
+    segments = tuple(Segment("image", c.name, 4 * i, 4 * i + 4) for i, c in enumerate(cameras))
+    layout = TokenLayout((*segments, Segment("action", "action", 8, 14)), 8, cameras)
+    path = tmp_path / "episode_00000.zarr"
+    write_episode(path, complete=False, layout=layout.to_dict())
+    assert open_episode(path).videos == {}
+    for name in ("episode_00000.cam.mp4", "episode_00000.right.cam.mp4"):
+        (tmp_path / name).touch()
+    assert open_episode(path).videos == {
+        "left.cam": tmp_path / "episode_00000.cam.mp4",
+        "right.cam": tmp_path / "episode_00000.right.cam.mp4",
+    }
+    assert open_episode(path).image_size_px("left.cam") == (8, 8)
+    with pytest.raises(StoreError, match="has no video of camera other"):
+        open_episode(path).video("other")
+
+
 @pytest.mark.parametrize("name", ["../../secret.mp4", "/etc/passwd", "a/b.mp4"])
 def test_video_paths_stay_beside_the_store(tmp_path, name):
     (tmp_path / "secret.mp4").write_bytes(b"")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -189,5 +189,7 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
     except OSError as error:
         raise ConfigError(f"{path}: cannot write the figure: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where a file stands in the folder's place there is nothing to remove, and the error above to show.
+        with suppress(OSError):
+            temporary.unlink()
     return path

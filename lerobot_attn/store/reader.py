@@ -127,13 +127,37 @@ class Episode:
 
     @cached_property
     def videos(self) -> dict[str, Path]:
-        """Camera → MP4 of what it showed the policy, where the file exists."""
+        """Camera → MP4 of what it showed the policy, where the file exists.
+
+        A recording that was killed could not list its videos: they are found by their names beside the store.
+        """
+        listed = self.attributes.get("videos")
+        if not isinstance(listed, dict):
+            return self._unlisted_videos()
         found = {}
-        for camera, video in self.attributes.get("videos", {}).items():
-            path = self._beside(video.get("path"))
+        for camera, video in listed.items():
+            path = self._beside(video.get("path")) if isinstance(video, dict) else None
             if path is not None and path.is_file():
                 found[camera] = path
         return found
+
+    def video(self, camera: str) -> Path:
+        """Return the MP4 of what a camera showed the policy.
+
+        Raises:
+            StoreError: there is none.
+        """
+        if camera not in self.videos:
+            raise StoreError(
+                f"{self.path}: has no video of camera {camera}, expected an MP4 beside the store; record "
+                "with --eval.attention.cameras=true (the default)"
+            )
+        return self.videos[camera]
+
+    def image_size_px(self, camera: str) -> tuple[int, int] | None:
+        """Return (height, width) of a camera's images; its video may have a row or column more."""
+        geometry = next((c.geometry for c in self.layout.cameras if c.name == camera), None)
+        return None if geometry is None else (geometry.height_px, geometry.width_px)
 
     @cached_property
     def eval_video(self) -> Path | None:
@@ -182,6 +206,17 @@ class Episode:
     def _rows(self, dimension: str) -> int:
         name = "inference_frame" if dimension == "inference" else "reward"
         return int(self._arrays[name]["shape"][0])
+
+    def _unlisted_videos(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for camera in self.layout.cameras if "layout" in self.attributes else ():
+            # Of two cameras with one short name, the second one's file has the whole name.
+            for name in (camera.name, camera.name.rpartition(".")[2]):
+                path = self._beside(f"{self.path.stem}.{name}.mp4")
+                if path is not None and path.is_file() and path not in found.values():
+                    found[camera.name] = path
+                    break
+        return found
 
     def _beside(self, name: Any) -> Path | None:
         """Resolve a file name in the store's own folder; anything with a path in it is refused."""
