@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 
 from lerobot_attn import __version__
-from lerobot_attn.errors import LerobotAttnError
+from lerobot_attn.errors import ConfigError, LerobotAttnError
 
 app = typer.Typer(
     name="lerobot-attn",
@@ -140,7 +140,7 @@ def plot(
     settings: SettingsFile = None,
 ) -> None:
     """Draw where and at what the policy looked: a figure of one kind, for chosen frames, layers and heads."""
-    from lerobot_attn.figures import save_figure
+    from lerobot_attn.figures import check_format, save_figure
     from lerobot_attn.plot import PlotSettings
     from lerobot_attn.plot import plot as draw
     from lerobot_attn.settings import load_settings
@@ -166,9 +166,10 @@ def plot(
         columns=columns,
         dpi=dpi,
     )
+    path = check_format(output or Path(f"{kind}.png"))
     with _status(f"Drawing {kind}"):
         figure = draw(open_episode(episode), kind, chosen)
-        path = save_figure(figure, output or Path(f"{kind}.png"), dpi=chosen.dpi)
+        save_figure(figure, path, dpi=chosen.dpi)
     print(f"Wrote {path}")
 
 
@@ -223,6 +224,8 @@ def overlay(
         frames=frames,
     )
     target = output or Path("overlay.gif" if gif else "overlay.mp4")
+    if gif and target.suffix.lower() != ".gif":
+        raise ConfigError(f"{target}: --gif writes a GIF, expected a name that ends in .gif")
     with _progress("Overlay") as progress:
         path = write_overlay(open_episode(episode), target, chosen, progress)
     print(f"Wrote {path}")
@@ -231,27 +234,50 @@ def overlay(
 @app.command()
 def verify(
     episode: EpisodePath,
-    sheet: Annotated[
-        Path | None, typer.Option("--sheet", "-o", help="Write a contact sheet: PNG, PDF or SVG.")
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Contact sheet: PNG, PDF or SVG file.")
+    ] = Path("contact-sheet.png"),
+    sheet: Annotated[bool, typer.Option("--sheet/--no-sheet", help="Draw the contact sheet.")] = True,
+    thorough: Annotated[
+        bool | None, typer.Option("--thorough", help="Check the rows of every inference, not of three.")
     ] = None,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Check every inference, not three.")] = False,
+    layer: Layer = None,
+    denoise_step: Step = None,
+    color_map: ColorMap = None,
+    alpha: Alpha = None,
+    settings: SettingsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check that maps, frames and videos belong together; exit status 1 if a check fails."""
-    from lerobot_attn.figures import save_figure
-    from lerobot_attn.store.reader import open_episode
-    from lerobot_attn.verify import contact_sheet, verify_episode
+    """Check that maps, frames and videos belong together, and draw a contact sheet; exit status 1 on failure.
 
+    The sheet shows the policy's view, the evaluation's frame and the overlay for the first, middle and last
+    inference and every camera.
+    """
+    from lerobot_attn.figures import check_format, save_figure
+    from lerobot_attn.settings import load_settings
+    from lerobot_attn.store.reader import open_episode
+    from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
+
+    chosen = load_settings(
+        VerifySettings,
+        settings,
+        thorough=thorough,
+        layer=layer,
+        denoise_step=denoise_step,
+        colormap=color_map,
+        alpha=alpha,
+    )
+    check_format(output)
     found = open_episode(episode)
     with _progress("Checking") as progress:
-        report = verify_episode(found, thorough=thorough, progress=progress)
+        report = verify_episode(found, thorough=chosen.thorough, progress=progress)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         report.render(Console())
-    if sheet is not None:
+    if sheet:
         with _status("Drawing the contact sheet"):
-            path = save_figure(contact_sheet(found), sheet)
+            path = save_figure(contact_sheet(found, chosen), output, dpi=chosen.dpi)
         print(f"Wrote {path}", file=sys.stderr if as_json else sys.stdout)
     raise typer.Exit(0 if report.passed else 1)
 
@@ -288,7 +314,6 @@ def compare(
 ) -> None:
     """Compare two episodes (success and failure, two prompts) or two groups, and write a report."""
     from lerobot_attn.analysis.compare import split_by_success
-    from lerobot_attn.errors import ConfigError
     from lerobot_attn.report import CompareSettings, write_report
     from lerobot_attn.settings import load_settings
     from lerobot_attn.store.reader import open_run

@@ -29,7 +29,7 @@ from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normali
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap, short
 from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.settings import parse_choice
+from lerobot_attn.settings import check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import VideoWriter, count_frames, read_frames
 
@@ -46,6 +46,9 @@ _MIN_WIDTH_PX = 240  # narrower than this no header can be read
 _BACKGROUND, _WHITE, _GREY, _AMBER = (18, 18, 18), (240, 240, 240), (170, 170, 170), (255, 190, 70)
 # Stand for numbers that change from frame to frame; lines are broken for their widest.
 _FRAME, _ACTION = "\ue000", "\ue001"
+
+
+_OPTIONAL_RANGES = {"fps": (0.1, 240), "size": (32, 4320)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class OverlaySettings:
             ("head", ("mean", "max")),
             ("query", ("frame", "executed", "mean")),
         ):
-            _check_one(name, getattr(self, name), words)
+            check_one_map(name, getattr(self, name), words)
         if not isinstance(self.camera, str | None):
             raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
         for name in ("leave_out", "frames"):
@@ -114,18 +117,11 @@ class OverlaySettings:
             )
         if self.interpolation not in ("nearest", "linear"):
             raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
-        for name, low, high in (
-            ("clip", 50, 100),
-            ("alpha", 0, 1),
-            ("fps", 0.1, 240),
-            ("size", 32, 4320),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("fps", "size"):
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high or (name == "size" and value != int(value)):
-                raise ConfigError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+        check_ranges(self, {"clip": (50, 100), "alpha": (0, 1)})
+        given = {name: limits for name, limits in _OPTIONAL_RANGES.items() if getattr(self, name) is not None}
+        check_ranges(self, given)
+        if self.size is not None and self.size != int(self.size):
+            raise ConfigError(f"size: got {self.size!r}, expected a whole number of pixels")
         if not isinstance(self.colormap, str):
             raise ConfigError(f"colormap: got {self.colormap!r}, expected a matplotlib name, e.g. inferno")
         colormap(self.colormap)
@@ -703,11 +699,16 @@ def _break(
     return lines
 
 
-def _check_one(name: str, value: Any, words: tuple[str, ...]) -> None:
+def check_one_map(name: str, value: Any, words: tuple[str, ...]) -> None:
+    """Check that a choice is one number or one of some words.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if value in words if isinstance(value, str) else _is_integer(value):
         return
     expected = f"{', '.join(['one number', *map(repr, words[:-1])])} or {words[-1]!r}"
-    raise ConfigError(f"{name}: got {value!r}, expected {expected}: a frame of an overlay shows one map")
+    raise ConfigError(f"{name}: got {value!r}, expected {expected}: one map is shown at a time")
 
 
 def _checked_list(name: str, value: Any) -> Any:

@@ -21,7 +21,7 @@ from lerobot_attn.analysis.select import Where, executed_queries, frames_of, sto
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
-from lerobot_attn.settings import parse_choice
+from lerobot_attn.settings import check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import read_frames
 
@@ -88,16 +88,7 @@ class PlotSettings:
             )
         if self.interpolation not in ("nearest", "linear"):
             raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
-        for name, low, high in (
-            ("clip", 50, 100),
-            ("alpha", 0, 1),
-            ("width", 2, 30),
-            ("columns", 2, 40),
-            ("dpi", 30, 1200),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise ConfigError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+        check_ranges(self, _RANGES)
         colormap(self.colormap)
 
 

@@ -24,15 +24,18 @@ from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
-from lerobot_attn.overlay import OverlaySettings, overlay_frames
+from lerobot_attn.overlay import OverlaySettings, check_one_map, overlay_frames
 from lerobot_attn.plot import camera_frames
-from lerobot_attn.settings import parse_choice
+from lerobot_attn.settings import check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import VideoWriter
 
 Progress = Callable[[int, int], None]
 _STRIP = 5  # phases of an episode that are shown as images
 _PASSES = 5  # times that `compare_groups` goes over the episodes
+
+
+_RANGES = {"clip": (50, 100), "alpha": (0, 1), "width": (2, 30), "dpi": (30, 1200)}
 
 
 @dataclass
@@ -83,16 +86,17 @@ class CompareSettings:
         """
         for name in ("layer", "denoise_step", "head", "query", "leave_out"):
             setattr(self, name, parse_choice(getattr(self, name)))
-        for name in ("layer", "denoise_step", "head"):
-            value = getattr(self, name)
-            if not isinstance(value, int) and value not in ("mean", *(("max",) if name == "head" else ())):
-                raise ConfigError(f"{name}: got {value!r}, expected one number or 'mean'")
+        for name, words in (("layer", ("mean",)), ("denoise_step", ("mean",)), ("head", ("mean", "max"))):
+            check_one_map(name, getattr(self, name), words)
         if isinstance(self.leave_out, int):
             self.leave_out = [self.leave_out]
         if self.normalisation not in NORMALISATIONS:
             raise ConfigError(
                 f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
             )
+        check_ranges(self, _RANGES)
+        if self.fps is not None:
+            check_ranges(self, {"fps": (0.1, 240)})
         colormap(self.colormap)
 
     @property

@@ -92,3 +92,15 @@ def parse_choice(text: Any) -> Any:
             raise wrong
         values += found
     return values if is_list or len(values) != 1 else values[0]
+
+
+def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Check that settings are numbers within their limits, both included.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"{name}: got {value!r}, expected a number from {low} to {high}")

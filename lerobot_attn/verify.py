@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,11 +25,13 @@ from rich.text import Text
 
 from lerobot_attn import analysis
 from lerobot_attn.analysis.select import MEANS, RAW, Where, executed_queries
-from lerobot_attn.errors import LerobotAttnError, StoreError
+from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_figure, short, styled
+from lerobot_attn.figures.canvas import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
-from lerobot_attn.overlay import ColourScale, Progress, resized
+from lerobot_attn.overlay import ColourScale, Progress, check_one_map, resized
+from lerobot_attn.settings import check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import count_frames, read_frames
 
@@ -89,6 +91,41 @@ class VerifyReport:
             console.print(Text(RANDOM_WEIGHTS, style="yellow"))
 
 
+@dataclass(frozen=True)
+class VerifySettings:
+    """Settings of `lerobot-attn verify`."""
+
+    # Check the rows of every inference; of the first, the middle and the last one otherwise.
+    thorough: bool = False
+    # Of the contact sheet: the layer, a number (negative from the last) or 'mean'.
+    layer: int | Literal["mean"] = -1
+    # The denoise step, likewise; the last one yields the action.
+    denoise_step: int | Literal["mean"] = -1
+    # A matplotlib colour map.
+    colormap: str = "inferno"
+    # Opacity of the largest value, 0 to 1.
+    alpha: float = 0.6
+    # Width, inches.
+    width: float = 7.0
+    # Dots per inch of PNG files.
+    dpi: int = 150
+
+    def __post_init__(self) -> None:
+        """Read choices given as text, and check what can be checked without an episode.
+
+        Raises:
+            ConfigError: a value is out of range or of the wrong type.
+        """
+        for name in ("layer", "denoise_step"):
+            value = parse_choice(getattr(self, name))
+            object.__setattr__(self, name, value)
+            check_one_map(name, value, ("mean",))
+        if not isinstance(self.thorough, bool):
+            raise ConfigError(f"thorough: got {self.thorough!r}, expected true or false")
+        check_ranges(self, {"alpha": (0, 1), "width": (2, 30), "dpi": (30, 1200)})
+        check_colormap(self.colormap)
+
+
 def verify_episode(
     episode: Episode, *, thorough: bool = False, progress: Progress | None = None
 ) -> VerifyReport:
@@ -123,15 +160,7 @@ def verify_episode(
 
 
 @styled
-def contact_sheet(
-    episode: Episode,
-    *,
-    layer: int = -1,
-    denoise_step: int = -1,
-    colormap: str = "inferno",
-    alpha: float = 0.6,
-    width_in: float = 7.0,
-) -> Figure:
+def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> Figure:
     """Draw the first, the middle and the last inference, a row for each camera.
 
     From left to right: what the policy was shown, the evaluation MP4's frame of the same number, and the
@@ -140,11 +169,7 @@ def contact_sheet(
 
     Args:
         episode: from `open_episode`.
-        layer: whose maps.
-        denoise_step: likewise; the last one yields the action.
-        colormap: a matplotlib colour map.
-        alpha: opacity of the largest value.
-        width_in: width of the figure, inches.
+        settings: whose maps, and how to draw them.
 
     Raises:
         StoreError: the episode is empty or damaged.
@@ -152,10 +177,12 @@ def contact_sheet(
     """
     if episode.n_frames == 0:
         raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
+    settings = settings or VerifySettings()
+    width_in, colormap = settings.width, settings.colormap
     data = episode.arrays
     inferences = sampled_inferences(episode.n_inferences)
     frames = [min(int(data["inference_frame"].values[i]), episode.n_frames - 1) for i in inferences]
-    where: Where = {"frame": frames, "layer": layer, "denoise_step": denoise_step}
+    where: Where = {"frame": frames, "layer": settings.layer, "denoise_step": settings.denoise_step}
     look: Any = {"normalisation": "frame", **where}  # where it lies is the question here, not how much
     cameras = analysis.camera_names(data)
     try:
@@ -171,7 +198,7 @@ def contact_sheet(
         for camera in cameras
     }
     filmed = _some_frames(episode.eval_video, frames)
-    scale = ColourScale(1.0, colormap, alpha)
+    scale = ColourScale(1.0, colormap, settings.alpha)
     geometries = [analysis.camera_geometry(data, camera)[1] for camera in cameras]
     panel_in = (width_in - 0.7) / 3
     heights = [panel_in * g.height_px / g.width_px + 0.2 for _ in frames for g in geometries]

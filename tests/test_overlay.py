@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from PIL import Image
+from test_inspection import run_cli
 
 import lerobot_attn.overlay as overlay_module
 from lerobot_attn.errors import ConfigError, SelectionError, StoreError
@@ -318,7 +319,7 @@ def test_choices_that_the_episode_does_not_hold(episode, settings, message):
     ("settings", "message"),
     [
         ({"layer": "all"}, "layer: got 'all', expected one number or 'mean'"),
-        ({"layer": [1, 2]}, "a frame of an overlay shows one map"),
+        ({"layer": [1, 2]}, "one map is shown at a time"),
         ({"denoise_step": "0,1"}, "denoise_step"),
         ({"head": "all"}, "expected one number, 'mean' or 'max'"),
         ({"query": "all"}, "query"),
@@ -414,3 +415,36 @@ def test_videos_of_unknown_size_are_read_whole(tmp_path):
     (path / "zarr.json").write_text(json.dumps(document))
     written = write_overlay(open_episode(path), tmp_path / "overlay.mp4")
     assert (written.n_frames, written.fps) == (8, 20)
+
+
+def test_command_writes_what_it_was_told(episode, tmp_path, monkeypatch, capsys):
+    settings = tmp_path / "overlay.yaml"
+    settings.write_text("layer: 2\nframes: [1, 4]\n")
+    target = tmp_path / "a.mp4"
+    status, out, _ = run_cli(
+        monkeypatch, capsys, "overlay", episode.path, "--settings", settings, "--head", "1", "-o", target
+    )
+    assert status == 0
+    assert out.strip() == f"Wrote {target}"
+    assert count_frames(target) == 2
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run_cli(monkeypatch, capsys, "overlay", episode.path, "--gif", "--frames", "0-2")
+    assert status == 0
+    assert (tmp_path / "overlay.gif").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gif", "-o", "a.mp4"], "error: a.mp4: --gif writes a GIF"),
+        (["-o", "a.avi"], "error: a.avi: cannot write '.avi', expected .mp4 or .gif"),
+        (["--layer", "7"], "error: layer 7 was not saved"),
+        (["--frames", "90"], "error: frame 90 does not exist"),
+    ],
+)
+def test_command_errors_are_one_line(episode, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run_cli(monkeypatch, capsys, "overlay", episode.path, *arguments)
+    assert status == 1
+    assert error.strip().startswith(message)
+    assert list(tmp_path.iterdir()) == []

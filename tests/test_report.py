@@ -139,7 +139,7 @@ def test_same_episode_twice_differs_nowhere(sides):
     ("settings", "message"),
     [
         ({"layer": "0,1"}, r"layer: got \[0, 1\], expected one number or 'mean'"),
-        ({"head": "all"}, r"head: got 'all', expected one number or 'mean'"),
+        ({"head": "all"}, r"head: got 'all', expected one number, 'mean' or 'max'"),
         ({"normalisation": "max"}, r"normalisation: got 'max'"),
         ({"colormap": "none"}, r"colormap 'none': unknown"),
     ],

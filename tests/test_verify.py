@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import zarr
 from rich.console import Console
+from test_inspection import run_cli
 
-from lerobot_attn.errors import StoreError
+from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
 from lerobot_attn.store.reader import open_episode
 from lerobot_attn.synthetic import SyntheticPlan, camera_frames, write_planted_episode
-from lerobot_attn.verify import contact_sheet, verify_episode
+from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
 from lerobot_attn.video import VideoWriter
 
 CAMERA = "observation.images.image"
@@ -313,3 +314,42 @@ def test_contact_sheet_without_videos(tmp_path):
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert texts.count("no camera video\nof this frame") == 12
     assert texts.count("no evaluation MP4\nof this frame") == 6
+
+
+def test_command_draws_the_sheet_and_its_status_tells(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run_cli(monkeypatch, capsys, "verify", path)
+    assert status == 0
+    assert "Wrote contact-sheet.png" in out
+    assert (tmp_path / "contact-sheet.png").stat().st_size > 10_000
+    settings = tmp_path / "verify.yaml"
+    settings.write_text("thorough: true\nlayer: 2\n")
+    edit_attributes(path, lambda attributes: attributes.update(complete=False))
+    status, out, _ = run_cli(
+        monkeypatch, capsys, "verify", path, "--settings", settings, "--json", "--no-sheet"
+    )
+    assert status == 1
+    facts = json.loads(out)
+    assert [check["name"] for check in facts["checks"] if check["passed"] is False] == ["complete"]
+    (rows,) = (check for check in facts["checks"] if check["name"] == "chunks")
+    assert "every inference" in rows["detail"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer": "all"}, "layer: got 'all', expected one number or 'mean'"),
+        ({"thorough": "yes"}, "thorough: got 'yes', expected true or false"),
+        ({"dpi": 5}, "dpi: got 5, expected a number from 30 to 1200"),
+        ({"colormap": "heat"}, "colormap 'heat': unknown"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        VerifySettings(**settings)
+
+
+def test_sheet_of_another_layer(path):
+    sheets = [contact_sheet(open_episode(path), VerifySettings(layer=layer)) for layer in (2, 3)]
+    views = [sheet.axes[2].images[0].get_array() for sheet in sheets]
+    assert not np.array_equal(*views)

@@ -3,7 +3,7 @@
 Reads no file, shows nothing, leaves matplotlib's settings as they are.
 """
 
-from lerobot_attn.figures.canvas import Caption, save_figure
+from lerobot_attn.figures.canvas import Caption, check_format, save_figure
 from lerobot_attn.figures.combined import combined_figure
 from lerobot_attn.figures.comparison import comparison_figure
 from lerobot_attn.figures.images import Group, Panel, cross_modal_figure, image_grid
@@ -16,6 +16,7 @@ __all__ = [
     "Group",
     "Panel",
     "action_figure",
+    "check_format",
     "combined_figure",
     "comparison_figure",
     "cross_modal_figure",

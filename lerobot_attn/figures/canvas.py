@@ -169,17 +169,27 @@ def short(camera: str) -> str:
     return camera.rpartition(".")[2]
 
 
-def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
-    """Write a figure as PNG, PDF or SVG, by the file's suffix; folders are made.
+def check_format(path: str | Path) -> Path:
+    """Return a path whose suffix is one that figures are written in.
 
     Raises:
-        ConfigError: another suffix, or the file cannot be written.
+        ConfigError: another suffix.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(
             f"{path}: cannot write {path.suffix or 'no suffix'!r}, expected {', '.join(FORMATS)}"
         )
+    return path
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
+    """Write a figure as PNG, PDF or SVG, by the file's suffix; folders are made.
+
+    Raises:
+        ConfigError: another suffix, or the file cannot be written.
+    """
+    path = check_format(path)
     temporary = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
