@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.status import Status
 
 from lerobot_attn import __version__
 from lerobot_attn.errors import ConfigError, LerobotAttnError
+
+if TYPE_CHECKING:
+    from lerobot_attn.store.reader import Episode, Run
 
 app = typer.Typer(
     name="lerobot-attn",
@@ -338,10 +341,10 @@ def compare(
     if (b is None) == (by is None):
         raise ConfigError("compare: expected two sides A and B, or one with --by success")
     if b is None:
-        split = split_by_success(open_run(a))
+        split = split_by_success(_whole_episodes(open_run(a)))
         sides = split.failures, split.successes
     else:
-        sides = list(open_run(a)), list(open_run(b))
+        sides = _whole_episodes(open_run(a)), _whole_episodes(open_run(b))
     with _progress("Comparing") as progress:
         files = write_report(*sides, output, chosen, progress)
     print("\n".join(f"Wrote {path}" for path in files))
@@ -383,6 +386,13 @@ def setup_libero(
     print(f"LIBERO config: {write_libero_config()}")
     if assets is not None:
         print(f"LIBERO assets: {install_assets(assets)}")
+
+
+def _whole_episodes(run: Run) -> list[Episode]:
+    """Return a run's episodes, and say which ones cannot be opened."""
+    for _, reason in run.damaged:
+        print(f"left out: {reason}", file=sys.stderr)
+    return list(run)
 
 
 def _status(text: str) -> Status:

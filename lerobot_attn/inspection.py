@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lerobot_attn.analysis.labels import ranges
 from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_queries
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import SelectionError, StoreError
@@ -151,7 +152,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         ("policy", _policy(attributes.get("policy", {}))),
         ("seed", str(attributes.get("seed"))),
         ("frames", f"{facts['n_frames']}, from {facts['n_inferences']} inferences"),
-        ("saved", "; ".join(f"{name} {_ranges(values)}" for name, values in facts["saved"].items())),
+        ("saved", "; ".join(f"{name} {ranges(values)}" for name, values in facts["saved"].items())),
         (
             "on disk",
             f"{format_bytes(facts['stored_bytes'])}, maps compressed {facts['compression_ratio'] or 0:.1f}x",
@@ -264,14 +265,3 @@ def _sanity(facts: dict[str, Any]) -> Text:
         f"allowed by the stored precision {facts['row_sum_tolerance']:.1e}"
     )
     return Text(text, style="green" if facts["rows_sum_to_one"] else "bold red")
-
-
-def _ranges(values: list[int]) -> str:
-    """Shorten [0, 1, 2, 5] to "0-2,5"."""
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

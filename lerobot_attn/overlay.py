@@ -10,7 +10,6 @@ Python side of `lerobot-attn overlay`. Which attention is meant is `analysis`'s 
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,11 +24,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lerobot_attn import analysis
 from lerobot_attn.analysis.select import RAW, Where, frames_of
+from lerobot_attn.analysis.sinks import keys_to_leave_out
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap, short
 from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.settings import check_ranges, parse_choice
+from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import VideoWriter, count_frames, read_frames
 
@@ -108,9 +108,8 @@ class OverlaySettings:
             check_one_map(name, getattr(self, name), words)
         if not isinstance(self.camera, str | None):
             raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
-        for name in ("leave_out", "frames"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, _checked_list(name, value))
+        for name, word in (("leave_out", "sinks"), ("frames", "all")):
+            object.__setattr__(self, name, check_numbers(name, getattr(self, name), word))
         if self.normalisation not in NORMALISATIONS:
             raise ConfigError(
                 f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
@@ -527,17 +526,12 @@ def _read_maps(
 ) -> _Maps:
     """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
     data = episode.arrays
-    leave_out = settings.leave_out
-    if leave_out == "sinks":
-        from lerobot_attn.analysis.sinks import attention_sinks
-
-        leave_out = attention_sinks(episode.dataset)["key"].tolist()
     where: Where = {
         "layer": settings.layer,
         "denoise_step": settings.denoise_step,
         "head": settings.head,
         "query": settings.query,
-        "leave_out": leave_out,
+        "leave_out": keys_to_leave_out(settings.leave_out, episode.dataset),
     }
     episode_wide = settings.normalisation == "episode"
     # The episode's range is found on the way, so that no map is read twice.
@@ -705,22 +699,7 @@ def check_one_map(name: str, value: Any, words: tuple[str, ...]) -> None:
     Raises:
         ConfigError: it is something else.
     """
-    if value in words if isinstance(value, str) else _is_integer(value):
+    if value in words if isinstance(value, str) else is_number(value):
         return
     expected = f"{', '.join(['one number', *map(repr, words[:-1])])} or {words[-1]!r}"
     raise ConfigError(f"{name}: got {value!r}, expected {expected}: one map is shown at a time")
-
-
-def _checked_list(name: str, value: Any) -> Any:
-    word = {"leave_out": "sinks", "frames": "all"}[name]
-    if isinstance(value, str) and value == word:
-        return value
-    if _is_integer(value):
-        return (int(value),)
-    if isinstance(value, str) or not hasattr(value, "__iter__") or not all(map(_is_integer, value)):
-        raise ConfigError(f"{name}: got {value!r}, expected {word!r}, a number, a list or a range as '0-9'")
-    return tuple(operator.index(item) for item in value)
-
-
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)

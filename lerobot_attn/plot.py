@@ -8,7 +8,7 @@ Python side of `lerobot-attn plot`. The analysis is in `analysis`, the drawing i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,15 @@ from matplotlib.figure import Figure
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.prefix import cross_modal, text_to_image
 from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
+from lerobot_attn.analysis.sinks import keys_to_leave_out
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
-from lerobot_attn.settings import check_ranges, parse_choice
+from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import read_frames
 
+_MOST_GROUPS = 40  # images in one figure
 _RANGES = {"clip": (50, 100), "alpha": (0, 1), "width": (2, 30), "columns": (2, 40), "dpi": (30, 1200)}
 
 
@@ -80,8 +82,7 @@ class PlotSettings:
             setattr(self, name, parse_choice(getattr(self, name)))
         if isinstance(self.cameras, str):
             self.cameras = None if self.cameras == "all" else [c.strip() for c in self.cameras.split(",")]
-        if isinstance(self.leave_out, int):
-            self.leave_out = [self.leave_out]
+        self.leave_out = check_numbers("leave_out", self.leave_out, "sinks")
         if self.normalisation not in NORMALISATIONS:
             raise ConfigError(
                 f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
@@ -110,14 +111,9 @@ def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> F
     if episode.n_frames == 0:
         raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
     settings = settings or PlotSettings()
-    if settings.leave_out == "sinks":
-        from dataclasses import replace
-
-        from lerobot_attn.analysis.sinks import attention_sinks
-
-        settings = replace(settings, leave_out=attention_sinks(episode.dataset)["key"].tolist())
     try:
-        return KINDS[kind](episode, settings)
+        keys = keys_to_leave_out(settings.leave_out, episode.dataset)
+        return KINDS[kind](episode, replace(settings, leave_out=keys))
     except LerobotAttnError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what codecs raise for damaged chunks
@@ -152,7 +148,13 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             )
     groups, heatmaps = [], []
     frames = np.atleast_1d(frames_of(data, _frames(episode, settings))).tolist()
-    for camera in _cameras(episode, settings):
+    cameras = _cameras(episode, settings)
+    if len(frames) * len(cameras) > _MOST_GROUPS:
+        raise SelectionError(
+            f"{len(frames)} frames of {len(cameras)} cameras are too many for one figure, expected "
+            f"{_MOST_GROUPS} images at most; choose frames, or make a video with lerobot-attn overlay"
+        )
+    for camera in cameras:
         name, geometry, _ = analysis.camera_geometry(data, camera)
         for frame, image in zip(frames, camera_frames(episode, name, frames), strict=True):
             heat = _heatmap(data, name, settings, {**where, "frame": frame})
@@ -417,11 +419,11 @@ def _single(choice: Any, default: Any) -> Any:
 
 
 def _is_single(value: Any) -> bool:
-    return isinstance(value, int) or value in ("mean", "max")
+    return value in ("mean", "max") if isinstance(value, str) else is_number(value)
 
 
 def _listed(choice: Any) -> Any:
-    return [choice] if isinstance(choice, int) else choice
+    return [choice] if is_number(choice) else choice
 
 
 def _over_frames(shares: xr.DataArray) -> xr.DataArray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,13 @@ from matplotlib.figure import Figure
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.compare import compare, compare_overall
 from lerobot_attn.analysis.select import Where
+from lerobot_attn.analysis.sinks import keys_to_leave_out
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
 from lerobot_attn.overlay import OverlaySettings, check_one_map, overlay_frames
 from lerobot_attn.plot import camera_frames
-from lerobot_attn.settings import check_ranges, parse_choice
+from lerobot_attn.settings import check_numbers, check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import VideoWriter
 
@@ -50,7 +51,7 @@ class CompareSettings:
     head: Any = "mean"
     # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
     query: Any = "frame"
-    # Key tokens to leave out of both sides.
+    # Key tokens to leave out of both sides; or 'sinks' to find those of both first.
     leave_out: Any = ()
     # Camera of images and video, by the last part of its name. Default: the first.
     camera: str | None = None
@@ -88,8 +89,7 @@ class CompareSettings:
             setattr(self, name, parse_choice(getattr(self, name)))
         for name, words in (("layer", ("mean",)), ("denoise_step", ("mean",)), ("head", ("mean", "max"))):
             check_one_map(name, getattr(self, name), words)
-        if isinstance(self.leave_out, int):
-            self.leave_out = [self.leave_out]
+        self.leave_out = check_numbers("leave_out", self.leave_out, "sinks")
         if self.normalisation not in NORMALISATIONS:
             raise ConfigError(
                 f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
@@ -137,7 +137,7 @@ def compare_groups(
     Raises:
         SelectionError: an empty side, or a layer, camera, … that an episode does not hold.
     """
-    settings = settings or CompareSettings()
+    settings = _without_sinks(a, b, settings or CompareSettings())
     total, passes = len(a) + len(b), _PASSES
     done = 0
 
@@ -183,7 +183,7 @@ def comparison_figure(
     Raises:
         SelectionError, StoreError: as `compare_groups`; an episode has no video of the camera.
     """
-    settings = settings or CompareSettings()
+    settings = _without_sinks(a, b, settings or CompareSettings())
     found = found or compare_groups(a, b, settings, progress)
     strips, heats = [], []
     if len(a) == len(b) == 1:
@@ -226,7 +226,7 @@ def side_by_side(a: Episode, b: Episode, settings: CompareSettings | None = None
     By phase there are as many frames as the longer episode has, and the shorter one holds its frames; by
     frame the shorter one stays at its last.
     """
-    settings = settings or CompareSettings()
+    settings = _without_sinks([a], [b], settings or CompareSettings())
     n = max(a.n_frames, b.n_frames)
     views = []
     for episode in (a, b):
@@ -264,12 +264,12 @@ def write_report(
         SelectionError, StoreError: as `comparison_figure`.
         ConfigError: the folder cannot be written.
     """
-    settings = settings or CompareSettings()
     folder = Path(folder)
     if not a or not b:
         raise SelectionError(
             f"nothing to compare: A has {len(a)} episodes, B has {len(b)}; expected one at least"
         )
+    settings = _without_sinks(a, b, settings or CompareSettings())
     video = settings.video and len(a) == len(b) == 1
     n_video = max(a[0].n_frames, b[0].n_frames) if video else 0
     n_read = _PASSES * (len(a) + len(b))
@@ -299,6 +299,11 @@ def write_report(
             raise
         raise ConfigError(f"{folder}: cannot write the report: {error.strerror}") from error
     return files
+
+
+def _without_sinks(a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings) -> CompareSettings:
+    """Find the sinks that are to be left out, over both sides."""
+    return replace(settings, leave_out=keys_to_leave_out(settings.leave_out, (e.dataset for e in (*a, *b))))
 
 
 def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, list[np.ndarray]]:

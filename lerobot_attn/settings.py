@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -104,3 +105,23 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise ConfigError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+
+
+def check_numbers(name: str, value: Any, word: str) -> Any:
+    """Return a list of whole numbers as a tuple, one number as a tuple of it, and a word as it is.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    if isinstance(value, str) and value == word:
+        return value
+    values = (value,) if is_number(value) else value
+    if isinstance(values, str) or not hasattr(values, "__iter__") or not all(map(is_number, values)):
+        raise ConfigError(f"{name}: got {value!r}, expected {word!r}, a number, a list or a range as '0-9'")
+    return tuple(operator.index(item) for item in values)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a whole number, numpy's included."""
+    # Numpy's arrays have an index method too, which most refuse.
+    return hasattr(value, "__index__") and not hasattr(value, "__iter__") and not isinstance(value, bool)

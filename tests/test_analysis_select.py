@@ -330,7 +330,7 @@ def test_means_stand_in_where_they_can_and_attributes_say_so(small, choice, sour
             "layers 16-17", "denoise steps 0, 4, 9", "all heads", "",
         )),
         ({"layer": "mean", "denoise_step": "mean", "head": [5], "leave_out": [4]}, (
-            "mean of all layers", "mean of all denoise steps", "head 5", "1 key tokens left out",
+            "mean of all layers", "mean of all denoise steps", "head 5", "1 key token left out",
         )),
         ({"head": "max", "denoise_step": "all", "layer": "all"}, (
             "all layers", "all denoise steps", "max of all heads", "",

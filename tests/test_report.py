@@ -129,6 +129,28 @@ def test_video_aligns_the_shorter_episode(sides, align):
     assert all(moved[:9]) == (align == "frame")
 
 
+def test_sinks_of_both_sides_are_left_out_and_said(sides):
+    a, b = sides
+    found = compare_groups(a[:1], b[:1], CompareSettings(leave_out="sinks"))
+    overall = rows(found.overall)
+    # Only begin-of-sequence takes its share whatever is shown; the other scaffold gets nothing anyway.
+    assert overall["scaffold", "scaffold"]["a"] == 0
+    assert found.shares.attrs["left_out"] == "1 key token left out"
+
+
+def test_damaged_stores_are_named(folder, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "run" / "attention" / "a_0" / "episode_00000.zarr"
+    broken.mkdir(parents=True)
+    (broken / "zarr.json").write_text("{")
+    write_planted_episode(tmp_path / "run", PLAN)
+    status, _, error = run_cli(
+        monkeypatch, capsys, "compare", tmp_path / "run", folder, "-o", tmp_path / "out", "--no-video"
+    )
+    assert status == 0
+    assert "left out: " in error
+    assert "zarr.json is damaged" in error
+
+
 def test_same_episode_twice_differs_nowhere(sides):
     a, _ = sides
     overall = compare_groups(a[:1], a[:1]).overall

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.settings import from_mapping, load_settings, parse_choice, read_mapping
+from lerobot_attn.settings import check_numbers, from_mapping, load_settings, parse_choice, read_mapping
 
 
 @dataclass
@@ -148,3 +149,24 @@ def test_parse_choice_errors(text):
     message = "expected a number, a list as 0,4,9 or a range as 0-3"
     with pytest.raises(ConfigError, match=f"got '{text}', {message}".replace(".", r"\.")):
         parse_choice(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("all", "all"),
+        (3, (3,)),
+        (np.int64(3), (3,)),
+        ([0, 2], (0, 2)),
+        (np.array([0, 2]), (0, 2)),
+        ((), ()),
+    ],
+)
+def test_lists_of_numbers(value, expected):
+    assert check_numbers("frames", value, "all") == expected
+
+
+@pytest.mark.parametrize("value", ["some", True, 1.5, [1, "2"], None])
+def test_what_is_no_list_of_numbers(value):
+    with pytest.raises(ConfigError, match=r"frames: got .*, expected 'all', a number, a list or a range"):
+        check_numbers("frames", value, "all")

@@ -142,7 +142,7 @@ def attention(
         "layer": in_words("layer", layer, layers),
         "denoise_step": in_words("denoise step", denoise_step, steps),
         "head": in_words("head", head, heads),
-        "left_out": f"{len(leave_out)} key tokens left out" if len(leave_out) else "",
+        "left_out": f"{len(leave_out)} key token{'s' * (len(leave_out) > 1)} left out" if len(leave_out) else "",
     }
     return array
 

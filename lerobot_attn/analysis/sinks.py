@@ -8,7 +8,8 @@ Draws nothing; opens no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -106,6 +107,23 @@ def attention_sinks(
     )
     result.attrs = {"n_inferences": len(shares), "n_episodes": n_episodes}
     return result
+
+
+def keys_to_leave_out(
+    choice: Sequence[int] | Literal["sinks"], datasets: xr.Dataset | Iterable[xr.Dataset]
+) -> list[int]:
+    """Return the keys that a picture's setting `leave_out` means: those given, or the sinks found.
+
+    Of the sinks the action tokens stay in: that actions attend to themselves is no sink.
+
+    Args:
+        choice: keys, or "sinks".
+        datasets: where to look for sinks, see `attention_sinks`.
+    """
+    if not isinstance(choice, str):
+        return list(choice)
+    found = attention_sinks(datasets)
+    return found.loc[found["kind"] != Kind.ACTION.name.lower(), "key"].tolist()
 
 
 class _Tokens:
