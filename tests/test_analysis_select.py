@@ -325,15 +325,15 @@ def test_means_stand_in_where_they_can_and_attributes_say_so(small, choice, sour
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({}, ("layer 17", "denoise step 9", "mean of all heads", "")),
+        ({}, ("layer 17", "denoise step 9", "mean of heads 1, 5", "")),
         ({"layer": [16, 17], "denoise_step": [0, 4, 9], "head": "all"}, (
-            "layers 16-17", "denoise steps 0, 4, 9", "all heads", "",
+            "layers 16-17", "denoise steps 0, 4, 9", "heads 1, 5", "",
         )),
         ({"layer": "mean", "denoise_step": "mean", "head": [5], "leave_out": [4]}, (
-            "mean of all layers", "mean of all denoise steps", "head 5", "1 key token left out",
+            "mean of layers 0, 3, 16-17", "mean of denoise steps 0, 4, 9", "head 5", "1 key token left out",
         )),
         ({"head": "max", "denoise_step": "all", "layer": "all"}, (
-            "all layers", "all denoise steps", "max of all heads", "",
+            "layers 0, 3, 16-17", "denoise steps 0, 4, 9", "max of heads 1, 5", "",
         )),
     ],
     ids=str,

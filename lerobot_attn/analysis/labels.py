@@ -33,8 +33,8 @@ def stored_labels(
             known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
             raise SelectionError(f"{_plain(name)} {choice!r}: expected a number, a list, {known}")
         return saved
-    total = dataset.attrs.get("policy", {}).get(count)
-    labels = from_end(_plain(name), choice, int(total or saved[-1] + 1))
+    total = policy_count(dataset, count)
+    labels = from_end(_plain(name), choice, total or saved[-1] + 1)
     if labels == []:
         raise SelectionError(f"{_plain(name)} []: expected at least one; saved are {ranges(saved)}")
     for label in [labels] if isinstance(labels, int) else labels:
@@ -89,12 +89,28 @@ def picked(array: xr.DataArray, dim: str, labels: int | list[int]) -> xr.DataArr
     return array.sel({dim: labels})
 
 
-def in_words(name: str, choice: Any, labels: Any) -> str:
-    """Say a choice as people do: "layers 16-17", "mean of all heads"."""
-    if isinstance(choice, str):
-        return f"{choice} of all {name}s" if choice != "all" else f"all {name}s"
+def in_words(name: str, choice: Any, labels: Any, total: int | None = None) -> str:
+    """Say a choice as people do: "layers 16-17", "mean of all heads".
+
+    Args:
+        name: what is chosen, in the singular.
+        choice: as it was given.
+        labels: what it means.
+        total: how many the policy has; fewer labels than that are not called all.
+    """
     values = np.atleast_1d(labels).tolist()
-    return f"{name} {ranges(values)}" if len(values) == 1 else f"{name}s {ranges(values)}"
+    listed = f"{name} {ranges(values)}" if len(values) == 1 else f"{name}s {ranges(values)}"
+    if not isinstance(choice, str):
+        return listed
+    what = f"all {name}s" if total is None or len(values) >= total else listed
+    return what if choice == "all" else f"{choice} of {what}"
+
+
+def policy_count(dataset: xr.Dataset, name: str) -> int | None:
+    """Return how many layers, heads or denoise steps the policy has, where the store says it."""
+    policy = dataset.attrs.get("policy")
+    count = policy.get(name) if isinstance(policy, dict) else None
+    return count if isinstance(count, int) else None
 
 
 def ranges(values: Sequence[int]) -> str:

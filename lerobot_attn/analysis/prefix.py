@@ -26,6 +26,7 @@ from lerobot_attn.analysis.labels import (
     in_words,
     integers,
     picked,
+    policy_count,
     positions,
     ranges,
     stored_labels,
@@ -477,7 +478,7 @@ class _PrefixChoice:
             "source": PREFIX,
             "query": "prefix tokens",
             "layer": in_words("layer", self.layer, self.layers),
-            "head": in_words("head", self.head, self.heads),
+            "head": in_words("head", self.head, self.heads, policy_count(self.dataset, "n_heads")),
             "left_out": "",
         }
 
@@ -640,7 +641,7 @@ class _Stack:
             "source": _BOTH if self.top else RAW,
             "layer": in_words("layer", list(range(self.top + 1)), list(range(self.top + 1))),
             "denoise_step": in_words("denoise step", self.denoise_step, self.steps),
-            "head": in_words("head", self.head, self.heads),
+            "head": in_words("head", self.head, self.heads, policy_count(self.dataset, "n_heads")),
         }
 
 

@@ -20,6 +20,7 @@ from lerobot_attn.analysis.labels import (
     in_words,
     integers,
     picked,
+    policy_count,
     positions,
     ranges,
     stored_labels,
@@ -134,15 +135,17 @@ def attention(
         array = array.mean("head") if head == "mean" else array.max("head")
     if len(leave_out):
         array = _leave_out(array, leave_out)
+    n_steps, n_left_out = policy_count(dataset, "n_denoise_steps"), len(leave_out)
+    plural = "s" if n_left_out > 1 else ""
     array.attrs = {
         "long_name": "attention",
         "units": "share of attention",
         "source": source,
         "query": query_text,
-        "layer": in_words("layer", layer, layers),
-        "denoise_step": in_words("denoise step", denoise_step, steps),
-        "head": in_words("head", head, heads),
-        "left_out": f"{len(leave_out)} key token{'s' * (len(leave_out) > 1)} left out" if len(leave_out) else "",
+        "layer": in_words("layer", layer, layers, policy_count(dataset, "n_layers")),
+        "denoise_step": in_words("denoise step", denoise_step, steps, n_steps),
+        "head": in_words("head", head, heads, policy_count(dataset, "n_heads")),
+        "left_out": f"{n_left_out} key token{plural} left out" if n_left_out else "",
     }
     return array
 
@@ -209,7 +212,7 @@ def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str
         labels: int | list[int] = means if covered and prefer_means else full
     else:
         last = max([*full, *means])
-        n_layers = int(dataset.attrs.get("policy", {}).get("n_layers") or last + 1)
+        n_layers = policy_count(dataset, "n_layers") or last + 1
         labels = from_end("layer", layer, n_layers)
     wanted = [labels] if isinstance(labels, int) else labels
     in_means, in_full = (bool(wanted) and set(wanted) <= set(saved) for saved in (means, full))
