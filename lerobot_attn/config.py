@@ -16,6 +16,7 @@ Selection = list[int] | str
 COMPRESSORS = ("zstd", "lz4", "blosclz", "zlib", "none")
 KEEP = ("all", "success", "failure")
 ON_ERROR = ("continue", "abort")
+EXISTING = ("refuse", "skip", "overwrite")
 FLOAT16_MANTISSA_BITS = 10
 
 
@@ -50,6 +51,9 @@ class AttentionConfig:
     queue_mb: int = 512
     # When capture fails: continue (evaluate on, exit status 1 at the end) or abort (stop at once).
     on_error: str = "continue"
+    # Where the folder holds episodes: refuse; skip (keep the complete ones of this run, record the others);
+    # or overwrite (remove them all first).
+    existing: str = "refuse"
     # Folder for the stores; default: {output_dir}/attention.
     dir: str | None = None
 
@@ -80,6 +84,7 @@ class AttentionConfig:
         self._check_choice("keep", KEEP)
         self._check_choice("compressor", COMPRESSORS)
         self._check_choice("on_error", ON_ERROR)
+        self._check_choice("existing", EXISTING)
         self._check_range("level", 0, 9)
         self._check_range("queue_mb", 1, 1_000_000)
         if self.keep_bits is not None:

@@ -58,6 +58,7 @@ class EpisodeResult:
     path: Path | None  # None: there is no store
     reason: str | None  # None: saved and complete
     failed: bool = False  # the reason is a fault, not a choice
+    kept: bool = False  # an earlier run of the same evaluation had recorded it
     n_frames: int = 0
     n_inferences: int = 0
     raw_bytes: int = 0

@@ -21,8 +21,9 @@ import numpy as np
 
 from lerobot_attn.capture import AttentionCapture, capture_attention
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.errors import CaptureError, StoreError
+from lerobot_attn.errors import CaptureError
 from lerobot_attn.recorder import DimensionNames, EpisodeJob, EpisodePlan, EpisodeResult, RolloutRecorder
+from lerobot_attn.run_folder import RunFolder
 from lerobot_attn.sizes import folder_bytes, format_bytes
 from lerobot_attn.store.background import BackgroundWriter
 from lerobot_attn.store.schema import EPISODE_SUFFIX
@@ -80,6 +81,7 @@ class TaskSummary:
         """Return plain values for `eval_info.json`."""
         return {
             "n_saved": len(self.saved),
+            "n_kept": sum(r.kept for r in self.saved),
             "n_not_saved": len(self.not_saved),
             "not_saved": [
                 {"episode": r.index, "reason": r.reason, "path": None if r.path is None else str(r.path)}
@@ -94,9 +96,11 @@ class TaskSummary:
         """Return the one line that is printed at the task's end."""
         n = len(self.saved) + len(self.not_saved)
         raw = sum(r.raw_bytes for r in self.saved)
+        n_kept = sum(r.kept for r in self.saved)
+        kept = f" ({n_kept} of them before)" if n_kept else ""
         ratio = f", {raw / self.stored_bytes:.1f}x compressed" if self.stored_bytes else ""
         text = (
-            f"Attention of {self.name}: {len(self.saved)} of {n} episodes saved, "
+            f"Attention of {self.name}: {len(self.saved)} of {n} episodes saved{kept}, "
             f"{sum(r.n_inferences for r in self.saved)} inferences, "
             f"{format_bytes(self.stored_bytes)}{ratio}; "
             f"waited {self.waited_s:.1f} s for the writer"
@@ -114,7 +118,7 @@ class RunRecorder:
         attributes: what every store says of the run (versions, policy, environment).
 
     Raises:
-        StoreError: the folder holds episodes already, is a file, or cannot be written.
+        StoreError: the folder holds episodes and `existing` is "refuse", is a file, or cannot be written.
     """
 
     def __init__(self, config: AttentionConfig, folder: Path, attributes: Mapping[str, Any]):
@@ -130,7 +134,8 @@ class RunRecorder:
         self._waited_before_s = 0.0
         self._size_told = False
         self._recorder: RolloutRecorder | None = None
-        _prepare_folder(folder)
+        self._kept: list[EpisodeResult] = []
+        self._run_folder = RunFolder(folder, config.existing)
 
     @contextmanager
     def watch(self, policy: Any, tokenizer: Tokenizer | None) -> Iterator[None]:
@@ -139,15 +144,19 @@ class RunRecorder:
         Raises:
             UnsupportedPolicyError: no adapter knows the policy.
             ConfigError: a layer, head or denoise step does not exist.
+            StoreError: another run records into the folder, or episodes to be kept are not of this run.
         """
         recorder_of = self._current_recorder
-        with capture_attention(
-            policy,
-            self.config,
-            tokenizer=tokenizer,
-            on_record=lambda record: recorder_of().on_inference(record),
-            on_failure=lambda error: recorder_of().fail(error),
-        ) as capture:
+        with (
+            self._run_folder.claim(),
+            capture_attention(
+                policy,
+                self.config,
+                tokenizer=tokenizer,
+                on_record=lambda record: recorder_of().on_inference(record),
+                on_failure=lambda error: recorder_of().fail(error),
+            ) as capture,
+        ):
             capture.enabled = False
             self._capture = capture
             sizes = capture.policy
@@ -162,6 +171,7 @@ class RunRecorder:
                 "n_action_steps": sizes.n_action_steps,
                 "random_weights": sizes.random_weights,
             }
+            self._run_folder.settle(self._attributes, self.config.to_dict())
             self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
             try:
                 yield
@@ -174,6 +184,7 @@ class RunRecorder:
         """A task's rollouts begin."""
         self._task = task
         self._jobs = []
+        self._kept = []
         self._next_episode = 0
         self._waited_before_s = self._open_writer.waited_s
         self._tell_size(task)
@@ -268,6 +279,20 @@ class RunRecorder:
         if index >= task.n_episodes or not wanted:
             return None
         path = self.folder / task.name / f"episode_{index:05d}{EPISODE_SUFFIX}"
+        kept = self._run_folder.kept(path, seed)
+        if kept is not None:
+            self._kept.append(
+                EpisodeResult(
+                    index,
+                    path,
+                    None,
+                    kept=True,
+                    n_frames=kept.n_frames,
+                    n_inferences=kept.n_inferences,
+                    raw_bytes=kept.raw_bytes(),
+                )
+            )
+            return None
         video = None
         if task.videos is not None and index < task.n_videos:
             target = task.videos / f"eval_episode_{index}.mp4"
@@ -289,12 +314,12 @@ class RunRecorder:
 
     def _summarise(self) -> TaskSummary:
         task = self._running_task
-        results = [job.result for job in self._jobs if job.result is not None]
+        results = [*self._kept, *(job.result for job in self._jobs if job.result is not None)]
         known = {result.index for result in results}
         for index in range(min(task.n_episodes, self._next_episode)):
             if index not in known:
                 results.append(EpisodeResult(index, None, f"not among episodes={self.config.episodes}"))
-        saved = tuple(r for r in results if r.reason is None)
+        saved = tuple(sorted((r for r in results if r.reason is None), key=lambda r: r.index))
         not_saved = tuple(sorted((r for r in results if r.reason is not None), key=lambda r: r.index))
         self.failures += [f"{task.name} episode {r.index}: {r.reason}" for r in not_saved if r.failed]
         return TaskSummary(
@@ -327,27 +352,3 @@ class RunRecorder:
     def _running_task(self) -> TaskPlan:
         assert self._task is not None, "start_task() comes first"
         return self._task
-
-
-def _prepare_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(
-            f"{folder}: is a file, expected a folder for the attention stores; remove or rename it"
-        )
-    existing = next(folder.glob(f"*/episode_*{EPISODE_SUFFIX}"), None) if folder.exists() else None
-    if existing is not None:
-        raise StoreError(
-            f"{folder}: already holds episodes (e.g. {existing.parent.name}/{existing.name}); expected a "
-            "folder without; "
-            "choose another --output_dir or --eval.attention.dir, or remove them"
-        )
-    probe = folder / ".lerobot-attn-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise StoreError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --output_dir or "
-            "--eval.attention.dir"
-        ) from error

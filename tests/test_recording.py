@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import math
+import time
 
 import numpy as np
 import pytest
@@ -320,6 +321,13 @@ def test_a_failing_writer_does_not_stop_the_evaluation(tmp_path, monkeypatch, ca
 def test_on_error_abort_stops_at_once(tmp_path, monkeypatch):
     break_writing(monkeypatch, after=1)
     policy = make_policy()
+    infer = policy.predict_action_chunk
+
+    def slowly(*args, **kwargs):  # a policy takes its time; the writer's thread must get some too
+        time.sleep(0.02)
+        return infer(*args, **kwargs)
+
+    monkeypatch.setattr(policy, "predict_action_chunk", slowly)
     with pytest.raises(CaptureError, match="stopped because of on_error=abort"):
         evaluate(tmp_path, {0: scripted.make_envs((900,))}, policy=policy, on_error="abort")
     assert policy.n_inferences < 90
