@@ -7,8 +7,10 @@ background writer. It knows neither LeRobot's scripts nor how attention is obser
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from lerobot_attn.capture import HostCopies, InferenceRecord
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.errors import CaptureError
+from lerobot_attn.errors import CaptureError, StoreError
 from lerobot_attn.layout import TokenLayout
+from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.background import BackgroundWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 from lerobot_attn.video import VideoWriter
@@ -310,12 +313,28 @@ class EpisodeJob:
     def append(
         self, frames: list[tuple[_Frame, int, int]], record: InferenceRecord | None, frame: int
     ) -> None:
-        """Write the frames up to here and then the inference made at `frame`; commit both."""
-        self._append_frames(frames)
-        if record is not None:
-            self._append_inference(record, frame)
-        if self._store is not None:
-            self._store.commit()
+        """Write the frames up to here and then the inference made at `frame`; commit both.
+
+        Raises:
+            StoreError: the disk is full.
+            OSError: writing failed for another reason.
+        """
+        try:
+            self._append_frames(frames)
+            if record is not None:
+                self._append_inference(record, frame)
+            if self._store is not None:
+                self._store.commit()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            needed = 0 if record is None else math.ceil(record.n_bytes / record.batch_size)
+            free = shutil.disk_usage(self.plan.path.parent).free
+            raise StoreError(
+                f"{self.plan.path}: the disk is full: an inference needs up to {format_bytes(needed)}, "
+                f"{format_bytes(free)} are free; free some space, or save fewer layers "
+                "(--eval.attention.layers)"
+            ) from error
 
     def check_against(self, rewards: np.ndarray | None, successes: np.ndarray | None) -> None:
         """Compare the recorded frames with what the evaluation returned.

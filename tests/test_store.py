@@ -435,3 +435,32 @@ def test_schema_table_names_every_array():
     table = schema_table()
     for spec in ARRAYS:
         assert f"| `{spec.name}` | {', '.join(spec.dims)} | {spec.dtype} |" in table
+
+
+def test_a_failed_append_grows_no_array(tmp_path, monkeypatch):
+    from lerobot_attn.store import writer as module
+
+    path = tmp_path / "episode_00000.zarr"
+    rng = np.random.default_rng(0)
+    writer = make_writer(path)
+    writer.append_inference(inference_rows(rng, 0))
+    writer.append_frames(frame_rows(rng, 0))
+    append = module._GrowingArray.append
+
+    def full(self, rows):
+        if self.spec.name == "token_id":
+            raise OSError(28, "No space left on device")
+        append(self, rows)
+
+    monkeypatch.setattr(module._GrowingArray, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.append_inference(inference_rows(rng, 1))
+    monkeypatch.undo()
+    rows = inference_rows(rng, 1)
+    writer.append_inference(rows)  # some space was made: the next inference takes the place
+    writer.close(complete=False)
+    episode = open_episode(path)
+    assert episode.n_inferences == 2
+    data = episode.dataset.load()
+    np.testing.assert_array_equal(data.suffix_attention.values[1], rows["suffix_attention"])
+    assert data.token_id.values[:, 0].tolist() == [0, 1]

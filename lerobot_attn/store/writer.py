@@ -215,9 +215,16 @@ class EpisodeWriter:
             shape = growing.spec.shape(self._sizes, len(values))
             if values.shape != shape:
                 raise StoreError(f"{self.path}: {name} got shape {values.shape}, expected {shape}")
-        for name, values in rows.items():
-            growing = self._growing[name]
-            growing.append(self._compression.prepare(values) if growing.spec.sharded else values)
+        before = {name: self._growing[name].state() for name in rows}
+        try:
+            for name, values in rows.items():
+                growing = self._growing[name]
+                growing.append(self._compression.prepare(values) if growing.spec.sharded else values)
+        except BaseException:
+            # A full disk takes some arrays and refuses others: none of them may have grown.
+            for name, state in before.items():
+                self._growing[name].restore(state)
+            raise
 
     def _create(self, group: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
         options: dict[str, Any] = {}
@@ -248,6 +255,14 @@ class _GrowingArray:
         # Rows of the last, unfilled chunk: it is written as a whole each time, never read back.
         self._tail: list[np.ndarray] = []
         self._rows_per_chunk = array.chunks[0]
+
+    def state(self) -> tuple[int, list[np.ndarray]]:
+        """Return what `restore` takes back."""
+        return self.n_rows, list(self._tail)
+
+    def restore(self, state: tuple[int, list[np.ndarray]]) -> None:
+        """Forget the rows that were appended since; what was written of them lies beyond the shape."""
+        self.n_rows, self._tail = state[0], list(state[1])
 
     def append(self, rows: np.ndarray) -> None:
         if self.spec.sharded:
