@@ -5,6 +5,7 @@ Reads metadata, and of the maps only what three inferences need.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,10 @@ def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], fl
         executed = maps.isel(query=executed_queries(dataset)).mean("query") if "query" in maps.dims else maps
         shares = by_modality(dataset, executed.mean(("denoise_step", "layer", "head")))
     except SelectionError as error:
-        raise StoreError(f"{episode.path}: {error}") from error
+        raise StoreError(f"{episode.path}: {_first_line(error)}") from error
     except Exception as error:  # a damaged chunk raises whatever its codec raises
         raise StoreError(
-            f"{episode.path}: the attention of inference {inference} cannot be read: {error}"
+            f"{episode.path}: the attention of inference {inference} cannot be read: {_first_line(error)}"
         ) from error
     return {str(share["modality"].item()): float(share) for share in shares}, deviation
 
@@ -80,12 +81,13 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         name: float(np.mean([mass.get(name, 0.0) for mass in masses]))
         for name in (masses[0] if masses else {})
     }
+    deviation_of_all = max(deviations, default=None)
     stored, raw = episode.stored_bytes(), episode.raw_bytes()
     tolerance = episode.row_sum_tolerance() if episode.n_inferences else None
     coordinates = {}
     for name in ("layer", "all_layer", "prefix_layer", "denoise_step", "head"):
         if episode.array_shape(name) is not None:
-            coordinates[name] = episode.dataset[name].values.tolist()
+            coordinates[name] = _labels(episode, name)
     attributes = {k: v for k, v in episode.attributes.items() if k not in ("layout", "coordinates")}
     return {
         "path": str(episode.path),
@@ -117,9 +119,11 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         "compression_ratio": raw / stored if stored else None,
         "attention_mass": mean_mass,
         "attention_mass_inferences": inferences if masses else [],
-        "row_sum_max_deviation": max(deviations, default=None),
+        "row_sum_max_deviation": deviation_of_all,
         "row_sum_tolerance": tolerance,
-        "rows_sum_to_one": None if tolerance is None or not deviations else max(deviations) <= tolerance,
+        "rows_sum_to_one": None
+        if tolerance is None or deviation_of_all is None
+        else deviation_of_all <= tolerance,
         "videos": {camera: str(path) for camera, path in episode.videos.items()},
         "eval_video": None if episode.eval_video is None else str(episode.eval_video),
         "attributes": attributes,
@@ -159,7 +163,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         ),
         ("videos", "\n".join([*facts["videos"].values(), facts["eval_video"] or "no evaluation video"])),
     ):
-        head.add_row(Text(label, style="bold"), Text(value))
+        head.add_row(Text(label, style="bold"), _plain(value))
     parts: list[RenderableType] = [head]
     arrays = _table("array", "dimensions", "shape", "what it holds")
     used = []
@@ -176,8 +180,8 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
     segments = _table("segment", "kind", "keys", "tokens")
     for segment in facts["segments"]:
         segments.add_row(
-            segment["name"],
-            segment["kind"],
+            _plain(segment["name"]),
+            _plain(segment["kind"]),
             f"{segment['start']} to {segment['stop'] - 1}",
             str(segment["tokens"]),
         )
@@ -186,7 +190,8 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         sampled = ", ".join(map(str, facts["attention_mass_inferences"]))
         mass = _table("segment", "share", "")
         for name, share in facts["attention_mass"].items():
-            mass.add_row(name, f"{share:6.1%}", "█" * round(share * 40))
+            bar = round(min(max(share, 0.0), 1.0) * 40) if math.isfinite(share) else 0
+            mass.add_row(_plain(name), f"{share:6.1%}", "█" * bar)
         title = "mean attention of the executed actions, over all saved layers, heads and denoise steps"
         parts += [_title(f"{title} of inferences {sampled}"), mass]
     parts.append(_sanity(facts))
@@ -209,7 +214,7 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
         table = _table("episode", "outcome", "frames", "inferences", "size", "complete")
         for row in rows:
             table.add_row(
-                str(row["episode"]),
+                _plain(str(row["episode"])),
                 {True: "success", False: "failure"}.get(row["success"], "-"),
                 str(row["frames"]),
                 str(row["inferences"]),
@@ -217,10 +222,32 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
                 "yes" if row["complete"] else "[red]no[/red]",
             )
         parts += [_title(f"{name}: {instruction}"), table]
-    parts += [Text(f"damaged: {entry['error']}", style="red") for entry in facts["damaged"]]
+    parts += [Text(f"damaged: {_printable(entry['error'])}", style="red") for entry in facts["damaged"]]
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
     return Group(*parts)
+
+
+def _labels(episode: Episode, name: str) -> list[int]:
+    try:
+        return [int(label) for label in episode.dataset[name].values]
+    except StoreError:
+        raise
+    except Exception as error:  # a damaged chunk raises whatever its codec raises
+        raise StoreError(f"{episode.path}: {name} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _plain(text: str) -> Text:
+    """Return text without the markup and the terminal's control sequences that a store may bring."""
+    return Text(_printable(text))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _table(*columns: str) -> Table:
@@ -231,7 +258,7 @@ def _table(*columns: str) -> Table:
 
 
 def _title(text: str) -> Text:
-    return Text(f"\n{text}", style="bold")
+    return Text(f"\n{_printable(text)}", style="bold")
 
 
 def _outcome(facts: dict[str, Any]) -> str:

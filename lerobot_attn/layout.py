@@ -13,6 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+# A store's layout may be anything: no policy has this many tokens, and no camera this many pixels a side.
+_MAX_KEYS = 2**20
+_MAX_PX = 2**16
+
 
 class Kind(IntEnum):
     """What a key token is; the values of `key_kind` in the store."""
@@ -218,14 +222,53 @@ class TokenLayout:
         Raises:
             KeyError, TypeError, ValueError: the values are not a layout.
         """
-        return cls(
-            segments=tuple(Segment(**segment) for segment in values["segments"]),
-            prefix_len=int(values["prefix_len"]),
+        layout = cls(
+            segments=tuple(_segment(segment) for segment in values["segments"]),
+            prefix_len=_whole(values["prefix_len"], "prefix_len", _MAX_KEYS),
             cameras=tuple(
-                Camera(c["name"], None if c["geometry"] is None else ImageGeometry(**c["geometry"]))
-                for c in values["cameras"]
+                Camera(
+                    _text(camera["name"], "a camera's name"),
+                    None if camera["geometry"] is None else _geometry(camera["geometry"]),
+                )
+                for camera in values["cameras"]
             ),
         )
+        names = [camera.name for camera in layout.cameras]
+        if len(set(names)) != len(names):
+            raise ValueError("two cameras have one name")
+        if not any(segment.kind == "action" for segment in layout.segments):
+            raise ValueError("no segment holds the action tokens")
+        return layout
+
+
+def _segment(values: dict[str, Any]) -> Segment:
+    segment = Segment(**values)
+    for name in ("start", "stop"):
+        _whole(values[name], name, _MAX_KEYS)
+    _text(segment.kind, "a segment's kind")
+    _text(segment.name, "a segment's name")
+    return segment
+
+
+def _geometry(values: dict[str, Any]) -> ImageGeometry:
+    geometry = ImageGeometry(**values)
+    for name, value in values.items():
+        # What is padded away entirely has no pixel left; the others are divided by.
+        may_be_none = name.startswith(("pad_", "resized_"))
+        _whole(value, name, _MAX_PX, least=0 if may_be_none else 1)
+    return geometry
+
+
+def _whole(value: Any, name: str, most: int, *, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, got a {type(value).__name__}")
+    return value
 
 
 class TextSpan(NamedTuple):

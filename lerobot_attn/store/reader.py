@@ -3,22 +3,31 @@
     episode = open_episode("out/attention/libero_object_0/episode_00000.zarr")
     episode.dataset.suffix_attention.sel(layer=17, denoise_step=9)[0].values
 
-Knows neither torch nor LeRobot. Nothing that a store says is executed.
+Knows neither torch nor LeRobot. Stores may come from strangers: nothing in one is executed or unpickled, no
+path in its metadata leads out of its folder, and sizes are checked before anything is allocated for them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.sizes import folder_bytes
-from lerobot_attn.store.schema import ARRAYS, BY_NAME, EPISODE_SUFFIX, SCHEMA_NAME, SCHEMA_VERSION
+from lerobot_attn.store.schema import (
+    ARRAYS,
+    BY_NAME,
+    EPISODE_SUFFIX,
+    FRAMES_PER_CHUNK,
+    SCHEMA_NAME,
+    SCHEMA_VERSION,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +35,19 @@ if TYPE_CHECKING:
 
 _METADATA = "zarr.json"
 _MAX_METADATA_BYTES = 16_000_000
+# Zarr also takes arrays of version 2, whose filters include pickle (which zarr 3.4 refuses by itself), and
+# codecs that other packages register.
+_CODECS = frozenset(
+    {"blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "vlen-bytes", "vlen-utf8", "zstd"}
+)
+_DATA_TYPES = frozenset(
+    {"bool", "string", "float16", "float32", "float64", "complex64", "complex128"}
+    | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+)
+# Pi0.5's largest map of one inference is 135 million values, its largest table half a million in an episode.
+_MAX_MAP_VALUES = 2**28
+_MAX_TABLE_VALUES = 2**24
+_OBJECTS = ("capture", "layout", "policy", "videos")  # attributes that are JSON objects, where they are there
 _HELP = "expected an episode store written by `lerobot-eval --eval.save_attention_maps=true`"
 
 
@@ -91,7 +113,7 @@ class Episode:
         try:
             return TokenLayout.from_dict(self.attributes["layout"])
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{self.path}: its token layout is damaged ({error!r})") from error
+            raise StoreError(f"{self.path}: its token layout is damaged ({_shown(error)})") from error
 
     @cached_property
     def dataset(self) -> xr.Dataset:
@@ -117,7 +139,7 @@ class Episode:
         import xarray as xr
 
         try:
-            return xr.open_zarr(self.path, consolidated=True, chunks=chunks)
+            return xr.open_zarr(self.path, consolidated=True, chunks=chunks, zarr_format=3)
         except Exception as error:  # zarr and xarray raise many kinds for damaged metadata
             raise StoreError(f"{self.path}: damaged metadata: {_first_line(error)}") from error
 
@@ -137,7 +159,7 @@ class Episode:
         found = {}
         for camera, video in listed.items():
             path = self._beside(video.get("path")) if isinstance(video, dict) else None
-            if path is not None and path.is_file():
+            if path is not None:
                 found[camera] = path
         return found
 
@@ -163,14 +185,20 @@ class Episode:
     def eval_video(self) -> Path | None:
         """The evaluation's own MP4 of this episode, where the file exists.
 
-        It is looked for in the run's folder alone, whatever the store says.
+        It is looked for in the run's `videos` and in the store's own folder alone, whatever the store says.
         """
         video = self.attributes.get("eval_video")
         if not isinstance(video, dict) or not isinstance(video.get("path"), str):
             return None
-        run = self.path.resolve().parents[2] if len(self.path.resolve().parents) > 2 else self.path.parent
-        path = (self.path.parent / video["path"]).resolve()
-        return path if path.is_relative_to(run) and path.suffix == ".mp4" and path.is_file() else None
+        try:
+            parents = self.path.resolve().parents
+            path = (self.path.parent / video["path"]).resolve()
+            # Three folders up is the run, or, of a store that was moved, anything.
+            folders = [parents[0], *(parent / "videos" for parent in parents[2:3])]
+            inside = any(path.is_relative_to(folder) for folder in folders)
+            return path if inside and path.suffix == ".mp4" and path.is_file() else None
+        except (OSError, RuntimeError, ValueError):  # too long a name, a loop of links, a null byte
+            return None
 
     def stored_bytes(self) -> int:
         """Return the size of the store's files, bytes."""
@@ -199,7 +227,7 @@ class Episode:
         tolerance = 2**-11 + self.layout.n_keys * 2**-25
         if self.attributes.get("policy", {}).get("dtype") == "bfloat16":
             tolerance += 2**-8
-        if isinstance(keep_bits, int):
+        if type(keep_bits) is int and 0 <= keep_bits <= 10:
             tolerance += 2.0 ** -(keep_bits + 1)
         return tolerance
 
@@ -213,14 +241,24 @@ class Episode:
             # Of two cameras with one short name, the second one's file has the whole name.
             for name in (camera.name, camera.name.rpartition(".")[2]):
                 path = self._beside(f"{self.path.stem}.{name}.mp4")
-                if path is not None and path.is_file() and path not in found.values():
+                if path is not None and path not in found.values():
                     found[camera.name] = path
                     break
         return found
 
     def _beside(self, name: Any) -> Path | None:
-        """Resolve a file name in the store's own folder; anything with a path in it is refused."""
-        return self.path.parent / name if isinstance(name, str) and Path(name).name == name else None
+        """Return the MP4 of that name in the store's own folder, if it is there.
+
+        Anything with a path in it is refused, and so is a link that leads elsewhere.
+        """
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".mp4":
+            return None
+        path = self.path.parent / name
+        try:
+            is_here = path.is_file() and path.resolve().parent == self.path.parent.resolve()
+        except (OSError, RuntimeError, ValueError):  # too long a name, a loop of links, a null byte
+            return None
+        return path if is_here else None
 
 
 @dataclass(frozen=True)
@@ -308,17 +346,24 @@ def open_episode(path: str | Path) -> Episode:
                 f"{path}: its metadata is larger than {_MAX_METADATA_BYTES} bytes: damaged, or no episode"
             )
         document = json.loads(metadata.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except StoreError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no JSON, no UTF-8, or a number too long
         raise StoreError(f"{path}: its {_METADATA} is damaged: {_first_line(error)}") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or attributes.get("schema") != SCHEMA_NAME:
         raise StoreError(f"{path}: is a Zarr store of another kind, {_HELP}")
     version = attributes.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise StoreError(
-            f"{path}: schema version {version!r}, expected at most {SCHEMA_VERSION}; upgrade "
+            f"{path}: schema version {_shown(version)}, expected at most {SCHEMA_VERSION}; upgrade "
             "lerobot_policy_attn to read it"
         )
+    _check_attributes(path, attributes)
     return Episode(path, attributes, _consolidated(path, document))
 
 
@@ -368,12 +413,11 @@ def _consolidated(path: Path, document: dict[str, Any]) -> dict[str, dict[str, A
             raise StoreError(f"{path}: array {spec.name} is missing from its metadata: damaged")
     lengths: dict[str, int] = {}
     for name, array in arrays.items():
-        shape = array.get("shape") if isinstance(array, dict) else None
+        _check_array(path, name, array)
         known = BY_NAME.get(name)
-        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise StoreError(f"{path}: array {name} has no valid shape: damaged")
         if known is None:
             continue
+        shape = array["shape"]
         if len(shape) != len(known.dims):
             raise StoreError(
                 f"{path}: array {name} has {len(shape)} dimensions, expected {len(known.dims)}: damaged"
@@ -383,8 +427,114 @@ def _consolidated(path: Path, document: dict[str, Any]) -> dict[str, dict[str, A
                 raise StoreError(
                     f"{path}: dimension {dim} is {length} in {name}, {lengths[dim]} elsewhere: damaged"
                 )
+    # After the lengths, whose message says more where both are wrong.
+    for name, array in arrays.items():
+        _check_size(path, name, array)
     return arrays
 
 
+def _check_attributes(path: Path, attributes: dict[str, Any]) -> None:
+    """Check the attributes that analysis and figures take apart without looking."""
+    for name in _OBJECTS:
+        if not isinstance(attributes.get(name, {}), dict):
+            raise StoreError(f"{path}: its {name} is {_shown(attributes[name])}, expected an object: damaged")
+    queries = attributes.get("executed_queries", [0, 0])
+    if not isinstance(queries, list) or len(queries) != 2 or not all(type(query) is int for query in queries):
+        raise StoreError(
+            f"{path}: its executed_queries is {_shown(queries)}, expected [first, stop]: damaged"
+        )
+
+
+def _check_array(path: Path, name: str, array: Any) -> None:
+    """Check that an array lies in the store, and that reading it runs nothing but Zarr's own codecs."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        # Zarr would read the chunks of "../x" beside the store.
+        raise StoreError(f"{path}: an array is named {_shown(name)}, expected a plain name: damaged")
+    if not isinstance(array, dict) or not _is_shape(array.get("shape"), 0):
+        raise StoreError(f"{path}: array {_short(name)} has no valid shape: damaged")
+    known = BY_NAME.get(name)
+    expected = {"zarr_format": 3, "node_type": "array"}
+    if known is not None:
+        expected |= {"data_type": known.dtype, "dimension_names": list(known.dims)}
+    for field, value in expected.items():
+        # A rank that is wrong has its own message.
+        if field == "dimension_names" and known is not None and len(array["shape"]) != len(known.dims):
+            continue
+        if array.get(field) != value:
+            raise StoreError(
+                f"{path}: array {_short(name)} has {field} {_shown(array.get(field))}, "
+                f"expected {value!r}: damaged"
+            )
+    if not isinstance(array.get("data_type"), str) or array["data_type"] not in _DATA_TYPES:
+        raise StoreError(
+            f"{path}: array {_short(name)} has data_type {_shown(array.get('data_type'))}, "
+            "expected numbers or strings"
+        )
+    _check_codecs(path, name, array.get("codecs"))
+
+
+def _check_codecs(path: Path, name: str, codecs: Any) -> None:
+    if not isinstance(codecs, list):
+        raise StoreError(
+            f"{path}: array {_short(name)} has codecs {_shown(codecs)}, expected a list: damaged"
+        )
+    for codec in codecs:
+        # Zarr takes a codec's bare name too.
+        codec_name = codec.get("name") if isinstance(codec, dict) else codec
+        if not isinstance(codec_name, str) or codec_name not in _CODECS:
+            raise StoreError(
+                f"{path}: array {_short(name)} has codec {_shown(codec_name)}, expected one of "
+                f"{', '.join(sorted(_CODECS))}"
+            )
+        settings = codec.get("configuration") if isinstance(codec, dict) else None
+        if codec_name == "sharding_indexed":
+            if not isinstance(settings, dict) or not _is_shape(settings.get("chunk_shape"), 1):
+                raise StoreError(f"{path}: array {_short(name)} has no valid chunks in its shards: damaged")
+            for field in ("codecs", "index_codecs"):
+                _check_codecs(path, name, settings.get(field))
+
+
+def _check_size(path: Path, name: str, array: dict[str, Any]) -> None:
+    """Refuse arrays and chunks for which a reader would allocate more memory than any recording needs."""
+    known, shape = BY_NAME.get(name), array["shape"]
+    sharded = known is not None and known.sharded
+    limit = _MAX_MAP_VALUES if sharded else _MAX_TABLE_VALUES
+    # Of maps, one inference is read at a time. A length of 0 does not excuse the others.
+    lengths = [max(1, length) for length in (shape[1:] if sharded else shape)]
+    if math.prod(lengths) > limit or max(shape, default=0) > _MAX_MAP_VALUES:
+        raise StoreError(
+            f"{path}: array {_short(name)} has shape {_shown(shape)}, expected at most {limit} values: "
+            "damaged"
+        )
+    grid = array.get("chunk_grid")
+    settings = grid.get("configuration") if isinstance(grid, dict) else None
+    chunks = settings.get("chunk_shape") if isinstance(settings, dict) else None
+    if not _is_shape(chunks, 1) or len(chunks) != len(shape):
+        raise StoreError(f"{path}: array {_short(name)} has no valid chunks: damaged")
+    # Tables begin with a chunk larger than themselves, to grow into.
+    if any(chunk > max(length, FRAMES_PER_CHUNK) for chunk, length in zip(chunks, shape, strict=True)):
+        raise StoreError(
+            f"{path}: array {_short(name)} has chunks of {_shown(chunks)}, its shape is {_shown(shape)}: "
+            "damaged"
+        )
+
+
+def _is_shape(value: Any, least: int) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(length) is int and length >= least for length in value)
+
+
+def _shown(value: Any) -> str:
+    """Return a value's `repr` for a message: one line and short, whatever the store says."""
+    try:
+        return _short(repr(value))
+    except (RecursionError, ValueError):  # nested too deeply, or an integer too long to write
+        return f"a {type(value).__name__}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [""])[0]
+    return _short(line) or type(error).__name__
