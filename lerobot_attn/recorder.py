@@ -331,9 +331,9 @@ class EpisodeJob:
             needed = 0 if record is None else math.ceil(record.n_bytes / record.batch_size)
             free = shutil.disk_usage(self.plan.path.parent).free
             raise StoreError(
-                f"{self.plan.path}: the disk is full: an inference needs up to {format_bytes(needed)}, "
-                f"{format_bytes(free)} are free; free some space, or save fewer layers "
-                "(--eval.attention.layers)"
+                f"{self.plan.path}: the disk is full ({error.strerror}): an inference needs up to "
+                f"{format_bytes(needed)}, {format_bytes(free)} are free; free some space, or save fewer "
+                "layers (--eval.attention.layers)"
             ) from error
 
     def check_against(self, rewards: np.ndarray | None, successes: np.ndarray | None) -> None:

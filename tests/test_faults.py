@@ -183,7 +183,7 @@ def test_full_disk_lets_the_evaluation_go_on(small_disk, caplog):
     assert all(len(task["metrics"]["successes"]) == 1 for task in info["per_task"])
     attention = info["per_task"][0]["metrics"]["attention"]
     (entry,) = attention["not_saved"]
-    assert "the disk is full: an inference needs up to" in entry["reason"]
+    assert "the disk is full (No space left on device): an inference needs up to" in entry["reason"]
     assert "are free; free some space, or save fewer layers" in entry["reason"]
     assert str(small_disk) in entry["reason"]
     assert run.failures

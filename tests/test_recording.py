@@ -305,7 +305,8 @@ def test_a_failing_writer_does_not_stop_the_evaluation(tmp_path, monkeypatch, ca
     assert len(metrics["successes"]) == 4
     assert len(run.failures) == 2
     assert "No space left on device" in run.failures[0]
-    assert "episode 0: incomplete: [Errno 28] No space left on device" in caplog.text
+    store = tmp_path / "attention" / "group_0" / "episode_00000.zarr"
+    assert f"episode 0: incomplete: {store}: the disk is full (No space left on device)" in caplog.text
     episodes = {e.attributes["episode_index"]: e for e in open_run(tmp_path)}
     assert [episodes[i].is_complete for i in range(4)] == [False, True, False, True]
     # What was committed before is there and true.
