@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.settings import from_mapping, read_mapping
+from lerobot_attn.settings import check_choice, from_mapping, read_mapping
 
 Selection = list[int] | str
 COMPRESSORS = ("zstd", "lz4", "blosclz", "zlib", "none")
@@ -81,10 +81,10 @@ class AttentionConfig:
                 raise ConfigError(
                     "episodes: got an empty list; leave the setting out to record every episode"
                 )
-        self._check_choice("keep", KEEP)
-        self._check_choice("compressor", COMPRESSORS)
-        self._check_choice("on_error", ON_ERROR)
-        self._check_choice("existing", EXISTING)
+        check_choice(self, "keep", KEEP)
+        check_choice(self, "compressor", COMPRESSORS)
+        check_choice(self, "on_error", ON_ERROR)
+        check_choice(self, "existing", EXISTING)
         self._check_range("level", 0, 9)
         self._check_range("queue_mb", 1, 1_000_000)
         if self.keep_bits is not None:
@@ -134,10 +134,6 @@ class AttentionConfig:
             raise ConfigError(f"{name}: got {value!r}, expected {expected}")
         else:
             setattr(self, name, list(value))
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
 
     def _check_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)

@@ -31,3 +31,8 @@ class SetupError(LerobotAttnError, RuntimeError):
 
 class SelectionError(LerobotAttnError, LookupError):
     """A frame, layer, head, camera, word … was asked for that the episode does not hold."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of somebody else's says, in one line; its type's name where it says nothing."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

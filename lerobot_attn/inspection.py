@@ -18,7 +18,7 @@ from rich.text import Text
 from lerobot_attn.analysis.labels import ranges
 from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_queries
 from lerobot_attn.analysis.tokens import by_modality
-from lerobot_attn.errors import SelectionError, StoreError
+from lerobot_attn.errors import SelectionError, StoreError, first_line
 from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.reader import Episode, Run
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
@@ -56,10 +56,10 @@ def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], fl
         executed = maps.isel(query=executed_queries(dataset)).mean("query") if "query" in maps.dims else maps
         shares = by_modality(dataset, executed.mean(("denoise_step", "layer", "head")))
     except SelectionError as error:
-        raise StoreError(f"{episode.path}: {_first_line(error)}") from error
+        raise StoreError(f"{episode.path}: {first_line(error)}") from error
     except Exception as error:  # a damaged chunk raises whatever its codec raises
         raise StoreError(
-            f"{episode.path}: the attention of inference {inference} cannot be read: {_first_line(error)}"
+            f"{episode.path}: the attention of inference {inference} cannot be read: {first_line(error)}"
         ) from error
     return {str(share["modality"].item()): float(share) for share in shares}, deviation
 
@@ -234,11 +234,7 @@ def _labels(episode: Episode, name: str) -> list[int]:
     except StoreError:
         raise
     except Exception as error:  # a damaged chunk raises whatever its codec raises
-        raise StoreError(f"{episode.path}: {name} cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise StoreError(f"{episode.path}: {name} cannot be read: {first_line(error)}") from error
 
 
 def _plain(text: str) -> Text:

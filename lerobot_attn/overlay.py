@@ -29,7 +29,7 @@ from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normali
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap, short
 from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
+from lerobot_attn.settings import check_choice, check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import VideoWriter, count_frames, read_frames
 
@@ -110,10 +110,7 @@ class OverlaySettings:
             raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
         for name, word in (("leave_out", "sinks"), ("frames", "all")):
             object.__setattr__(self, name, check_numbers(name, getattr(self, name), word))
-        if self.normalisation not in NORMALISATIONS:
-            raise ConfigError(
-                f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
-            )
+        check_choice(self, "normalisation", NORMALISATIONS)
         if self.interpolation not in ("nearest", "linear"):
             raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
         check_ranges(self, {"clip": (50, 100), "alpha": (0, 1)})
@@ -531,7 +528,7 @@ def _read_maps(
         "denoise_step": settings.denoise_step,
         "head": settings.head,
         "query": settings.query,
-        "leave_out": keys_to_leave_out(settings.leave_out, episode.dataset),
+        "leave_out": keys_to_leave_out(settings.leave_out, [episode]),
     }
     episode_wide = settings.normalisation == "episode"
     # The episode's range is found on the way, so that no map is read twice.

@@ -19,10 +19,10 @@ from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.prefix import cross_modal, text_to_image
 from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
 from lerobot_attn.analysis.sinks import keys_to_leave_out
-from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
-from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
+from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation, episode_range
+from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError, first_line
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
-from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
+from lerobot_attn.settings import check_choice, check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import read_frames
 
@@ -83,10 +83,7 @@ class PlotSettings:
         if isinstance(self.cameras, str):
             self.cameras = None if self.cameras == "all" else [c.strip() for c in self.cameras.split(",")]
         self.leave_out = check_numbers("leave_out", self.leave_out, "sinks")
-        if self.normalisation not in NORMALISATIONS:
-            raise ConfigError(
-                f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
-            )
+        check_choice(self, "normalisation", NORMALISATIONS)
         if self.interpolation not in ("nearest", "linear"):
             raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
         check_ranges(self, _RANGES)
@@ -112,13 +109,13 @@ def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> F
         raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
     settings = settings or PlotSettings()
     try:
-        keys = keys_to_leave_out(settings.leave_out, episode.dataset)
+        keys = keys_to_leave_out(settings.leave_out, [episode])
         return KINDS[kind](episode, replace(settings, leave_out=keys))
     except LerobotAttnError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what codecs raise for damaged chunks
         raise StoreError(
-            f"{episode.path}: cannot be drawn ({_first_line(error)}); lerobot-attn verify tells what is "
+            f"{episode.path}: cannot be drawn ({first_line(error)}); lerobot-attn verify tells what is "
             "damaged"
         ) from error
 
@@ -146,7 +143,7 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             raise SelectionError(
                 f"this kind shows one {name.replace('_', ' ')}, got {value!r}; choose a number or 'mean'"
             )
-    groups, heatmaps = [], []
+    groups, heatmaps, ends = [], [], []
     frames = np.atleast_1d(frames_of(data, _frames(episode, settings))).tolist()
     cameras = _cameras(episode, settings)
     if len(frames) * len(cameras) > _MOST_GROUPS:
@@ -156,6 +153,8 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
         )
     for camera in cameras:
         name, geometry, _ = analysis.camera_geometry(data, camera)
+        if settings.normalisation == "episode":
+            ends.append(episode_range(data, name, clip=settings.clip, **where))
         for frame, image in zip(frames, camera_frames(episode, name, frames), strict=True):
             heat = _heatmap(data, name, settings, {**where, "frame": frame})
             heatmaps.append(heat)
@@ -175,7 +174,7 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
                     [figures.Panel(pixel, title) for pixel, title in zip(pixels, titles, strict=True)],
                 )
             )
-    vmax, clipped = _range(heatmaps, settings)
+    vmax, clipped = _range(heatmaps, settings, ends)
     queries = {heat.attrs["query"] for heat in heatmaps}
     query = queries.pop() if len(queries) == 1 else "the action executed at each frame"
     return figures.image_grid(
@@ -211,17 +210,19 @@ def _text(episode: Episode, settings: PlotSettings) -> Figure:
 def _combined(episode: Episode, settings: PlotSettings) -> Figure:
     data, frame = episode.arrays, _one_frame(episode, settings)
     where = _where(episode, settings, frame=frame, layer=_single(settings.layers, -1))
-    groups, heatmaps = [], []
+    groups, heatmaps, ends = [], [], []
     for camera in _cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(data, camera)
         (image,) = camera_frames(episode, name, [frame])
+        if settings.normalisation == "episode":
+            ends.append(episode_range(data, name, clip=settings.clip, **where))
         heat = _heatmap(data, name, settings, where)
         heatmaps.append(heat)
         pixels = analysis.on_camera_pixels(
             heat, geometry, size_px=image.shape[:2], interpolation=settings.interpolation
         )
         groups.append(figures.Group(short(name), image, [figures.Panel(pixels, "")]))
-    vmax, clipped = _range(heatmaps, settings)
+    vmax, clipped = _range(heatmaps, settings, ends)
     return figures.combined_figure(
         groups,
         analysis.modality_share(data, **where).load(),
@@ -305,7 +306,7 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
         groups.append(figures.Group(f"{short(name)}, frame {frame}", image, panels))
     shares = cross_modal(data, frame=frame, layer=layer, head=head)
     facts = _caption(episode, maps[0].attrs, settings, [frame], image=False)
-    vmax, clipped = _range(maps, settings)
+    vmax, clipped = _range(maps, settings, [heat.attrs["vmax"] for heat in maps])
     return figures.cross_modal_figure(
         groups,
         shares.load(),
@@ -354,10 +355,6 @@ KINDS: dict[str, Callable[[Episode, PlotSettings], Figure]] = {
 }
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _where(episode: Episode, settings: PlotSettings, **changes: Any) -> Where:
     where: dict[str, Any] = {
         "frame": _frames(episode, settings),
@@ -371,18 +368,26 @@ def _where(episode: Episode, settings: PlotSettings, **changes: Any) -> Where:
 
 
 def _heatmap(data: xr.Dataset, camera: str, settings: PlotSettings, where: Any) -> xr.DataArray:
-    return analysis.image_heatmap(
-        data, camera, normalisation=settings.normalisation, clip=settings.clip, **where
-    ).load()
+    # The episode's range is the same for every frame: it is found once a camera, not with each heatmap.
+    normalisation: Normalisation = "share" if settings.normalisation == "episode" else settings.normalisation
+    return analysis.image_heatmap(data, camera, normalisation=normalisation, **where).load()
 
 
-def _range(heatmaps: Sequence[xr.DataArray], settings: PlotSettings) -> tuple[float, bool]:
-    """Return where the colour range ends, and whether values lie beyond."""
+def _range(
+    heatmaps: Sequence[xr.DataArray], settings: PlotSettings, episode_ends: Sequence[float]
+) -> tuple[float, bool]:
+    """Return where the colour range ends, and whether values lie beyond.
+
+    Args:
+        heatmaps: what is shown.
+        settings: say what the range is of.
+        episode_ends: with normalisation "episode", where each camera's ends.
+    """
     largest = max(float(heat.max()) for heat in heatmaps)
     if settings.normalisation == "frame":
         return 1.0, False
     if settings.normalisation == "episode":
-        vmax = max(float(heat.attrs["vmax"]) for heat in heatmaps)
+        vmax = max(episode_ends)
     else:
         vmax = float(np.percentile(np.concatenate([heat.values.ravel() for heat in heatmaps]), settings.clip))
     return (vmax, largest > vmax) if vmax > 0 else (largest, False)

@@ -27,7 +27,7 @@ from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
 from lerobot_attn.overlay import OverlaySettings, check_one_map, overlay_frames
 from lerobot_attn.plot import camera_frames
-from lerobot_attn.settings import check_numbers, check_ranges, parse_choice
+from lerobot_attn.settings import check_choice, check_numbers, check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import VideoWriter
 
@@ -90,10 +90,7 @@ class CompareSettings:
         for name, words in (("layer", ("mean",)), ("denoise_step", ("mean",)), ("head", ("mean", "max"))):
             check_one_map(name, getattr(self, name), words)
         self.leave_out = check_numbers("leave_out", self.leave_out, "sinks")
-        if self.normalisation not in NORMALISATIONS:
-            raise ConfigError(
-                f"normalisation: got {self.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}"
-            )
+        check_choice(self, "normalisation", NORMALISATIONS)
         check_ranges(self, _RANGES)
         if self.fps is not None:
             check_ranges(self, {"fps": (0.1, 240)})
@@ -303,7 +300,7 @@ def write_report(
 
 def _without_sinks(a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings) -> CompareSettings:
     """Find the sinks that are to be left out, over both sides."""
-    return replace(settings, leave_out=keys_to_leave_out(settings.leave_out, (e.dataset for e in (*a, *b))))
+    return replace(settings, leave_out=keys_to_leave_out(settings.leave_out, (*a, *b)))
 
 
 def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, list[np.ndarray]]:

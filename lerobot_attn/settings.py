@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,17 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise ConfigError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+
+
+def check_choice(settings: object, name: str, choices: Iterable[str]) -> None:
+    """Check that a setting is one of some words.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    value, words = getattr(settings, name), list(choices)
+    if value not in words:
+        raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(words)}")
 
 
 def check_numbers(name: str, value: Any, word: str) -> Any:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from lerobot_attn import analysis
 from lerobot_attn.analysis.select import MEANS, RAW, Where, executed_queries
-from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError
+from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_figure, short, styled
 from lerobot_attn.figures.canvas import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
@@ -154,7 +154,7 @@ def verify_episode(
         try:
             checks += step()
         except Exception as error:  # damaged arrays raise whatever their codec raises
-            checks.append(Check(name, False, f"cannot be checked: {_first_line(error)}"))
+            checks.append(Check(name, False, f"cannot be checked: {first_line(error)}"))
     ticks.finish()
     return VerifyReport(episode.path, tuple(checks), episode.has_random_weights)
 
@@ -191,7 +191,7 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
         raise
     except Exception as error:
         raise StoreError(
-            f"{episode.path}: the attention of inferences {inferences} cannot be read: {_first_line(error)}"
+            f"{episode.path}: the attention of inferences {inferences} cannot be read: {first_line(error)}"
         ) from error
     views = {
         camera: _some_frames(episode.videos.get(camera), frames, episode.image_size_px(camera))
@@ -404,7 +404,7 @@ def _rows(episode: Episode, inferences: Sequence[int], ticks: _Ticks) -> list[Ch
         masked = data["key_kind"].values[inference] == Kind.PADDING
         for name, place, values in _chunks(episode, names, inference):
             if isinstance(values, Exception):
-                unreadable.append(f"{name}, {place}: {_first_line(values)}")
+                unreadable.append(f"{name}, {place}: {first_line(values)}")
                 continue
             sums = values.sum(axis=-1, dtype=np.float64)
             n_rows += sums.size
@@ -567,7 +567,3 @@ def _no_eval_video(episode: Episode) -> str:
     if isinstance(episode.attributes.get("eval_video"), dict):
         return "the evaluation's MP4 is not in the run's folder; LeRobot renders 10 episodes a task"
     return "the evaluation wrote no MP4 of this episode"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__

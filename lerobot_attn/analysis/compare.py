@@ -44,7 +44,7 @@ from lerobot_attn.analysis.runs import (
 )
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.spatial import camera_names, image_heatmap
-from lerobot_attn.errors import SelectionError, StoreError
+from lerobot_attn.errors import SelectionError, StoreError, first_line
 
 Align = Literal["phase", "frame"]
 Place = Callable[[xr.DataArray], xr.DataArray]  # (frame, …) onto the axis that episodes share
@@ -228,8 +228,7 @@ def _groups(
             where_it_was = path_of(source) or "an episode of unknown path"
             if isinstance(result, SelectionError):
                 raise SelectionError(f"{where_it_was}: {result}") from result
-            reason = (str(result).splitlines() or [type(result).__name__])[0]
-            raise StoreError(f"{where_it_was}: cannot be read: {reason}") from result
+            raise StoreError(f"{where_it_was}: cannot be read: {first_line(result)}") from result
     paths = [path_of(source) or f"episode {index}" for index, source in enumerate(sources)]
     values, cameras = zip(*results, strict=True)
     for path, names in zip(paths, cameras, strict=True):

@@ -18,8 +18,6 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import xarray as xr
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
 
 from lerobot_attn.analysis.labels import (
     from_end,
@@ -779,6 +777,10 @@ def _flows(
         capacities.append(np.full(len(inputs), _CAPACITY, np.int32))
     size = n_nodes + len(targets)
     edges = (np.concatenate(starts).astype(np.int32), np.concatenate(ends).astype(np.int32))
+    # Imported here: nothing else needs it, and it takes most of a second.
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_flow
+
     graph = csr_array((np.concatenate(capacities), edges), shape=(size, size))
     flows = [maximum_flow(graph, source, n_nodes + i).flow_value for i in range(len(targets))]
     # Rounded capacities of a token's edges may sum to a little more than 1.

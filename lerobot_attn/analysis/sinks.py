@@ -9,7 +9,7 @@ Draws nothing; opens no file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,14 @@ from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind, TokenLayout
 
 _CHANGES = "(changes)"
+
+
+class HasDataset(Protocol):
+    """An episode, as `open_episode` gives it."""
+
+    @property
+    def dataset(self) -> xr.Dataset:
+        """All its arrays."""
 
 
 def attention_sinks(
@@ -109,20 +117,18 @@ def attention_sinks(
     return result
 
 
-def keys_to_leave_out(
-    choice: Sequence[int] | Literal["sinks"], datasets: xr.Dataset | Iterable[xr.Dataset]
-) -> list[int]:
+def keys_to_leave_out(choice: Sequence[int] | Literal["sinks"], episodes: Iterable[HasDataset]) -> list[int]:
     """Return the keys that a picture's setting `leave_out` means: those given, or the sinks found.
 
     Of the sinks the action tokens stay in: that actions attend to themselves is no sink.
 
     Args:
         choice: keys, or "sinks".
-        datasets: where to look for sinks, see `attention_sinks`.
+        episodes: where to look for sinks, see `attention_sinks`; their datasets are opened for "sinks" only.
     """
     if not isinstance(choice, str):
         return list(choice)
-    found = attention_sinks(datasets)
+    found = attention_sinks(episode.dataset for episode in episodes)
     return found.loc[found["kind"] != Kind.ACTION.name.lower(), "key"].tolist()
 
 

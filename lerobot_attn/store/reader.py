@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from lerobot_attn.errors import StoreError
+from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.schema import (
@@ -141,7 +141,7 @@ class Episode:
         try:
             return xr.open_zarr(self.path, consolidated=True, chunks=chunks, zarr_format=3)
         except Exception as error:  # zarr and xarray raise many kinds for damaged metadata
-            raise StoreError(f"{self.path}: damaged metadata: {_first_line(error)}") from error
+            raise StoreError(f"{self.path}: damaged metadata: {_short(first_line(error))}") from error
 
     def array_shape(self, name: str) -> tuple[int, ...] | None:
         """Return an array's shape without opening it, or None if the episode does not have it."""
@@ -353,7 +353,7 @@ def open_episode(path: str | Path) -> Episode:
         ValueError,
         RecursionError,
     ) as error:  # ValueError: no JSON, no UTF-8, or a number too long
-        raise StoreError(f"{path}: its {_METADATA} is damaged: {_first_line(error)}") from error
+        raise StoreError(f"{path}: its {_METADATA} is damaged: {_short(first_line(error))}") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or attributes.get("schema") != SCHEMA_NAME:
         raise StoreError(f"{path}: is a Zarr store of another kind, {_HELP}")
@@ -533,8 +533,3 @@ def _shown(value: Any) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).splitlines() or [""])[0]
-    return _short(line) or type(error).__name__
