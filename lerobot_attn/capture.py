@@ -27,7 +27,7 @@ from lerobot_attn.config import AttentionConfig, resolve_indices
 from lerobot_attn.errors import CaptureError
 from lerobot_attn.layout import TextLabels, TokenLayout, label_text
 from lerobot_attn.policies import adapter_for
-from lerobot_attn.policies.base import InferenceInputs, PolicyAdapter, PolicyDescription
+from lerobot_attn.policies.base import ChosenSuffix, InferenceInputs, PolicyAdapter, PolicyDescription
 from lerobot_attn.text import PieceDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -295,16 +295,23 @@ class _Collector:
         if self._inputs is None:
             return
         with self._guard():
-            prefix_len = self._inputs.layout.prefix_len
-            self._check("prefix", layer, weights, (prefix_len, prefix_len))
-            weights = self._choose_heads(weights)
+            self.take_prefix(layer, self.choose_prefix(layer, weights))
+
+    def choose_prefix(self, layer: int, weights: Tensor) -> Tensor:
+        prefix_len = self._capture.policy.prefix_len
+        self._check("prefix", layer, weights, (prefix_len, prefix_len))
+        return self._choose_heads(weights)
+
+    def take_prefix(self, layer: int, chosen: Tensor) -> None:
+        if self._inputs is None:
+            return
+        with self._guard():
             if self._prefix is None:
-                self._prefix = self._copies.allocate(
-                    (len(self._prefix_slot), *weights.shape), torch.float16, weights.device
-                )
+                shape = (len(self._prefix_slot), *chosen.shape)
+                self._prefix = self._copies.allocate(shape, torch.float16, chosen.device)
             # Padding queries softmax over nothing to uniform rows that mean nothing.
-            is_query = self._inputs.key_mask[:, None, :prefix_len, None]
-            self._copies.copy_into(self._prefix[self._prefix_slot[layer]], weights * is_query)
+            is_query = self._inputs.key_mask[:, None, : chosen.shape[-1], None]
+            self._copies.copy_into(self._prefix[self._prefix_slot[layer]], chosen * is_query)
             self._note("prefix", 0, layer)
 
     def denoise_step(self, flow_time: Tensor | float) -> None:
@@ -316,26 +323,37 @@ class _Collector:
     def suffix_attention(self, layer: int, weights: Tensor) -> None:
         if self._inputs is None:
             return
+        with self._guard():
+            self.take_suffix(layer, self.choose_suffix(len(self._flow_times) - 1, layer, weights))
+
+    def choose_suffix(self, step: int, layer: int, weights: Tensor) -> ChosenSuffix:
+        if step not in self._step_slot:
+            return ChosenSuffix(None, None)
+        self._check("suffix", layer, weights, (self._capture.policy.n_queries, self._capture.policy.n_keys))
+        weights = self._choose_heads(weights)
+        mean = None
+        if layer in self._mean_slot:
+            mean = weights[:, :, self._selection.executed_queries].mean(dim=2, dtype=torch.float32)
+        return ChosenSuffix(weights if layer in self._layer_slot else None, mean)
+
+    def take_suffix(self, layer: int, chosen: ChosenSuffix) -> None:
+        if self._inputs is None:
+            return
         step = len(self._flow_times) - 1
         if step not in self._step_slot:
             return
         with self._guard():
-            layout, slot = self._inputs.layout, self._step_slot[step]
-            self._check("suffix", layer, weights, (layout.n_queries, layout.n_keys))
-            weights = self._choose_heads(weights)
-            batch, heads, queries, _ = weights.shape
-            n_steps = len(self._step_slot)
-            if layer in self._layer_slot:
+            n_keys, slot, n_steps = self._inputs.layout.n_keys, self._step_slot[step], len(self._step_slot)
+            if chosen.maps is not None:
                 if self._suffix is None:
-                    shape = (n_steps, len(self._layer_slot), batch, heads, queries, layout.n_keys)
-                    self._suffix = self._copies.allocate(shape, torch.float16, weights.device)
-                self._fill(self._suffix[slot, self._layer_slot[layer]], weights)
-            if layer in self._mean_slot:
+                    shape = (n_steps, len(self._layer_slot), *chosen.maps.shape[:-1], n_keys)
+                    self._suffix = self._copies.allocate(shape, torch.float16, chosen.maps.device)
+                self._fill(self._suffix[slot, self._layer_slot[layer]], chosen.maps)
+            if chosen.mean is not None:
                 if self._suffix_mean is None:
-                    mean_shape = (n_steps, len(self._mean_slot), batch, heads, layout.n_keys)
-                    self._suffix_mean = self._copies.allocate(mean_shape, torch.float16, weights.device)
-                mean = weights[:, :, self._selection.executed_queries].mean(dim=2, dtype=torch.float32)
-                self._fill(self._suffix_mean[slot, self._mean_slot[layer]], mean)
+                    shape = (n_steps, len(self._mean_slot), *chosen.mean.shape[:-1], n_keys)
+                    self._suffix_mean = self._copies.allocate(shape, torch.float16, chosen.mean.device)
+                self._fill(self._suffix_mean[slot, self._mean_slot[layer]], chosen.mean)
             self._note("suffix", step, layer)
 
     def end(self, action_chunk: Tensor) -> None:
@@ -473,12 +491,12 @@ def capture_attention(
     """Record the attention of every inference that the policy makes inside the `with` block.
 
     Works around `select_action`, `predict_action_chunk` or anything that calls them. A policy compiled with
-    `compile_model=true` runs uncompiled inside the block.
+    `compile_model=true` runs uncompiled inside the block, unless `config.compiled` keeps it compiled.
 
     Args:
         policy: a LeRobot policy, PEFT-wrapped or not.
-        config: what to capture; of its settings only `layers`, `denoise_steps`, `heads`, `mean_layers` and
-            `prefix_layers` matter here.
+        config: what to capture; of its settings only `layers`, `denoise_steps`, `heads`, `mean_layers`,
+            `prefix_layers` and `compiled` matter here.
         tokenizer: the one whose ids the policy gets, so that words and state digits can be told apart.
             Without it language tokens are labelled `Kind.TEXT`.
         on_record: called with each record as soon as the inference ends, instead of keeping it in
@@ -490,7 +508,7 @@ def capture_attention(
 
     Raises:
         UnsupportedPolicyError: no adapter knows this policy.
-        ConfigError: a layer, head or denoise step does not exist.
+        ConfigError: a layer, head or denoise step does not exist, or `compiled` cannot be had.
     """
     config = config or AttentionConfig()
     adapter = adapter_for(policy)
@@ -498,7 +516,9 @@ def capture_attention(
     collector = _Collector(capture, PieceDecoder(tokenizer), on_record or capture.records.append, on_failure)
     selection = capture.selection
     layers = sorted({*selection.layers, *selection.mean_layers})
-    with adapter.observe(collector, layers=layers, prefix_layers=selection.prefix_layers):
+    with adapter.observe(
+        collector, layers=layers, prefix_layers=selection.prefix_layers, compiled=config.compiled
+    ):
         yield capture
 
 

@@ -35,6 +35,8 @@ class AttentionConfig:
     mean_layers: list[int] | str = "all"
     # Layers whose prefix self-attention (image, text and state tokens) is stored: a list, 'all' or 'none'.
     prefix_layers: list[int] | str = "none"
+    # Keep a policy that is compiled (compile_model=true) compiled while it is recorded, maps and all.
+    compiled: bool = False
     # Episode indices to record; default: every one.
     episodes: list[int] | None = None
     # Which finished episodes to keep: all, success or failure.
@@ -89,8 +91,9 @@ class AttentionConfig:
         self._check_range("queue_mb", 1, 1_000_000)
         if self.keep_bits is not None:
             self._check_range("keep_bits", 1, FLOAT16_MANTISSA_BITS)
-        if not isinstance(self.cameras, bool):
-            raise ConfigError(f"cameras: got {self.cameras!r}, expected true or false")
+        for name in ("cameras", "compiled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected true or false")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "the attention settings") -> "AttentionConfig":

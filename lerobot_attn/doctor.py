@@ -58,6 +58,13 @@ with mujoco.Renderer(model, 64, 64) as renderer:
     print(json.dumps({"renderer": name, "low": int(picture.min()), "high": int(picture.max())}), flush=True)
 """
 
+# A layer of Gemma's shape: oneDNN takes its quickest instructions for it.
+_BFLOAT16_LAYER = """
+import torch
+torch.nn.functional.linear(torch.ones(2, 968, 64).bfloat16(), torch.ones(512, 64).bfloat16())
+"""
+BFLOAT16_REMEDY = "export ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16, or run the policy in float32 or on a GPU"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -185,6 +192,27 @@ def _check_torch(name: str) -> Check:
     return Check(name, OK, f"{torch.__version__}, CUDA: {devices}")
 
 
+def _check_bfloat16(name: str) -> Check:
+    """Run a layer in bfloat16, in a process of its own: some virtual machines announce AMX and lack it."""
+    if not _installed("torch"):
+        return Check(name, FAILED, "torch is not installed", EVAL_REMEDY)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _BFLOAT16_LAYER],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=GL_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return Check(name, WARNING, f"no result on the CPU after {GL_TIMEOUT_S} s", BFLOAT16_REMEDY)
+    if done.returncode:
+        detail = f"on the CPU, {_why_it_ended(done, 'a bfloat16 layer')}"
+        return Check(name, WARNING, detail, BFLOAT16_REMEDY)
+    return Check(name, OK, "runs on the CPU")
+
+
 def _check_lerobot(name: str) -> Check:
     if not _installed("lerobot"):
         return Check(name, FAILED, "lerobot is not installed", EVAL_REMEDY)
@@ -271,6 +299,7 @@ def _check_disk(name: str) -> Check:
 _CHECKS: dict[str, Callable[[str], Check]] = {
     "Python": _check_python,
     "torch": _check_torch,
+    "bfloat16": _check_bfloat16,
     "LeRobot": _check_lerobot,
     "rendering": check_rendering,
     "LIBERO config": _check_libero_config,
@@ -286,7 +315,9 @@ def _repair(name: str) -> str:
         return (
             "pip install --force-reinstall 'imageio[ffmpeg]', or set IMAGEIO_FFMPEG_EXE to a working ffmpeg"
         )
-    return EVAL_REMEDY if name in ("torch", "LeRobot", "rendering") else "report it with this line"
+    return (
+        EVAL_REMEDY if name in ("torch", "bfloat16", "LeRobot", "rendering") else "report it with this line"
+    )
 
 
 def _installed(module: str) -> bool:
@@ -307,9 +338,9 @@ def _last_json(text: str) -> dict | None:
     return result if isinstance(result, dict) else None
 
 
-def _why_it_ended(done: subprocess.CompletedProcess[str]) -> str:
+def _why_it_ended(done: subprocess.CompletedProcess[str], what: str = "rendering") -> str:
     lines = done.stderr.strip().splitlines()
     last = f": {lines[-1].strip()}" if lines else ""
     if done.returncode < 0:
-        return f"rendering was ended by signal {-done.returncode}{last}"
-    return f"rendering ended with exit status {done.returncode}{last}"
+        return f"{what} was ended by signal {-done.returncode}{last}"
+    return f"{what} ended with exit status {done.returncode}{last}"

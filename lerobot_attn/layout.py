@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 # A store's layout may be anything: no policy has this many tokens, and no camera this many pixels a side.
 _MAX_KEYS = 2**20
@@ -174,14 +175,14 @@ class TokenLayout:
         """Query index of the first action token: 0 unless the suffix begins with a state token."""
         return self.actions.start - self.prefix_len
 
-    def key_camera(self) -> np.ndarray:
+    def key_camera(self) -> NDArray[np.int8]:
         """Return (key,) int8: index into `cameras`, -1 for tokens that are no image patch."""
         result = np.full(self.n_keys, -1, np.int8)
         for index, segment in enumerate(s for s in self.segments if s.kind == "image"):
             result[segment.start : segment.stop] = index
         return result
 
-    def key_patch(self) -> tuple[np.ndarray, np.ndarray]:
+    def key_patch(self) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
         """Return the patch rows and columns, each (key,) int16: top-left is (0, 0), -1 for other tokens."""
         rows, columns = np.full(self.n_keys, -1, np.int16), np.full(self.n_keys, -1, np.int16)
         images = [s for s in self.segments if s.kind == "image"]
@@ -195,7 +196,7 @@ class TokenLayout:
             columns[segment.start : segment.stop] = patch % geometry.grid_columns
         return rows, columns
 
-    def key_kind(self, key_mask: np.ndarray, text_kind: np.ndarray) -> np.ndarray:
+    def key_kind(self, key_mask: NDArray[np.bool_], text_kind: NDArray[np.int8]) -> NDArray[np.int8]:
         """Label every key of one inference.
 
         Args:
@@ -283,12 +284,14 @@ class TextSpan(NamedTuple):
 class TextLabels(NamedTuple):
     """Labels of the language slots of one inference, arrays of shape (text,)."""
 
-    kind: np.ndarray  # int8, values of Kind
-    word: np.ndarray  # int16, which word of the task, -1 elsewhere
-    state_dim: np.ndarray  # int16, which dimension of the state, -1 elsewhere
+    kind: NDArray[np.int8]  # int8, values of Kind
+    word: NDArray[np.int16]  # int16, which word of the task, -1 elsewhere
+    state_dim: NDArray[np.int16]  # int16, which dimension of the state, -1 elsewhere
 
 
-def label_text(pieces: Sequence[str], mask: np.ndarray, spans: Sequence[TextSpan] | None) -> TextLabels:
+def label_text(
+    pieces: Sequence[str], mask: NDArray[np.bool_], spans: Sequence[TextSpan] | None
+) -> TextLabels:
     """Label language slots by the spans that their characters fall into.
 
     Args:

@@ -142,7 +142,7 @@ class ScriptedAdapter:
         )
 
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers):
+    def observe(self, sink, *, layers, prefix_layers, compiled):
         predict, attend = self.policy.predict_action_chunk, self.policy.attend
         step_now = None
 

@@ -117,26 +117,26 @@ class Silent(scripted.ScriptedAdapter):
     """An adapter whose policy stopped calling what is observed."""
 
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers):
-        with super().observe(sink, layers=layers[1:], prefix_layers=prefix_layers):
+    def observe(self, sink, *, layers, prefix_layers, compiled):
+        with super().observe(sink, layers=layers[1:], prefix_layers=prefix_layers, compiled=compiled):
             yield
 
 
 class Twice(scripted.ScriptedAdapter):
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers):
+    def observe(self, sink, *, layers, prefix_layers, compiled):
         deliver = sink.suffix_attention
         sink.suffix_attention = lambda layer, weights: (deliver(layer, weights), deliver(layer, weights))
-        with super().observe(sink, layers=layers, prefix_layers=prefix_layers):
+        with super().observe(sink, layers=layers, prefix_layers=prefix_layers, compiled=compiled):
             yield
 
 
 class Transposed(scripted.ScriptedAdapter):
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers):
+    def observe(self, sink, *, layers, prefix_layers, compiled):
         deliver = sink.suffix_attention
         sink.suffix_attention = lambda layer, weights: deliver(layer, weights.transpose(1, 2))
-        with super().observe(sink, layers=layers, prefix_layers=prefix_layers):
+        with super().observe(sink, layers=layers, prefix_layers=prefix_layers, compiled=compiled):
             yield
 
 

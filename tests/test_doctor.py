@@ -185,6 +185,19 @@ def test_rendering_really_renders() -> None:
     assert check_rendering().status == "ok"
 
 
+def test_a_processor_that_ends_bfloat16_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_BFLOAT16_LAYER", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    check = doctor._check_bfloat16("bfloat16")
+    assert check.status == doctor.WARNING
+    assert check.detail == "on the CPU, a bfloat16 layer was ended by signal 4"
+    assert "ONEDNN_MAX_CPU_ISA" in check.remedy
+
+
+def test_bfloat16_really_runs() -> None:
+    pytest.importorskip("torch")
+    assert doctor._check_bfloat16("bfloat16").status == doctor.OK
+
+
 def test_libero_config_missing_damaged_stale_and_right(home: Path) -> None:
     pytest.importorskip("mujoco")
     if not doctor._installed("libero"):

@@ -301,7 +301,10 @@ def test_compiled_policies_are_run_uncompiled(demo_policy, preprocessor, caplog)
     assert torch.equal(actions, expected)
     assert vars(compiled.model)["sample_actions"] is wrapper
     said = [record.message for record in caplog.records if "uncompiled" in record.message]
-    assert said == ["compile_model=true: while attention is captured the policy runs uncompiled"]
+    assert said == [
+        "compile_model=true: while attention is captured the policy runs uncompiled; "
+        "--eval.attention.compiled=true keeps it compiled"
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 3])

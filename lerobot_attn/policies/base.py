@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from lerobot_attn.layout import TextSpan, TokenLayout
 
@@ -55,8 +55,19 @@ class InferenceInputs:
     key_mask: Tensor
 
 
+class ChosenSuffix(NamedTuple):
+    """What a sink keeps of a layer's suffix attention in one denoise step; None of what it does not keep."""
+
+    maps: Tensor | None  # (batch, head, query, key) of the chosen heads
+    mean: Tensor | None  # (batch, head, key), over the executed action queries
+
+
 class AttentionSink(Protocol):
-    """What an adapter calls while the policy runs; one inference at a time, in this order."""
+    """What an adapter calls while the policy runs; one inference at a time, in this order.
+
+    Attention is handed over in one call, or, where the forward pass is traced by a compiler, in two:
+    `choose_…` inside the graph, which returns its outputs and does nothing else, and `take_…` outside.
+    """
 
     def begin(self, inputs: InferenceInputs) -> None:
         """An inference starts."""
@@ -73,6 +84,18 @@ class AttentionSink(Protocol):
         A layer that sees only the first keys (cross-attention to the prefix) hands over those: the others are
         0.
         """
+
+    def choose_prefix(self, layer: int, weights: Tensor) -> Tensor:
+        """Return what is kept of `prefix_attention`'s weights: (batch, head, prefix_query, prefix_key)."""
+
+    def take_prefix(self, layer: int, chosen: Tensor) -> None:
+        """Hand over what `choose_prefix` returned."""
+
+    def choose_suffix(self, step: int, layer: int, weights: Tensor) -> ChosenSuffix:
+        """Return what is kept of `suffix_attention`'s weights in the inference's denoise step `step`."""
+
+    def take_suffix(self, layer: int, chosen: ChosenSuffix) -> None:
+        """Hand over what `choose_suffix` returned, in the denoise step that was started last."""
 
     def end(self, action_chunk: Tensor) -> None:
         """The inference is done: (batch, chunk, action_dim), as the policy returns it."""
@@ -96,7 +119,7 @@ class PolicyAdapter(Protocol):
         """Return the sizes of the live policy."""
 
     def observe(
-        self, sink: AttentionSink, *, layers: Sequence[int], prefix_layers: Sequence[int]
+        self, sink: AttentionSink, *, layers: Sequence[int], prefix_layers: Sequence[int], compiled: bool
     ) -> AbstractContextManager[None]:
         """Return a context in which every inference is handed to `sink`.
 
@@ -104,6 +127,10 @@ class PolicyAdapter(Protocol):
             sink: receives the attention of the layers asked for; other layers cost nothing.
             layers: suffix layers to hand over.
             prefix_layers: prefix layers to hand over.
+            compiled: a policy that is compiled stays so; otherwise it runs uncompiled in the context.
+
+        Raises:
+            ConfigError: `compiled`, and this family cannot be observed so.
 
         The context leaves nothing behind, also when the policy raises, and does not change what the policy
         computes.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,17 +67,26 @@ class Pi05Adapter:
 
     @contextmanager
     def observe(
-        self, sink: AttentionSink, *, layers: Sequence[int], prefix_layers: Sequence[int]
+        self, sink: AttentionSink, *, layers: Sequence[int], prefix_layers: Sequence[int], compiled: bool
     ) -> Iterator[None]:
         """Hook the attention modules and the functions that bound an inference and its denoise steps."""
         policy, model = self.policy, self.model
         predict_action_chunk: Callable[..., Tensor] = policy.predict_action_chunk
-        denoise_step: Callable[..., Tensor] = model.denoise_step
         sample_actions: Callable[..., Tensor] = model.sample_actions
+        tap: _Tap = _EagerTap(sink)
         if "sample_actions" in vars(model) and getattr(policy.config, "compile_model", False):
             # torch.compile put its wrapper on the instance; the class still has the plain function.
             sample_actions = MethodType(type(model).sample_actions, model)
-            logger.warning("compile_model=true: while attention is captured the policy runs uncompiled")
+            if compiled:
+                tap = _CompiledTap(sink, sample_actions, policy.config.compile_mode)
+                sample_actions = tap.sample_actions
+            else:
+                logger.warning(
+                    "compile_model=true: while attention is captured the policy runs uncompiled; "
+                    "--eval.attention.compiled=true keeps it compiled"
+                )
+        elif compiled:
+            logger.warning("compiled=true changes nothing: the policy is not compiled (compile_model=false)")
         cameras: list[Camera] = []
 
         def observed_predict_action_chunk(batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -101,24 +110,21 @@ class Pi05Adapter:
             sink.begin(self._inputs(cameras, img_masks, tokens, masks))
             return sample_actions(images, img_masks, tokens, masks, *args, **kwargs)
 
-        def observed_denoise_step(*args: Any, **kwargs: Any) -> Tensor:
-            sink.denoise_step(kwargs["timestep"] if "timestep" in kwargs else args[3])
-            return denoise_step(*args, **kwargs)
-
         with ExitStack() as stack:
             stack.enter_context(
                 replaced_attribute(policy, "predict_action_chunk", observed_predict_action_chunk)
             )
             stack.enter_context(replaced_attribute(model, "sample_actions", observed_sample_actions))
-            stack.enter_context(replaced_attribute(model, "denoise_step", observed_denoise_step))
-            for layer in layers:
-                attention: Any = self._suffix_layers[layer].self_attn
-                hook = _weights_hook(sink, sink.suffix_attention, layer)
-                stack.callback(attention.register_forward_hook(hook).remove)
-            for layer in prefix_layers:
-                attention = self._prefix_layers[layer].self_attn
-                hook = _weights_hook(sink, sink.prefix_attention, layer)
-                stack.callback(attention.register_forward_hook(hook).remove)
+            stack.enter_context(
+                replaced_attribute(model, "denoise_step", _with_step(tap, model.denoise_step))
+            )
+            for modules, chosen, deliver in (
+                (self._suffix_layers, layers, tap.suffix_attention),
+                (self._prefix_layers, prefix_layers, tap.prefix_attention),
+            ):
+                for layer in chosen:
+                    attention: Any = modules[layer].self_attn
+                    stack.callback(attention.register_forward_hook(_weights_hook(tap, deliver, layer)).remove)
             yield
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -126,9 +132,10 @@ class Pi05Adapter:
         views = {}
         for name in self._present_cameras(batch):
             image: Tensor = batch[name]
-            if image.shape[1] == 3:  # the policy's own test for channels first
-                image = image.permute(0, 2, 3, 1)
-            views[name] = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).byte()
+            if image.dtype != torch.uint8:
+                image = (image * 255).round_().clamp_(0, 255).to(torch.uint8)
+            # The policy's own test for channels first.
+            views[name] = image.permute(0, 2, 3, 1) if image.shape[1] == 3 else image
         return views
 
     def parse_prompt(self, prompt: str) -> list[TextSpan] | None:
@@ -191,13 +198,112 @@ class Pi05Adapter:
         return InferenceInputs(layout=layout, token_id=tokens, key_mask=key_mask)
 
 
+class _Tap(Protocol):
+    """What the hooks tell of a forward pass."""
+
+    def denoise_step(self, flow_time: Tensor | float) -> None: ...
+
+    def prefix_attention(self, layer: int, weights: Tensor) -> None: ...
+
+    def suffix_attention(self, layer: int, weights: Tensor) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+
+class _EagerTap:
+    """The sink itself: it takes what it wants while the policy runs."""
+
+    def __init__(self, sink: AttentionSink):
+        self.denoise_step = sink.denoise_step
+        self.prefix_attention = sink.prefix_attention
+        self.suffix_attention = sink.suffix_attention
+        self.fail = sink.fail
+
+
+class _CompiledTap:
+    """Compiles the policy together with what is chosen of its attention, which the graph returns.
+
+    Inside the graph the hooks only append tensors to a list; the sink gets them when the graph has run. It
+    copies them on the graph's own stream, so before another run can overwrite the memory of a CUDA graph.
+    """
+
+    def __init__(self, sink: AttentionSink, sample_actions: Callable[..., Tensor], mode: str):
+        self._sink = sink
+        self._plain = sample_actions
+        self._compiled = torch.compile(self._traced, mode=mode)
+        self._events: list[_Event] | None = None
+        self._n_steps = 0
+        self._failure: Exception | None = None
+
+    def sample_actions(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the compiled graph, and hand what it returns to the sink."""
+        self._failure = None
+        try:
+            actions, events = self._compiled(*args, **kwargs)
+        finally:
+            self._events = None
+        if self._failure is not None:
+            self._sink.fail(self._failure)
+        for kind, layer, value in events:
+            if kind == "step":
+                self._sink.denoise_step(value)
+            elif kind == "prefix":
+                self._sink.take_prefix(layer, value)
+            else:
+                self._sink.take_suffix(layer, value)
+        result: Tensor = actions
+        return result
+
+    def denoise_step(self, flow_time: Tensor | float) -> None:
+        if self._events is not None:
+            self._events.append(("step", -1, flow_time))
+            self._n_steps += 1
+
+    def prefix_attention(self, layer: int, weights: Tensor) -> None:
+        if self._events is None:
+            return
+        try:
+            self._events.append(("prefix", layer, self._sink.choose_prefix(layer, weights)))
+        except CaptureError as error:
+            self.fail(error)
+
+    def suffix_attention(self, layer: int, weights: Tensor) -> None:
+        if self._events is None:
+            return
+        try:
+            chosen = self._sink.choose_suffix(self._n_steps - 1, layer, weights)
+            self._events.append(("suffix", layer, chosen))
+        except CaptureError as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Keep the error for after the graph: no exception may reach the policy."""
+        self._failure = self._failure or error
+
+    def _traced(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[_Event]]:
+        self._events, self._n_steps = [], 0
+        actions = self._plain(*args, **kwargs)
+        return actions, self._events
+
+
+_Event = tuple[str, int, Any]  # what it is, layer, value: in the order of the forward pass
+
+
+def _with_step(tap: _Tap, denoise_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def observed_denoise_step(*args: Any, **kwargs: Any) -> Tensor:
+        tap.denoise_step(kwargs["timestep"] if "timestep" in kwargs else args[3])
+        return denoise_step(*args, **kwargs)
+
+    return observed_denoise_step
+
+
 def _weights_hook(
-    sink: AttentionSink, deliver: Callable[[int, Tensor], None], layer: int
+    tap: _Tap, deliver: Callable[[int, Tensor], None], layer: int
 ) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if weights is None:
-            sink.fail(
+            tap.fail(
                 CaptureError(
                     f"layer {layer} returned no attention weights: got {type(output).__name__}, expected "
                     "(output, weights) "
