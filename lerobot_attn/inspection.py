@@ -6,7 +6,7 @@ Reads metadata, and of the maps only what three inferences need.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -31,17 +31,27 @@ def sampled_inferences(n_inferences: int) -> list[int]:
     return sorted({0, n_inferences // 2, n_inferences - 1}) if n_inferences else []
 
 
-def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], float]:
+class SegmentMass(NamedTuple):
+    """Where the attention of one inference goes, and whether its rows are there and sum to 1.
+
+    Attributes:
+        shares: modality (camera, task, …) → share of attention, averaged over denoise steps, layers, heads
+            and executed action tokens; what is missing does not count.
+        deviation: largest deviation of a row's sum from 1; NaN where every row is missing.
+        missing: share of the rows that are missing (NaN), 0 to 1.
+    """
+
+    shares: dict[str, float]
+    deviation: float
+    missing: float
+
+
+def segment_mass(episode: Episode, inference: int) -> SegmentMass:
     """Return where the attention of one inference goes, and how far its rows are from summing to 1.
 
     Args:
         episode: the store.
         inference: its index.
-
-    Returns:
-        Modality (camera, task, …) → share of attention, averaged over denoise steps, layers, heads and
-        executed action tokens; and the largest deviation of a row's sum from 1 among all rows of the
-        same maps.
 
     Raises:
         StoreError: the episode holds no suffix attention, or a chunk is damaged.
@@ -52,7 +62,9 @@ def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], fl
         maps = attention(
             dataset, inference=inference, layer="all", denoise_step="all", head="all", query=query
         ).load()
-        deviation = float(np.abs(maps.sum("key") - 1).max())
+        sums = maps.sum("key", skipna=False).values
+        known = sums[np.isfinite(sums)]
+        deviation = float(np.abs(known - 1).max()) if known.size else math.nan
         executed = maps.isel(query=executed_queries(dataset)).mean("query") if "query" in maps.dims else maps
         shares = by_modality(dataset, executed.mean(("denoise_step", "layer", "head")))
     except SelectionError as error:
@@ -61,7 +73,8 @@ def segment_mass(episode: Episode, inference: int) -> tuple[dict[str, float], fl
         raise StoreError(
             f"{episode.path}: the attention of inference {inference} cannot be read: {first_line(error)}"
         ) from error
-    return {str(share["modality"].item()): float(share) for share in shares}, deviation
+    by_name = {str(share["modality"].item()): float(share) for share in shares}
+    return SegmentMass(by_name, deviation, 1 - known.size / max(1, sums.size))
 
 
 def describe_episode(episode: Episode) -> dict[str, Any]:
@@ -71,12 +84,15 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         StoreError: the store is damaged.
     """
     inferences = sampled_inferences(episode.n_inferences)
-    masses, deviations = [], []
+    looked_at, masses, deviations, missing = [], [], [], []
     has_maps = any(episode.array_shape(name) for name in ("suffix_attention", "suffix_attention_mean"))
     for inference in inferences if has_maps else []:
-        mass, deviation = segment_mass(episode, inference)
-        masses.append(mass)
-        deviations.append(deviation)
+        found = segment_mass(episode, inference)
+        missing.append(found.missing)
+        if found.missing < 1:
+            looked_at.append(inference)
+            masses.append(found.shares)
+            deviations.append(found.deviation)
     mean_mass = {
         name: float(np.mean([mass.get(name, 0.0) for mass in masses]))
         for name in (masses[0] if masses else {})
@@ -118,12 +134,13 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         "raw_bytes": raw,
         "compression_ratio": raw / stored if stored else None,
         "attention_mass": mean_mass,
-        "attention_mass_inferences": inferences if masses else [],
+        "attention_mass_inferences": looked_at,
         "row_sum_max_deviation": deviation_of_all,
         "row_sum_tolerance": tolerance,
+        "rows_missing": float(np.mean(missing)) if missing else 0.0,
         "rows_sum_to_one": None
-        if tolerance is None or deviation_of_all is None
-        else deviation_of_all <= tolerance,
+        if tolerance is None or not missing
+        else not any(missing) and max(deviations) <= tolerance,
         "videos": {camera: str(path) for camera, path in episode.videos.items()},
         "eval_video": None if episode.eval_video is None else str(episode.eval_video),
         "attributes": attributes,
@@ -135,9 +152,9 @@ def describe_run(run: Run) -> dict[str, Any]:
     table = run.table.astype(object)
     return {
         "path": str(run.path),
-        "n_episodes": len(run),
-        "n_complete": sum(episode.is_complete for episode in run),
-        "n_success": sum(episode.success is True for episode in run),
+        "n_episodes": len(table),
+        "n_complete": int(run.table["complete"].sum()),
+        "n_success": sum(success is True for success in table["success"]),
         "stored_bytes": int(run.table["bytes"].sum()),
         "random_weights": any(episode.has_random_weights for episode in run),
         "episodes": table.where(table.notna(), None).to_dict(orient="records"),
@@ -280,11 +297,12 @@ def _policy(policy: dict[str, Any]) -> str:
 
 
 def _sanity(facts: dict[str, Any]) -> Text:
-    if facts["row_sum_max_deviation"] is None:
+    if facts["rows_sum_to_one"] is None:
         return Text("sanity: no suffix attention to check")
-    verdict = "rows sum to 1" if facts["rows_sum_to_one"] else "ROWS DO NOT SUM TO 1"
-    text = (
-        f"sanity: {verdict}; largest deviation {facts['row_sum_max_deviation']:.1e}, "
-        f"allowed by the stored precision {facts['row_sum_tolerance']:.1e}"
-    )
-    return Text(text, style="green" if facts["rows_sum_to_one"] else "bold red")
+    deviation, tolerance = facts["row_sum_max_deviation"], facts["row_sum_tolerance"]
+    parts = [f"{facts['rows_missing']:.1%} OF THE ROWS ARE MISSING"] if facts["rows_missing"] else []
+    if deviation is not None:
+        verdict = "rows sum to 1" if deviation <= tolerance else "ROWS DO NOT SUM TO 1"
+        parts.append(f"{'the other ' if parts else ''}{verdict}; largest deviation {deviation:.1e}")
+        parts.append(f"allowed by the stored precision {tolerance:.1e}")
+    return Text(f"sanity: {', '.join(parts)}", style="green" if facts["rows_sum_to_one"] else "bold red")

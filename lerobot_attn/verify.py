@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -30,8 +30,16 @@ from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_f
 from lerobot_attn.figures.canvas import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
-from lerobot_attn.overlay import ColourScale, Progress, check_one_map, resized
-from lerobot_attn.settings import check_ranges, parse_choice
+from lerobot_attn.overlay import ColourScale, Progress, resized
+from lerobot_attn.settings import check_one_map, check_ranges, parse_choice
+from lerobot_attn.store.damage import (
+    Damage,
+    find_damage,
+    is_missing,
+    missing_chunks,
+    stored_arrays,
+    was_cut,
+)
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.video import count_frames, read_frames
 
@@ -54,11 +62,19 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify_episode` found."""
+    """What `verify_episode` found.
+
+    Attributes:
+        path: the store.
+        checks: in the order in which they were made.
+        random_weights: whether the policy was a demo whose maps mean nothing.
+        damaged: everything that cannot be read as it was written, which the check "chunks" sums up.
+    """
 
     path: Path
     checks: tuple[Check, ...]
     random_weights: bool
+    damaged: tuple[Damage, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -72,6 +88,7 @@ class VerifyReport:
             "passed": self.passed,
             "random_weights": self.random_weights,
             "checks": [asdict(check) for check in self.checks],
+            "damaged": [damage.to_dict() for damage in self.damaged],
         }
 
     def render(self, console: Console) -> None:
@@ -84,6 +101,8 @@ class VerifyReport:
         for check in self.checks:
             table.add_row(check.name, words[check.passed], escape(check.detail))
         console.print(table)
+        for damage in self.damaged:
+            console.print(Text(f"damaged: {damage}", style="red"))
         counts = [sum(check.passed is value for check in self.checks) for value in (True, False, None)]
         text = f"{self.path}: {counts[0]} checks passed, {counts[1]} failed, {counts[2]} skipped"
         console.print(Text(text, style="green" if self.passed else "bold red"))
@@ -134,20 +153,23 @@ def verify_episode(
     Args:
         episode: from `open_episode`.
         thorough: check the rows of every inference; of the first, the middle and the last one otherwise.
-        progress: called as `progress(done, total)` with inferences checked and video frames compared.
+        progress: called as `progress(done, total)` with chunks read, inferences checked and video frames
+            compared.
 
     Returns:
         A report; whatever is damaged is a failed check in it rather than an exception.
     """
     inferences = list(range(episode.n_inferences)) if thorough else (sampled_inferences(episode.n_inferences))
-    ticks = _Ticks(len(inferences) + episode.n_frames, progress)
+    damaged: list[Damage] = []
+    ticks = _Ticks(_n_chunks(episode) + len(inferences) + episode.n_frames, progress)
     steps: list[tuple[str, Callable[[], list[Check]]]] = [
         ("complete", lambda: [_complete(episode)]),
+        ("chunks", lambda: [_chunks(episode, damaged, ticks)]),
         ("frame counts", lambda: _frame_counts(episode)),
         ("frame table", lambda: [_frame_table(episode)]),
         ("layout", lambda: [_layout(episode)]),
-        ("rows", lambda: _rows(episode, inferences, ticks)),
-        ("evaluation's video", lambda: _against_eval_video(episode, ticks)),
+        ("row sums, masked keys", lambda: _rows(episode, inferences, ticks)),
+        ("evaluation's view, timing", lambda: _against_eval_video(episode, ticks)),
     ]
     checks: list[Check] = []
     for name, step in steps:
@@ -156,7 +178,7 @@ def verify_episode(
         except Exception as error:  # damaged arrays raise whatever their codec raises
             checks.append(Check(name, False, f"cannot be checked: {first_line(error)}"))
     ticks.finish()
-    return VerifyReport(episode.path, tuple(checks), episode.has_random_weights)
+    return VerifyReport(episode.path, tuple(checks), episode.has_random_weights, tuple(damaged))
 
 
 @styled
@@ -165,7 +187,7 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
 
     From left to right: what the policy was shown, the evaluation MP4's frame of the same number, and the
     policy's view with the heatmap of the action executed at that frame, relative to its largest patch. Where
-    a video is missing or too short, the panel says so.
+    a video is missing or too short, or the map is missing, the panel says so.
 
     Args:
         episode: from `open_episode`.
@@ -183,10 +205,11 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
     inferences = sampled_inferences(episode.n_inferences)
     frames = [min(int(data["inference_frame"].values[i]), episode.n_frames - 1) for i in inferences]
     where: Where = {"frame": frames, "layer": settings.layer, "denoise_step": settings.denoise_step}
-    look: Any = {"normalisation": "frame", **where}  # where it lies is the question here, not how much
     cameras = analysis.camera_names(data)
     try:
-        heats = [analysis.image_heatmap(data, camera, **look).load() for camera in cameras]
+        array = analysis.attention(data, **where).load()
+        # Where it lies is the question here, not how much.
+        heats = [*analysis.by_camera(data, array, cameras, normalisation="frame").values()]
     except LerobotAttnError:
         raise
     except Exception as error:
@@ -216,17 +239,19 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
     for row, (number, index) in enumerate(np.ndindex(len(frames), len(cameras))):
         camera, frame = cameras[index], frames[number]
         view, film = views[camera][number], filmed[number]
-        over = None
-        if view is not None:
+        over, without = None, "no camera video"
+        heat = heats[index][number]
+        if heat.isnull().all():  # a repair dropped it; the bare image would look like no attention at all
+            without = "the map is missing"
+        elif view is not None:
             height, width, _ = view.shape
-            heat = heats[index][number]
             over = scale.over(
                 view, analysis.on_camera_pixels(heat, geometries[index], size_px=(height, width))
             )
         panels = (
             (f"inference {inferences[number]}, frame {frame}: {short(camera)}", view, "no camera video"),
             (f"evaluation's MP4, frame {frame}", film, "no evaluation MP4"),
-            (f"{short(camera)} with attention, frame {frame}", over, "no camera video"),
+            (f"{short(camera)} with attention, frame {frame}", over, without),
         )
         for column, (title, image, missing) in enumerate(panels):
             axes = figure.add_subplot(grid[row, column])
@@ -250,8 +275,8 @@ class _Ticks:
     def __init__(self, total: int, progress: Progress | None):
         self._total, self._progress, self._done = total, progress, 0
 
-    def tick(self) -> None:
-        self._done += 1
+    def tick(self, n: int = 1) -> None:
+        self._done += n
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
 
@@ -267,9 +292,49 @@ def _complete(episode: Episode) -> Check:
     cause = (
         episode.attributes.get("error")
         or episode.attributes.get("interrupted_by")
-        or "the recording did not come to its end"
+        or ("cut by a repair" if was_cut(episode) else "the recording did not come to its end")
     )
     return Check("complete", False, f"incomplete ({cause}): it holds {found}")
+
+
+def _chunks(episode: Episode, damaged: list[Damage], ticks: _Ticks) -> Check:
+    """Read every chunk of every array; what is damaged is put on the list."""
+    done = 0
+
+    def progress(n_read: int, _: int) -> None:
+        nonlocal done
+        ticks.tick(n_read - done)
+        done = n_read
+
+    report = find_damage(episode.path, progress)
+    # Rows that contradict one another are the frame table's.
+    damaged += [*report.damaged, *(damage for damage in report.inconsistent if damage.kind != "rows")]
+    notes = []
+    if report.n_missing:
+        notes.append(f"{report.n_missing} are missing since a repair")
+    if report.leftovers:
+        notes.append(f"{len(report.leftovers)} files of a killed recording or repair are left over")
+    if report.without_checksums:
+        notes.append(
+            f"without checksums, so a changed byte may go unnoticed: {_some(report.without_checksums)}"
+        )
+    if damaged:
+        notes.insert(0, f"damaged: {_some([str(damage) for damage in damaged], 1)}; see verify --repair")
+    else:
+        notes.insert(0, f"{report.n_chunks - report.n_missing} of {report.n_chunks} can be read")
+    return Check("chunks", not damaged, "; ".join(notes))
+
+
+def _n_chunks(episode: Episode) -> int:
+    try:
+        return sum(array.n_chunks for array in stored_arrays(episode).values())
+    except StoreError:
+        return 0
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _frame_counts(episode: Episode) -> list[Check]:
@@ -278,27 +343,29 @@ def _frame_counts(episode: Episode) -> list[Check]:
     for camera in cameras:
         name = f"frames of {short(camera)}"
         if camera in episode.videos:
-            checks.append(_frame_count(name, episode.videos[camera], episode.n_frames))
+            checks.append(_frame_count(name, episode.videos[camera], episode))
         elif camera in episode.attributes.get("videos", {}):
             checks.append(Check(name, None, "its video is not beside the store"))
         else:
             checks.append(Check(name, None, "no video of it was recorded"))
     name = "frames of evaluation"
     if episode.eval_video is not None:
-        checks.append(_frame_count(name, episode.eval_video, episode.n_frames))
+        checks.append(_frame_count(name, episode.eval_video, episode))
     else:
         checks.append(Check(name, None, _no_eval_video(episode)))
     return checks
 
 
-def _frame_count(name: str, video: Path, n_frames: int) -> Check:
+def _frame_count(name: str, video: Path, episode: Episode) -> Check:
     try:
         found = count_frames(video)
     except StoreError as error:
         return Check(name, False, str(error))
-    if found == n_frames:
+    if found == episode.n_frames:
         return Check(name, True, f"{found}, as the store")
-    return Check(name, False, f"{video.name} has {found} frames, the store {n_frames}")
+    if found > episode.n_frames and was_cut(episode):
+        return Check(name, True, f"{found}, of which a repair left the store {episode.n_frames}")
+    return Check(name, False, f"{video.name} has {found} frames, the store {episode.n_frames}")
 
 
 def _frame_table(episode: Episode) -> Check:
@@ -389,66 +456,83 @@ def _layout(episode: Episode) -> Check:
 
 
 def _rows(episode: Episode, inferences: Sequence[int], ticks: _Ticks) -> list[Check]:
-    """Check that rows sum to 1 and masked keys have nothing, one chunk at a time."""
+    """Check that rows sum to 1 and masked keys have nothing, one map at a time."""
     data = episode.arrays
     names = [name for name in (RAW, MEANS) if name in data]
     if not names or not inferences:
         reason = f"the store holds no {'suffix attention' if inferences else 'inference'}"
         return [Check("row sums", None, reason), Check("masked keys", None, reason)]
     tolerance = episode.row_sum_tolerance()
+    missing = missing_chunks(episode)
     worst, worst_at = -1.0, ""
     leak, leak_at = 0.0, ""
-    unreadable: list[str] = []
-    n_rows = 0
+    n_rows = n_damaged = n_missing = 0
     for inference in inferences:
         masked = data["key_kind"].values[inference] == Kind.PADDING
-        for name, place, values in _chunks(episode, names, inference):
-            if isinstance(values, Exception):
-                unreadable.append(f"{name}, {place}: {first_line(values)}")
+        for found in _maps(episode, names, inference, missing):
+            n_damaged += found.state == "damaged"
+            n_missing += found.state == "missing"
+            if found.values is None:
                 continue
-            sums = values.sum(axis=-1, dtype=np.float64)
+            sums = found.values.sum(axis=-1, dtype=np.float64)
             n_rows += sums.size
             # A row of NaN is as far from 1 as can be.
             deviation = float(np.nan_to_num(np.abs(sums - 1), nan=np.inf).max())
             if deviation > worst:
-                worst, worst_at = deviation, f"{name}, {place}"
-            most = float(np.nan_to_num(np.abs(values[..., masked]), nan=np.inf).max(initial=0))
+                worst, worst_at = deviation, found.place
+            most = float(np.nan_to_num(np.abs(found.values[..., masked]), nan=np.inf).max(initial=0))
             if most > leak:
-                leak, leak_at = most, f"{name}, {place}"
+                leak, leak_at = most, found.place
         ticks.tick()
-    which = "every inference" if len(inferences) == episode.n_inferences else f"inferences {list(inferences)}"
-    found = f"{n_rows} rows of {which}"
-    checks = [Check("chunks", True, f"{found} can be read")]
-    if unreadable:
-        more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-        checks = [Check("chunks", False, f"cannot be read: {unreadable[0]}{more}")]
+    left_out = [f"{n} {state}" for n, state in ((n_damaged, "damaged"), (n_missing, "missing")) if n]
+    note = f"; maps left out: {', '.join(left_out)}" if left_out else ""
     if n_rows == 0:
-        return [*checks, *(Check(name, None, "no row was read") for name in ("row sums", "masked keys"))]
-    sums_found = f"largest deviation from 1 is {worst:.1e}, allowed {tolerance:.1e}"
+        return [Check(name, None, f"no row was read{note}") for name in ("row sums", "masked keys")]
+    which = "every inference" if len(inferences) == episode.n_inferences else f"inferences {list(inferences)}"
+    sums_found = (
+        f"largest deviation from 1 of {n_rows} rows of {which} is {worst:.1e}, allowed {tolerance:.1e}"
+    )
     sums_fine = worst <= tolerance
-    checks.append(Check("row sums", sums_fine, sums_found if sums_fine else f"{sums_found}: {worst_at}"))
     leak_found = "exactly 0" if leak == 0 else f"up to {leak:.1e} instead of 0: {leak_at}"
-    checks.append(Check("masked keys", leak == 0, leak_found))
-    return checks
+    return [
+        Check("row sums", sums_fine, (sums_found if sums_fine else f"{sums_found}: {worst_at}") + note),
+        Check("masked keys", leak == 0, leak_found + note),
+    ]
 
 
-def _chunks(
-    episode: Episode, names: Sequence[str], inference: int
-) -> Iterator[tuple[str, str, np.ndarray | Exception]]:
-    """Yield an inference's maps chunk by chunk: array, coordinates in words, values or why there are none."""
+class _Map(NamedTuple):
+    """A map, or why there is none.
+
+    Attributes:
+        place: array and coordinates in words.
+        state: "missing": a repair dropped it; "damaged": it cannot be read.
+        values: (head, query, key), or (head, key) of means; float32.
+    """
+
+    place: str
+    state: Literal["read", "missing", "damaged"]
+    values: np.ndarray | None
+
+
+def _maps(
+    episode: Episode, names: Sequence[str], inference: int, missing: frozenset[tuple[str, tuple[int, ...]]]
+) -> Iterator[_Map]:
+    """Yield an inference's maps, one layer of one denoise step at a time."""
     data = episode.arrays
     for name in names:
         array = data[name].variable
-        layer_dim = array.dims[2]
-        layers, steps = data[layer_dim].values, data["denoise_step"].values
+        layers, steps = data[array.dims[2]].values, data["denoise_step"].values
         for step, layer in np.ndindex(len(steps), len(layers)):
-            place = f"inference {inference}, denoise step {steps[step]}, layer {layers[layer]}"
+            place = f"{name}, inference {inference}, denoise step {steps[step]}, layer {layers[layer]}"
+            if is_missing(missing, name, (inference, step, layer)):
+                yield _Map(place, "missing", None)
+                continue
             try:
                 values = array[inference, step, layer].values.astype(np.float32)
-            except Exception as error:  # a damaged chunk raises whatever its codec raises
-                yield name, place, error
+            except Exception:  # a damaged chunk, which the check of all chunks names
+                yield _Map(place, "damaged", None)
             else:
-                yield name, place, values
+                yield _Map(place, "read", values)
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 
+from lerobot_attn.store import background
 from lerobot_attn.store.background import BackgroundWriter
 
 
@@ -41,6 +43,30 @@ def test_a_job_larger_than_the_queue_goes_through_alone(writer):
     assert done == [1, 2]
 
 
+def test_a_job_without_bytes_never_waits(writer):
+    gate = threading.Event()
+    writer.submit("a", gate.wait, 1000)
+    timer = threading.Timer(5, gate.set)
+    timer.start()
+    writer.submit("a", lambda: None)
+    timer.cancel()
+    gate.set()
+    assert writer.waited_s == 0
+
+
+def test_shared_arrays_are_counted_until_their_last_job_is_done(writer):
+    first, last, done = threading.Event(), threading.Event(), []
+    writer.submit_shared({"a": first.wait, "b": last.wait}, 90)
+    thread = threading.Thread(target=lambda: (writer.submit("c", lambda: None, 20), done.append("c")))
+    thread.start()
+    first.set()
+    thread.join(0.2)
+    assert not done, "room was given back while the arrays were in use"
+    last.set()
+    thread.join()
+    assert done == ["c"]
+
+
 def test_a_failure_stops_its_own_key_only(writer):
     done = []
 
@@ -55,6 +81,68 @@ def test_a_failure_stops_its_own_key_only(writer):
     assert done == ["a cleanup", "b"]
     assert isinstance(writer.failure("a"), OSError)
     assert writer.failure("b") is None
+
+
+class Array:
+    """Something that a failing job holds."""
+
+
+def test_a_failure_does_not_keep_what_its_job_held(writer):
+    held = []
+
+    def fail():
+        array = Array()
+        held.append(weakref.ref(array))
+        try:
+            raise OSError("disk full")
+        except OSError as error:
+            raise RuntimeError("not written") from error
+
+    writer.submit("a", fail)
+    writer.flush()
+    assert str(writer.failure("a")) == "not written"
+    assert held[0]() is None
+
+
+def test_what_large_jobs_freed_goes_back_to_the_system(monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(background, "_trim", lambda: trimmed.append(len(done)))
+    writer, done = BackgroundWriter(10_000_000), []
+    for n_bytes in (10, 2_000_000, 10, 3_000_000):
+        writer.submit("a", lambda n_bytes=n_bytes: done.append(n_bytes), n_bytes)
+    writer.close()
+    assert trimmed == [2, 4]
+
+
+def test_dropping_leaves_the_running_job_and_the_cleaning_up(writer):
+    started, gate, done = threading.Event(), threading.Event(), []
+    writer.submit("a", lambda: (started.set(), gate.wait(), done.append("running")))
+    writer.submit("a", lambda: done.append("queued"))
+    writer.submit("a", lambda: done.append("clean up"), always=True)
+    started.wait()
+    error = RuntimeError("dropped")
+    writer.drop(error)
+    assert not writer.flush(0)
+    gate.set()
+    assert writer.flush()
+    assert done == ["running", "clean up"]
+    assert writer.failure("a") is error
+
+
+def test_waiting_for_the_end_is_counted(writer):
+    writer.submit("a", lambda: time.sleep(0.1))
+    writer.flush()
+    assert writer.waited_s >= 0.05
+
+
+def test_close_does_not_wait_longer_than_told():
+    writer = BackgroundWriter(100)
+    gate = threading.Event()
+    writer.submit("a", gate.wait)
+    writer.close(0.01)
+    assert not writer.flush(0)
+    gate.set()
+    assert writer.flush()
 
 
 def test_close_finishes_what_is_queued():

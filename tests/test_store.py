@@ -167,7 +167,16 @@ def test_only_codecs_that_other_languages_have(tmp_path):
                 collect(inner)
 
     collect(json.loads((path / "zarr.json").read_text()))
-    assert names == {"bytes", "blosc", "crc32c", "sharding_indexed", "zstd", "vlen-utf8"}
+    assert names == {"bytes", "blosc", "crc32c", "sharding_indexed", "transpose", "zstd", "vlen-utf8"}
+
+
+def test_keys_lie_before_queries_in_a_chunk(tmp_path):
+    path = tmp_path / "episode_00000.zarr"
+    written = write_episode(path)
+    array = zarr.open_array(path / "suffix_attention", mode="r")
+    (transpose,) = array.filters
+    assert tuple(transpose.order) == (0, 1, 2, 3, 5, 4)
+    np.testing.assert_array_equal(array[...], [rows["suffix_attention"] for rows, _ in written])
 
 
 def test_dask_is_lazy_and_correct(tmp_path):

@@ -15,6 +15,7 @@ from test_inspection import run_cli
 
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
+from lerobot_attn.store.damage import find_damage
 from lerobot_attn.store.reader import open_episode
 from lerobot_attn.synthetic import SyntheticPlan, camera_frames, write_planted_episode
 from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
@@ -68,17 +69,22 @@ def edit_attributes(path, function):
     (path / "zarr.json").write_text(json.dumps(document))
 
 
+def damage(file):
+    file.write_bytes(b"\7" * file.stat().st_size)
+
+
 @pytest.mark.parametrize("thorough", [False, True])
 def test_a_good_episode_passes(path, thorough):
     calls = []
     report = verify_episode(open_episode(path), thorough=thorough, progress=lambda *call: calls.append(call))
     assert report.passed
     assert set(verdicts(report).values()) == {True}, report
-    n = 5 if thorough else 3
-    assert calls[-1] == (n + 14, n + 14)
+    n = (5 if thorough else 3) + 14 + find_damage(path).n_chunks
+    assert calls[-1] == (n, n)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     words = {check.name: check.detail for check in report.checks}
-    assert ("every inference" in words["chunks"]) == thorough
+    assert words["chunks"] == "69 of 69 can be read"
+    assert ("every inference" in words["row sums"]) == thorough
 
 
 def test_report_as_text_and_values(path):
@@ -239,23 +245,49 @@ def test_a_damaged_chunk_fails_with_its_place(path):
     shard.write_bytes(data)
     found = failures(path)
     assert list(found) == ["chunks"]
-    assert "suffix_attention, inference 2, denoise step 0, layer 2" in found["chunks"]
+    place = "suffix_attention: inference 2, denoise_step 0, layer 2 (chunk 2/0/0)"
+    assert found["chunks"].startswith(f"damaged: {place}: its checksum does not match")
+    report = verify_episode(open_episode(path))
+    assert json.loads(json.dumps(report.to_dict()))["damaged"][0] == {
+        "array": "suffix_attention",
+        "chunk": [2, 0, 0],
+        "at": {"inference": 2, "denoise_step": 0, "layer": 2},
+        "reason": "its checksum does not match",
+    }
+    (rows,) = (check for check in report.checks if check.name == "row sums")
+    assert rows.passed
+    assert rows.detail.endswith("; maps left out: 1 damaged")
+    console = Console(file=io.StringIO(), width=140)
+    report.render(console)
+    assert f"damaged: {place}" in console.file.getvalue()
 
 
 def test_a_lost_shard_fails(path):
-    """Zarr reads what is missing as zeros."""
+    """Zarr reads what is missing as NaN."""
     (shard,) = (file for file in (path / "suffix_attention" / "c" / "0").rglob("*") if file.is_file())
     shard.unlink()
-    assert "inference 0, denoise step 0, layer 2" in failures(path)["row sums"]
+    found = failures(path)
+    assert "suffix_attention: inference 0 (shard 0): its file is missing" in found["chunks"]
+    assert "inference 0, denoise step 0, layer 2" in found["row sums"]
 
 
 def test_a_damaged_table_fails_where_it_is_needed(path):
     for file in (path / "frame_query").rglob("*"):
         if file.is_file() and file.name != "zarr.json":
-            file.write_bytes(b"\7" * file.stat().st_size)
+            damage(file)
     found = failures(path)
-    assert list(found) == ["frame table"]
+    assert list(found) == ["chunks", "frame table"]
+    assert "frame_query: frame 0 to 13 (chunk 0): its checksum does not match" in found["chunks"]
     assert found["frame table"].startswith("cannot be checked: ")
+
+
+def test_what_cannot_be_checked_is_named(path):
+    damage(path / "layer" / "c" / "0")
+    found = failures(path)
+    assert "layer: the whole array: its checksum does not match" in found["chunks"]
+    # xarray cannot open a dataset without the labels of its dimensions.
+    for name in ("frame table", "layout", "row sums, masked keys"):
+        assert found[name].startswith("cannot be checked: ")
 
 
 def test_a_layout_that_does_not_match_the_keys_fails(path):
@@ -331,7 +363,8 @@ def test_command_draws_the_sheet_and_its_status_tells(path, tmp_path, monkeypatc
     assert status == 1
     facts = json.loads(out)
     assert [check["name"] for check in facts["checks"] if check["passed"] is False] == ["complete"]
-    (rows,) = (check for check in facts["checks"] if check["name"] == "chunks")
+    assert facts["damaged"] == []
+    (rows,) = (check for check in facts["checks"] if check["name"] == "row sums")
     assert "every inference" in rows["detail"]
 
 

@@ -6,11 +6,29 @@ fails, the key's later jobs are dropped and the failure is kept for whoever asks
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+_TRIM_BYTES = 1_000_000
+
+
+def _find_trim() -> Callable[[], None]:
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, another system
+        return lambda: None
+    return lambda: malloc_trim(0)
+
+
+# glibc keeps what threads free for itself, in pieces: without this a process that records for a minute holds
+# several times the memory that it uses. It takes about a millisecond.
+_trim = _find_trim()
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,9 @@ class BackgroundWriter:
 
     Args:
         max_bytes: memory that queued jobs may hold together. A single larger job is let through alone.
+
+    Attributes:
+        waited_s: seconds that callers have waited for room in the queue, and for the queue to be done.
     """
 
     def __init__(self, max_bytes: int):
@@ -43,7 +64,7 @@ class BackgroundWriter:
     def submit(
         self, key: Hashable, run: Callable[[], None], n_bytes: int = 0, *, always: bool = False
     ) -> None:
-        """Queue a job; wait while it does not fit.
+        """Queue a job; wait while it does not fit. One without bytes never waits.
 
         Args:
             key: whose job it is.
@@ -51,21 +72,19 @@ class BackgroundWriter:
             n_bytes: memory that the job holds until it is done.
             always: run it even after a job of the same key has failed (to clean up).
         """
-        with self._condition:
-            if self._closing:
-                raise RuntimeError("the writer is closed")
-            if self._pending_bytes and self._pending_bytes + n_bytes > self._max_bytes:
-                started = time.perf_counter()
-                try:
-                    self._condition.wait_for(
-                        lambda: not self._pending_bytes or self._pending_bytes + n_bytes <= self._max_bytes
-                    )
-                finally:
-                    self.waited_s += time.perf_counter() - started
-            self._jobs.append(_Job(key, run, n_bytes, always))
-            self._pending_bytes += n_bytes
-            self._n_unfinished += 1
-            self._condition.notify_all()
+        self._queue([_Job(key, run, n_bytes, always)])
+
+    def submit_shared(self, runs: Mapping[Hashable, Callable[[], None]], n_bytes: int) -> None:
+        """Queue one job for each key, all of which use the same arrays; wait while those do not fit.
+
+        All are queued or, when the wait is interrupted, none.
+
+        Args:
+            runs: key → what to do.
+            n_bytes: memory that the arrays hold until the last of the jobs is done.
+        """
+        jobs = [_Job(key, run, 0, always=False) for key, run in runs.items()]
+        self._queue([*jobs[:-1], replace(jobs[-1], n_bytes=n_bytes)])
 
     def failure(self, key: Hashable) -> BaseException | None:
         """Return what went wrong first with a key's jobs, if anything."""
@@ -75,17 +94,52 @@ class BackgroundWriter:
         """Mark a key as failed from outside; its queued jobs are dropped."""
         self._failures.setdefault(key, error)
 
-    def flush(self) -> None:
-        """Wait until every queued job is done."""
+    def drop(self, error: BaseException) -> None:
+        """Fail every key that has jobs in the queue. The job that is running goes on."""
         with self._condition:
-            self._condition.wait_for(lambda: self._n_unfinished == 0)
+            for job in self._jobs:
+                if not job.always:
+                    self.fail(job.key, error)
 
-    def close(self) -> None:
-        """Finish every queued job and stop the thread."""
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until every queued job is done, or for so many seconds; return whether they are done."""
+        with self._condition, self._timed():
+            return self._condition.wait_for(lambda: self._n_unfinished == 0, timeout_s)
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Take no more jobs, and wait for the queued ones, or for so many seconds.
+
+        Jobs that are not done in time go on until the process ends.
+        """
         with self._condition:
             self._closing = True
             self._condition.notify_all()
-        self._thread.join()
+        with self._timed():
+            self._thread.join(timeout_s)
+
+    def _queue(self, jobs: Sequence[_Job]) -> None:
+        n_bytes = sum(job.n_bytes for job in jobs)
+        with self._condition:
+            if self._closing:
+                raise RuntimeError("the writer is closed")
+            if n_bytes and not self._has_room(n_bytes):
+                with self._timed():
+                    self._condition.wait_for(lambda: self._has_room(n_bytes))
+            self._jobs.extend(jobs)
+            self._pending_bytes += n_bytes
+            self._n_unfinished += len(jobs)
+            self._condition.notify_all()
+
+    def _has_room(self, n_bytes: int) -> bool:
+        return not self._pending_bytes or self._pending_bytes + n_bytes <= self._max_bytes
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - started
 
     def _work(self) -> None:
         while True:
@@ -100,11 +154,22 @@ class BackgroundWriter:
             except (
                 BaseException
             ) as error:  # the thread must live on for the other episodes; the failure is reported
+                _forget_locals(error)
                 self._failures.setdefault(job.key, error)
             finally:
                 n_bytes = job.n_bytes
                 del job  # its arrays go before its bytes are given back
+                if n_bytes >= _TRIM_BYTES:
+                    _trim()
                 with self._condition:
                     self._pending_bytes -= n_bytes
                     self._n_unfinished -= 1
                     self._condition.notify_all()
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Let go of the arrays that the frames of a failure's traceback hold; its lines can still be shown."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -59,10 +59,10 @@ class Episode:
         attributes: everything that the store says of itself.
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any], arrays: dict[str, dict[str, Any]]):
+    def __init__(self, path: Path, attributes: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]):
         self.path = path
         self.attributes = attributes
-        self._arrays = arrays
+        self._shapes = dict(shapes)
 
     def __repr__(self) -> str:
         """Say which episode this is."""
@@ -139,13 +139,47 @@ class Episode:
         import xarray as xr
 
         try:
-            return xr.open_zarr(self.path, consolidated=True, chunks=chunks, zarr_format=3)
+            opened: xr.Dataset = xr.open_zarr(self.path, consolidated=True, chunks=chunks, zarr_format=3)
         except Exception as error:  # zarr and xarray raise many kinds for damaged metadata
             raise StoreError(f"{self.path}: damaged metadata: {_short(first_line(error))}") from error
+        # What a recording has committed since this episode was opened is for `refresh`.
+        mine = {"inference": self.n_inferences, "frame": self.n_frames}
+        return opened.isel({dim: slice(n) for dim, n in mine.items() if opened.sizes.get(dim, n) > n})
 
     def array_shape(self, name: str) -> tuple[int, ...] | None:
         """Return an array's shape without opening it, or None if the episode does not have it."""
-        return tuple(self._arrays[name]["shape"]) if name in self._arrays else None
+        return self._shapes.get(name)
+
+    def refresh(self) -> Episode:
+        """Return the episode as it is now: while it is recorded, with what was committed since.
+
+        Raises:
+            StoreError: the store is gone or damaged.
+        """
+        return open_episode(self.path)
+
+    def follow(self, *, poll_s: float = 0.5, timeout_s: float | None = None) -> Iterator[Episode]:
+        """Yield the episode, and again whenever inferences or frames were committed, until it is complete.
+
+        Looks at the store every so often, so it works on network file systems too; what is yielded always
+        holds whole inferences only.
+
+        Args:
+            poll_s: seconds between two looks.
+            timeout_s: stop after so many seconds without anything new (a killed recording is never
+                completed); None waits for ever.
+
+        Raises:
+            StoreError: the store is gone or damaged.
+        """
+        episode, since = self.refresh(), time.monotonic()
+        yield episode
+        while not episode.is_complete and (timeout_s is None or time.monotonic() - since < timeout_s):
+            time.sleep(poll_s)
+            latest = self.refresh()
+            if _progress_of(latest) != _progress_of(episode):
+                episode, since = latest, time.monotonic()
+                yield episode
 
     @cached_property
     def videos(self) -> dict[str, Path]:
@@ -232,8 +266,7 @@ class Episode:
         return tolerance
 
     def _rows(self, dimension: str) -> int:
-        name = "inference_frame" if dimension == "inference" else "reward"
-        return int(self._arrays[name]["shape"][0])
+        return self._shapes["inference_frame" if dimension == "inference" else "reward"][0]
 
     def _unlisted_videos(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
@@ -261,28 +294,60 @@ class Episode:
         return path if is_here else None
 
 
-@dataclass(frozen=True)
 class Run:
-    """The episodes under a folder. Get it from `open_run`.
+    """The episodes under a folder, opened one by one as they are asked for. Get it from `open_run`.
+
+    Iterating yields the episodes in the order of their paths and passes over damaged stores, which `damaged`
+    lists. `len(run)` and `run[index]` count the stores that are there, without opening any: where one is
+    damaged, `run[index]` raises its `StoreError`.
 
     Attributes:
         path: the folder.
-        episodes: in the order of their paths.
-        damaged: stores that could not be opened, with the reason.
+        stores: the stores' folders.
     """
 
-    path: Path
-    episodes: tuple[Episode, ...]
-    damaged: tuple[tuple[Path, str], ...] = ()
+    def __init__(self, path: Path, stores: Iterable[Path]):
+        self.path = path
+        self.stores = tuple(stores)
+        self._reasons: dict[Path, str | None] = {}  # of the stores that were tried; None: it opened
+
+    def __repr__(self) -> str:
+        """Say which run this is."""
+        return f"<Run {self.path}: {len(self)} episodes>"
 
     def __len__(self) -> int:
-        return len(self.episodes)
+        return len(self.stores)
 
     def __iter__(self) -> Iterator[Episode]:
-        return iter(self.episodes)
+        for store in self.stores:
+            episode = self._opened(store)
+            if episode is not None:
+                yield episode
 
     def __getitem__(self, index: int) -> Episode:
-        return self.episodes[index]
+        return open_episode(self.stores[index])
+
+    @property
+    def episodes(self) -> tuple[Episode, ...]:
+        """All episodes that can be opened, in memory at once."""
+        return tuple(self)
+
+    @property
+    def damaged(self) -> tuple[tuple[Path, str], ...]:
+        """Stores that could not be opened, with the reason."""
+        for store in self.stores:
+            if store not in self._reasons:
+                self._opened(store)
+        return tuple((store, reason) for store in self.stores if (reason := self._reasons[store]) is not None)
+
+    def _opened(self, store: Path) -> Episode | None:
+        try:
+            episode = open_episode(store)
+        except StoreError as error:
+            self._reasons[store] = str(error)
+            return None
+        self._reasons[store] = None
+        return episode
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -314,7 +379,7 @@ class Run:
                 episode.is_complete,
                 str(episode.path),
             )
-            for episode in self.episodes
+            for episode in self
         ]
         return pd.DataFrame(rows, columns=list(columns))
 
@@ -364,11 +429,14 @@ def open_episode(path: str | Path) -> Episode:
             "lerobot_policy_attn to read it"
         )
     _check_attributes(path, attributes)
-    return Episode(path, attributes, _consolidated(path, document))
+    # The rest of the arrays' metadata is Zarr's business, and large: thousands of episodes fit into memory.
+    return Episode(path, attributes, _shapes(path, document))
 
 
 def open_run(path: str | Path) -> Run:
-    """Open every episode under a folder: a run's output folder, its `attention`, or one task's.
+    """Find every episode under a folder: a run's output folder, its `attention`, or one task's.
+
+    Reads no store: each is opened when it is asked for.
 
     Args:
         path: the folder; an episode's own path gives a run of one.
@@ -380,16 +448,12 @@ def open_run(path: str | Path) -> Run:
     if not path.exists():
         raise StoreError(f"{path}: no such folder; {_HELP}")
     if path.suffix == EPISODE_SUFFIX or not path.is_dir():
-        return Run(path, (open_episode(path),))
-    episodes, damaged = [], []
-    for store in _find_stores(path):
-        try:
-            episodes.append(open_episode(store))
-        except StoreError as error:
-            damaged.append((store, str(error)))
-    if not episodes and not damaged:
+        open_episode(path)
+        return Run(path, (path,))
+    stores = _find_stores(path)
+    if not stores:
         raise StoreError(f"{path}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it")
-    return Run(path, tuple(episodes), tuple(damaged))
+    return Run(path, stores)
 
 
 def _find_stores(path: Path) -> list[Path]:
@@ -401,8 +465,12 @@ def _find_stores(path: Path) -> list[Path]:
     return sorted(path.rglob(pattern))
 
 
-def _consolidated(path: Path, document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the metadata of the arrays after checking their names, ranks and shapes."""
+def _progress_of(episode: Episode) -> tuple[int, int, bool]:
+    return episode.n_inferences, episode.n_frames, episode.is_complete
+
+
+def _shapes(path: Path, document: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the arrays' shapes after checking their names, types, ranks, codecs and sizes."""
     consolidated = document.get("consolidated_metadata")
     arrays = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     if not isinstance(arrays, dict):
@@ -430,7 +498,7 @@ def _consolidated(path: Path, document: dict[str, Any]) -> dict[str, dict[str, A
     # After the lengths, whose message says more where both are wrong.
     for name, array in arrays.items():
         _check_size(path, name, array)
-    return arrays
+    return {name: tuple(array["shape"]) for name, array in arrays.items()}
 
 
 def _check_attributes(path: Path, attributes: dict[str, Any]) -> None:

@@ -63,7 +63,9 @@ class ArraySpec:
     def grows_with(self) -> Growth:
         """The dimension along which rows are appended, if any."""
         first = self.dims[0]
-        return first if first in ("inference", "frame") else None  # type: ignore[return-value]
+        if first == "inference":
+            return "inference"
+        return "frame" if first == "frame" else None
 
     def shape(self, sizes: Mapping[str, int], n_rows: int = 0) -> tuple[int, ...]:
         """Return the shape with `n_rows` rows along the growing dimension."""
@@ -87,6 +89,18 @@ class ArraySpec:
     def shards(self, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
         """Return the shard shape, or None for arrays without shards."""
         return tuple(max(1, n) for n in self.shape(sizes, 1)) if self.sharded else None
+
+    @property
+    def stored_order(self) -> tuple[int, ...] | None:
+        """Order of the axes inside a chunk before it is compressed; None is as they are.
+
+        In suffix maps keys come before queries: what neighbouring queries give one key resembles each other,
+        so the maps become smaller (benchmarks/NOTES.md). Readers get the axes as `dims` names them.
+        """
+        swapped = {"query": "key", "key": "query"}
+        if not self.sharded or not swapped.keys() <= set(self.dims):
+            return None
+        return tuple(self.dims.index(swapped.get(dim, dim)) for dim in self.dims)
 
     def attributes(self) -> dict[str, Any]:
         """Return the array's attributes: CF's `long_name`, `units` and flags."""

@@ -1,0 +1,538 @@
+"""What of an episode's store cannot be read as it was written, with the coordinates of each chunk.
+
+    report = find_damage("….zarr")
+    [str(damage) for damage in report.damaged]
+    # ['suffix_attention: inference 7, denoise_step 3, layer 17 (chunk 7/3/1): its checksum does not match']
+
+Reads every chunk once, one at a time, and changes nothing; `lerobot_attn.store.repair` does. A flipped byte
+is noticed by the checksum of its chunk; arrays of older stores that carry none are named in the report.
+The group's own attributes carry no checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import zarr
+from numcodecs.checksum32 import CRC32C
+
+from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, Growth
+
+METADATA = "zarr.json"
+REPAIRED = "repaired"  # the attribute that lists what a repair dropped
+UNFINISHED_CHUNK = ".partial"  # a chunk whose writer was killed before the rename; Zarr's suffix
+_UNFINISHED_METADATA = ".zarr.json.new"  # likewise a commit
+_CHECKSUM = CRC32C(location="end")
+_ABSENT = 2**64 - 1  # offset and length in a shard's index of a chunk that is not there
+# A store whose every map is damaged lists 5040 with all layers of Pi0.5 and 28 inferences.
+_MAX_LISTED = 100_000
+
+Progress = Callable[[int, int], None]
+Grid = tuple[int, ...]
+Kind = Literal["chunk", "shard", "metadata", "conflict", "rows", "unreadable"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is damaged.
+
+    Attributes:
+        kind: "chunk" or "shard" of an array; its "metadata" is not there; a "conflict" of two copies of it;
+            "rows" that contradict other arrays; "unreadable" where the file system refused, which may pass.
+        array: its name.
+        chunk: the chunk's index along the leading dimensions; those that one chunk covers are left out.
+        at: dimension → label; (first, last) where a chunk covers several. Empty: the whole array.
+        reason: what is wrong, in one line.
+    """
+
+    kind: Kind
+    array: str
+    chunk: Grid
+    at: Mapping[str, int | str | tuple[int, int]]
+    reason: str
+
+    def __str__(self) -> str:
+        """Say what is damaged where, and how."""
+        return f"{self.array}: {self.place}: {self.reason}"
+
+    @property
+    def place(self) -> str:
+        """Where in the array, in words."""
+        if self.kind in ("metadata", "conflict"):
+            return METADATA
+        words = [
+            f"{dim} {label[0]} to {label[1]}" if isinstance(label, tuple) else f"{dim} {label}"
+            for dim, label in self.at.items()
+        ]
+        what = self.kind if self.kind in ("chunk", "shard") else "file"
+        number = f" ({what} {'/'.join(map(str, self.chunk))})" if self.chunk else ""
+        return f"{', '.join(words) or 'the whole array'}{number}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        at = {dim: list(label) if isinstance(label, tuple) else label for dim, label in self.at.items()}
+        return {"array": self.array, "chunk": list(self.chunk), "at": at, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class DamageReport:
+    """What `find_damage` found.
+
+    Attributes:
+        path: the store.
+        damaged: what cannot be read as it was written.
+        inconsistent: rows of tables that contradict one another, though they can be read.
+        leftovers: files of a recording or repair that was killed; no reader looks at them.
+        n_chunks: chunks that were looked for.
+        n_missing: of these, what an earlier repair replaced by missing values; no damage any more.
+        without_checksums: arrays in which a changed byte may go unnoticed, of a store by an older version.
+    """
+
+    path: Path
+    damaged: tuple[Damage, ...]
+    inconsistent: tuple[Damage, ...]
+    leftovers: tuple[Path, ...]
+    n_chunks: int
+    n_missing: int
+    without_checksums: tuple[str, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether everything that the store says it holds is there and whole."""
+        return not self.damaged and not self.inconsistent
+
+
+class StoredArray:
+    """One array as the group's metadata describes it: where its chunks lie and what they cover.
+
+    Indices of chunks count along every dimension of the array; their leading parts do for a place.
+
+    Args:
+        store: the store's folder.
+        array: opened from the group's consolidated metadata.
+        metadata: the same as JSON.
+    """
+
+    def __init__(self, store: Path, array: zarr.Array[Any], metadata: Mapping[str, Any]):
+        self.name = array.path
+        self.array = array
+        self.metadata = metadata
+        self.folder = store / self.name
+        self.spec = BY_NAME.get(self.name)
+        self.dims = self.spec.dims if self.spec else tuple(f"axis {axis}" for axis in range(array.ndim))
+        codecs = metadata["codecs"]
+        self._chunk = self._file = array.shards or array.chunks
+        self._sharding: Mapping[str, Any] | None = None
+        # One inference a shard; other shards would be taken as chunks.
+        whole = all(size >= n for size, n in zip(self._file[1:], array.shape[1:], strict=True))
+        is_ours = whole and array.chunks[:1] == self._file[:1] == (1,)
+        if is_ours and _names(codecs) == ["sharding_indexed"]:
+            self._chunk = array.chunks
+            self._sharding = codecs[0]["configuration"]
+            codecs = codecs[0]["configuration"]["codecs"]
+        self.has_checksums = _names(codecs)[-1:] == ["crc32c"]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its files are shards of several chunks."""
+        return self._sharding is not None
+
+    @property
+    def grows_with(self) -> Growth:
+        """The dimension along which rows are appended, if any."""
+        return self.spec.grows_with if self.spec else None
+
+    @property
+    def can_miss_values(self) -> bool:
+        """Whether what is not there reads as NaN, and so cannot be taken for a value."""
+        return self.spec is not None and self.spec.fill_value != self.spec.fill_value
+
+    @property
+    def n_files(self) -> Grid:
+        """Files along each dimension: shards, or chunks."""
+        return tuple(math.ceil(n / size) for n, size in zip(self.array.shape, self._file, strict=True))
+
+    @property
+    def n_inside(self) -> Grid:
+        """Chunks of a file along each dimension."""
+        return tuple(file // chunk for file, chunk in zip(self._file, self._chunk, strict=True))
+
+    @property
+    def n_chunks(self) -> int:
+        """Number of chunks."""
+        return math.prod(self.n_files) * math.prod(self.n_inside)
+
+    @property
+    def _n_leading(self) -> int:
+        """Dimensions that chunks divide, and those before them."""
+        counts = [file * inside for file, inside in zip(self.n_files, self.n_inside, strict=True)]
+        divided = [axis for axis, count in enumerate(counts) if count > 1]
+        if self.spec and (self.spec.sharded or self.grows_with):
+            # Also where an episode holds but one of each.
+            sizes = self.spec.chunks(dict.fromkeys(DIMENSIONS, 2))
+            divided += [axis for axis, size in enumerate(sizes) if size == 1 or axis == 0]
+        return max(divided, default=-1) + 1
+
+    def file(self, index: Sequence[int]) -> Path:
+        """Return the file of a shard or of an unsharded chunk."""
+        whole = (*index, *[0] * (self.array.ndim - len(index)))
+        return self.folder / self.array.metadata.encode_chunk_key(whole)
+
+    def file_of(self, chunk: Sequence[int]) -> Path:
+        """Return the file that a chunk is in, by its index or the leading part of it."""
+        return self.file([i // n for i, n in zip(chunk, self.n_inside, strict=False)])
+
+    def leading(self, index: Sequence[int]) -> Grid:
+        """Return a chunk's index without the dimensions that one chunk covers."""
+        return tuple(index[: self._n_leading])
+
+    def selection(self, chunk: Sequence[int]) -> tuple[slice, ...]:
+        """Return what a chunk covers of the array."""
+        return tuple(
+            slice(i * size, min((i + 1) * size, n))
+            for i, size, n in zip(chunk, self._chunk, self.array.shape, strict=False)
+        )
+
+    def place(self, chunk: Sequence[int], labels: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Return dimension → label of what a chunk covers, or its position where there are no labels.
+
+        Args:
+            chunk: its index, or the leading part of it.
+            labels: dimension → its labels.
+        """
+        at: dict[str, Any] = {}
+        for dim, part in zip(self.dims, self.selection(self.leading(chunk)), strict=False):
+            first, last = part.start, part.stop - 1
+            if dim in labels:
+                at[dim] = labels[dim][first]
+            elif dim in ("inference", "frame"):
+                at[dim] = first if first == last else (first, last)
+            else:
+                at[dim] = f"at position {first}"
+        return at
+
+    def index_of_shard(self, file: BinaryIO) -> ShardIndex:
+        """Read a shard's index.
+
+        Args:
+            file: the shard, open for reading.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        assert self._sharding is not None
+        if _names(self._sharding["index_codecs"]) != ["bytes", "crc32c"]:
+            raise ValueError("its index is not stored as bytes with a checksum")
+        n_bytes = 16 * math.prod(self.n_inside) + 4
+        length = file.seek(0, 2)
+        if length < n_bytes:
+            raise ValueError(f"it is truncated to {length} bytes, its index alone takes {n_bytes}")
+        at_end = self._sharding.get("index_location", "end") == "end"
+        start = file.seek(length - n_bytes if at_end else 0)
+        try:
+            entries = np.frombuffer(_CHECKSUM.decode(file.read(n_bytes)), "<u8")
+        except RuntimeError:
+            raise ValueError("its index cannot be read: it is truncated, or damaged there") from None
+        return ShardIndex(start, entries.reshape(*self.n_inside, 2).copy())
+
+
+class ShardIndex(NamedTuple):
+    """Where the chunks of a shard lie in its file.
+
+    Attributes:
+        start: of the index in the file, bytes.
+        entries: (chunks inside along each dimension, 2): offset and length, bytes.
+    """
+
+    start: int
+    entries: np.ndarray
+
+    def holds(self, inside: Grid) -> bool:
+        """Whether a chunk is there."""
+        return bool((self.entries[inside] != _ABSENT).any())
+
+    def drop(self, inside: Grid) -> None:
+        """Forget a chunk."""
+        self.entries[inside] = _ABSENT
+
+    def encoded(self) -> bytes:
+        """Return the bytes of the index, its checksum included."""
+        return bytes(_CHECKSUM.encode(self.entries.tobytes()))
+
+
+def find_damage(path: str | Path, progress: Progress | None = None) -> DamageReport:
+    """Read every chunk of every array of a store, and compare what must agree.
+
+    Args:
+        path: the store's folder, `….zarr`.
+        progress: called as `progress(done, total)` with the chunks read.
+
+    Raises:
+        StoreError: the store cannot be opened: its own metadata is missing or damaged, or its schema newer.
+    """
+    episode = open_episode(path)
+    arrays = stored_arrays(episode)
+    scan = _Scan(episode, arrays, progress)
+    for array in arrays.values():
+        wrong = _metadata_damage(array)
+        if wrong is not None and (episode.is_complete or not is_ahead(array)):
+            scan.damaged.append(wrong)
+        scan.read(array)
+    return DamageReport(
+        episode.path,
+        tuple(scan.damaged),
+        tuple(_inconsistencies(episode, arrays)),
+        tuple(leftovers(episode.path, arrays.values())),
+        scan.n_read,
+        scan.n_missing,
+        tuple(name for name, array in arrays.items() if not array.has_checksums),
+    )
+
+
+def stored_arrays(episode: Episode) -> dict[str, StoredArray]:
+    """Return the arrays of a store by name, as its consolidated metadata describes them.
+
+    Raises:
+        StoreError: the metadata is damaged.
+    """
+    try:
+        document = json.loads((episode.path / METADATA).read_text(encoding="utf-8"))
+        group = zarr.open_group(episode.path, mode="r", zarr_format=3, use_consolidated=True)
+        described = document["consolidated_metadata"]["metadata"]
+        return {name: StoredArray(episode.path, _array(group, name), described[name]) for name in described}
+    except Exception as error:  # zarr raises many kinds for damaged metadata
+        raise StoreError(f"{episode.path}: damaged metadata: {first_line(error)}") from error
+
+
+def missing_chunks(episode: Episode) -> frozenset[tuple[str, Grid]]:
+    """Return array and leading chunk index of what a repair replaced by missing values."""
+    entries = episode.attributes.get(REPAIRED)
+    found = set()
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and "cut_to" not in entry:
+            name, chunk = entry.get("array"), entry.get("chunk")
+            if isinstance(name, str) and isinstance(chunk, list) and all(type(i) is int for i in chunk):
+                found.add((name, tuple(chunk)))
+    return frozenset(found)
+
+
+def was_cut(episode: Episode) -> bool:
+    """Return whether a repair cut the episode, so that its videos show more than the store holds."""
+    entries = episode.attributes.get(REPAIRED)
+    return isinstance(entries, list) and any(isinstance(e, dict) and "cut_to" in e for e in entries)
+
+
+def is_missing(missing: frozenset[tuple[str, Grid]], name: str, chunk: Sequence[int]) -> bool:
+    """Return whether a repair dropped a chunk, or the whole shard that it was in.
+
+    Args:
+        missing: from `missing_chunks`.
+        name: the array's.
+        chunk: its index, or the leading part of it.
+    """
+    return any((name, tuple(chunk[:n])) in missing for n in range(len(chunk) + 1))
+
+
+class _Scan:
+    """Reads arrays chunk by chunk, and notes what is damaged.
+
+    Attributes:
+        damaged: what cannot be read.
+        n_read: chunks looked for.
+        n_missing: of these, known to be missing.
+    """
+
+    def __init__(self, episode: Episode, arrays: Mapping[str, StoredArray], progress: Progress | None):
+        self.damaged: list[Damage] = []
+        self.n_read, self.n_missing = 0, 0
+        self._path = episode.path
+        self._missing = missing_chunks(episode)
+        self._labels = _labels(arrays)
+        self._total = sum(array.n_chunks for array in arrays.values())
+        self._progress = progress
+
+    def read(self, array: StoredArray) -> None:
+        for index in np.ndindex(array.n_files):
+            before = self.n_read
+            if array.is_sharded:
+                self._read_shard(array, index)
+            else:
+                self._read_chunk(array, index)
+            self.n_read = before + math.prod(array.n_inside)
+            if len(self.damaged) > _MAX_LISTED:
+                raise StoreError(f"{self._path}: more than {_MAX_LISTED} chunks are damaged")
+            self._tick()
+
+    def _read_shard(self, array: StoredArray, index: Grid) -> None:
+        try:
+            with array.file(index).open("rb") as file:
+                entries = array.index_of_shard(file)
+        except FileNotFoundError:
+            self._absent(array, "shard", index[:1], "its file is missing")
+        except OSError as error:
+            self._note("unreadable", array, index[:1], f"the file system cannot read it: {error.strerror}")
+        except ValueError as error:
+            self._note("shard", array, index[:1], str(error))
+        else:
+            for inside in np.ndindex(array.n_inside):
+                chunk = tuple(i * n + j for i, n, j in zip(index, array.n_inside, inside, strict=True))
+                if entries.holds(inside):
+                    self._decode(array, chunk)
+                else:
+                    self._absent(array, "chunk", chunk, "it is missing from its shard")
+                self.n_read += 1
+                self._tick()
+
+    def _read_chunk(self, array: StoredArray, index: Grid) -> None:
+        if array.file(index).is_file():
+            self._decode(array, index)
+        elif array.grows_with or array.has_checksums:
+            # Of fixed arrays, versions that wrote no checksums left out those of one value.
+            self._absent(array, "chunk", index, "its file is missing")
+
+    def _decode(self, array: StoredArray, chunk: Grid) -> None:
+        try:
+            array.array[array.selection(chunk)]
+        except OSError as error:
+            self._note("unreadable", array, chunk, f"the file system cannot read it: {error.strerror}")
+        except Exception as error:  # a damaged chunk raises whatever its codec raises
+            text = first_line(error)
+            reason = "its checksum does not match" if "checksum" in text else f"it cannot be decoded: {text}"
+            self._note("chunk", array, chunk, reason)
+
+    def _absent(self, array: StoredArray, kind: Kind, chunk: Grid, reason: str) -> None:
+        if array.can_miss_values and is_missing(self._missing, array.name, array.leading(chunk)):
+            self.n_missing += math.prod(array.n_inside) if kind == "shard" else 1
+        else:
+            self._note(kind, array, chunk, reason)
+
+    def _note(self, kind: Kind, array: StoredArray, chunk: Grid, reason: str) -> None:
+        at = array.place(chunk, self._labels)
+        self.damaged.append(Damage(kind, array.name, array.leading(chunk), at, reason))
+
+    def _tick(self) -> None:
+        if self._progress is not None:
+            self._progress(min(self.n_read, self._total), self._total)
+
+
+def _labels(arrays: Mapping[str, StoredArray]) -> dict[str, list[Any]]:
+    """Return the numbers that label dimensions, of those that have some which can be read."""
+    labels = {}
+    for name in DIMENSIONS.keys() & arrays.keys():
+        if BY_NAME[name].dtype == "string":  # of dimensions that no chunk divides
+            continue
+        with contextlib.suppress(Exception):  # it will be listed as damaged itself
+            labels[name] = np.asarray(arrays[name].array[...]).tolist()
+    return labels
+
+
+def _metadata_damage(array: StoredArray) -> Damage | None:
+    """Compare an array's own metadata with the group's copy of it."""
+    try:
+        own = json.loads((array.folder / METADATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "it is missing"
+    except OSError as error:
+        reason = f"the file system cannot read its {METADATA}: {error.strerror}"
+        return Damage("unreadable", array.name, (), {}, reason)
+    except (ValueError, RecursionError) as error:
+        reason = f"it cannot be parsed: {first_line(error)}"
+    else:
+        if own == array.metadata:
+            return None
+        if isinstance(own, dict):
+            odd = [key for key in sorted({*own, *array.metadata}) if own.get(key) != array.metadata.get(key)]
+            named = ", ".join(map(repr, odd))[:200]
+            return Damage("conflict", array.name, (), {}, f"it differs from the group's copy in {named}")
+        reason = "it cannot be parsed: it is no object"
+    return Damage("metadata", array.name, (), {}, reason)
+
+
+def is_ahead(array: StoredArray) -> bool:
+    """Whether an array's own metadata admits to rows that were not committed before the recording ended."""
+    try:
+        own = json.loads((array.folder / METADATA).read_text(encoding="utf-8"))
+        ahead = own["shape"][0] > array.metadata["shape"][0]
+        own["shape"][0] = array.metadata["shape"][0]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return bool(ahead) and own == array.metadata
+
+
+def leftovers(store: Path, arrays: Iterable[StoredArray]) -> Iterator[Path]:
+    """Yield the files that a killed process left: unfinished ones, and chunks beyond the last row."""
+    if (store / _UNFINISHED_METADATA).exists():
+        yield store / _UNFINISHED_METADATA
+    for array in arrays:
+        for folder, _, files in array.folder.walk():
+            for name in sorted(files):
+                file = folder / name
+                index = _index_of(file.relative_to(array.folder))
+                beyond = len(index) == len(array.n_files) > 0 and index[0] >= array.n_files[0]
+                if beyond or name == _UNFINISHED_METADATA or name.endswith(UNFINISHED_CHUNK):
+                    yield file
+
+
+def _index_of(file: Path) -> Grid:
+    """Return the index of the chunk that a file of an array holds, from its path `c/7/0/0`; () of others."""
+    first, *parts = file.parts
+    return tuple(map(int, parts)) if first == "c" and all(p.isdecimal() for p in parts) else ()
+
+
+def _inconsistencies(episode: Episode, arrays: Mapping[str, StoredArray]) -> Iterator[Damage]:
+    """Yield, of each table that says which frame belongs to which inference, the first row that cannot be."""
+    for name, n_rows in (("n_inferences", episode.n_inferences), ("n_frames", episode.n_frames)):
+        said = episode.attributes.get(name, n_rows)
+        if said != n_rows:
+            yield Damage(
+                "metadata", "attributes", (), {}, f"{name} is {repr(said)[:80]}, the arrays hold {n_rows}"
+            )
+    n_queries = arrays["action_chunk"].array.shape[1]
+    rules: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray], str], ...] = (
+        (
+            "frame_inference",
+            "frame",
+            lambda values: (values < 0) | (values >= episode.n_inferences),
+            f"the store holds {episode.n_inferences} inferences",
+        ),
+        (
+            "frame_query",
+            "frame",
+            lambda values: (values < 0) | (values >= n_queries),
+            f"an inference has {n_queries} action tokens",
+        ),
+        (
+            "inference_frame",
+            "inference",
+            lambda values: np.diff(values, prepend=0) < 0,
+            "the frames of inferences must not descend",
+        ),
+    )
+    for name, dim, broken, rule in rules:
+        try:
+            values = np.asarray(arrays[name].array[...])
+        except Exception:  # a damaged chunk, listed as such
+            continue
+        wrong = np.flatnonzero(broken(values))
+        if len(wrong):
+            row = int(wrong[0])
+            yield Damage("rows", name, (), {dim: row}, f"it is {values[row]}, but {rule}")
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def _names(codecs: Any) -> list[str]:
+    return [codec["name"] if isinstance(codec, dict) else codec for codec in codecs]
