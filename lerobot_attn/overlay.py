@@ -16,22 +16,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from lerobot_attn import analysis
-from lerobot_attn.analysis.select import RAW, Where, frames_of
+from lerobot_attn.analysis.select import RAW, frames_of
 from lerobot_attn.analysis.sinks import keys_to_leave_out
-from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
+from lerobot_attn.analysis.spatial import NORMALISATIONS, Normalisation, by_camera, percentile_of
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap, short
+from lerobot_attn.figures.look import OneMapSettings
 from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.settings import check_choice, check_numbers, check_ranges, is_number, parse_choice
+from lerobot_attn.settings import check_numbers, check_one_map, check_ranges
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import VideoWriter, count_frames, read_frames
+from lerobot_attn.video import Frame, VideoWriter, count_frames, read_frames
 
 Progress = Callable[[int, int], None]
 
@@ -43,53 +45,28 @@ _DEFAULT_FPS = 20.0
 _GAP_PX = 8
 _BAR_PX = 12
 _MIN_WIDTH_PX = 240  # narrower than this no header can be read
+_MISSING = (96, 96, 96)  # no colour of the usual maps, which begin at black or dark blue
 _BACKGROUND, _WHITE, _GREY, _AMBER = (18, 18, 18), (240, 240, 240), (170, 170, 170), (255, 190, 70)
 # Stand for numbers that change from frame to frame; lines are broken for their widest.
 _FRAME, _ACTION = "\ue000", "\ue001"
 
 
-_OPTIONAL_RANGES = {"fps": (0.1, 240), "size": (32, 4320)}
-
-
-@dataclass(frozen=True)
-class OverlaySettings:
+@dataclass(frozen=True, kw_only=True)
+class OverlaySettings(OneMapSettings):
     """Settings of `lerobot-attn overlay`; labels as `analysis.Where` takes them, or as text: "17", "0-99".
 
-    A frame shows one map, so layer, denoise step, head and query are each one number or a mean.
+    A frame shows one map, so layer, denoise step, head and query are each one number or a mean; camera 'all'
+    shows every camera in a grid.
     """
 
-    # Camera, by name or the last part of it; 'all' for every one in a grid. Default: the first.
-    camera: str | None = None
-    # Layer: a number (negative from the last) or 'mean'.
-    layer: int | Literal["mean"] = -1
-    # Denoise step: likewise; the last one yields the action.
-    denoise_step: int | Literal["mean"] = -1
-    # Head: a number, 'mean' or 'max'.
-    head: int | Literal["mean", "max"] = "mean"
-    # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
-    query: int | Literal["frame", "executed", "mean"] = "frame"
-    # share (of all attention), image (share within the image), frame (of the largest patch), episode (share
-    # of all attention, one colour range for all frames). The range is that of the frames shown with share and
-    # image.
     normalisation: Normalisation = "episode"
-    # Where the colour range ends: this percentile of the patches of all frames that the range is for; 100 is
-    # the largest. The default keeps a few outliers from darkening a whole episode, yet a map of one bright
-    # patch among 16 × 16 keeps its range.
-    clip: float = 99.9
-    # Key tokens to leave out, e.g. attention sinks; or 'sinks' to find them first.
-    leave_out: Any = ()
-    # Opacity of the largest value over the image, 0 to 1.
     alpha: float = 0.6
-    # A matplotlib colour map.
-    colormap: str = "inferno"
-    # nearest (a patch is a square) or linear (blended between patch centres).
-    interpolation: Interpolation = "nearest"
-    # Frames per second. Default: the episode's.
-    fps: float | None = None
     # Height of a view, pixels. Default: the camera's; 224 at most for a GIF.
     size: int | None = None
     # Frames: 'all', a number, a list or a range as '40-80'; shown in the episode's order.
     frames: Any = "all"
+
+    _choices: ClassVar[tuple[str, ...]] = (*OneMapSettings._choices, "frames")
 
     def __post_init__(self) -> None:
         """Read choices given as text, and check what can be checked without an episode.
@@ -97,30 +74,15 @@ class OverlaySettings:
         Raises:
             ConfigError: a value is out of range, of the wrong type, or asks for several maps at once.
         """
-        for name in ("layer", "denoise_step", "head", "query", "leave_out", "frames"):
-            object.__setattr__(self, name, parse_choice(getattr(self, name)))
-        for name, words in (
-            ("layer", ("mean",)),
-            ("denoise_step", ("mean",)),
-            ("head", ("mean", "max")),
-            ("query", ("frame", "executed", "mean")),
-        ):
-            check_one_map(name, getattr(self, name), words)
+        super().__post_init__()
+        check_one_map("query", self.query, ("frame", "executed", "mean"))
         if not isinstance(self.camera, str | None):
             raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
-        for name, word in (("leave_out", "sinks"), ("frames", "all")):
-            object.__setattr__(self, name, check_numbers(name, getattr(self, name), word))
-        check_choice(self, "normalisation", NORMALISATIONS)
-        if self.interpolation not in ("nearest", "linear"):
-            raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
-        check_ranges(self, {"clip": (50, 100), "alpha": (0, 1)})
-        given = {name: limits for name, limits in _OPTIONAL_RANGES.items() if getattr(self, name) is not None}
-        check_ranges(self, given)
-        if self.size is not None and self.size != int(self.size):
-            raise ConfigError(f"size: got {self.size!r}, expected a whole number of pixels")
-        if not isinstance(self.colormap, str):
-            raise ConfigError(f"colormap: got {self.colormap!r}, expected a matplotlib name, e.g. inferno")
-        colormap(self.colormap)
+        self._set("frames", check_numbers("frames", self.frames, "all"))
+        if self.size is not None:
+            check_ranges(self, {"size": (32, 4320)})
+            if self.size != int(self.size):
+                raise ConfigError(f"size: got {self.size!r}, expected a whole number of pixels")
 
 
 @dataclass(frozen=True)
@@ -156,15 +118,22 @@ class ColourScale:
     colormap: str = "inferno"
     alpha: float = 0.6
 
-    def colours(self, values: np.ndarray) -> np.ndarray:
-        """Return the colours of (…) values: (…, 3) uint8."""
-        return np.take(self._tables.colours, self._steps(values), axis=0, mode="clip")
+    def colours(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Return the colours of (…) values: (…, 3) uint8; grey where a value is missing (NaN)."""
+        colours = np.take(self._tables.colours, self._steps(values), axis=0, mode="clip")
+        missing = np.isnan(values)
+        if missing.any():
+            colours[missing] = _MISSING
+        return colours
 
-    def over(self, image: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Return an image (height, width, 3) uint8 with (height, width) values blended over it."""
+    def over(self, image: Frame, values: NDArray[np.float32]) -> Frame:
+        """Return an image (height, width, 3) uint8 with (height, width) values blended over it.
+
+        Where a value is missing (NaN) the image stays as it is.
+        """
         return _blend(image, *self.weights(values))
 
-    def weights(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def weights(self, values: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
         """Return what `_blend` wants for (…) values: two arrays (…, 3) uint16."""
         steps = self._steps(values)
         rest, weighted = (np.take(table, steps, axis=0, mode="clip") for table in self._tables[1:])
@@ -174,15 +143,16 @@ class ColourScale:
     def _tables(self) -> _Tables:
         return _tables(self.colormap, self.alpha)
 
-    def _steps(self, values: np.ndarray) -> np.ndarray:
+    def _steps(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
         scaled = np.asarray(values, np.float32) * np.float32(255 / self.vmax if self.vmax > 0 else 0)
-        return np.clip(scaled + 0.5, 0, 255).astype(np.uint8)
+        # NaN becomes the step that shows nothing of the map.
+        return np.fmax(np.clip(scaled + 0.5, 0, 255), 0).astype(np.uint8)
 
 
 class _Tables(NamedTuple):
-    colours: np.ndarray  # (256, 3) uint8
-    rest: np.ndarray  # (256, 3) uint16: 255 less the opacity
-    weighted: np.ndarray  # (256, 3) uint16: colour times opacity
+    colours: NDArray[np.uint8]  # (256, 3) uint8
+    rest: NDArray[np.uint16]  # (256, 3) uint16: 255 less the opacity
+    weighted: NDArray[np.uint16]  # (256, 3) uint16: colour times opacity
 
 
 @lru_cache(maxsize=8)
@@ -194,7 +164,7 @@ def _tables(name: str, alpha: float) -> _Tables:
     return _Tables(colours, np.repeat(255 - opacity, 3, axis=1), colours * opacity + np.uint16(127))
 
 
-def _blend(image: np.ndarray, rest: np.ndarray, weighted: np.ndarray) -> np.ndarray:
+def _blend(image: Frame, rest: NDArray[np.uint16], weighted: NDArray[np.uint16]) -> Frame:
     blended = image * rest
     blended += weighted
     blended //= 255
@@ -203,7 +173,7 @@ def _blend(image: np.ndarray, rest: np.ndarray, weighted: np.ndarray) -> np.ndar
 
 def overlay_frames(
     episode: Episode, settings: OverlaySettings | None = None, progress: Progress | None = None
-) -> Iterator[np.ndarray]:
+) -> Iterator[Frame]:
     """Yield the overlay's frames: the camera with the heatmap over it on the left, the pure map on the right.
 
     A header names camera, frame, layer, denoise step, head and action; a footer what the colours mean. Maps
@@ -284,9 +254,9 @@ class _View(NamedTuple):
     crop_px: tuple[int, int] | None
     geometry: ImageGeometry
     size_px: tuple[int, int]
-    heat: np.ndarray  # (frame, grid_y, grid_x) float32
-    rows: np.ndarray  # (height,): the row of patches that a row of pixels shows
-    columns: np.ndarray  # (width,): likewise
+    heat: NDArray[np.float32]  # (frame, grid_y, grid_x) float32
+    rows: NDArray[np.intp]  # (height,): the row of patches that a row of pixels shows
+    columns: NDArray[np.intp]  # (width,): likewise
 
 
 class _Place(NamedTuple):
@@ -350,7 +320,7 @@ class _Film:
         maps = _read_maps(episode, names, settings, self.frames, progress)
         self._attrs = maps.attrs
         self.scale = ColourScale(maps.vmax, settings.colormap, settings.alpha)
-        self._clipped = maps.clipped
+        self._clipped, self._has_missing = maps.clipped, maps.has_missing
         self._views = []
         for name in names:
             _, geometry, _ = analysis.camera_geometry(data, name)
@@ -369,7 +339,7 @@ class _Film:
         height, width, _ = self._canvas.shape
         return height, width
 
-    def draw(self, frames: Sequence[int], progress: Progress | None = None) -> Iterator[np.ndarray]:
+    def draw(self, frames: Sequence[int], progress: Progress | None = None) -> Iterator[Frame]:
         """Yield the overlay at some of its frames, ascending."""
         images = [read_frames(view.video, size_px=view.crop_px, numbers=frames) for view in self._views]
         index_of = {frame: index for index, frame in enumerate(self.frames)}
@@ -388,11 +358,11 @@ class _Film:
             if progress is not None:
                 progress(self._n_read + done, self._n_read + len(frames))
 
-    def _paint(self, view: _View, heat: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _paint(self, view: _View, heat: NDArray[np.float32], image: Frame) -> tuple[Frame, Frame]:
         """Return the image with the heatmap over it, and the heatmap, (height, width, 3) uint8 each."""
         if self._settings.interpolation == "nearest":
             # Colours are looked up a patch, not a pixel: several times as fast.
-            def spread(patches: np.ndarray) -> np.ndarray:
+            def spread[T: np.generic](patches: NDArray[T]) -> NDArray[T]:
                 return patches.take(view.columns, axis=1, mode="clip").take(view.rows, axis=0, mode="clip")
 
             rest, weighted = self.scale.weights(heat)
@@ -425,6 +395,7 @@ class _Film:
             f"range ends at percentile {settings.clip:g}" if self._clipped else "",
             "" if attrs["source"] == RAW else "from stored means",
             attrs["left_out"],
+            "grey: not in the store" if self._has_missing else "",
             "" if self._episode.is_complete else "incomplete episode",
         ]
 
@@ -497,7 +468,7 @@ class _Film:
         end = f"{100 * self.scale.vmax:.3g}%" if self.scale.vmax else "0%"
         return "0%", f"≥{end}" if self._clipped else end
 
-    def _write_numbers(self, canvas: np.ndarray, frame: int) -> None:
+    def _write_numbers(self, canvas: Frame, frame: int) -> None:
         """Write what the header's words leave open; they are on the canvas already."""
         action = int(self._frame_query[frame]) - self._first_query
         values = {_FRAME: frame, _ACTION: action}
@@ -507,9 +478,10 @@ class _Film:
 
 
 class _Maps(NamedTuple):
-    heat: dict[str, np.ndarray]  # camera → (frame, grid_y, grid_x) float32
+    heat: dict[str, NDArray[np.float32]]  # camera → (frame, grid_y, grid_x) float32
     vmax: float
     clipped: bool
+    has_missing: bool  # whether a frame's map is not in the store: NaN
     attrs: dict[str, Any]
     n_read: int
 
@@ -523,47 +495,43 @@ def _read_maps(
 ) -> _Maps:
     """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
     data = episode.arrays
-    where: Where = {
-        "layer": settings.layer,
-        "denoise_step": settings.denoise_step,
-        "head": settings.head,
-        "query": settings.query,
-        "leave_out": keys_to_leave_out(settings.leave_out, [episode]),
-    }
+    where = settings.where
+    where["leave_out"] = keys_to_leave_out(settings.leave_out, [episode])
     episode_wide = settings.normalisation == "episode"
     # The episode's range is found on the way, so that no map is read twice.
-    normalisation: Normalisation = "share" if episode_wide else settings.normalisation
     needed = np.arange(episode.n_frames) if episode_wide else np.array(frames)
     inference_of = data["frame_inference"].values[needed]
     inferences = np.unique(inference_of).tolist()
-    pieces: dict[str, list[np.ndarray]] = {camera: [] for camera in cameras}
+    pieces: dict[str, list[NDArray[np.float32]]] = {camera: [] for camera in cameras}
     attrs: dict[str, Any] = {}
     for done, inference in enumerate(inferences, start=1):
         where["frame"] = needed[inference_of == inference].tolist()
-        for camera in cameras:
-            try:
-                heat = analysis.image_heatmap(data, camera, normalisation=normalisation, **where).load()
-            except LerobotAttnError:
-                raise
-            except Exception as error:  # a damaged chunk raises whatever its codec raises
-                raise StoreError(
-                    f"{episode.path}: the attention of inference {inference} cannot be read: {error}; "
-                    "lerobot-attn verify tells what is damaged"
-                ) from error
+        try:
+            array = analysis.attention(data, **where).load()
+        except LerobotAttnError:
+            raise
+        except Exception as error:  # a damaged chunk raises whatever its codec raises
+            raise StoreError(
+                f"{episode.path}: the attention of inference {inference} cannot be read: {error}; "
+                "lerobot-attn verify tells what is damaged"
+            ) from error
+        heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
+        for camera, heat in heatmaps.items():
             pieces[camera].append(heat.values)
-            attrs = heat.attrs
+        attrs = array.attrs
         if progress is not None:
             progress(done, len(inferences) + len(frames))
     read = {camera: np.concatenate(found) for camera, found in pieces.items()}
     order = np.argsort(inference_of, kind="stable")
     row_of = {int(frame): row for row, frame in enumerate(needed[order])}
     rows = [row_of[frame] for frame in frames]
-    largest = max(float(heat.max()) for heat in read.values())
+    largest = max(percentile_of(heat, 100) for heat in read.values())
     vmax = 1.0
     if settings.normalisation != "frame":
-        vmax = max(float(np.percentile(heat, settings.clip)) for heat in read.values()) or largest
+        vmax = max(percentile_of(heat, settings.clip) for heat in read.values()) or largest
     heat_of = {camera: np.ascontiguousarray(heat[rows]) for camera, heat in read.items()}
-    return _Maps(heat_of, vmax, largest > vmax, attrs, len(inferences))
+    has_missing = any(bool(np.isnan(heat).any()) for heat in heat_of.values())
+    return _Maps(heat_of, vmax, largest > vmax, has_missing, attrs, len(inferences))
 
 
 def _write_mp4(film: _Film, path: Path, progress: Progress | None) -> _Written:
@@ -624,14 +592,16 @@ def _size_of(geometry: ImageGeometry, size: int | None, largest: int | None) -> 
     return height, max(1, round(geometry.width_px * height / geometry.height_px))
 
 
-def _patches_of(geometry: ImageGeometry, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _patches_of(
+    geometry: ImageGeometry, size_px: tuple[int, int]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return which row and which column of patches each pixel's row and column show."""
     rows, columns = np.mgrid[: geometry.grid_rows, : geometry.grid_columns]
     row, column = analysis.on_camera_pixels(np.stack([rows, columns]), geometry, size_px=size_px)
     return row[:, 0].astype(int), column[0].astype(int)
 
 
-def resized(image: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
+def resized(image: Frame, size_px: tuple[int, int]) -> Frame:
     """Return an image (height, width, 3) uint8 at another (height, width)."""
     return np.asarray(Image.fromarray(image).resize(size_px[::-1], Image.Resampling.BILINEAR))
 
@@ -643,7 +613,7 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont:
 
 
 @lru_cache(maxsize=4096)
-def _number(value: int, digits: int, font: ImageFont.FreeTypeFont) -> np.ndarray:
+def _number(value: int, digits: int, font: ImageFont.FreeTypeFont) -> Frame:
     """Return a number, right-aligned: (height, width, 3) uint8."""
     width = math.ceil(font.getlength("0" * digits))
     picture = Image.new("RGB", (width, _line_px(font)), _BACKGROUND)
@@ -688,15 +658,3 @@ def _break(
                     lines.append("")
                 lines[-1] += letter
     return lines
-
-
-def check_one_map(name: str, value: Any, words: tuple[str, ...]) -> None:
-    """Check that a choice is one number or one of some words.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    if value in words if isinstance(value, str) else is_number(value):
-        return
-    expected = f"{', '.join(['one number', *map(repr, words[:-1])])} or {words[-1]!r}"
-    raise ConfigError(f"{name}: got {value!r}, expected {expected}: one map is shown at a time")

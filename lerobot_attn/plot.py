@@ -9,34 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import xarray as xr
+from dask.base import compute
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.prefix import cross_modal, text_to_image
 from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
 from lerobot_attn.analysis.sinks import keys_to_leave_out
-from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation, episode_range
+from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, by_camera, colour_range, episode_ranges
+from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
-from lerobot_attn.settings import check_choice, check_numbers, check_ranges, is_number, parse_choice
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, short
+from lerobot_attn.figures.look import LookSettings
+from lerobot_attn.layout import ImageGeometry
+from lerobot_attn.settings import check_ranges, is_number
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import read_frames
+from lerobot_attn.video import Frame, read_frames
 
 _MOST_GROUPS = 40  # images in one figure
-_RANGES = {"clip": (50, 100), "alpha": (0, 1), "width": (2, 30), "columns": (2, 40), "dpi": (30, 1200)}
+_RANGES = {"width": (2, 30), "columns": (2, 40), "dpi": (30, 1200)}
 
 
-@dataclass
-class PlotSettings:
+@dataclass(frozen=True, kw_only=True)
+class PlotSettings(LookSettings):
     """Settings of `lerobot-attn plot`; labels as `analysis.Where` takes them, or as text: "0,4,9", "0-3".
 
     Unset (None) means what the kind of picture is usually looked at with.
     """
 
+    query: Any = None
     # Frames: a number, a list, or 'all'. Default: the middle frame; every frame for evolution and timeline.
     frames: Any = None
     # Cameras, by name or the last part of it. Default: all that showed an image.
@@ -47,24 +53,8 @@ class PlotSettings:
     denoise_steps: Any = None
     # Heads: a number, a list, 'all', 'mean' or 'max'. Default: mean; all for kind heads.
     heads: Any = None
-    # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
-    query: Any = None
-    # share (of all attention), image (share within the image), frame (of the largest patch), episode (one
-    # range for all frames).
-    normalisation: Normalisation = "share"
-    # Where the colour range ends: this percentile of the patches shown (of the episode's with episode); 100
-    # is the largest. Below it a single bright patch does not darken the rest; the colour bar gets an arrow.
-    clip: float = 99.9
     # A word of the task, by its text or number, for kind cross-modal. Default: all words.
     word: Any = None
-    # Key tokens to leave out, e.g. attention sinks; or 'sinks' to find them first.
-    leave_out: Any = ()
-    # A matplotlib colour map for images.
-    colormap: str = "inferno"
-    # Opacity of the largest value over the image, 0 to 1.
-    alpha: float = 0.7
-    # nearest (a patch is a square) or linear (blended between patch centres).
-    interpolation: Interpolation = "nearest"
     # Width of the figure, inches: 3.4 is a column of a paper, 7 a page.
     width: float = 7.0
     # Panels in a row.
@@ -72,22 +62,22 @@ class PlotSettings:
     # Dots per inch of PNG files.
     dpi: int = 200
 
+    _choices: ClassVar[tuple[str, ...]] = (
+        *LookSettings._choices,
+        *("frames", "layers", "denoise_steps", "heads"),
+    )
+
     def __post_init__(self) -> None:
         """Read choices given as text, and check what can be checked without an episode.
 
         Raises:
             ConfigError: a value is out of range or of the wrong type.
         """
-        for name in ("frames", "layers", "denoise_steps", "heads", "query", "leave_out"):
-            setattr(self, name, parse_choice(getattr(self, name)))
+        super().__post_init__()
         if isinstance(self.cameras, str):
-            self.cameras = None if self.cameras == "all" else [c.strip() for c in self.cameras.split(",")]
-        self.leave_out = check_numbers("leave_out", self.leave_out, "sinks")
-        check_choice(self, "normalisation", NORMALISATIONS)
-        if self.interpolation not in ("nearest", "linear"):
-            raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
+            names = [name.strip() for name in self.cameras.split(",")]
+            self._set("cameras", None if self.cameras == "all" else names)
         check_ranges(self, _RANGES)
-        colormap(self.colormap)
 
 
 def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> Figure:
@@ -143,7 +133,6 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             raise SelectionError(
                 f"this kind shows one {name.replace('_', ' ')}, got {value!r}; choose a number or 'mean'"
             )
-    groups, heatmaps, ends = [], [], []
     frames = np.atleast_1d(frames_of(data, _frames(episode, settings))).tolist()
     cameras = _cameras(episode, settings)
     if len(frames) * len(cameras) > _MOST_GROUPS:
@@ -151,17 +140,16 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             f"{len(frames)} frames of {len(cameras)} cameras are too many for one figure, expected "
             f"{_MOST_GROUPS} images at most; choose frames, or make a video with lerobot-attn overlay"
         )
+    of_frames = [_heatmaps(data, cameras, settings, {**where, "frame": frame}) for frame in frames]
+    groups, heatmaps = [], []
     for camera in cameras:
         name, geometry, _ = analysis.camera_geometry(data, camera)
-        if settings.normalisation == "episode":
-            ends.append(episode_range(data, name, clip=settings.clip, **where))
-        for frame, image in zip(frames, camera_frames(episode, name, frames), strict=True):
-            heat = _heatmap(data, name, settings, {**where, "frame": frame})
+        images = camera_frames(episode, name, frames)
+        for frame, image, of_frame in zip(frames, images, of_frames, strict=True):
+            heat = of_frame[name]
             heatmaps.append(heat)
             heat = heat if along in heat.dims else heat.expand_dims(along)
-            pixels = analysis.on_camera_pixels(
-                heat, geometry, size_px=image.shape[:2], interpolation=settings.interpolation
-            )
+            pixels = on_image(heat, geometry, image, settings)
             labels = heat[along].values if along in heat.coords else [""]
             word = {"layer": "layer", "head": "head", "denoise_step": "step"}[along]
             titles = [f"{word} {label}" for label in labels]
@@ -174,7 +162,7 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
                     [figures.Panel(pixel, title) for pixel, title in zip(pixels, titles, strict=True)],
                 )
             )
-    vmax, clipped = _range(heatmaps, settings, ends)
+    vmax, clipped = _range(data, heatmaps, cameras, settings, where)
     queries = {heat.attrs["query"] for heat in heatmaps}
     query = queries.pop() if len(queries) == 1 else "the action executed at each frame"
     return figures.image_grid(
@@ -210,24 +198,21 @@ def _text(episode: Episode, settings: PlotSettings) -> Figure:
 def _combined(episode: Episode, settings: PlotSettings) -> Figure:
     data, frame = episode.arrays, _one_frame(episode, settings)
     where = _where(episode, settings, frame=frame, layer=_single(settings.layers, -1))
-    groups, heatmaps, ends = [], [], []
-    for camera in _cameras(episode, settings):
+    cameras = _cameras(episode, settings)
+    array = analysis.attention(data, **where).load()
+    heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
+    groups = []
+    for camera in cameras:
         name, geometry, _ = analysis.camera_geometry(data, camera)
         (image,) = camera_frames(episode, name, [frame])
-        if settings.normalisation == "episode":
-            ends.append(episode_range(data, name, clip=settings.clip, **where))
-        heat = _heatmap(data, name, settings, where)
-        heatmaps.append(heat)
-        pixels = analysis.on_camera_pixels(
-            heat, geometry, size_px=image.shape[:2], interpolation=settings.interpolation
-        )
+        pixels = on_image(heatmaps[name], geometry, image, settings)
         groups.append(figures.Group(short(name), image, [figures.Panel(pixels, "")]))
-    vmax, clipped = _range(heatmaps, settings, ends)
+    vmax, clipped = _range(data, [*heatmaps.values()], cameras, settings, where)
     return figures.combined_figure(
         groups,
-        analysis.modality_share(data, **where).load(),
-        analysis.token_attention(data, **where).load(),
-        _caption(episode, heatmaps[0].attrs, settings, [frame]),
+        by_modality(data, array),
+        by_token(data, array),
+        _caption(episode, array.attrs, settings, [frame]),
         vmax=vmax,
         clipped=clipped,
         unit=NORMALISATIONS[settings.normalisation],
@@ -296,17 +281,18 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
         heat = text_to_image(data, settings.word, name, frame=frame, layer=layer, head=head)
         maps.append(heat)
         labels = heat["label"].values.tolist() if "token" in heat.dims else [str(heat.attrs["word"])]
-        pixels = analysis.on_camera_pixels(
-            heat if "token" in heat.dims else heat.expand_dims("token"),
-            geometry,
-            size_px=image.shape[:2],
-            interpolation=settings.interpolation,
-        )
+        by_word = heat if "token" in heat.dims else heat.expand_dims("token")
+        pixels = on_image(by_word, geometry, image, settings)
         panels = [figures.Panel(pixel, f"“{label}”") for pixel, label in zip(pixels, labels, strict=True)]
         groups.append(figures.Group(f"{short(name)}, frame {frame}", image, panels))
     shares = cross_modal(data, frame=frame, layer=layer, head=head)
     facts = _caption(episode, maps[0].attrs, settings, [frame], image=False)
-    vmax, clipped = _range(maps, settings, [heat.attrs["vmax"] for heat in maps])
+    vmax, clipped = colour_range(
+        maps,
+        settings.normalisation,
+        clip=settings.clip,
+        episode_ends=[heat.attrs["vmax"] for heat in maps],
+    )
     return figures.cross_modal_figure(
         groups,
         shares.load(),
@@ -325,15 +311,17 @@ def _timeline(episode: Episode, settings: PlotSettings) -> Figure:
     data = episode.dataset
     frames: Any = "all" if settings.frames is None else settings.frames
     where = _where(episode, settings, frame=frames, layer=_single(settings.layers, -1))
-    shares = analysis.modality_share(data, **where)
-    sharp = {
-        name: analysis.sharpness(analysis.image_heatmap(data, name, **where)).effective_number.compute()
-        for name in (analysis.camera_geometry(data, c)[0] for c in _cameras(episode, settings))
-    }
+    array = analysis.attention(data, **where)
+    heatmaps = by_camera(data, array, _cameras(episode, settings))
+    # Together, so that the maps are read once.
+    shares, *numbers = compute(
+        by_modality(data, array),
+        *(analysis.sharpness(heat)["effective_number"] for heat in heatmaps.values()),
+    )
     chosen = np.atleast_1d(frames_of(data, frames))
     return figures.timeline_figure(
-        shares.compute(),
-        sharp,
+        shares,
+        dict(zip(heatmaps, numbers, strict=True)),
         data["reward"].values[chosen],
         data["success"].values[chosen],
         np.unique(data["inference_frame"].values[data["frame_inference"].values[chosen]]),
@@ -355,8 +343,8 @@ KINDS: dict[str, Callable[[Episode, PlotSettings], Figure]] = {
 }
 
 
-def _where(episode: Episode, settings: PlotSettings, **changes: Any) -> Where:
-    where: dict[str, Any] = {
+def _where(episode: Episode, settings: PlotSettings, **changes: Unpack[Where]) -> Where:
+    where: Where = {
         "frame": _frames(episode, settings),
         "layer": -1 if settings.layers is None else settings.layers,
         "denoise_step": -1 if settings.denoise_steps is None else settings.denoise_steps,
@@ -364,33 +352,29 @@ def _where(episode: Episode, settings: PlotSettings, **changes: Any) -> Where:
         "query": "frame" if settings.query is None else settings.query,
         "leave_out": settings.leave_out,
     }
-    return where | changes  # type: ignore[return-value]
+    return {**where, **changes}
 
 
-def _heatmap(data: xr.Dataset, camera: str, settings: PlotSettings, where: Any) -> xr.DataArray:
-    # The episode's range is the same for every frame: it is found once a camera, not with each heatmap.
-    normalisation: Normalisation = "share" if settings.normalisation == "episode" else settings.normalisation
-    return analysis.image_heatmap(data, camera, normalisation=normalisation, **where).load()
+def _heatmaps(
+    data: xr.Dataset, cameras: Sequence[str], settings: PlotSettings, where: Where
+) -> dict[str, xr.DataArray]:
+    """Read a frame's map once for all cameras; full camera name → heatmap."""
+    array = analysis.attention(data, **where).load()
+    return by_camera(data, array, cameras, normalisation=settings.normalisation)
 
 
 def _range(
-    heatmaps: Sequence[xr.DataArray], settings: PlotSettings, episode_ends: Sequence[float]
-) -> tuple[float, bool]:
-    """Return where the colour range ends, and whether values lie beyond.
-
-    Args:
-        heatmaps: what is shown.
-        settings: say what the range is of.
-        episode_ends: with normalisation "episode", where each camera's ends.
-    """
-    largest = max(float(heat.max()) for heat in heatmaps)
-    if settings.normalisation == "frame":
-        return 1.0, False
+    data: xr.Dataset,
+    heatmaps: Sequence[xr.DataArray],
+    cameras: Sequence[str],
+    settings: PlotSettings,
+    where: Where,
+) -> ColourRange:
+    """Return the colour range of the heatmaps; that of the episode is looked up in all its frames."""
+    ends: dict[str, float] = {}
     if settings.normalisation == "episode":
-        vmax = max(episode_ends)
-    else:
-        vmax = float(np.percentile(np.concatenate([heat.values.ravel() for heat in heatmaps]), settings.clip))
-    return (vmax, largest > vmax) if vmax > 0 else (largest, False)
+        ends = episode_ranges(data, cameras, clip=settings.clip, **where)
+    return colour_range(heatmaps, settings.normalisation, clip=settings.clip, episode_ends=ends.values())
 
 
 def _frames(episode: Episode, settings: PlotSettings) -> Any:
@@ -435,7 +419,17 @@ def _over_frames(shares: xr.DataArray) -> xr.DataArray:
     return (shares.mean("frame") if "frame" in shares.dims else shares).compute()
 
 
-def camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[np.ndarray]:
+def on_image(
+    heatmap: xr.DataArray, geometry: ImageGeometry, image: Frame, settings: LookSettings
+) -> NDArray[np.float32]:
+    """Put a heatmap (…, grid_y, grid_x) on the pixels of a camera's image: (…, height, width)."""
+    height, width, _ = image.shape
+    return analysis.on_camera_pixels(
+        heatmap, geometry, size_px=(height, width), interpolation=settings.interpolation
+    )
+
+
+def camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[Frame]:
     """Return the camera's frames, (height, width, 3) uint8 each.
 
     Raises:
@@ -458,7 +452,7 @@ def _caption(
     leave: str = "",
 ) -> Caption:
     """Say which episode, frame, layer, step, head, query and normalisation were drawn."""
-    outcome = {True: ", success", False: ", failure"}.get(episode.success, "")  # type: ignore[arg-type]
+    outcome = {True: ", success", False: ", failure", None: ""}[episode.success]
     state = "" if episode.is_complete else ", incomplete"
     data = episode.arrays
     facts = [f"{episode.path.parent.name}/{episode.path.stem}{outcome}{state}"]

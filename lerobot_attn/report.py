@@ -17,67 +17,44 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
-from lerobot_attn.analysis.compare import compare, compare_overall
+from lerobot_attn.analysis.compare import Align, Aspect, compare_each, overall_table
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.sinks import keys_to_leave_out
-from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
+from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, Normalisation, colour_range
 from lerobot_attn.errors import ConfigError, SelectionError
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colormap, short
-from lerobot_attn.overlay import OverlaySettings, check_one_map, overlay_frames
-from lerobot_attn.plot import camera_frames
-from lerobot_attn.settings import check_choice, check_numbers, check_ranges, parse_choice
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, short
+from lerobot_attn.figures.look import OneMapSettings
+from lerobot_attn.overlay import OverlaySettings, overlay_frames
+from lerobot_attn.plot import camera_frames, on_image
+from lerobot_attn.settings import check_choice, check_ranges
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import VideoWriter
+from lerobot_attn.video import Frame, VideoWriter
 
 Progress = Callable[[int, int], None]
 _STRIP = 5  # phases of an episode that are shown as images
-_PASSES = 5  # times that `compare_groups` goes over the episodes
+_RANGES = {"width": (2, 30), "dpi": (30, 1200)}
 
 
-_RANGES = {"clip": (50, 100), "alpha": (0, 1), "width": (2, 30), "dpi": (30, 1200)}
-
-
-@dataclass
-class CompareSettings:
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(OneMapSettings):
     """Settings of `lerobot-attn compare`; labels as `analysis.Where` takes them, or as text."""
 
-    # Layer: a number (negative from the last) or 'mean'.
-    layer: Any = -1
-    # Denoise step: a number (negative from the last) or 'mean'.
-    denoise_step: Any = -1
-    # Head: a number, 'mean' or 'max'.
-    head: Any = "mean"
-    # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
-    query: Any = "frame"
-    # Key tokens to leave out of both sides; or 'sinks' to find those of both first.
-    leave_out: Any = ()
-    # Camera of images and video, by the last part of its name. Default: the first.
-    camera: str | None = None
-    # share, image, frame or episode: what the images' colours mean.
     normalisation: Normalisation = "image"
-    # Percentile of the patches at which the images' colours end.
-    clip: float = 99.9
     # phase (fraction of the episode) or frame: what is put side by side.
-    align: str = "phase"
+    align: Align = "phase"
     # Parts of an episode, with align=phase.
     n_phases: int = 20
     # Confidence of the intervals over episodes.
     confidence: float = 0.95
-    # A matplotlib colour map for images.
-    colormap: str = "inferno"
-    # Opacity of the largest value.
-    alpha: float = 0.7
-    # nearest or linear.
-    interpolation: Interpolation = "nearest"
     # Width of the figure, inches.
     width: float = 7.0
+    # Dots per inch of the figure.
     dpi: int = 200
     # Write the video of two episodes side by side.
     video: bool = True
-    # Frames per second of the video. Default: the first episode's.
-    fps: float | None = None
 
     def __post_init__(self) -> None:
         """Read choices given as text, and check what can be checked without episodes.
@@ -85,27 +62,9 @@ class CompareSettings:
         Raises:
             ConfigError: a value is out of range or of the wrong type.
         """
-        for name in ("layer", "denoise_step", "head", "query", "leave_out"):
-            setattr(self, name, parse_choice(getattr(self, name)))
-        for name, words in (("layer", ("mean",)), ("denoise_step", ("mean",)), ("head", ("mean", "max"))):
-            check_one_map(name, getattr(self, name), words)
-        self.leave_out = check_numbers("leave_out", self.leave_out, "sinks")
-        check_choice(self, "normalisation", NORMALISATIONS)
+        super().__post_init__()
+        check_choice(self, "align", ("phase", "frame"))
         check_ranges(self, _RANGES)
-        if self.fps is not None:
-            check_ranges(self, {"fps": (0.1, 240)})
-        colormap(self.colormap)
-
-    @property
-    def where(self) -> Where:
-        """What to look at, for `analysis`."""
-        return {
-            "layer": self.layer,
-            "denoise_step": self.denoise_step,
-            "head": self.head,
-            "query": self.query,
-            "leave_out": self.leave_out,
-        }
 
 
 class Comparison(NamedTuple):
@@ -135,29 +94,28 @@ def compare_groups(
         SelectionError: an empty side, or a layer, camera, … that an episode does not hold.
     """
     settings = _without_sinks(a, b, settings or CompareSettings())
-    total, passes = len(a) + len(b), _PASSES
-    done = 0
-
-    def count(_: int, __: int) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, passes * total)
-
-    options: dict[str, Any] = {"confidence": settings.confidence, "progress": count, **settings.where}
-    along: dict[str, Any] = {"align": settings.align, "n_phases": settings.n_phases, **options}
-    shares = compare(a, b, "modality_share", **along)
-    sharpness = compare(a, b, "sharpness", **along)
-    if "quantity" in sharpness.dims:
-        sharpness = sharpness.sel(quantity="effective_number")
-    tables = [compare_overall(a, b, measure, **options) for measure in ("modality_share", "token_attention")]
+    axis, n_phases = settings.align, settings.n_phases
+    found = compare_each(
+        a,
+        b,
+        {
+            "shares": Aspect("modality_share", axis, n_phases),
+            "sharpness": Aspect("sharpness", axis, n_phases),
+            "overall shares": Aspect("modality_share", "whole"),
+            "overall tokens": Aspect("token_attention", "whole"),
+            "heatmap": Aspect("image_heatmap", "whole", camera=settings.camera),
+        },
+        confidence=settings.confidence,
+        progress=progress,
+        **settings.where,
+    )
+    sharpness = found["sharpness"].sel(quantity="effective_number")
+    tables = [overall_table(found[name]) for name in ("overall shares", "overall tokens")]
     tables[0] = tables[0][tables[0]["name"] != "padding"].assign(kind=lambda t: t["name"])
     tables[0]["name"] = tables[0]["name"].map(short)
     overall = pd.concat(tables, ignore_index=True)
     overall.attrs["interval"] = tables[1].attrs["interval"]
-    shown = {"camera": settings.camera, "n_phases": 1, **options}
-    heatmap = compare(a, b, "image_heatmap", **shown).isel(phase=0)
-    return Comparison(shares, sharpness, overall, heatmap)
+    return Comparison(found["shares"], sharpness, overall, found["heatmap"])
 
 
 def comparison_figure(
@@ -182,24 +140,23 @@ def comparison_figure(
     """
     settings = _without_sinks(a, b, settings or CompareSettings())
     found = found or compare_groups(a, b, settings, progress)
-    strips, heats = [], []
+    strips, shown = [], ColourRange(1.0, False)
     if len(a) == len(b) == 1:
-        for name, episode in (("A", a[0]), ("B", b[0])):
-            group, maps = _strip(name, episode, settings)
-            strips.append(group)
-            heats += maps
-    means: list[np.ndarray] = []
+        sides = [_strip(name, episode, settings) for name, episode in (("A", a[0]), ("B", b[0]))]
+        strips = [group for group, _ in sides]
+        shown = colour_range(
+            [heat for _, heat in sides],
+            settings.normalisation,
+            clip=settings.clip,
+            episode_ends=[heat.attrs["vmax"] for _, heat in sides],
+        )
+    means: list[NDArray[np.float32]] = []
     unit = NORMALISATIONS[settings.normalisation]
     if not strips:
         _, geometry, _ = analysis.camera_geometry(a[0].arrays, settings.camera)
         kept = [found.heatmap[name].transpose("grid_y", "grid_x") for name in ("a", "b", "difference")]
         means = [analysis.on_camera_pixels(part, geometry) for part in kept]
         unit = NORMALISATIONS["share"]
-    vmax = 1.0
-    if heats and settings.normalisation != "frame":
-        vmax = float(np.percentile(np.concatenate([heat.ravel() for heat in heats]), settings.clip))
-    largest = max((float(heat.max()) for heat in heats), default=0.0)
-    vmax = vmax if vmax > 0 else (largest or 1.0)
     return figures.comparison_figure(
         found.shares,
         found.sharpness,
@@ -208,16 +165,16 @@ def comparison_figure(
         _caption(a, b, settings, found),
         strips=strips,
         means=means,
-        vmax=vmax,
+        vmax=shown.vmax,
         unit=unit,
-        clipped=largest > vmax,
+        clipped=shown.clipped,
         cmap=settings.colormap,
         alpha=settings.alpha,
         width_in=settings.width,
     )
 
 
-def side_by_side(a: Episode, b: Episode, settings: CompareSettings | None = None) -> Iterator[np.ndarray]:
+def side_by_side(a: Episode, b: Episode, settings: CompareSettings | None = None) -> Iterator[Frame]:
     """Yield the overlays of two episodes side by side, (height, width, 3) uint8.
 
     By phase there are as many frames as the longer episode has, and the shorter one holds its frames; by
@@ -227,7 +184,7 @@ def side_by_side(a: Episode, b: Episode, settings: CompareSettings | None = None
     n = max(a.n_frames, b.n_frames)
     views = []
     for episode in (a, b):
-        wanted: np.ndarray = np.arange(n)
+        wanted: NDArray[np.intp] = np.arange(n)
         if settings.align == "phase" and n > 1:
             wanted = np.round(wanted * (episode.n_frames - 1) / (n - 1)).astype(int)
         views.append(
@@ -269,7 +226,7 @@ def write_report(
     settings = _without_sinks(a, b, settings or CompareSettings())
     video = settings.video and len(a) == len(b) == 1
     n_video = max(a[0].n_frames, b[0].n_frames) if video else 0
-    n_read = _PASSES * (len(a) + len(b))
+    n_read = len(a) + len(b)
 
     def reading(done: int, _: int) -> None:
         if progress is not None:
@@ -303,22 +260,22 @@ def _without_sinks(a: Sequence[Episode], b: Sequence[Episode], settings: Compare
     return replace(settings, leave_out=keys_to_leave_out(settings.leave_out, (*a, *b)))
 
 
-def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, list[np.ndarray]]:
+def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, xr.DataArray]:
     """Return one side's heatmaps over its images at five phases, and the same on the patches."""
     data = episode.arrays
     camera, geometry, _ = analysis.camera_geometry(data, settings.camera)
     frames = sorted({round(phase * (episode.n_frames - 1)) for phase in np.linspace(0, 1, _STRIP)})
     where: Where = {**settings.where, "frame": frames}
-    heat = analysis.image_heatmap(data, camera, normalisation=settings.normalisation, **where)
+    heat = analysis.image_heatmap(
+        data, camera, normalisation=settings.normalisation, clip=settings.clip, **where
+    )
     panels = []
     for index, (frame, image) in enumerate(zip(frames, camera_frames(episode, camera, frames), strict=True)):
-        pixels = analysis.on_camera_pixels(
-            heat[index], geometry, size_px=image.shape[:2], interpolation=settings.interpolation
-        )
+        pixels = on_image(heat[index], geometry, image, settings)
         panels.append(figures.Panel(pixels, f"{name}, frame {frame}", image))
     label = f"{name}: {short(camera)}"
     assert panels[0].image is not None
-    return figures.Group(label, panels[0].image, panels), [heat.values]
+    return figures.Group(label, panels[0].image, panels), heat
 
 
 def _overlay(settings: CompareSettings) -> OverlaySettings:
@@ -336,7 +293,7 @@ def _overlay(settings: CompareSettings) -> OverlaySettings:
     )
 
 
-def _held(frames: Iterator[np.ndarray], wanted: np.ndarray) -> Iterator[np.ndarray]:
+def _held(frames: Iterator[Frame], wanted: NDArray[np.intp]) -> Iterator[Frame]:
     """Yield frames by ascending number, each as often as it is wanted."""
     position, shown = -1, None
     for number in wanted.tolist():
@@ -347,7 +304,7 @@ def _held(frames: Iterator[np.ndarray], wanted: np.ndarray) -> Iterator[np.ndarr
         yield shown
 
 
-def _to_height(frame: np.ndarray, height: int) -> np.ndarray:
+def _to_height(frame: Frame, height: int) -> Frame:
     return np.pad(frame, ((0, height - frame.shape[0]), (0, 0), (0, 0)))
 
 
@@ -361,7 +318,8 @@ def _write_video(
     writer: VideoWriter | None = None
     try:
         for frame in side_by_side(a, b, settings):
-            writer = writer or VideoWriter(temporary, fps=fps, size_px=frame.shape[:2])
+            height, width, _ = frame.shape
+            writer = writer or VideoWriter(temporary, fps=fps, size_px=(height, width))
             writer.write(frame)
             done += 1
             if progress is not None:
@@ -399,7 +357,7 @@ def _side(episodes: Sequence[Episode]) -> str:
     outcomes = [episode.success for episode in episodes]
     solved = f"{outcomes.count(True)} of {len(episodes)} solved"
     if len(episodes) == 1:
-        solved = {True: "success", False: "failure"}.get(outcomes[0], "unfinished")  # type: ignore[arg-type]
+        solved = {True: "success", False: "failure", None: "unfinished"}[outcomes[0]]
         return f"{episodes[0].path.parent.name}/{episodes[0].path.stem} ({solved}): {episodes[0].task}"
     tasks = sorted({episode.task for episode in episodes})
     task = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"

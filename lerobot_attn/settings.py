@@ -6,11 +6,14 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lerobot_attn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _LONGEST_RANGE = 1_000_000  # a slip of the finger must not fill the memory
 
@@ -36,7 +39,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def from_mapping[T](cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+def from_mapping[T: DataclassInstance](cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build a dataclass of settings.
 
     Args:
@@ -47,14 +50,14 @@ def from_mapping[T](cls: type[T], values: Mapping[str, Any], *, where: str) -> T
     Raises:
         ConfigError: an unknown name, or what the dataclass itself refuses.
     """
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    known = [f.name for f in fields(cls)]
     unknown = sorted(set(map(str, values)) - set(known))
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(known)}")
     return cls(**values)
 
 
-def load_settings[T](cls: type[T], file: str | Path | None = None, **options: Any) -> T:
+def load_settings[T: DataclassInstance](cls: type[T], file: str | Path | None = None, **options: Any) -> T:
     """Build settings from a YAML file, then options on top; options that are None were not given.
 
     Raises:
@@ -130,6 +133,18 @@ def check_numbers(name: str, value: Any, word: str) -> Any:
     if isinstance(values, str) or not hasattr(values, "__iter__") or not all(map(is_number, values)):
         raise ConfigError(f"{name}: got {value!r}, expected {word!r}, a number, a list or a range as '0-9'")
     return tuple(operator.index(item) for item in values)
+
+
+def check_one_map(name: str, value: Any, words: tuple[str, ...]) -> None:
+    """Check that a choice is one number or one of some words.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if value in words if isinstance(value, str) else is_number(value):
+        return
+    expected = f"{', '.join(['one number', *map(repr, words[:-1])])} or {words[-1]!r}"
+    raise ConfigError(f"{name}: got {value!r}, expected {expected}: one map is shown at a time")
 
 
 def is_number(value: Any) -> bool:

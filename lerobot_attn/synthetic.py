@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, Segment, TextSpan, TokenLayout, label_text
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.store.writer import Compression, EpisodeWriter
-from lerobot_attn.video import VideoWriter
+from lerobot_attn.video import Frame, VideoWriter
 
 _PATCH_SHARE = (
     0.75  # of a camera's attention that lies on the planted patch; the rest is even over the others
@@ -120,10 +121,10 @@ class SyntheticPlan:
 
 class _Prompt(NamedTuple):
     pieces: list[str]
-    mask: np.ndarray
-    kind: np.ndarray
-    word: np.ndarray
-    state_dim: np.ndarray
+    mask: NDArray[np.bool_]
+    kind: NDArray[np.int8]
+    word: NDArray[np.int16]
+    state_dim: NDArray[np.int16]
 
 
 def planted_patch(
@@ -171,7 +172,7 @@ def write_planted_episode(folder: str | Path, plan: SyntheticPlan | None = None,
     """
     plan = plan or SyntheticPlan()
 
-    def maps(inference: int, prompt: _Prompt) -> tuple[np.ndarray, np.ndarray]:
+    def maps(inference: int, prompt: _Prompt) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         full = np.zeros(
             (plan.n_denoise_steps, plan.n_layers, plan.n_heads, plan.n_queries, plan.layout.n_keys),
             np.float32,
@@ -203,19 +204,19 @@ def write_softmax_episode(folder: str | Path, plan: SyntheticPlan | None = None,
     rng = np.random.default_rng(plan.seed)
     n_keys = plan.layout.n_keys
 
-    def normal(*shape: int, scale: float) -> np.ndarray:
+    def normal(*shape: int, scale: float) -> NDArray[np.float32]:
         return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
 
     base = normal(plan.n_layers, plan.n_heads, 1, n_keys, scale=2)
 
-    def maps(inference: int, prompt: _Prompt) -> tuple[np.ndarray, np.ndarray]:
+    def maps(inference: int, prompt: _Prompt) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         drift = base + normal(plan.n_layers, plan.n_heads, 1, n_keys, scale=0.7)
         steps = normal(plan.n_denoise_steps, 1, plan.n_heads, 1, n_keys, scale=0.5)
         queries = normal(1, plan.n_heads, plan.n_queries, n_keys, scale=0.4)
         masked = np.full(n_keys, np.float32(0))
         masked[_masked_keys(plan, prompt)] = -np.inf
 
-        def rows(layers: list[int], n_queries: int) -> np.ndarray:
+        def rows(layers: list[int], n_queries: int) -> NDArray[np.float32]:
             logits = drift[layers][None] + steps[:, :1] + queries[:, :, :n_queries]
             logits += normal(*logits.shape, scale=0.1) + masked
             np.exp(logits - logits.max(axis=-1, keepdims=True), out=logits)
@@ -231,7 +232,7 @@ def write_softmax_episode(folder: str | Path, plan: SyntheticPlan | None = None,
 
 def _planted_row(
     plan: SyntheticPlan, prompt: _Prompt, inference: int, step: int, layer: int, head: int, query: int
-) -> np.ndarray:
+) -> NDArray[np.float32]:
     layout, frame = plan.layout, inference * plan.n_executed + query
     shares = planted_shares(plan, min(frame, plan.n_frames - 1))
     row = np.zeros(layout.n_keys, np.float32)
@@ -253,7 +254,7 @@ def _planted_row(
     return row
 
 
-def _planted_prefix(plan: SyntheticPlan, prompt: _Prompt) -> np.ndarray:
+def _planted_prefix(plan: SyntheticPlan, prompt: _Prompt) -> NDArray[np.float32]:
     layout = plan.layout
     n, words = layout.prefix_len, len(plan.task.split())
     rows = np.eye(n, dtype=np.float32)
@@ -270,7 +271,7 @@ def _planted_prefix(plan: SyntheticPlan, prompt: _Prompt) -> np.ndarray:
     return np.broadcast_to(rows, (len(plan.prefix_layers), plan.n_heads, n, n))
 
 
-def _masked_keys(plan: SyntheticPlan, prompt: _Prompt) -> np.ndarray:
+def _masked_keys(plan: SyntheticPlan, prompt: _Prompt) -> NDArray[np.bool_]:
     layout = plan.layout
     masked = np.isin(layout.key_camera(), np.arange(len(plan.image_px), len(layout.cameras)))
     masked[layout.language.start : layout.language.stop] = ~prompt.mask
@@ -303,7 +304,7 @@ def _prompt(plan: SyntheticPlan, inference: int) -> _Prompt:
 def _write(
     folder: Path,
     plan: SyntheticPlan,
-    maps: Callable[[int, _Prompt], tuple[np.ndarray, np.ndarray]],
+    maps: Callable[[int, _Prompt], tuple[NDArray[np.float32], NDArray[np.float32]]],
     attributes: Mapping[str, Any],
 ) -> Path:
     path = folder / "attention" / f"{plan.task_group}_{plan.task_id}"
@@ -324,7 +325,8 @@ def _write(
         prompt = _prompt(plan, inference)
         full, means = maps(inference, prompt)
         start = inference * plan.n_executed
-        rows = {
+        chunk = rng.standard_normal((plan.n_queries, plan.n_actions), dtype=np.float32)
+        rows: dict[str, NDArray[Any]] = {
             "suffix_attention": full.astype(np.float16),
             "suffix_attention_mean": means.astype(np.float16),
             "token_id": np.arange(plan.n_text) * prompt.mask,
@@ -332,15 +334,15 @@ def _write(
             "text_word": prompt.word,
             "text_state_dim": prompt.state_dim,
             "key_kind": plan.layout.key_kind(~_masked_keys(plan, prompt), prompt.kind),
-            "inference_frame": np.int32(start),
-            "action_chunk": rng.standard_normal((plan.n_queries, plan.n_actions), dtype=np.float32),
+            "inference_frame": np.array(start, np.int32),
+            "action_chunk": chunk,
         }
         if plan.prefix_layers:
             rows["prefix_attention"] = _planted_prefix(plan, prompt).astype(np.float16)
         if not plan.layers:
             del rows["suffix_attention"]
         writer.append_inference(rows)
-        writer.append_frames(_frame_rows(plan, start, rows["action_chunk"]))
+        writer.append_frames(_frame_rows(plan, start, chunk))
         writer.commit()
     videos = _write_videos(path, plan) if plan.videos and plan.n_frames else {}
     writer.close(
@@ -368,7 +370,7 @@ def _sizes(plan: SyntheticPlan) -> dict[str, int]:
     }
 
 
-def _coordinates(plan: SyntheticPlan) -> dict[str, np.ndarray]:
+def _coordinates(plan: SyntheticPlan) -> dict[str, NDArray[Any]]:
     layout = plan.layout
     rows, columns = layout.key_patch()
     coordinates = {
@@ -414,7 +416,7 @@ def _attributes(plan: SyntheticPlan) -> dict[str, Any]:
     }
 
 
-def _frame_rows(plan: SyntheticPlan, start: int, chunk: np.ndarray) -> dict[str, np.ndarray]:
+def _frame_rows(plan: SyntheticPlan, start: int, chunk: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     n = min(plan.n_executed, plan.n_frames - start)
     frames = np.arange(start, start + n)
     last = frames == plan.n_frames - 1
@@ -428,7 +430,7 @@ def _frame_rows(plan: SyntheticPlan, start: int, chunk: np.ndarray) -> dict[str,
     }
 
 
-def camera_frames(plan: SyntheticPlan, camera: int) -> Iterator[np.ndarray]:
+def camera_frames(plan: SyntheticPlan, camera: int) -> Iterator[Frame]:
     """Yield what a camera shows: (height, width, 3) uint8, a gradient with a square that moves each frame."""
     height, width = list(plan.image_px.values())[camera]
     y, x = np.mgrid[0:height, 0:width]

@@ -9,8 +9,11 @@ from typing import Any
 import av
 import imageio_ffmpeg
 import numpy as np
+from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError
+
+Frame = NDArray[np.uint8]  # (height, width, 3), RGB
 
 
 class VideoWriter:
@@ -48,7 +51,7 @@ class VideoWriter:
         )
         self._process.send(None)
 
-    def write(self, frame: np.ndarray) -> None:
+    def write(self, frame: Frame) -> None:
         """Append a frame.
 
         Args:
@@ -77,7 +80,7 @@ class VideoWriter:
 
 def read_frames(
     path: Path, *, size_px: tuple[int, int] | None = None, numbers: Iterable[int] | None = None
-) -> Iterator[np.ndarray]:
+) -> Iterator[Frame]:
     """Yield the frames of a video, (height, width, 3) uint8, in order.
 
     Args:
@@ -98,7 +101,7 @@ def read_frames(
         n_frames += 1
         if n_frames <= next_one:
             continue
-        image = frame.to_ndarray(format="rgb24")
+        image = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
         yield image if size_px is None else image[: size_px[0], : size_px[1]]
         following = n_frames if wanted is None else next(wanted, None)
         if following is None:

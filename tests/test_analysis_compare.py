@@ -3,13 +3,22 @@
 import functools
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from scipy import stats
 
 from lerobot_attn import open_episode, open_run, synthetic
 from lerobot_attn.analysis import image_heatmap, modality_share, token_attention
-from lerobot_attn.analysis.compare import _bootstrap, compare, compare_overall, split_by_success
+from lerobot_attn.analysis.compare import (
+    Aspect,
+    _bootstrap,
+    compare,
+    compare_each,
+    compare_overall,
+    overall_table,
+    split_by_success,
+)
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.synthetic import SyntheticPlan, planted_shares, write_planted_episode
 
@@ -298,6 +307,56 @@ def test_overall_is_the_mean_of_each_whole_episode(groups):
     sharp = compare_overall(a, b, "sharpness")
     assert set(sharp.quantity) == {"entropy", "effective_number"}
     assert set(sharp.name) == {CAMERA, WRIST}
+
+
+def test_aspects_together_are_what_they_are_alone(groups):
+    a, b = groups
+    options = {"n_resamples": 100, "seed": 4, "layer": "all"}
+    own = functools.partial(modality_share, leave_out=[0])
+    together = compare_each(
+        a,
+        b,
+        {
+            "shares": Aspect("modality_share", n_phases=3),
+            "words": Aspect("token_attention", "frame"),
+            "all words": Aspect("token_attention", "whole"),
+            "wrist": Aspect("image_heatmap", n_phases=2, camera="wrist"),
+            "image": Aspect(image_heatmap, "whole"),
+            "steady": Aspect("stability", n_phases=3),
+            "own": Aspect(own, n_phases=2),
+        },
+        **options,
+    )
+    alone = {
+        "shares": compare(a, b, "modality_share", n_phases=3, **options),
+        "words": compare(a, b, "token_attention", align="frame", **options),
+        "wrist": compare(a, b, "image_heatmap", camera="wrist", n_phases=2, **options),
+        "steady": compare(a, b, "stability", n_phases=3, **options),
+        "own": compare(a, b, own, n_phases=2, **options),
+    }
+    for name, expected in alone.items():
+        xr.testing.assert_identical(together[name], expected)
+        assert together[name].attrs == expected.attrs
+    pd.testing.assert_frame_equal(
+        overall_table(together["all words"]), compare_overall(a, b, "token_attention", **options)
+    )
+    image = compare(a, b, "image_heatmap", n_phases=1, **options).isel(phase=0, drop=True)
+    xr.testing.assert_identical(together["image"], image)
+
+
+@pytest.mark.parametrize(
+    ("aspects", "message"),
+    [
+        ({}, "aspects: got none, expected one at least"),
+        ({"a": ("sharpness", "time")}, "axis='time': expected 'phase', 'frame' or 'whole'"),
+        ({"a": ("sharpness", "phase", 0)}, "n_phases=0: expected 1 or more"),
+        ({"a": ("sharp",)}, "measure 'sharp': expected one of"),
+        ({"a": ("sharpness",), "b": ("image_heatmap", "whole", 1, "foot")}, "camera 'foot' does not exist"),
+    ],
+)
+def test_aspects_that_cannot_be_compared_are_refused(groups, aspects, message):
+    with pytest.raises(SelectionError, match=message):
+        compare_each(*groups, {name: Aspect(*values) for name, values in aspects.items()})
 
 
 def test_runs_split_by_success(groups, tmp_path):

@@ -1,6 +1,7 @@
 """Summaries of runs against planted attention, against single calls, and against damage and memory."""
 
 import functools
+import gc
 import pickle
 import shutil
 import tracemalloc
@@ -154,6 +155,30 @@ def test_a_function_sees_the_inferences_before_that_it_asks_for(data, monkeypatc
     assert summarise(data, Measure("seen", seen)).value.tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("by", ["inference", "frame"])
+def test_a_measure_of_attention_gets_the_rows_before_that_it_asks_for(data, monkeypatch, by):
+    monkeypatch.setattr(runs_module, "_MOST_INFERENCES", 1)
+    n_own = 3 if by == "frame" else 1  # rows of a block
+
+    def n_before(dataset, array):
+        counts = np.full(array.sizes[by], array.sizes[by] - n_own)
+        return xr.DataArray(counts, {by: array[by]}, (by,))
+
+    measures = [Measure("seen", n_before, n_before=2, of_attention=True), "modality_share"]
+    table = summarise(data, measures, by=by)
+    seen = table[table.measure == "seen"].value.tolist()
+    assert seen == ([0] * 3 + [2] * 9 if by == "frame" else [0, 1, 2, 2])
+    alone = Measure("seen", n_before, of_attention=True)
+    assert set(summarise(data, alone, by=by).value) == {0}
+    shares = table[table.measure == "modality_share"].value
+    np.testing.assert_array_equal(shares, summarise(data, "modality_share", by=by).value)
+
+
+def test_what_a_measure_of_attention_does_not_return_is_missing(data):
+    later = Measure("later", lambda _, array: array.max("key")[2:], n_before=1, of_attention=True)
+    assert summarise(data, later).value.isna().tolist() == [True, True, False, False]
+
+
 def test_a_run_is_one_table_with_its_episodes(run_folder):
     calls = []
     run = open_run(run_folder)
@@ -200,28 +225,30 @@ def test_datasets_are_taken_too_and_stay_lazy(run_folder):
 def test_a_damaged_episode_is_reported_and_the_others_are_summarised(run_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
-    run = open_run(folder)
-    for shard in (run[1].path / "suffix_attention_mean" / "c").rglob("*"):
+    episodes = list(open_run(folder))
+    for shard in (episodes[1].path / "suffix_attention_mean" / "c").rglob("*"):
         if shard.is_file():
             shard.write_bytes(b"\x00" * shard.stat().st_size)
-    shutil.rmtree(run[2].path)
-    summary = summarise_run(run, "modality_share")
+    shutil.rmtree(episodes[2].path)
+    summary = summarise_run(episodes, "modality_share")
     assert set(summary.table.episode) == {0}
-    assert [failed.path for failed in summary.failed] == [str(run[1].path), str(run[2].path)]
+    assert [failed.path for failed in summary.failed] == [str(episode.path) for episode in episodes[1:]]
     assert all(failed.error for failed in summary.failed)
 
 
 def test_episodes_are_let_go_after_their_turn(run_folder):
-    run = open_run(run_folder)
-    summarise_run(run)
-    assert not any({"arrays", "dataset"} & set(vars(episode)) for episode in run)
+    episodes = list(open_run(run_folder))
+    summarise_run(episodes)
+    assert not any({"arrays", "dataset"} & set(vars(episode)) for episode in episodes)
 
 
 def peak_bytes(dataset, by):
     chosen = [MEASURES["modality_share"], MEASURES["stability"]]
+    gc.collect()
     tracemalloc.start()
     for values in measured(dataset, chosen, by, {}):
         del values
+        gc.collect()  # zarr's finished tasks are cycles: garbage, but not before somebody looks
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak

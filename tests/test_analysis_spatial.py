@@ -16,7 +16,7 @@ from lerobot_attn.analysis import (
     on_camera_pixels,
     padding_share,
 )
-from lerobot_attn.analysis.spatial import NORMALISATIONS, episode_range
+from lerobot_attn.analysis.spatial import NORMALISATIONS, by_camera, colour_range, episode_ranges
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
 from lerobot_attn.synthetic import SyntheticPlan, planted_patch, planted_shares, write_planted_episode
@@ -226,10 +226,50 @@ def test_the_range_of_an_episode_is_that_of_all_its_frames(planted):
     late = image_heatmap(planted.data, "image", frame=6, normalisation="episode")
     assert late.attrs["vmax"] == pytest.approx(largest)
     assert float(late.max()) < 0.9 * largest
-    assert episode_range(planted.data, "image", frame=3) == pytest.approx(largest)
-    assert episode_range(planted.data, "image", frame=3, clip=0) < episode_range(
-        planted.data, "image", clip=50
-    )
+    name = "observation.images.image"
+    assert episode_ranges(planted.data, ["image"], frame=3) == {name: pytest.approx(largest)}
+    low, half = (episode_ranges(planted.data, ["image"], frame=3, clip=clip)[name] for clip in (0, 50))
+    assert low < half
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+@pytest.mark.parametrize("normalisation", list(NORMALISATIONS))
+def test_cameras_together_are_what_they_are_alone(planted, normalisation, kind):
+    data = getattr(planted.episode, kind)
+    where = {"frame": [0, 5], "layer": [2, 3], "head": "all"}
+    together = by_camera(data, attention(data, **where), normalisation=normalisation)
+    ranges = episode_ranges(data, clip=90, **where)
+    assert list(together) == list(ranges) == list(CAMERAS)
+    for name, heat in together.items():
+        assert (heat.chunks is not None) == (kind == "dataset")
+        alone = image_heatmap(data, name, normalisation=normalisation, clip=90, **where)
+        np.testing.assert_array_equal(heat, alone)
+        if normalisation == "episode":
+            assert ranges[name] == alone.attrs["vmax"]
+        assert heat.attrs == {k: v for k, v in alone.attrs.items() if k not in ("vmin", "vmax")}
+    some = by_camera(data, attention(data, **where), ["wrist", "image"])
+    assert list(some) == ["observation.images.wrist", "observation.images.image"]
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "clip", "expected"),
+    [
+        ("share", 100, (0.5, False)),
+        ("image", 50, (0.25, True)),
+        ("frame", 50, (1.0, False)),
+        ("episode", 50, (0.4, True)),
+    ],
+)
+def test_one_colour_range_of_what_is_shown_together(normalisation, clip, expected):
+    maps = [np.array([[0.0, 0.1], [0.2, 0.3]]), np.array([[0.4, np.nan], [0.5, np.nan]])]
+    found = colour_range(maps, normalisation, clip=clip, episode_ends=[0.3, 0.4])
+    assert found == pytest.approx(expected)
+
+
+def test_colour_range_of_nothing_but_zeros_and_missing_maps():
+    assert colour_range([np.zeros((2, 2))], "share", clip=99) == (0, False)
+    assert colour_range([np.full((2, 2), np.nan)], "image") == (0, False)
+    assert colour_range([np.full((2, 2), 0.2)], "episode", episode_ends=[0.0]) == pytest.approx((0.2, False))
 
 
 def test_a_map_of_zeros_stays_zero(planted):

@@ -85,6 +85,28 @@ def test_figure_of_two_episodes_shows_images_and_differences(sides):
     assert RANDOM_WEIGHTS in text
 
 
+def test_colours_of_the_images_are_those_that_the_bar_says(sides):
+    a, b = (side[0] for side in sides)
+    shown = {}
+    for normalisation in ("share", "image", "frame", "episode"):
+        settings = CompareSettings(normalisation=normalisation, clip=99.7, head=0)
+        figure = comparison_figure([a], [b], settings)
+        ranges = {axes.images[1].get_clim() for axes in figure.axes if len(axes.images) == 2}
+        assert len(ranges) == 1, "the images have several ranges"
+        (shown[normalisation],) = ranges
+    assert shown["frame"] == (0, 1)
+    # One range for both episodes, of all their frames, not of the five that are shown.
+    choice = {"frame": "all", "head": 0, "query": "frame"}
+    ends = [np.percentile(analysis.image_heatmap(e.arrays, FIRST, **choice), 99.7) for e in (a, b)]
+    assert shown["episode"] == (0, pytest.approx(max(ends), rel=1e-6))
+    five = [
+        analysis.image_heatmap(e.arrays, FIRST, **{**choice, "frame": frames}).values.ravel()
+        for e, frames in ((a, [0, 5, 10, 14, 19]), (b, [0, 2, 4, 7, 9]))
+    ]
+    assert shown["share"] == (0, pytest.approx(np.percentile(np.concatenate(five), 99.7), rel=1e-6))
+    assert shown["share"] != shown["episode"]
+
+
 def test_figure_of_groups_shows_mean_heatmaps_and_intervals(sides):
     figure = comparison_figure(*sides)
     means = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if len(axes.images) == 1}
@@ -164,6 +186,9 @@ def test_same_episode_twice_differs_nowhere(sides):
         ({"head": "all"}, r"head: got 'all', expected one number, 'mean' or 'max'"),
         ({"normalisation": "max"}, r"normalisation: got 'max'"),
         ({"colormap": "none"}, r"colormap 'none': unknown"),
+        ({"align": "time"}, r"align: got 'time', expected one of phase, frame"),
+        ({"fps": 0}, r"fps: got 0, expected a number from 0.1 to 240"),
+        ({"dpi": 3}, r"dpi: got 3, expected a number from 30 to 1200"),
     ],
 )
 def test_bad_settings(settings, message):

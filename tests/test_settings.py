@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.overlay import OverlaySettings
+from lerobot_attn.plot import PlotSettings
+from lerobot_attn.report import CompareSettings
 from lerobot_attn.settings import check_numbers, from_mapping, load_settings, parse_choice, read_mapping
 
 
@@ -170,3 +173,46 @@ def test_lists_of_numbers(value, expected):
 def test_what_is_no_list_of_numbers(value):
     with pytest.raises(ConfigError, match=r"frames: got .*, expected 'all', a number, a list or a range"):
         check_numbers("frames", value, "all")
+
+
+LOOKS = {"leave_out": "sinks", "normalisation": "image", "clip": 95, "colormap": "viridis", "alpha": 0.5}
+LOOKS |= {"interpolation": "linear", "query": "3"}
+DEFAULTS = {"leave_out": (), "clip": 99.9, "colormap": "inferno", "interpolation": "nearest"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "defaults"),
+    [
+        (PlotSettings, {"normalisation": "share", "alpha": 0.7, "query": None, "layers": None}),
+        (OverlaySettings, {"normalisation": "episode", "alpha": 0.6, "query": "frame", "layer": -1}),
+        (CompareSettings, {"normalisation": "image", "alpha": 0.7, "query": "frame", "layer": -1}),
+    ],
+)
+def test_every_picture_is_chosen_and_coloured_by_the_same_settings(tmp_path, cls, defaults):
+    plain = cls()
+    for name, value in {**DEFAULTS, **defaults}.items():
+        assert getattr(plain, name) == value, name
+    path = tmp_path / "look.yaml"
+    path.write_text("\n".join(f"{name}: {value}" for name, value in LOOKS.items()))
+    chosen = load_settings(cls, path, alpha=0.25)
+    for name, value in {**LOOKS, "alpha": 0.25, "query": 3}.items():
+        assert getattr(chosen, name) == value, name
+
+
+@pytest.mark.parametrize("cls", [PlotSettings, OverlaySettings, CompareSettings])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalisation": "log"}, "normalisation: got 'log', expected one of share, image, frame, episode"),
+        ({"interpolation": "cubic"}, "interpolation: got 'cubic', expected nearest or linear"),
+        ({"alpha": 2}, "alpha: got 2, expected a number from 0 to 1"),
+        ({"clip": 20}, "clip: got 20, expected a number from 50 to 100"),
+        ({"leave_out": "sink"}, "leave_out: got 'sink', expected 'sinks', a number, a list or a range"),
+        ({"colormap": "rainbows"}, "colormap 'rainbows': unknown"),
+        ({"colormap": 3}, "colormap: got 3, expected a matplotlib name"),
+        ({"query": "1-"}, "got '1-', expected a number, a list"),
+    ],
+)
+def test_every_picture_refuses_the_same(cls, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**settings)

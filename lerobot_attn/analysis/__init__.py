@@ -9,7 +9,7 @@
 Knows neither torch nor LeRobot, draws nothing and opens no file.
 """
 
-from lerobot_attn.analysis.compare import compare, compare_overall, split_by_success
+from lerobot_attn.analysis.compare import Aspect, compare, compare_each, compare_overall, split_by_success
 from lerobot_attn.analysis.measures import sharpness, stability
 from lerobot_attn.analysis.prefix import (
     PrefixWhere,
@@ -24,6 +24,7 @@ from lerobot_attn.analysis.runs import MEASURES, Measure, summarise, summarise_r
 from lerobot_attn.analysis.select import Where, attention
 from lerobot_attn.analysis.sinks import attention_sinks
 from lerobot_attn.analysis.spatial import (
+    by_camera,
     camera_geometry,
     camera_names,
     image_heatmap,
@@ -31,19 +32,31 @@ from lerobot_attn.analysis.spatial import (
     on_grid,
     padding_share,
 )
-from lerobot_attn.analysis.tokens import action_self_attention, modality_share, to_table, token_attention
+from lerobot_attn.analysis.tokens import (
+    action_self_attention,
+    by_modality,
+    by_token,
+    modality_share,
+    to_table,
+    token_attention,
+)
 
 __all__ = [
     "MEASURES",
+    "Aspect",
     "Measure",
     "PrefixWhere",
     "Where",
     "action_self_attention",
     "attention",
     "attention_sinks",
+    "by_camera",
+    "by_modality",
+    "by_token",
     "camera_geometry",
     "camera_names",
     "compare",
+    "compare_each",
     "compare_overall",
     "cross_modal",
     "flow",

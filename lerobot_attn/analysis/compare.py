@@ -6,6 +6,7 @@
     solved, failed = split_by_success(open_run("out"))
     compare(failed, solved)            # modality shares over the phase of the episode, b - a with intervals
     compare_overall(failed, solved)    # the same as a table of means over whole episodes
+    compare_each(failed, solved, {"words": Aspect("token_attention"), "all": Aspect("sharpness", "whole")})
 
 Intervals are percentile bootstraps over episodes (Efron & Tibshirani, "An Introduction to the Bootstrap",
 1993, chapters 8 and 13). An episode is drawn as a whole, so they say how far the difference would move if
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from lerobot_attn.analysis.runs import (
     MEASURES,
@@ -43,10 +46,11 @@ from lerobot_attn.analysis.runs import (
     token_labels,
 )
 from lerobot_attn.analysis.select import Where
-from lerobot_attn.analysis.spatial import camera_names, image_heatmap
+from lerobot_attn.analysis.spatial import by_camera, camera_names, image_heatmap
 from lerobot_attn.errors import SelectionError, StoreError, first_line
 
 Align = Literal["phase", "frame"]
+Axis = Literal["phase", "frame", "whole"]
 Place = Callable[[xr.DataArray], xr.DataArray]  # (frame, …) onto the axis that episodes share
 
 HEATMAP = "image_heatmap"
@@ -62,8 +66,57 @@ class BySuccess[S: Source](NamedTuple):
     failures: list[S]
 
 
+@dataclass(frozen=True)
+class Aspect:
+    """What to compare: a measure, and the axis that episodes of all lengths are put on.
+
+    Attributes:
+        measure: as for `compare`.
+        axis: "phase", "frame", or "whole": the mean over each episode, without an axis.
+        n_phases: parts of an episode, for "phase".
+        camera: whose heatmap, for "image_heatmap"; the first one by default.
+    """
+
+    measure: AnyMeasure
+    axis: Axis = "phase"
+    n_phases: int = 20
+    camera: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the axis.
+
+        Raises:
+            SelectionError: no such axis, or no phase.
+        """
+        if self.axis not in ("phase", "frame", "whole"):
+            raise SelectionError(f"axis={self.axis!r}: expected 'phase', 'frame' or 'whole'")
+        if self.n_phases < 1:
+            raise SelectionError(f"n_phases={self.n_phases}: expected 1 or more")
+
+    @property
+    def place(self) -> Place:
+        """What puts (frame, …) onto the axis."""
+        if self.axis == "phase":
+            return functools.partial(_by_phase, n_phases=self.n_phases)
+        return _by_frame if self.axis == "frame" else _whole
+
+
+class _Task(NamedTuple):
+    """What is to be done with each episode for one aspect."""
+
+    measure: Measure
+    place: Place
+
+
+class _Measured(NamedTuple):
+    """An episode's measures, one for each task, and its cameras."""
+
+    values: list[xr.DataArray]
+    cameras: tuple[str, ...]
+
+
 class _Group(NamedTuple):
-    """The measure of every episode of a group on one common axis."""
+    """One measure of every episode of a group, on one common axis."""
 
     values: list[xr.DataArray]
     paths: list[str]
@@ -139,11 +192,20 @@ def compare(
             align, camera or label, or a setting out of its range.
         StoreError: an episode cannot be read.
     """
-    _check(align, n_phases, confidence, n_resamples)
-    place = functools.partial(_by_phase, n_phases=n_phases) if align == "phase" else _by_frame
-    chosen = _measure(measure, camera)
-    groups = _groups(a, b, chosen, place, where, scheduler, progress)
-    return _difference(*groups, chosen, confidence, n_resamples, seed)
+    if align not in ("phase", "frame"):
+        raise SelectionError(f"align={align!r}: expected 'phase' or 'frame'")
+    (result,) = compare_each(
+        a,
+        b,
+        {"": Aspect(measure, align, n_phases, camera)},
+        confidence=confidence,
+        n_resamples=n_resamples,
+        seed=seed,
+        scheduler=scheduler,
+        progress=progress,
+        **where,
+    ).values()
+    return result
 
 
 def compare_overall(
@@ -169,13 +231,73 @@ def compare_overall(
         b - a; `low` and `high`, its interval, NaN where a group has fewer than two episodes; `n_a` and `n_b`,
         episodes that have the value. `attrs["interval"]` says what the interval is, or why there is none.
     """
-    _check("phase", 1, confidence, n_resamples)
-    chosen = _measure(measure, camera)
-    groups = _groups(a, b, chosen, _whole, where, scheduler, progress)
-    result = _difference(*groups, chosen, confidence, n_resamples, seed)
+    (result,) = compare_each(
+        a,
+        b,
+        {"": Aspect(measure, "whole", camera=camera)},
+        confidence=confidence,
+        n_resamples=n_resamples,
+        seed=seed,
+        scheduler=scheduler,
+        progress=progress,
+        **where,
+    ).values()
+    return overall_table(result)
+
+
+def compare_each(
+    a: Source | Iterable[Source],
+    b: Source | Iterable[Source],
+    aspects: Mapping[str, Aspect],
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    scheduler: str = "threads",
+    progress: Progress | None = None,
+    **where: Unpack[Where],
+) -> dict[str, xr.Dataset]:
+    """Compare several aspects of two groups in one pass over the episodes.
+
+    Args and errors are those of `compare`, whose result this gives for each aspect.
+
+    Args:
+        a: an episode, or several.
+        b: likewise.
+        aspects: what to compare, by any name.
+        confidence: of the intervals.
+        n_resamples: of the bootstrap.
+        seed: of the bootstrap, for each aspect anew.
+        scheduler: Dask's.
+        progress: called as `progress(done, total)` as episodes are read.
+        where: what to look at, the same for all.
+
+    Returns:
+        A result for each name.
+    """
+    if not 0 < confidence < 1:
+        raise SelectionError(f"confidence={confidence}: expected between 0 and 1, e.g. 0.95")
+    if n_resamples < 1:
+        raise SelectionError(f"n_resamples={n_resamples}: expected 1 or more, e.g. 2000")
+    if not aspects:
+        raise SelectionError("aspects: got none, expected one at least")
+    tasks = [_Task(_measure(aspect.measure, aspect.camera), aspect.place) for aspect in aspects.values()]
+    groups = _groups(a, b, tasks, where, scheduler, progress)
+    return {
+        name: _difference(*of_task, task.measure, confidence, n_resamples, seed)
+        for name, task, of_task in zip(aspects, tasks, groups, strict=True)
+    }
+
+
+def overall_table(result: xr.Dataset) -> pd.DataFrame:
+    """Return a comparison of whole episodes as the table that `compare_overall` gives.
+
+    Args:
+        result: of `compare_each`, for an aspect with axis "whole".
+    """
     columns: dict[str, Any] = label_columns(result["difference"])
-    columns["measure"] = chosen.name
-    columns.setdefault("quantity", chosen.quantity)
+    columns["measure"] = result.attrs["measure"]
+    columns.setdefault("quantity", result.attrs["quantity"])
     values = ("a", "b", "difference", "low", "high", "n_a", "n_b")
     for name in values:
         columns[name] = result[name].values.ravel()
@@ -185,20 +307,9 @@ def compare_overall(
     return table
 
 
-def _check(align: str, n_phases: int, confidence: float, n_resamples: int) -> None:
-    if align not in ("phase", "frame"):
-        raise SelectionError(f"align={align!r}: expected 'phase' or 'frame'")
-    if n_phases < 1:
-        raise SelectionError(f"n_phases={n_phases}: expected 1 or more")
-    if not 0 < confidence < 1:
-        raise SelectionError(f"confidence={confidence}: expected between 0 and 1, e.g. 0.95")
-    if n_resamples < 1:
-        raise SelectionError(f"n_resamples={n_resamples}: expected 1 or more, e.g. 2000")
-
-
 def _measure(measure: AnyMeasure, camera: str | None) -> Measure:
     if measure == HEATMAP or measure is image_heatmap:
-        return Measure(HEATMAP, functools.partial(image_heatmap, camera=camera), "share")
+        return Measure(HEATMAP, functools.partial(_heatmap, camera=camera), "share", of_attention=True)
     if camera is not None:
         raise SelectionError(f"camera={camera!r} is a choice of measure={HEATMAP!r} alone, got {measure!r}")
     if isinstance(measure, str) and measure not in MEASURES:
@@ -207,21 +318,26 @@ def _measure(measure: AnyMeasure, camera: str | None) -> Measure:
     return find_measure(measure)
 
 
+def _heatmap(dataset: xr.Dataset, array: xr.DataArray, camera: str | None) -> xr.DataArray:
+    (heatmap,) = by_camera(dataset, array, [camera]).values()
+    return heatmap
+
+
 def _groups(
     a: Source | Iterable[Source],
     b: Source | Iterable[Source],
-    measure: Measure,
-    place: Place,
+    tasks: Sequence[_Task],
     where: Mapping[str, Any],
     scheduler: str,
     progress: Progress | None,
-) -> tuple[_Group, _Group]:
-    """Measure every episode of both groups."""
+) -> list[tuple[_Group, _Group]]:
+    """Measure every episode of both groups; return both for each task."""
     check_whole_episode(where)
     of_a, of_b = sources_of(a, "a"), sources_of(b, "b")
     sources = [*of_a, *of_b]
-    function = functools.partial(_episode, measure=measure, place=place, where=dict(where))
+    function = functools.partial(_episode, tasks=tasks, where=dict(where))
     results = map_episodes(function, sources, scheduler=scheduler, progress=progress)
+    episodes: list[_Measured] = []
     for source, result in zip(sources, results, strict=True):
         if isinstance(result, Exception):
             # A comparison that silently lacks episodes would be of other groups than those asked for.
@@ -229,8 +345,9 @@ def _groups(
             if isinstance(result, SelectionError):
                 raise SelectionError(f"{where_it_was}: {result}") from result
             raise StoreError(f"{where_it_was}: cannot be read: {first_line(result)}") from result
+        episodes.append(result)
     paths = [path_of(source) or f"episode {index}" for index, source in enumerate(sources)]
-    values, cameras = zip(*results, strict=True)
+    cameras = [found.cameras for found in episodes]
     for path, names in zip(paths, cameras, strict=True):
         if names != cameras[0]:
             raise SelectionError(
@@ -238,17 +355,26 @@ def _groups(
                 f"{', '.join(names) or 'none'} in {path}; compare episodes of the same cameras"
             )
     n = len(of_a)
-    return _Group([*values[:n]], paths[:n]), _Group([*values[n:]], paths[n:])
+    by_task = zip(*(found.values for found in episodes), strict=True)
+    return [(_Group([*values[:n]], paths[:n]), _Group([*values[n:]], paths[n:])) for values in by_task]
 
 
-def _episode(
-    dataset: xr.Dataset, *, measure: Measure, place: Place, where: Mapping[str, Any]
-) -> tuple[xr.DataArray, tuple[str, ...]]:
-    """Return an episode's measure on the common axis, and its cameras."""
-    pieces = [values for _, values in measured(dataset, [measure], "frame", where)]
+def _episode(dataset: xr.Dataset, *, tasks: Sequence[_Task], where: Mapping[str, Any]) -> _Measured:
+    """Measure an episode for every task, in one pass over its maps."""
+    measures: list[Measure] = []
+    for task in tasks:
+        if task.measure not in measures:
+            measures.append(task.measure)
+    pieces: list[list[xr.DataArray]] = [[] for _ in measures]
+    for measure, values in measured(dataset, measures, "frame", where):
+        pieces[measures.index(measure)].append(values)
     # A word that one inference's prompt lacks got no attention then.
-    array = _stacked(pieces, "frame", fill_value=0, names=[f"frame {int(p['frame'][0])}" for p in pieces])
-    return place(array), tuple(camera_names(dataset))
+    whole = [
+        _stacked(of_measure, "frame", fill_value=0, names=[f"frame {int(p['frame'][0])}" for p in of_measure])
+        for of_measure in pieces
+    ]
+    placed = [task.place(whole[measures.index(task.measure)]) for task in tasks]
+    return _Measured(placed, tuple(camera_names(dataset)))
 
 
 def _by_phase(array: xr.DataArray, n_phases: int) -> xr.DataArray:
@@ -276,7 +402,7 @@ def _whole(array: xr.DataArray) -> xr.DataArray:
     return _on_axis(array, None, _mean(array.values.astype(np.float64)))
 
 
-def _on_axis(array: xr.DataArray, axis: str | None, values: np.ndarray) -> xr.DataArray:
+def _on_axis(array: xr.DataArray, axis: str | None, values: NDArray[np.float64]) -> xr.DataArray:
     coords = {name: coord for name, coord in array.coords.items() if "frame" not in coord.dims}
     dims = [*([axis] if axis else []), *array.dims[1:]]
     return xr.DataArray(values, coords, dims, attrs=array.attrs)
@@ -335,8 +461,8 @@ def _difference(
 
 
 def _bootstrap(
-    a: np.ndarray, b: np.ndarray, confidence: float, n_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+    a: NDArray[np.float64], b: NDArray[np.float64], confidence: float, n_resamples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the percentile interval of mean(b) - mean(a); a and b are (episode, …), NaN for no value.
 
     The numbers are, to rounding, those of `scipy.stats.bootstrap` (method="percentile", the same seed), which
@@ -364,13 +490,13 @@ def _bootstrap(
     return low.reshape(shape), high.reshape(shape)
 
 
-def _resample(n: int, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
+def _resample(n: int, n_resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Draw n of n episodes with replacement; return each one's weight in the mean, (resample, episode)."""
     drawn = rng.integers(0, n, (n_resamples, n)) + n * np.arange(n_resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=n_resamples * n).reshape(n_resamples, n) / n
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean over the first axis of what is not NaN; NaN where everything is."""
     present = np.isfinite(values)
     count = present.sum(axis=0)
@@ -400,7 +526,7 @@ def _stacked(
     if dim == "episode" and "frame" in keyed[0].dims:
         longest = max(int(array["frame"][-1]) for array in keyed) + 1
         keyed = [array.reindex(frame=np.arange(longest)) for array in keyed]
-    keyed = [array.reindex(wanted, fill_value=fill_value) for array in keyed]
+    keyed = [_filled(array, wanted, fill_value) for array in keyed]
     _check_same(keyed, dim, names)
     axis = keyed[0].dims.index(dim) if dim in keyed[0].dims else None
     values = [array.values for array in keyed]
@@ -418,6 +544,13 @@ def _stacked(
         )
     result.attrs = _common_attrs(keyed)
     return result
+
+
+def _filled(array: xr.DataArray, wanted: Mapping[str, Sequence[Any]], fill_value: float) -> xr.DataArray:
+    """Bring an array to the wanted labels; a row that is missing as a whole stays so, others are filled."""
+    dims = [dim for dim in wanted if dim in array.dims]
+    filled = array.reindex({dim: wanted[dim] for dim in dims}, fill_value=fill_value)
+    return filled.where(array.notnull().any(dims)) if dims else filled
 
 
 def _check_same(arrays: Sequence[xr.DataArray], dim: str, names: Sequence[str]) -> None:

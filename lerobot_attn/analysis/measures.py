@@ -22,17 +22,17 @@ def sharpness(array: xr.DataArray, dims: Sequence[Hashable] | None = None) -> xr
 
     Returns:
         `entropy` in bits and `effective_number` = 2^entropy (perplexity), over the remaining dimensions; NaN
-        where everything is 0.
+        where everything is 0 or something is missing.
 
     Raises:
         SelectionError: the array lacks the dimensions.
     """
     dims = _distribution_dims(array, dims)
-    total = array.sum(dims)
+    total = array.sum(dims, skipna=False)
     p = array / total.where(total > 0)
-    # 0 log 0 is 0; a sum of nothing but NaN must stay NaN.
+    # 0 log 0 is 0; a p of NaN stays NaN, as p * 0 is.
     bits: xr.DataArray = xr.apply_ufunc(np.log2, p.where(p > 0, 1), dask="allowed")
-    entropy = (0 - (p * bits).sum(dims)).where(total > 0)  # not -(…), which makes -0.0 of a one-hot's 0
+    entropy = 0 - (p * bits).sum(dims, skipna=False)  # not -(…), which makes -0.0 of a one-hot's 0
     entropy.attrs = {"long_name": "entropy", "units": "bit"}
     number = 2**entropy
     number.attrs = {"long_name": "effective number", "units": "1"}
@@ -52,7 +52,7 @@ def stability(array: xr.DataArray, along: str, dims: Sequence[Hashable] | None =
 
     Returns:
         The same dimensions without `dims`; `along` is one shorter and labelled by the later of the two. NaN
-        where a map is all 0.
+        where a map is all 0 or missing.
 
     Raises:
         SelectionError: the array lacks a dimension, or has one map only.
@@ -64,7 +64,7 @@ def stability(array: xr.DataArray, along: str, dims: Sequence[Hashable] | None =
         )
     if array.sizes[along] < 2:
         raise SelectionError(f"stability along {along!r} needs two maps at least, got {array.sizes[along]}")
-    total = array.sum(dims)
+    total = array.sum(dims, skipna=False)
     p = array / total.where(total > 0)
     later = p.isel({along: slice(1, None)})
     earlier = p.isel({along: slice(None, -1)})

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from lerobot_attn.analysis.labels import (
     from_end,
@@ -65,6 +66,9 @@ _BOTH = f"{RAW} and {PREFIX}"
 _CAPACITY = 2**30
 
 Targets = Literal["groups", "tokens"] | Sequence[int]
+
+_Floats = NDArray[np.float32]
+_Integers = NDArray[np.integer[Any]]
 
 
 class PrefixWhere(TypedDict, total=False):
@@ -342,8 +346,8 @@ def flow(
         min_share: edges of less capacity are left out. Quicker, and a flow can only come out smaller.
 
     Returns:
-        (target,) or (key,) float32 largest flow, 0 to 1. Coordinates of target: `label` and `kind`
-        ("modality", "task" or "state"). Padding tokens get 0.
+        (target,) or (key,) float32 largest flow, 0 to 1; NaN where the store lacks one of the maps.
+        Coordinates of target: `label` and `kind` ("modality", "task" or "state"). Padding tokens get 0.
 
     Raises:
         SelectionError: as `rollout`; or more than one frame, inference, query, step or head was asked for.
@@ -393,7 +397,7 @@ class _Rows(NamedTuple):
 
     dim: Literal["frame", "inference"]
     numbers: int | list[int]
-    inferences: np.ndarray
+    inferences: _Integers
 
     @classmethod
     def of(cls, dataset: xr.Dataset, frame: Labels | None, inference: Labels | None) -> _Rows:
@@ -484,8 +488,8 @@ class _PrefixChoice:
 def _gather(
     choice: _PrefixChoice,
     *,
-    rows: tuple[str, np.ndarray] | None = None,
-    columns: tuple[str, np.ndarray] | None = None,
+    rows: tuple[str, _Floats] | None = None,
+    columns: tuple[str, _Floats] | None = None,
 ) -> xr.DataArray:
     """Weigh rows and add up columns of prefix maps, one inference at a time.
 
@@ -512,9 +516,9 @@ def _gather(
     return choice.rows.label(joined.isel(inference=back))
 
 
-def _members(keys: np.ndarray, groups: Iterable[int], n_prefix: int) -> np.ndarray:
+def _members(keys: NDArray[np.int16], groups: Iterable[int], n_prefix: int) -> _Floats:
     """Return (inference, prefix token, group) float32: 1 where the token is of the group."""
-    members: np.ndarray = keys[:, :n_prefix, None] == np.array(list(groups), int)
+    members: NDArray[np.bool_] = keys[:, :n_prefix, None] == np.array(list(groups), int)
     return members.astype(np.float32)
 
 
@@ -599,22 +603,22 @@ class _Stack:
     def n_prefix(self) -> int:
         return layout_of(self.dataset).prefix_len
 
-    def suffix(self, inference: int, layer: int) -> np.ndarray:
+    def suffix(self, inference: int, layer: int) -> _Floats:
         """Return (denoise_step, head, query, key) float32."""
         maps = self.dataset[RAW].isel(inference=inference).sel(layer=layer)
         return np.stack([self._fused(maps.sel(denoise_step=step)) for step in self.steps])
 
-    def prefix(self, inference: int, layer: int) -> np.ndarray:
+    def prefix(self, inference: int, layer: int) -> _Floats:
         """Return (head, prefix_query, prefix_key) float32; rows of padding are 0."""
         return self._fused(self.dataset[PREFIX].isel(inference=inference).sel(prefix_layer=layer))
 
-    def _fused(self, array: xr.DataArray) -> np.ndarray:
+    def _fused(self, array: xr.DataArray) -> _Floats:
         values = picked(array.load(), "head", self.heads).values.astype(np.float32)
         if self.fuses:
             fused = np.mean if self.head == "mean" else np.max
             values = fused(values, axis=0, keepdims=True)
         total = values.sum(axis=-1, keepdims=True)
-        rescaled: np.ndarray = values / np.where(total > 0, total, 1)
+        rescaled: _Floats = values / np.where(total > 0, total, 1)
         return rescaled
 
     def coordinates(self) -> dict[str, Any]:
@@ -630,7 +634,7 @@ class _Stack:
         if self.fuses or isinstance(_plain_choice(self.head), int):
             array = array.isel(head=0)
         if isinstance(self.denoise_step, str):
-            return array.mean("denoise_step") if self.denoise_step == "mean" else array
+            return array.mean("denoise_step", skipna=False) if self.denoise_step == "mean" else array
         return array.isel(denoise_step=0) if isinstance(_plain_choice(self.denoise_step), int) else array
 
     def attributes(self) -> dict[str, Any]:
@@ -651,7 +655,7 @@ def _key_coordinates(dataset: xr.Dataset) -> dict[str, Any]:
     return {name: ("key", dataset[name].values) for name in KEY_COORDINATES if name in dataset.coords}
 
 
-def _starts(dataset: xr.Dataset, query: QueryChoice) -> tuple[np.ndarray, str]:
+def _starts(dataset: xr.Dataset, query: QueryChoice) -> tuple[_Floats, str]:
     """Return the queries as weights of the suffix tokens, (row, suffix token) float32, and them in words.
 
     For "frame", a row for every suffix token: the frames choose among them.
@@ -672,7 +676,7 @@ def _starts(dataset: xr.Dataset, query: QueryChoice) -> tuple[np.ndarray, str]:
     return one[[first + query]], f"action {query}"
 
 
-def _rolled(stack: _Stack, inference: int, starts: np.ndarray) -> np.ndarray:
+def _rolled(stack: _Stack, inference: int, starts: _Floats) -> _Floats:
     """Carry rows from the top down.
 
     The rows of S are all that is wanted, so they are multiplied from the left, which never forms P: a few
@@ -686,21 +690,21 @@ def _rolled(stack: _Stack, inference: int, starts: np.ndarray) -> np.ndarray:
     Returns:
         (denoise_step, head, row, key) float32.
     """
-    leading = (len(stack.steps), stack.n_heads, len(starts))
-    on_prefix = np.zeros((*leading, stack.n_prefix), np.float32)
+    leading, half = (len(stack.steps), stack.n_heads, len(starts)), np.float32(0.5)
+    on_prefix: _Floats = np.zeros((*leading, stack.n_prefix), np.float32)
     on_suffix = np.broadcast_to(starts, (*leading, starts.shape[-1]))
     for layer in range(stack.top, -1, -1):
         given = on_suffix @ stack.suffix(inference, layer)
         if layer < stack.top:
-            on_prefix = (on_prefix + on_prefix @ stack.prefix(inference, layer)) / 2
-        on_prefix = on_prefix + given[..., : stack.n_prefix] / 2
-        on_suffix = (on_suffix + given[..., stack.n_prefix :]) / 2
+            on_prefix = (on_prefix + on_prefix @ stack.prefix(inference, layer)) * half
+        on_prefix = on_prefix + given[..., : stack.n_prefix] * half
+        on_suffix = (on_suffix + given[..., stack.n_prefix :]) * half
     return np.concatenate([on_prefix, on_suffix], axis=-1)
 
 
 def _targets(
     dataset: xr.Dataset, targets: Targets, inference: int
-) -> tuple[list[np.ndarray], dict[str, Any], str]:
+) -> tuple[list[_Integers], dict[str, Any], str]:
     """Return the keys of each target, the coordinates of the result's dimension, and its name."""
     if isinstance(targets, str):
         if targets not in ("groups", "tokens"):
@@ -718,7 +722,7 @@ def _targets(
     return [np.array([key]) for key in keys], {"key": keys, **coords}, "key"
 
 
-def _groups(dataset: xr.Dataset, inference: int) -> tuple[list[np.ndarray], dict[str, Any], str]:
+def _groups(dataset: xr.Dataset, inference: int) -> tuple[list[_Integers], dict[str, Any], str]:
     names, of_modality = modality_keys(dataset)
     groups, of_group = token_groups(dataset)
     wanted = [
@@ -738,8 +742,8 @@ def _groups(dataset: xr.Dataset, inference: int) -> tuple[list[np.ndarray], dict
 
 
 def _flows(
-    stack: _Stack, inference: int, query: int, targets: Sequence[np.ndarray], min_share: float
-) -> np.ndarray:
+    stack: _Stack, inference: int, query: int, targets: Sequence[_Integers], min_share: float
+) -> _Floats:
     """Return the maximum flow to each target, (target,) float32.
 
     Args:
@@ -760,6 +764,8 @@ def _flows(
     reached = np.zeros(n, bool)
     reached[position[stack.n_prefix + query]] = True
     for level, augmented in _augmented(stack, inference, tokens):
+        if np.isnan(augmented).any():
+            return np.full(len(targets), np.nan, np.float32)
         capacity = np.rint(np.where(augmented >= min_share, augmented, 0) * _CAPACITY).astype(np.int32)
         capacity[~reached] = 0  # nothing flows out of them: a smaller graph, the same flow
         start, end = np.nonzero(capacity)
@@ -787,7 +793,7 @@ def _flows(
     return np.minimum(np.array(flows, float) / _CAPACITY, 1).astype(np.float32)
 
 
-def _augmented(stack: _Stack, inference: int, tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _augmented(stack: _Stack, inference: int, tokens: _Integers) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Yield each layer from the top, and its A/2 + I/2 among the tokens, (token, token) float64."""
     n_prefix = stack.n_prefix
     n_before = int((tokens < n_prefix).sum())

@@ -21,17 +21,19 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Unpack
 
-import dask
 import numpy as np
 import pandas as pd
 import xarray as xr
+from dask.base import compute
 from dask.callbacks import Callback
+from dask.delayed import delayed
+from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from lerobot_attn.analysis.measures import sharpness, stability
 from lerobot_attn.analysis.select import MEANS, RAW, Where, attention
 from lerobot_attn.analysis.spatial import camera_geometry, camera_names
-from lerobot_attn.analysis.tokens import modality_share, token_attention
+from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import SelectionError
 
 By = Literal["inference", "frame"]
@@ -84,12 +86,17 @@ class Measure:
             numbered from 0. It returns a DataArray with that dimension.
         quantity: what its values are, where its result has no dimension "quantity".
         n_before: how many inferences before those asked for the view must hold too, where there are any.
+        of_attention: the function is called as `function(dataset, array)` instead, with what `attention`
+            selects: read once for all such measures. With `n_before` the array begins with as many rows
+            (inferences or frames) before those asked for, where there are any; what it does not return of
+            those asked for is NaN.
     """
 
     name: str
     function: Callable[..., xr.DataArray]
     quantity: str = "value"
     n_before: int = 0
+    of_attention: bool = False
 
 
 AnyMeasure = str | Measure | Callable[..., xr.DataArray]
@@ -116,10 +123,10 @@ class Labels(NamedTuple):
     name: str  # the token's text; "the (2)" for the second of its kind and text
 
 
-def _camera_sharpness(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
+def _camera_sharpness(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
     """Return entropy (bit) and effective number of patches within each image: (…, camera, quantity)."""
     cameras = []
-    for part in _camera_parts(dataset, where):
+    for part in _camera_parts(dataset, array):
         of_camera = sharpness(part, ["key"])
         cameras.append(xr.concat([of_camera[name] for name in of_camera], "quantity", coords="minimal"))
     result = xr.concat(cameras, "camera", coords="minimal").transpose(..., "camera", "quantity")
@@ -127,28 +134,23 @@ def _camera_sharpness(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArr
     return result.assign_coords(camera=camera_names(dataset), quantity=["entropy", "effective_number"])
 
 
-def _camera_stability(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
+def _camera_stability(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
     """Return the overlap with the inference, or frame, before within each image: (…, camera)."""
-    along = "frame" if where.get("frame") is not None else "inference"
-    wanted: list[int] = where[along]  # type: ignore[literal-required]
-    seen = {**where, along: list(range(max(0, wanted[0] - 1), wanted[-1] + 1))}
+    along = "frame" if "frame" in array.dims else "inference"
     cameras = []
-    for part in _camera_parts(dataset, seen):
-        overlap = part.isel({along: slice(1, None)}).sum("key")
-        if part.sizes[along] > 1:
-            overlap = stability(part, along, ["key"])
-        # The episode's first has none before it: NaN.
-        cameras.append(overlap.reindex({along: wanted}))
+    for part in _camera_parts(dataset, array):
+        # The episode's first has none before it.
+        alone = part.isel({along: slice(1, None)}).sum("key")
+        cameras.append(stability(part, along, ["key"]) if part.sizes[along] > 1 else alone)
     result = xr.concat(cameras, "camera", coords="minimal").transpose(..., "camera")
     result.attrs = {"long_name": f"overlap with the previous {along} within the image", "units": "1"}
     return result.assign_coords(camera=camera_names(dataset))
 
 
-def _camera_parts(dataset: xr.Dataset, where: Mapping[str, Any]) -> list[xr.DataArray]:
-    """Return attention on each camera's patches, (…, key); the maps are read once for all cameras."""
+def _camera_parts(dataset: xr.Dataset, array: xr.DataArray) -> list[xr.DataArray]:
+    """Return attention on each camera's patches, (…, key)."""
     cameras: list[str | None] = [*camera_names(dataset)]
     segments = [camera_geometry(dataset, name)[2] for name in cameras or [None]]
-    array = attention(dataset, **where).compute(scheduler="synchronous")
     array = array.drop_vars([name for name in array.coords if str(name).startswith("key_")])
     return [array.isel(key=slice(segment.start, segment.stop)) for segment in segments]
 
@@ -156,10 +158,10 @@ def _camera_parts(dataset: xr.Dataset, where: Mapping[str, Any]) -> list[xr.Data
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
-        Measure("modality_share", modality_share, "share"),
-        Measure("token_attention", token_attention, "share"),
-        Measure("sharpness", _camera_sharpness),
-        Measure("stability", _camera_stability, "overlap", n_before=1),
+        Measure("modality_share", by_modality, "share", of_attention=True),
+        Measure("token_attention", by_token, "share", of_attention=True),
+        Measure("sharpness", _camera_sharpness, of_attention=True),
+        Measure("stability", _camera_stability, "overlap", n_before=1, of_attention=True),
     )
 }
 
@@ -285,7 +287,8 @@ def measured(
     """Yield measures of one block of inferences after another.
 
     A block is as many inferences as can be looked at in the bytes that the maps of one inference have in the
-    store, or in 8 MB if that is more, and one at least: a long episode needs the memory of a short one.
+    store, or in 8 MB if that is more, and one at least: a long episode needs the memory of a short one. Its
+    maps are read once for all measures of attention, and once for each other measure.
 
     Args:
         dataset: an episode's.
@@ -320,9 +323,14 @@ def measured(
         if not len(own):
             continue
         labels = frames[own] if by == "frame" else own + first
-        choice: dict[str, Any] = {by: own.tolist()}
+        rows: list[int] = own.tolist()
+        array = _attention_of_block(view, measures, by, rows, where)
         for measure in measures:
-            values = measure.function(view, **choice, **where)
+            if array is not None and measure.of_attention:
+                values = _of_attention(measure, view, array, by, rows)
+            else:
+                choice: dict[str, Any] = {by: rows}
+                values = measure.function(view, **choice, **where)
             if not isinstance(values, xr.DataArray) or values.sizes.get(by) != len(own):
                 got = dict(values.sizes) if isinstance(values, xr.DataArray) else type(values).__name__
                 raise SelectionError(
@@ -330,6 +338,26 @@ def measured(
                 )
             values = values.compute(scheduler="synchronous").transpose(by, ...)
             yield Measured(measure, values.assign_coords({by: labels}))
+
+
+def _attention_of_block(
+    view: xr.Dataset, measures: Sequence[Measure], by: By, rows: list[int], where: Mapping[str, Any]
+) -> xr.DataArray | None:
+    """Read what the measures of attention need of a block: its rows and those before; None if none does."""
+    before = [min(measure.n_before, rows[0]) for measure in measures if measure.of_attention]
+    if not before:
+        return None
+    choice: dict[str, Any] = {by: [*range(rows[0] - max(before), rows[0]), *rows]}
+    return attention(view, **choice, **where).compute(scheduler="synchronous")
+
+
+def _of_attention(
+    measure: Measure, view: xr.Dataset, array: xr.DataArray, by: By, rows: list[int]
+) -> xr.DataArray:
+    """Measure the rows at the end of the array; those before are for measures that ask for them."""
+    n_rows = len(rows) + min(measure.n_before, rows[0])
+    values = measure.function(view, array.isel({by: slice(array.sizes[by] - n_rows, None)}))
+    return values.reindex({by: rows}) if measure.n_before else values
 
 
 def map_episodes[Result](
@@ -346,9 +374,9 @@ def map_episodes[Result](
     """
     if scheduler not in ("threads", "processes", "synchronous"):
         raise SelectionError(f"scheduler {scheduler!r}: expected 'threads', 'processes' or 'synchronous'")
-    jobs = [dask.delayed(_Job(function, source), pure=False, traverse=False)() for source in sources]
-    with _Counting({job.key for job in jobs}, progress):
-        return list(dask.compute(*jobs, scheduler=scheduler))
+    jobs = [delayed(_Job(function, source), pure=False, traverse=False)() for source in sources]
+    with Callback(posttask=_Counter({job.key for job in jobs}, progress)):
+        return list(compute(*jobs, scheduler=scheduler))
 
 
 def sources_of[S: Source](episodes: S | Iterable[S], what: str) -> list[S]:
@@ -398,14 +426,14 @@ def token_labels(array: xr.DataArray) -> list[Labels]:
     return found
 
 
-def label_columns(array: xr.DataArray) -> dict[str, np.ndarray]:
+def label_columns(array: xr.DataArray) -> dict[str, NDArray[Any]]:
     """Return the labels of every value, each a flat column in the order of `array.values.ravel()`.
 
     The dimension that names things (modality, token or camera) becomes `kind` and `name`; other dimensions
     and coordinates keep theirs.
     """
     naming = next((dim for dim in _NAMING if dim in array.dims), None)
-    labels: dict[str, tuple[Hashable | None, np.ndarray]] = {
+    labels: dict[str, tuple[Hashable | None, NDArray[Any]]] = {
         str(dim): (dim, np.arange(size)) for dim, size in array.sizes.items() if dim != naming
     }
     for key, coord in array.coords.items():
@@ -421,7 +449,7 @@ def label_columns(array: xr.DataArray) -> dict[str, np.ndarray]:
         names = np.array("" if naming is None else array[naming].values, dtype=object)
         labels["kind"] = (None, np.array(naming or "", dtype=object))
         labels["name"] = (naming, names)
-    columns = {}
+    columns: dict[str, NDArray[Any]] = {}
     for column, (along, values) in labels.items():
         shape = [-1 if dim == along else 1 for dim in array.dims]
         values = values.reshape(shape) if along is not None else values
@@ -453,14 +481,13 @@ class _Job:
             return error
 
 
-class _Counting(Callback):
+class _Counter:
     """Reports finished jobs; Dask's local schedulers call it in the thread that waits for them."""
 
     def __init__(self, keys: set[Any], progress: Progress | None):
-        super().__init__()
         self._keys, self._total, self._progress = keys, len(keys), progress
 
-    def _posttask(self, key: Any, *_: Any) -> None:
+    def __call__(self, key: Any, *_: Any) -> None:
         if key in self._keys:
             self._keys.discard(key)
             if self._progress is not None:
@@ -517,7 +544,7 @@ def _episode_table(
 ) -> pd.DataFrame:
     starts = dataset["inference_frame"].values
     last = max(dataset.sizes["frame"] - 1, int(starts.max(initial=0)), 1)
-    pieces: dict[str, list[dict[str, np.ndarray]]] = {}
+    pieces: dict[str, list[dict[str, NDArray[Any]]]] = {}
     for measure, values in measured(dataset, measures, by, where):
         columns = label_columns(values)
         frames = columns["frame"] if by == "frame" else starts[columns["inference"]]

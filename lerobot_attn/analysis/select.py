@@ -40,7 +40,8 @@ KEY_COORDINATES = ("key_camera", "key_row", "key_column")
 class Where(TypedDict, total=False):
     """What to look at; every key has a default.
 
-    An integer drops its dimension, a list or "all" keeps it, "mean" and "max" reduce it.
+    An integer drops its dimension, a list or "all" keeps it, "mean" and "max" reduce it. A map that the store
+    lacks is NaN, and so is every mean or maximum that would need it.
 
     Keys:
         frame: frame number(s), or "all".
@@ -128,11 +129,11 @@ def attention(
     if array.size == 0:
         array = array.compute()  # Dask cannot reduce an array that holds nothing
     if isinstance(denoise_step, str) and denoise_step == "mean":
-        array = array.mean("denoise_step")
+        array = array.mean("denoise_step", skipna=False)
     if isinstance(layer, str) and layer == "mean":
-        array = array.mean("layer")
+        array = array.mean("layer", skipna=False)
     if isinstance(head, str) and head != "all":
-        array = array.mean("head") if head == "mean" else array.max("head")
+        array = array.mean("head", skipna=False) if head == "mean" else array.max("head", skipna=False)
     if len(leave_out):
         array = _leave_out(array, leave_out)
     n_steps, n_left_out = policy_count(dataset, "n_denoise_steps"), len(leave_out)
@@ -293,9 +294,9 @@ def _reduce_query(
     array: xr.DataArray, query: QueryChoice, executed: slice, actions: slice, mean_text: str
 ) -> tuple[xr.DataArray, str]:
     if query == "executed":
-        return array.isel(query=executed).astype(np.float32).mean("query"), mean_text
+        return array.isel(query=executed).astype(np.float32).mean("query", skipna=False), mean_text
     if query == "mean":
-        return array.isel(query=actions).astype(np.float32).mean("query"), "mean of all actions"
+        return array.isel(query=actions).astype(np.float32).mean("query", skipna=False), "mean of all actions"
     if query == "all":
         array = array.isel(query=actions)
         return array.assign_coords(query=np.arange(array.sizes["query"])), "every action"
@@ -311,5 +312,5 @@ def _leave_out(array: xr.DataArray, keys: Sequence[int]) -> xr.DataArray:
     keep = np.ones(n_keys, np.float32)
     keep[list(keys)] = 0
     kept = array * xr.DataArray(keep, dims="key")
-    total = kept.sum("key")
-    return kept / total.where(total > 0, 1)
+    total = kept.sum("key", skipna=False)
+    return kept / total.where(total != 0, 1)  # nothing left stays 0, a missing map NaN

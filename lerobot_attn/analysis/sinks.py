@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from lerobot_attn.analysis.select import Choice, HeadChoice, QueryChoice, attention, layout_of
 from lerobot_attn.errors import SelectionError
@@ -52,7 +53,7 @@ def attention_sinks(
     are found too, where actions attend to themselves.
 
     No more than the chosen maps of one inference are read at a time, and each dataset is gone through once: a
-    generator may open them in turn.
+    generator may open them in turn. An inference of which a chosen map is missing is passed over.
 
     Args:
         datasets: an episode's, or several of the same token layout.
@@ -83,7 +84,7 @@ def attention_sinks(
             raise SelectionError(f"{name}: got {value!r}, expected {expected}")
     if isinstance(head, str) and head == "max":
         raise SelectionError("head='max': sinks are found by shares of all attention; choose 'mean' or heads")
-    shares: list[np.ndarray] = []
+    shares: list[NDArray[np.float32]] = []
     tokens: _Tokens | None = None
     n_unmasked: list[int] = []
     n_episodes = 0
@@ -91,25 +92,28 @@ def attention_sinks(
         n_episodes += 1
         tokens = tokens or _Tokens(layout_of(dataset))
         tokens.add(dataset)
-        n_unmasked += (dataset["key_kind"].values != Kind.PADDING).sum(axis=1).tolist()
+        unmasked = (dataset["key_kind"].values != Kind.PADDING).sum(axis=1).tolist()
         for inference in range(dataset.sizes["inference"]):
             array = attention(
                 dataset, inference=inference, layer=layer, denoise_step=denoise_step, head=head, query=query
             )
-            shares.append(array.mean([dim for dim in array.dims if dim != "key"]).values)
+            share = array.mean([dim for dim in array.dims if dim != "key"], skipna=False).values
+            if not np.isnan(share).any():
+                shares.append(share)
+                n_unmasked.append(unmasked[inference])
     if tokens is None or len(shares) < 2:
         raise SelectionError(
             f"got {len(shares)} inferences of {n_episodes} episodes, expected two at least: "
             "what takes attention regardless of the input shows only where the input changes"
         )
     table = tokens.table()
-    share, uniform = np.stack(shares), 1 / np.array(n_unmasked)[:, None]
+    by_inference, uniform = np.stack(shares), 1 / np.array(n_unmasked)[:, None]
     least = np.maximum(minimum, times_uniform * uniform)
     # Compared before the quantile is taken: prompts differ in length, and so does an even share.
-    stays_high = np.quantile(share - least, quantile, axis=0, method="lower") >= 0
-    table["mean_share"] = share.mean(axis=0, dtype=np.float64)
-    table["low_share"] = np.quantile(share, quantile, axis=0, method="lower")
-    table["times_uniform"] = (share / uniform).mean(axis=0)
+    stays_high = np.quantile(by_inference - least, quantile, axis=0, method="lower") >= 0
+    table["mean_share"] = by_inference.mean(axis=0, dtype=np.float64)
+    table["low_share"] = np.quantile(by_inference, quantile, axis=0, method="lower")
+    table["times_uniform"] = (by_inference / uniform).mean(axis=0)
     result = table[stays_high & tokens.is_steady].sort_values(
         ["mean_share", "key"], ascending=[False, True], ignore_index=True
     )
@@ -129,7 +133,8 @@ def keys_to_leave_out(choice: Sequence[int] | Literal["sinks"], episodes: Iterab
     if not isinstance(choice, str):
         return list(choice)
     found = attention_sinks(episode.dataset for episode in episodes)
-    return found.loc[found["kind"] != Kind.ACTION.name.lower(), "key"].tolist()
+    keys: list[int] = found.loc[found["kind"] != Kind.ACTION.name.lower(), "key"].tolist()
+    return keys
 
 
 class _Tokens:
@@ -137,8 +142,8 @@ class _Tokens:
 
     def __init__(self, layout: TokenLayout):
         self._layout = layout
-        self._kinds: np.ndarray | None = None
-        self._texts: np.ndarray | None = None
+        self._kinds: NDArray[np.int8] | None = None
+        self._texts: NDArray[np.object_] | None = None
         self._changes = np.zeros(layout.n_keys, bool)
         self._text_changes = np.zeros(len(layout.language), bool)
 
@@ -162,10 +167,10 @@ class _Tokens:
         self._text_changes |= (texts != self._texts).any(axis=0)
 
     @property
-    def is_steady(self) -> np.ndarray:
+    def is_steady(self) -> NDArray[np.bool_]:
         """Whether a key is of the same kind in every inference, and no padding; (key,) bool."""
         assert self._kinds is not None
-        steady: np.ndarray = ~self._changes & (self._kinds != Kind.PADDING)
+        steady: NDArray[np.bool_] = ~self._changes & (self._kinds != Kind.PADDING)
         return steady
 
     def table(self) -> pd.DataFrame:

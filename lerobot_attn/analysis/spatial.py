@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Literal, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import numpy as np
 import xarray as xr
+from dask.base import compute
+from numpy.typing import ArrayLike, NDArray
 
 from lerobot_attn.analysis.select import Where, attention, layout_of
 from lerobot_attn.errors import SelectionError
@@ -21,6 +24,13 @@ NORMALISATIONS: dict[str, str] = {
     "frame": "relative to the largest patch",
     "episode": "share of all attention, one range for the episode",
 }
+
+
+class ColourRange(NamedTuple):
+    """The colour range of several heatmaps begins at 0; where it ends, and whether values lie beyond."""
+
+    vmax: float
+    clipped: bool
 
 
 def camera_names(dataset: xr.Dataset) -> list[str]:
@@ -60,6 +70,8 @@ def image_heatmap(
 ) -> xr.DataArray:
     """Return how much each patch of a camera's image is attended to.
 
+    For several cameras `by_camera` reads the maps once.
+
     Args:
         dataset: an episode's.
         camera: its name or the last part of it; the first one by default.
@@ -71,61 +83,132 @@ def image_heatmap(
         where: what to look at, see `Where`.
 
     Returns:
-        (…, grid_y, grid_x) float32 after the dimensions that `attention` keeps. Attributes `vmin` and `vmax`
-        are the colour range, `camera` and `normalisation` say what it is, the rest what was chosen.
+        (…, grid_y, grid_x) float32 after the dimensions that `attention` keeps; NaN where the store lacks the
+        map. Attributes `vmin` and `vmax` are the colour range, `camera` and `normalisation` say what it is,
+        the rest what was chosen.
 
     Raises:
         SelectionError: no such camera, normalisation, frame, layer, …
     """
-    if not 0 <= clip <= 100:
-        raise SelectionError(f"clip {clip!r}: expected a percentile from 0 to 100")
-    if normalisation not in NORMALISATIONS:
-        raise SelectionError(f"normalisation {normalisation!r}: expected one of {', '.join(NORMALISATIONS)}")
-    name, geometry, segment = camera_geometry(dataset, camera)
-    array = attention(dataset, **where)
-    heatmap = on_grid(array, geometry, segment)
-    if normalisation == "image":
-        total = heatmap.sum(("grid_y", "grid_x"))
-        heatmap = heatmap / total.where(total > 0, 1)
-    elif normalisation == "frame":
-        largest = heatmap.max(("grid_y", "grid_x"))
-        heatmap = heatmap / largest.where(largest > 0, 1)
-    heatmap.attrs = {**array.attrs, "camera": name, "normalisation": normalisation, "vmin": 0.0}
-    heatmap.attrs["units"] = NORMALISATIONS[normalisation]
+    _check_clip(clip)
+    _check_normalisation(normalisation)
+    name = camera_geometry(dataset, camera)[0]
+    (heatmap,) = by_camera(dataset, attention(dataset, **where), [name], normalisation=normalisation).values()
     if normalisation == "episode":
-        heatmap.attrs["vmax"] = episode_range(dataset, name, clip=clip, **where)
+        vmax = episode_ranges(dataset, [name], clip=clip, **where)[name]
     elif normalisation == "frame":
-        heatmap.attrs["vmax"] = 1.0
+        vmax = 1.0
     else:
-        heatmap.attrs["vmax"] = _percentile(heatmap, clip)
+        vmax = percentile_of(heatmap, clip)
+    heatmap.attrs |= {"vmin": 0.0, "vmax": vmax}
     return heatmap
 
 
-def episode_range(
-    dataset: xr.Dataset, camera: str | None = None, *, clip: float = 100.0, **where: Unpack[Where]
-) -> float:
-    """Return the share of all attention that a patch gets at most at any frame (or inference) of the episode.
+def by_camera(
+    dataset: xr.Dataset,
+    array: xr.DataArray,
+    cameras: Sequence[str | None] | None = None,
+    *,
+    normalisation: Normalisation = "share",
+) -> dict[str, xr.DataArray]:
+    """Return the heatmaps of attention that was selected already: once, for however many cameras.
 
     Args:
         dataset: an episode's.
-        camera: as for `image_heatmap`.
+        array: (…, key) of `attention`.
+        cameras: their names or the last parts of them; by default all that showed an image.
+        normalisation: as for `image_heatmap`; "episode" has the values of "share".
+
+    Returns:
+        Each camera's full name → what `image_heatmap` returns, lazy where the array is, without a colour
+        range; see `colour_range`.
+
+    Raises:
+        SelectionError: no such camera or normalisation.
+    """
+    _check_normalisation(normalisation)
+    heatmaps = {}
+    for camera in camera_names(dataset) if cameras is None else cameras:
+        name, geometry, segment = camera_geometry(dataset, camera)
+        heatmap = on_grid(array, geometry, segment)
+        # A map without attention on the image stays 0, and a missing one NaN.
+        if normalisation == "image":
+            total = heatmap.sum(("grid_y", "grid_x"), skipna=False)
+            heatmap = heatmap / total.where(total != 0, 1)
+        elif normalisation == "frame":
+            largest = heatmap.max(("grid_y", "grid_x"), skipna=False)
+            heatmap = heatmap / largest.where(largest != 0, 1)
+        heatmap.attrs = {**array.attrs, "camera": name, "normalisation": normalisation}
+        heatmap.attrs["units"] = NORMALISATIONS[normalisation]
+        heatmaps[name] = heatmap
+    return heatmaps
+
+
+def episode_ranges(
+    dataset: xr.Dataset,
+    cameras: Sequence[str | None] | None = None,
+    *,
+    clip: float = 100.0,
+    **where: Unpack[Where],
+) -> dict[str, float]:
+    """Return the share of all attention that a patch gets at most at any frame (or inference) of the episode.
+
+    Args:
+        dataset: an episode's; its maps are read once for all cameras.
+        cameras: as for `by_camera`.
         clip: percentile of the patches of all frames; 100 is the largest.
         where: what to look at; its `frame` or `inference` is widened to all.
+
+    Returns:
+        Each camera's full name → where its colour range ends.
     """
-    _, geometry, segment = camera_geometry(dataset, camera)
+    _check_clip(clip)
     everything: Where = {**where, "inference": "all"}
     if where.get("frame") is not None:
         everything = {**where, "frame": "all"}
-    return _percentile(on_grid(attention(dataset, **everything), geometry, segment), clip)
+    heatmaps = by_camera(dataset, attention(dataset, **everything), cameras)
+    values = compute(*(heatmap.data for heatmap in heatmaps.values()))
+    return {name: percentile_of(found, clip) for name, found in zip(heatmaps, values, strict=True)}
+
+
+def colour_range(
+    heatmaps: Iterable[ArrayLike],
+    normalisation: Normalisation,
+    *,
+    clip: float = 100.0,
+    episode_ends: Iterable[float] = (),
+) -> ColourRange:
+    """Return the one colour range of heatmaps that are shown together.
+
+    Args:
+        heatmaps: what is shown, each of any shape, in the unit of the normalisation.
+        normalisation: what the range is of: of these heatmaps; for "frame" it ends at 1; for "episode" where
+            that of the cameras and episodes ends.
+        clip: percentile of the patches at which it ends; 100 is the largest.
+        episode_ends: for "episode", of `episode_ranges`, one for each camera and episode that is shown.
+    """
+    if normalisation == "frame":
+        return ColourRange(1.0, False)
+    shown = np.concatenate([np.ravel(np.asarray(heatmap)) for heatmap in heatmaps])
+    vmax = max(episode_ends) if normalisation == "episode" else percentile_of(shown, clip)
+    largest = percentile_of(shown, 100)
+    return ColourRange(vmax, largest > vmax) if vmax > 0 else ColourRange(largest, False)
+
+
+def percentile_of(values: ArrayLike, percentile: float) -> float:
+    """Return a percentile, 0 to 100, of the values that are there (not NaN); 0 where there is none."""
+    found = np.asarray(values)
+    found = found[np.isfinite(found)]
+    return float(np.percentile(found, percentile)) if found.size else 0.0
 
 
 def on_camera_pixels(
-    heatmap: xr.DataArray | np.ndarray,
+    heatmap: ArrayLike,
     geometry: ImageGeometry,
     *,
     size_px: tuple[int, int] | None = None,
     interpolation: Interpolation = "nearest",
-) -> np.ndarray:
+) -> NDArray[np.float32]:
     """Put patch values on the camera's own pixels: the resize and the padding of the policy undone.
 
     Args:
@@ -149,8 +232,9 @@ def on_camera_pixels(
 def padding_share(heatmap: xr.DataArray, geometry: ImageGeometry) -> xr.DataArray:
     """Return the sum over patches that show nothing but letterbox padding, (…) in the heatmap's unit."""
     rows, columns = _visible(geometry)
-    hidden = ~(rows[:, None] & columns[None, :])
-    return heatmap.where(xr.DataArray(hidden, dims=("grid_y", "grid_x")), 0).sum(("grid_y", "grid_x"))
+    hidden = xr.DataArray(~(rows[:, None] & columns[None, :]), dims=("grid_y", "grid_x"))
+    # Of a missing map the visible patches tell it, too.
+    return (heatmap * hidden).sum(("grid_y", "grid_x"), skipna=False)
 
 
 def on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> xr.DataArray:
@@ -170,15 +254,20 @@ def on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> x
     return xr.DataArray(part.data.reshape(shape), coords, (*part.dims[:-1], "grid_y", "grid_x"))
 
 
-def _percentile(heatmap: xr.DataArray, clip: float) -> float:
-    values = np.asarray(heatmap)
-    return float(np.percentile(values, clip)) if values.size else 0.0
+def _check_clip(clip: float) -> None:
+    if not 0 <= clip <= 100:
+        raise SelectionError(f"clip {clip!r}: expected a percentile from 0 to 100")
 
 
-def _visible(geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
+def _check_normalisation(normalisation: str) -> None:
+    if normalisation not in NORMALISATIONS:
+        raise SelectionError(f"normalisation {normalisation!r}: expected one of {', '.join(NORMALISATIONS)}")
+
+
+def _visible(geometry: ImageGeometry) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which rows and which columns of patches show a part of the image, both bool."""
 
-    def of_axis(pad: int, resized: int, whole: int, patches: int) -> np.ndarray:
+    def of_axis(pad: int, resized: int, whole: int, patches: int) -> NDArray[np.bool_]:
         edges = np.arange(patches + 1) * whole / patches
         return (edges[1:] > pad) & (edges[:-1] < pad + resized)
 
@@ -192,12 +281,12 @@ def _visible(geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=64)
 def _weights(
     geometry: ImageGeometry, size_px: tuple[int, int], interpolation: Interpolation
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the weights of patch rows per pixel row (height, grid_y), and likewise (width, grid_x)."""
     if interpolation not in ("nearest", "linear"):
         raise SelectionError(f"interpolation {interpolation!r}: expected 'nearest' or 'linear'")
 
-    def of_axis(pixels: int, pad: int, resized: int, whole: int, patches: int) -> np.ndarray:
+    def of_axis(pixels: int, pad: int, resized: int, whole: int, patches: int) -> NDArray[np.float32]:
         # Centres of the pixels, in units of patches of the policy's input.
         centre = (pad + (np.arange(pixels) + 0.5) * resized / pixels) * patches / whole
         weights = np.zeros((pixels, patches), np.float32)

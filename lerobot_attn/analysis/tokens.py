@@ -7,6 +7,7 @@ from typing import NamedTuple, Unpack
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from lerobot_attn.analysis.select import RAW, Where, attention, layout_of
 from lerobot_attn.errors import SelectionError
@@ -31,7 +32,7 @@ class TokenGroup(NamedTuple):
     label: str
 
 
-def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], np.ndarray]:
+def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], NDArray[np.int16]]:
     """Group the language tokens: each word of the task, each number of the state, each run of scaffold.
 
     Words and numbers come first, in their order. Scaffold runs of the same text are one group; blanks and
@@ -125,10 +126,20 @@ def token_attention(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray
     Raises:
         SelectionError: no such frame, layer, …
     """
+    return by_token(dataset, attention(dataset, **where))
+
+
+def by_token(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
+    """Return what `token_attention` does of attention that was selected already.
+
+    Args:
+        dataset: an episode's.
+        array: (…, key) of `attention`.
+    """
     groups, keys = token_groups(dataset)
     if not groups:
         raise SelectionError("the episode's policy got no language tokens")
-    result = _sum_by_group(dataset, attention(dataset, **where), keys, len(groups), "token")
+    result = _sum_by_group(dataset, array, keys, len(groups), "token")
     return result.assign_coords(
         token=np.arange(len(groups)),
         label=("token", [group.label for group in groups]),
@@ -145,7 +156,7 @@ def modalities(dataset: xr.Dataset) -> list[str]:
     return names + [name for kind, name in MODALITY_OF.items() if kind in present]
 
 
-def modality_keys(dataset: xr.Dataset) -> tuple[list[str], np.ndarray]:
+def modality_keys(dataset: xr.Dataset) -> tuple[list[str], NDArray[np.int16]]:
     """Return the modalities, and (inference, key) int16: which one each key belongs to."""
     names = modalities(dataset)
     layout = layout_of(dataset)
@@ -213,8 +224,8 @@ def action_self_attention(
     result = array.isel(key=slice(actions.start, actions.stop)).rename(key="action_key")
     result = result.drop_vars([name for name in result.coords if str(name).startswith("key_")])
     if within:
-        total = result.sum("action_key")
-        result = result / total.where(total > 0, 1)
+        total = result.sum("action_key", skipna=False)
+        result = result / total.where(total != 0, 1)
     result = result.assign_coords(action_key=np.arange(len(actions)))
     result.attrs = array.attrs | {
         "units": "share of attention on actions" if within else "share of attention"
@@ -235,7 +246,7 @@ def to_table(array: xr.DataArray, value: str = "share") -> pd.DataFrame:
 
 
 def _sum_by_group(
-    dataset: xr.Dataset, array: xr.DataArray, keys: np.ndarray, n_groups: int, dim: str
+    dataset: xr.Dataset, array: xr.DataArray, keys: NDArray[np.int16], n_groups: int, dim: str
 ) -> xr.DataArray:
     """Add up attention over the keys of each group; `keys` is (inference, key), -1 for none."""
     member = (keys[:, :, None] == np.arange(n_groups)).astype(np.float32)
@@ -254,6 +265,6 @@ def _sum_by_group(
         )
         membership = membership.drop_vars("inference", errors="ignore")
     drop = [name for name in array.coords if "key" in array.coords[name].dims]
-    result = xr.dot(array.drop_vars(drop), membership, dim="key").transpose(..., dim)
+    result: xr.DataArray = xr.dot(array.drop_vars(drop), membership, dim="key").transpose(..., dim)
     result.attrs = dict(array.attrs)
     return result

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from lerobot_attn.errors import ConfigError
 
@@ -162,6 +164,12 @@ def modality_colors(names: Sequence[str]) -> dict[str, str]:
     cameras = [name for name in names if name not in _MODALITIES]
     colors = {name: _CAMERAS[index % len(_CAMERAS)] for index, name in enumerate(cameras)}
     return {name: colors.get(name) or _MODALITIES[name] for name in names}
+
+
+def largest(values: ArrayLike) -> float:
+    """Return the largest of values that are not negative; 0 where all are missing (NaN)."""
+    found = np.asarray(values)
+    return float(found[np.isfinite(found)].max(initial=0))
 
 
 def short(camera: str) -> str:

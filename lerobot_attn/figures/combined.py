@@ -8,7 +8,15 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from lerobot_attn.figures.canvas import Caption, colorbar, modality_colors, new_figure, short, styled
+from lerobot_attn.figures.canvas import (
+    Caption,
+    colorbar,
+    largest,
+    modality_colors,
+    new_figure,
+    short,
+    styled,
+)
 from lerobot_attn.figures.images import Group, draw_overlay
 from lerobot_attn.figures.text import sentence_places, shade_sentence, token_bars
 
@@ -68,9 +76,10 @@ def combined_figure(
     heights = np.array([100 * float(shares.sel(modality=name)) for name in names])
     left.barh(range(len(names)), heights, color=[colors[name] for name in names])
     for place, value in enumerate(heights):
-        left.text(value, place, f" {value:.1f}", va="center", fontsize=6)
+        if np.isfinite(value):
+            left.text(value, place, f" {value:.1f}", va="center", fontsize=6)
     left.set_yticks(range(len(names)), [short(name) for name in names])
-    left.set_xlim(0, 1.2 * heights.max())
+    left.set_xlim(0, 1.2 * largest(heights) or 1)
     left.invert_yaxis()
     left.set_xlabel("share of all attention, %")
     left.spines[["top", "right"]].set_visible(False)

@@ -10,11 +10,13 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
+from numpy.typing import NDArray
 
 from lerobot_attn.figures.canvas import (
     Caption,
     colorbar,
     colormap,
+    largest,
     modality_colors,
     new_figure,
     short,
@@ -36,7 +38,7 @@ def comparison_figure(
     caption: Caption,
     *,
     strips: Sequence[Group] = (),
-    means: Sequence[np.ndarray] = (),
+    means: Sequence[NDArray[np.float32]] = (),
     vmax: float = 1.0,
     unit: str = "",
     clipped: bool = False,
@@ -120,14 +122,14 @@ def comparison_figure(
 def _draw_means(
     figure: Figure,
     where: SubplotSpec,
-    means: Sequence[np.ndarray],
+    means: Sequence[NDArray[np.float32]],
     names: tuple[str, str],
     unit: str,
     cmap: str,
 ) -> None:
     """Draw the mean heatmaps of both sides on one colour range, and their difference on one of its own."""
-    vmax = max(float(mean.max()) for mean in means[:2]) or 1.0
-    most = float(np.abs(means[2]).max()) or 1.0
+    vmax = max(largest(mean) for mean in means[:2]) or 1.0
+    most = largest(np.abs(means[2])) or 1.0
     ranges = [(0.0, vmax, cmap), (0.0, vmax, cmap), (-most, most, "RdBu_r")]
     titles = [f"{names[0]}, mean", f"{names[1]}, mean", f"{names[1]} minus {names[0]}"]
     grid = where.subgridspec(1, 3)

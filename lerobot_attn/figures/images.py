@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.figures.canvas import Caption, colorbar, colormap, new_figure, short, styled
+from lerobot_attn.figures.canvas import Caption, colorbar, colormap, largest, new_figure, short, styled
 from lerobot_attn.figures.matrices import draw_matrix
 
 
@@ -21,9 +23,9 @@ from lerobot_attn.figures.matrices import draw_matrix
 class Panel:
     """One heatmap: (height, width) on the camera's own pixels, its title, and its image if it has its own."""
 
-    heat: np.ndarray
+    heat: NDArray[np.float32]
     title: str
-    image: np.ndarray | None = None
+    image: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Group:
     """Heatmaps over one image: its label, the image (height, width, 3) uint8, and the panels."""
 
     label: str
-    image: np.ndarray
+    image: NDArray[np.uint8]
     panels: Sequence[Panel]
 
 
@@ -119,7 +121,7 @@ def cross_modal_figure(
     draw_matrix(axes, values, names[0], names[1], "viridis")
     axes.set_ylabel("from")
     axes.set_xlabel("to: share of attention, %")
-    colorbar(figure, axes, "viridis", 0, float(np.nanmax(values)), "share", shrink=1.0, aspect=12)
+    colorbar(figure, axes, "viridis", 0, largest(values), "share", shrink=1.0, aspect=12)
     return figure
 
 
@@ -180,15 +182,15 @@ def _draw_rows(
 
 def draw_overlay(
     axes: Axes,
-    image: np.ndarray,
-    heat: np.ndarray,
+    image: NDArray[np.uint8],
+    heat: NDArray[np.float32],
     *,
     vmin: float = 0.0,
     vmax: float,
     cmap: str = "inferno",
     alpha: float = 0.7,
 ) -> None:
-    """Draw an image and a heatmap over it.
+    """Draw an image and a heatmap over it; hatched where the whole map is missing (NaN).
 
     Args:
         axes: where.
@@ -201,8 +203,15 @@ def draw_overlay(
     """
     norm = Normalize(vmin, vmax if vmax > vmin else vmin + 1)
     axes.imshow(image)
-    opacity = alpha * np.sqrt(np.clip(np.asarray(norm(heat), float), 0, 1))
+    missing = np.isnan(heat)
+    shown = np.asarray(norm(np.where(missing, vmin, heat)), float)
+    opacity = alpha * np.sqrt(np.clip(shown, 0, 1))
     axes.imshow(heat, cmap=colormap(cmap), norm=norm, alpha=opacity, interpolation="nearest")
+    if missing.all():
+        # Or a map that is not there would look like one of no attention.
+        hatch = Rectangle((0, 0), 1, 1, fill=False, linewidth=0, edgecolor="#AAAAAA", hatch="///")
+        hatch.set_transform(axes.transAxes)
+        axes.add_patch(hatch)
 
 
 def _bare(axes: Axes, title: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from lerobot_attn.figures.canvas import Caption, modality_colors, new_figure, short, styled
+from lerobot_attn.figures.canvas import Caption, largest, modality_colors, new_figure, short, styled
 
 
 @styled
@@ -47,9 +49,9 @@ def evolution_figure(
 def timeline_figure(
     shares: xr.DataArray,
     sharpness: Mapping[str, xr.DataArray],
-    reward: np.ndarray,
-    success: np.ndarray,
-    inference_frames: np.ndarray,
+    reward: NDArray[np.float32],
+    success: NDArray[np.bool_],
+    inference_frames: NDArray[Any],
     caption: Caption,
     *,
     width_in: float = 7.0,
@@ -61,7 +63,7 @@ def timeline_figure(
         sharpness: camera → (frame,) effective number of patches.
         reward: (frame,).
         success: (frame,) bool.
-        inference_frames: frames at which the policy was asked.
+        inference_frames: whole numbers, the frames at which the policy was asked.
         caption: what is said below.
         width_in: width of the figure, inches.
     """
@@ -83,8 +85,8 @@ def timeline_figure(
     bottom.set_ylabel("reward")
     bottom.set_xlabel("frame")
     bottom.legend(frameon=False, loc="upper left", ncols=2)
-    low, high = float(np.min(reward)), float(np.max(reward))
-    bottom.set_ylim(min(0, low) - 0.1, max(1, high) * 1.1)
+    known = reward[np.isfinite(reward)]
+    bottom.set_ylim(float(known.min(initial=0)) - 0.1, float(known.max(initial=1)) * 1.1)
     for axes in (top, middle, bottom):
         axes.set_xlim(frames[0] - 0.5, frames[-1] + 0.5)
         for frame in inference_frames:
@@ -93,14 +95,17 @@ def timeline_figure(
     return figure
 
 
-def draw_shares(axes: Axes, places: np.ndarray, shares: xr.DataArray, *, bars: bool = False) -> None:
-    """Draw (place, modality) stacked, in per cent; modalities that are 0 throughout are left out."""
+def draw_shares(axes: Axes, places: NDArray[Any], shares: xr.DataArray, *, bars: bool = False) -> None:
+    """Draw (place, modality) stacked, in per cent; modalities that are 0 throughout are left out.
+
+    Places whose shares are missing (NaN) stay blank.
+    """
     names = [str(name) for name in shares["modality"].values]
     colors = modality_colors(names)
     base = np.zeros(len(places))
     for index, name in enumerate(names):
         values = 100 * shares.values[:, index]
-        if not values.any():
+        if largest(values) == 0:
             continue
         if bars or len(places) == 1:
             axes.bar(places, values, bottom=base, width=0.9, color=colors[name], label=short(name))

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from lerobot_attn.figures.canvas import Caption, colorbar, colormap, new_figure, styled
+from lerobot_attn.figures.canvas import Caption, colorbar, colormap, largest, new_figure, styled
 
 
 @styled
 def action_figure(
-    panels: Sequence[tuple[str, np.ndarray]],
+    panels: Sequence[tuple[str, NDArray[np.float32]]],
     caption: Caption,
     *,
     unit: str,
@@ -37,7 +38,7 @@ def action_figure(
     rows = -(-len(panels) // columns)
     side = min((width_in - 0.9) / columns, 2.6)
     figure = new_figure(width_in, rows * (side + 0.35), caption)
-    vmax = max(float(values.max()) for _, values in panels)
+    vmax = max(largest(values) for _, values in panels)
     shown = []
     grid = figure.add_gridspec(rows, columns)
     for index, (title, values) in enumerate(panels):
@@ -56,13 +57,14 @@ def action_figure(
 
 
 def draw_matrix(
-    axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], cmap: str
+    axes: Axes, values: NDArray[np.float32], rows: Sequence[str], columns: Sequence[str], cmap: str
 ) -> None:
-    """Draw the cells, with the number of each in per cent."""
-    vmax = float(values.max()) or 1
+    """Draw the cells, with the number of each in per cent; one that is missing (NaN) stays blank."""
+    vmax = largest(values) or 1
     axes.imshow(values, cmap=colormap(cmap), vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     for (row, column), value in np.ndenumerate(values):
         ink = "black" if value > 0.6 * vmax else "white"
-        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=6)
+        if np.isfinite(value):
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=6)

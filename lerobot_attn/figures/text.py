@@ -13,10 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
+from numpy.typing import NDArray
 
-from lerobot_attn.figures.canvas import Caption, colorbar, colormap, modality_colors, new_figure, styled
+from lerobot_attn.figures.canvas import (
+    Caption,
+    colorbar,
+    colormap,
+    largest,
+    modality_colors,
+    new_figure,
+    styled,
+)
 
 _WORD_PT, _LINE_PT = 8.0, 15.0
+_WHITE = (1.0, 1.0, 1.0, 1.0)
 
 
 @styled
@@ -52,7 +62,7 @@ def text_figure(
     if wide:
         axes = figure.add_subplot(grid[0, 1])
         values = by_layer.transpose("token", "layer").values
-        vmax = float(values.max())
+        vmax = largest(values)
         layers = by_layer["layer"].values
         axes.imshow(
             values, cmap=colormap(cmap), vmin=0, vmax=vmax or 1, aspect="auto", interpolation="nearest"
@@ -89,23 +99,23 @@ def sentence_places(words: Sequence[str], width_in: float) -> tuple[list[Place],
 
 
 def shade_sentence(
-    axes: Axes, words: Sequence[str], values: np.ndarray, cmap: str, places: Sequence[Place]
+    axes: Axes, words: Sequence[str], values: NDArray[np.float32], cmap: str, places: Sequence[Place]
 ) -> None:
     """Write words one after another, each on a ground coloured by its share; a title gives the range.
 
     Args:
         axes: where; its units become points.
         words: the sentence.
-        values: (word,) shares.
+        values: (word,) shares; the ground of one that is missing (NaN) stays white.
         cmap: a matplotlib colour map.
         places: of the words, from `sentence_places`.
     """
-    largest = float(values.max()) if len(values) else 0.0
-    norm, colors = Normalize(0, largest or 1), colormap(cmap)
+    most = largest(values)
+    norm, colors = Normalize(0, most or 1), colormap(cmap)
     n_lines = max((line for line, _, _ in places), default=0) + 1
     right = max((left + width for _, left, width in places), default=1)
     for word, value, (line, left, width) in zip(words, values, places, strict=True):
-        ground = colors(norm(float(value)))
+        ground = colors(norm(float(value))) if np.isfinite(value) else _WHITE
         bright = 0.299 * ground[0] + 0.587 * ground[1] + 0.114 * ground[2]
         top = -line * _LINE_PT
         axes.add_patch(Rectangle((left, top - _LINE_PT + 2), width, _LINE_PT - 2, color=ground, linewidth=0))
@@ -122,7 +132,7 @@ def shade_sentence(
     axes.set_xlim(-1, right + 1)
     axes.set_ylim(-n_lines * _LINE_PT, 1)
     axes.axis("off")
-    title = f"words of the task: colour from 0 (dark) to {100 * largest:.2g} % of all attention (bright)"
+    title = f"words of the task: colour from 0 (dark) to {100 * most:.2g} % of all attention (bright)"
     axes.set_title(title, loc="left", fontsize=6, color="#444444", pad=1)
 
 
