@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,22 @@ class _Frame:
 
     copies: HostCopies
     policy_action: Tensor  # (batch, action_dim) as the policy returned it
-    views: dict[str, Tensor]  # camera → (batch, height, width, 3) uint8
     state: np.ndarray | None  # (batch, state_dim)
     action: np.ndarray | None = None  # (batch, action_dim) as the environment got it
     reward: np.ndarray | None = None  # (batch,)
     success: np.ndarray | None = None  # (batch,)
 
+
+@dataclass(frozen=True)
+class _Views:
+    """What the cameras of the whole batch showed at one frame, on its way to the host."""
+
+    copies: HostCopies
+    images: dict[str, Tensor]  # camera → (batch, height, width, 3) uint8
+
     @property
-    def view_bytes_per_env(self) -> int:
-        return sum(view[0].numel() for view in self.views.values())
+    def n_bytes(self) -> int:
+        return sum(image.numel() for image in self.images.values())
 
 
 @dataclass
@@ -146,6 +154,7 @@ class RolloutRecorder:
         self._record: InferenceRecord | None = None
         self._state: np.ndarray | None = None
         self._frame: _Frame | None = None
+        self._views: _Views | None = None
 
     def on_observation(self, state: np.ndarray | None, tasks: Sequence[str] | None) -> None:
         """The policy is about to be shown an observation.
@@ -180,16 +189,17 @@ class RolloutRecorder:
             batch: what the policy got.
             action: (batch, action_dim), in the policy's units.
         """
+        active = self._active
         copies = HostCopies()
-        views = {}
-        if self._config.cameras and self._active:
-            views = {name: copies.copy(view) for name, view in self._camera_views(batch).items()}
-        self._frame = _Frame(copies, copies.copy(action.float()), views, self._state)
+        if self._config.cameras and active:
+            images = {name: copies.copy(view) for name, view in self._camera_views(batch).items()}
+            self._views = _Views(copies, images)
+        self._frame = _Frame(copies, copies.copy(action.float()), self._state)
         copies.seal()
         record, self._record = self._record, None
-        for track in self._active:
-            if record is not None:
-                self._queue_inference(track, record)
+        if record is not None and active:
+            self._queue_inference(active, record)
+        for track in active:
             track.frames.append((self._frame, track.inference, track.query))
 
     def on_step(self, action: np.ndarray, reward: np.ndarray, success: np.ndarray, ended: np.ndarray) -> None:
@@ -204,6 +214,7 @@ class RolloutRecorder:
         frame, self._frame = self._frame, None
         if frame is None:
             return
+        self._queue_views()
         frame.action, frame.reward, frame.success = action, reward, success
         for track in self._active:
             track.n_frames += 1
@@ -256,23 +267,36 @@ class RolloutRecorder:
     def _active(self) -> list[_Track]:
         return [track for track in self._tracks if track.ended is None]
 
-    def _queue_inference(self, track: _Track, record: InferenceRecord) -> None:
-        track.inference += 1
-        track.query = record.layout.first_action_query
-        frames, track.frames = track.frames, []
-        frame = track.n_frames
-        n_bytes = math.ceil(record.n_bytes / record.batch_size)
-        n_bytes += sum(entry[0].view_bytes_per_env for entry in frames)
-        job = track.writing
-        self._writer.submit(track.plan.path, lambda: job.append(frames, record, frame), n_bytes)
+    def _queue_inference(self, tracks: list[_Track], record: InferenceRecord) -> None:
+        self._writer.submit_shared(
+            {
+                track.plan.path: partial(track.writing.append, track.frames, record, track.n_frames)
+                for track in tracks
+            },
+            record.n_bytes,
+        )
+        # Only now: a Ctrl-C while the queue is full leaves the frames to `interrupt`.
+        for track in tracks:
+            track.writing.n_queued += 1
+            track.inference += 1
+            track.query = record.layout.first_action_query
+            track.frames = []
+
+    def _queue_views(self) -> None:
+        """Queue the frame's pictures on their own: a chunk of frames of many cameras would be too much."""
+        views, self._views = self._views, None
+        if views is not None:
+            self._writer.submit_shared(
+                {track.plan.path: partial(track.writing.show, views) for track in self._active},
+                views.n_bytes,
+            )
 
     def _queue_close(
         self, track: _Track, rewards: np.ndarray | None = None, successes: np.ndarray | None = None
     ) -> None:
         job, frames, ended = track.writing, track.frames, track.ended
-        n_bytes = sum(entry[0].view_bytes_per_env for entry in frames)
         key = track.plan.path
-        self._writer.submit(key, lambda: job.append(frames, None, track.n_frames), n_bytes)
+        self._writer.submit(key, lambda: job.append(frames, None, track.n_frames))
         self._writer.submit(key, lambda: job.check_against(rewards, successes))
         self._writer.submit(key, lambda: job.close(ended, self._writer.failure(key)), always=True)
 
@@ -289,7 +313,13 @@ class RolloutRecorder:
 
 
 class EpisodeJob:
-    """What the writer's thread does for one episode."""
+    """What the writer's thread does for one episode.
+
+    Attributes:
+        n_queued: inferences that were handed over.
+        n_written: inferences that the store holds.
+        result: what became of the episode; None until it is closed.
+    """
 
     def __init__(self, plan: EpisodePlan, env: int, config: AttentionConfig, names: DimensionNames):
         self.plan = plan
@@ -299,6 +329,8 @@ class EpisodeJob:
         self.interrupted: str | None = None
         self.reported = False
         self.result: EpisodeResult | None = None
+        self.n_queued = 0
+        self.n_written = 0
         self._config = config
         self._names = names
         self._store: EpisodeWriter | None = None
@@ -309,6 +341,18 @@ class EpisodeJob:
         self._first_action_query = 0
         self._rewards: list[float] = []
         self._successes: list[bool] = []
+
+    def show(self, views: _Views) -> None:
+        """Write what the cameras showed at the next frame.
+
+        Raises:
+            StoreError: the video cannot be written.
+        """
+        if self._store is None:
+            return  # the policy acted without an inference: `append` says so
+        views.copies.wait()
+        for camera, images in views.images.items():
+            self._write_view(camera, images[self.env].numpy())
 
     def append(
         self, frames: list[tuple[_Frame, int, int]], record: InferenceRecord | None, frame: int
@@ -325,6 +369,7 @@ class EpisodeJob:
                 self._append_inference(record, frame)
             if self._store is not None:
                 self._store.commit()
+                self.n_written = self._store.n_inferences
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -353,6 +398,21 @@ class EpisodeJob:
                 "evaluation "
                 "returned; the store would be out of step with the video"
             )
+
+    @property
+    def n_unwritten(self) -> int:
+        """Inferences that were handed over and that the store does not hold."""
+        return self.n_queued - self.n_written
+
+    def unfinished(self) -> EpisodeResult:
+        """Return what became of an episode that nobody closed, as if the process had been killed."""
+        return EpisodeResult(
+            index=self.plan.index,
+            path=self.plan.path if self.n_written else None,
+            reason="incomplete: Ctrl-C came before its store was closed",
+            failed=True,
+            n_inferences=self.n_written,
+        )
 
     def close(self, ended: str | None, failure: BaseException | None) -> None:
         """Finish or drop the store, and say what became of it."""
@@ -431,8 +491,6 @@ class EpisodeJob:
         for frame, _, query in frames:
             frame.copies.wait()
             self._check_action(frame.policy_action[env].numpy(), query)
-            for camera, view in frame.views.items():
-                self._write_view(camera, view[env].numpy())
         rows: dict[str, np.ndarray] = {
             "frame_inference": np.array([inference for _, inference, _ in frames], np.int32),
             "frame_query": np.array([query for _, _, query in frames], np.int32),

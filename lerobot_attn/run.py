@@ -31,6 +31,9 @@ from lerobot_attn.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_PROGRESS_S = 2.0  # how often is said what is still to be written
+_GRACE_S = 1.0  # what a second Ctrl-C leaves for the write in progress, and for closing the stores
+
 
 @dataclass(frozen=True)
 class TaskPlan:
@@ -175,8 +178,11 @@ class RunRecorder:
             self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
             try:
                 yield
+            except BaseException as error:
+                self._write_out_after(error)
+                raise
             finally:
-                self._writer.close()
+                self._writer.close(0)
                 if self._task is not None:  # the task raised: say what there is
                     self._report(self._summarise())
 
@@ -195,7 +201,7 @@ class RunRecorder:
         Raises:
             CaptureError: an episode could not be saved whole, and `on_error` is "abort".
         """
-        self._open_writer.flush()
+        self._write_out("Ctrl-C ends the evaluation")
         summary = self._summarise()
         self._report(summary)
         self._task = None
@@ -235,6 +241,35 @@ class RunRecorder:
     def finish_rollout(self, *, rewards: np.ndarray, successes: np.ndarray) -> None:
         """The rollout has returned its (batch, step) rewards and successes."""
         self._jobs += self._current_recorder().finish(rewards=rewards, successes=successes)
+
+    def _write_out(self, remedy: str, *, patience_s: float = _PROGRESS_S) -> None:
+        """Wait until all that is queued is written; say every few seconds how much is left.
+
+        Args:
+            remedy: what can be done about it, for the message.
+            patience_s: how long to wait before it is said for the first time.
+        """
+        while not self._open_writer.flush(patience_s):
+            patience_s = _PROGRESS_S
+            n_inferences = sum(job.n_unwritten for job in self._jobs if not self._has_failed(job))
+            logger.warning("Writing %d inferences that are queued; %s", n_inferences, remedy)
+
+    def _write_out_after(self, error: BaseException) -> None:
+        """Write out what an evaluation that raised has queued, unless a further Ctrl-C says to drop it."""
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                self._write_out("Ctrl-C again drops them", patience_s=0)
+            else:
+                self._write_out("Ctrl-C drops them")
+        except KeyboardInterrupt:  # not raised: it would hide what ended the evaluation
+            jobs = [job for job in self._jobs if not self._has_failed(job)]
+            self._open_writer.drop(CaptureError("what was queued was dropped by Ctrl-C"))
+            self._open_writer.close(_GRACE_S)
+            n_inferences = sum(job.n_unwritten for job in jobs)
+            logger.warning("Dropped %d inferences that were queued", n_inferences)
+
+    def _has_failed(self, job: EpisodeJob) -> bool:
+        return self._open_writer.failure(job.plan.path) is not None
 
     def _tell_size(self, task: TaskPlan) -> None:
         """Say once what the run will take."""
@@ -314,11 +349,11 @@ class RunRecorder:
 
     def _summarise(self) -> TaskSummary:
         task = self._running_task
-        results = [*self._kept, *(job.result for job in self._jobs if job.result is not None)]
-        known = {result.index for result in results}
+        results = [*self._kept, *(job.result or job.unfinished() for job in self._jobs)]
+        chosen = self.config.episodes
         for index in range(min(task.n_episodes, self._next_episode)):
-            if index not in known:
-                results.append(EpisodeResult(index, None, f"not among episodes={self.config.episodes}"))
+            if chosen is not None and index not in chosen:
+                results.append(EpisodeResult(index, None, f"not among episodes={chosen}"))
         saved = tuple(sorted((r for r in results if r.reason is None), key=lambda r: r.index))
         not_saved = tuple(sorted((r for r in results if r.reason is not None), key=lambda r: r.index))
         self.failures += [f"{task.name} episode {r.index}: {r.reason}" for r in not_saved if r.failed]

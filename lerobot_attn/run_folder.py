@@ -20,7 +20,7 @@ from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 logger = logging.getLogger(__name__)
 
-_LOCK = ".lerobot-attn.lock"
+LOCK = ".lerobot-attn.lock"
 # What must be the same for episodes of two runs to be one run's.
 _POLICY = ("type", "path", "dtype")
 _CAPTURE = ("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "keep_bits")
@@ -72,7 +72,7 @@ class RunFolder:
         except ImportError:  # Windows: two runs at once are not noticed there
             yield
             return
-        with (self.path / _LOCK).open("a+") as file:
+        with (self.path / LOCK).open("a+") as file:
             try:
                 # A POSIX lock: the process's own, so environments forked off do not keep it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

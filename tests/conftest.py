@@ -12,6 +12,8 @@ import pytest
 # Before anything imports mujoco or huggingface_hub, which read them once.
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Some virtual machines announce AMX and end a process that uses it; torch would, for bfloat16.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 REQUIRE_LIBERO = "LEROBOT_ATTN_REQUIRE_LIBERO"
 

@@ -1,141 +1,75 @@
 """What goes wrong for real: killed processes, a full disk. What was committed before is there, and whole."""
 
-import contextlib
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scripted
+from forked import Forked
 from test_recording import evaluate, make_policy, scripted_adapter  # noqa: F401
 
 from lerobot_attn.errors import CaptureError
 from lerobot_attn.inspection import describe_episode
 from lerobot_attn.store.reader import open_episode, open_run
+from lerobot_attn.store.writer import EpisodeWriter
 
 KILLS = 20
 FRAMES = 60
-# Imports once, then records in a forked process for each line that it reads: no thread runs before the fork.
-RECORDER = """
-import importlib, os, sys, time
-sys.path.insert(0, {tests!r})
-import scripted
-from test_recording import evaluate, make_policy
-from lerobot_attn import plugin
-from lerobot_attn.policies import ADAPTERS
-from lerobot_attn.store.writer import EpisodeWriter
-
-importlib.import_module(plugin.EVAL_MODULE)
-ADAPTERS["scripted"] = scripted.ADAPTER
-commit = EpisodeWriter.commit
-
-def told(self):
-    commit(self)
-    if self.path.parent.name == "group_1":
-        os.write(1, f"committed {{self.n_inferences}}\\n".encode())
-
-EpisodeWriter.commit = told
-os.write(1, b"ready\\n")
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        envs = {{0: scripted.make_envs((5,)), 1: scripted.make_envs(({frames},))}}
-        evaluate(__import__("pathlib").Path(line.strip()), envs, policy=make_policy(n_action_steps=1))
-        os._exit(0)
-    os.write(1, f"child {{child}}\\n".encode())
-    _, status = os.waitpid(child, 0)
-    os.write(1, f"ended {{status}}\\n".encode())
-"""
 
 
-class Recorder:
-    """A process that records two episodes, of 5 and of 40 frames, into any folder; it can be killed."""
+def record_two(folder, tell):
+    """Record two episodes, of 5 and of 60 frames; tell of each commit of the second."""
+    commit = EpisodeWriter.commit
 
-    def __init__(self):
-        self.told = 0  # the last commit that was told of
-        code = textwrap.dedent(RECORDER.format(tests=str(Path(__file__).parent), frames=FRAMES))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "SLURM_JOB_ID": "0"},
-        )
-        self.lines_until("ready")
+    def told(self):
+        commit(self)
+        if self.path.parent.name == "group_1":
+            tell(f"committed {self.n_inferences}")
 
-    def lines_until(self, word):
-        """Read lines until one that begins with the word; return the lines."""
-        lines = []
-        while not lines or not lines[-1].startswith(word):
-            line = self._process.stdout.readline()
-            assert line, f"the recorder ended after {lines}"
-            lines.append(line.strip())
-            if lines[-1].startswith("committed"):
-                self.told = int(lines[-1].split()[1])
-        return lines
-
-    def start(self, folder):
-        """Begin to record; return the process's number."""
-        self._process.stdin.write(f"{folder}\n")
-        self._process.stdin.flush()
-        return int(self.lines_until("child")[-1].split()[1])
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._process.stdout.close()
+    EpisodeWriter.commit = told
+    envs = {0: scripted.make_envs((5,)), 1: scripted.make_envs((FRAMES,))}
+    evaluate(folder, envs, policy=make_policy(n_action_steps=1))
 
 
 @pytest.fixture(scope="module")
-def recorder():
-    recorder = Recorder()
-    yield recorder
-    recorder.close()
-
-
-@pytest.fixture(scope="module")
-def whole(recorder, tmp_path_factory):
+def whole(tmp_path_factory):
     """The two episodes, recorded undisturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    recorder.start(folder)
-    assert recorder.lines_until("ended")[-1] == "ended 0"
+    with Forked(record_two, folder) as process:
+        assert process.wait() == 0, process.log
     return [episode.dataset.load() for episode in open_run(folder)]
 
 
-def record_and_kill(recorder, folder, rng):
-    """Kill a recording at a random instant of its second episode; return how many commits it had told of."""
-    child = recorder.start(folder)
-    recorder.lines_until(f"committed {rng.randint(1, FRAMES // 2)}")
-    time.sleep(rng.uniform(0, 0.03))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    return recorder.lines_until("ended")
+def record_and_kill(folder, rng):
+    """Kill a recording at a random instant of its second episode; return the process."""
+    with Forked(record_two, folder) as process:
+        process.wait_for_count("committed", rng.randint(1, FRAMES // 2))
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        process.wait()
+    return process
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_killed_at_a_random_instant(recorder, whole, tmp_path, kill):
+def test_killed_at_a_random_instant(whole, tmp_path, kill):
     first, second = whole
     rng = random.Random(kill)
     for attempt in range(3):  # on a busy machine the recording may be over before the kill
         folder = tmp_path / str(attempt)
-        lines = record_and_kill(recorder, folder, rng)
-        if lines[-1] == f"ended {int(signal.SIGKILL)}":
+        process = record_and_kill(folder, rng)
+        if process.wait() == -signal.SIGKILL:
             break
-    told = recorder.told
+    told = int(process.said["committed"])
     earlier, cut = open_run(folder)
     assert earlier.is_complete
     assert earlier.dataset.load().suffix_attention.equals(first.suffix_attention), (
         "an earlier episode changed"
     )
-    assert lines[-1] == f"ended {int(signal.SIGKILL)}", "it was never killed in time"
+    assert process.wait() == -signal.SIGKILL, "it was never killed in time"
     # The kill may fall between a commit and its telling.
     assert cut.n_inferences in (told, told + 1)
     assert not cut.is_complete
@@ -150,11 +84,9 @@ def test_killed_at_a_random_instant(recorder, whole, tmp_path, kill):
     assert facts["rows_sum_to_one"] is True
 
 
-def test_a_killed_run_is_gone_on_with(recorder, whole, tmp_path):
-    child = recorder.start(tmp_path)
-    recorder.lines_until("committed 3")
-    os.kill(child, signal.SIGKILL)
-    recorder.lines_until("ended")
+def test_a_killed_run_is_gone_on_with(tmp_path):
+    with Forked(record_two, tmp_path) as process:
+        process.wait_for_count("committed", 3)
     kept = {file: file.stat().st_mtime_ns for file in open_run(tmp_path)[0].path.rglob("*")}
     envs = {0: scripted.make_envs((5,)), 1: scripted.make_envs((FRAMES,))}
     evaluate(tmp_path, envs, policy=make_policy(n_action_steps=1), existing="skip")
@@ -162,6 +94,29 @@ def test_a_killed_run_is_gone_on_with(recorder, whole, tmp_path):
     run = open_run(tmp_path)
     assert [episode.is_complete for episode in run] == [True, True]
     assert run[1].n_inferences == FRAMES
+
+
+def test_a_reader_sees_whole_inferences_while_the_store_grows(whole, tmp_path):
+    """Opened again and again while it is recorded: some number of whole inferences, never an error."""
+    store = tmp_path / "attention" / "group_1" / "episode_00000.zarr"
+    seen = set()
+    with Forked(record_two, tmp_path) as process:
+        process.wait_for_count("committed", 1)
+        episode = open_episode(store)
+        while not episode.is_complete:
+            data = episode.dataset.load()
+            # The arrays are opened after the episode: they may have grown in between.
+            assert data.sizes["inference"] >= episode.n_inferences
+            assert data.sizes["frame"] >= episode.n_frames
+            final = whole[1].isel(inference=slice(data.sizes["inference"]), frame=slice(data.sizes["frame"]))
+            for name in data:
+                np.testing.assert_array_equal(data[name], final[name], err_msg=name)
+            seen.add(data.sizes["inference"])
+            episode = open_episode(store)
+        assert process.wait() == 0, process.log
+    assert len(seen) > 2, "it was never read while it grew"
+    for name, values in episode.dataset.load().items():
+        np.testing.assert_array_equal(values, whole[1][name], err_msg=name)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -21,10 +22,13 @@ pytest.importorskip("lerobot")
 import scripted  # noqa: E402
 
 from lerobot_attn import plugin  # noqa: E402
+from lerobot_attn.capture import HostCopies  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, StoreError  # noqa: E402
 from lerobot_attn.policies import ADAPTERS  # noqa: E402
+from lerobot_attn.recorder import EpisodeJob  # noqa: E402
 from lerobot_attn.run import RunRecorder  # noqa: E402
+from lerobot_attn.store.background import BackgroundWriter  # noqa: E402
 from lerobot_attn.store.reader import open_episode, open_run  # noqa: E402
 from lerobot_attn.store.writer import EpisodeWriter  # noqa: E402
 from lerobot_attn.video import read_frames  # noqa: E402
@@ -286,6 +290,36 @@ def test_keyboard_interrupt_goes_through(tmp_path, monkeypatch):
     assert episode.attributes["interrupted_by"] == "KeyboardInterrupt"
 
 
+def test_a_second_interrupt_closes_the_store_without_what_was_queued(tmp_path, monkeypatch, caplog):
+    envs = scripted.make_envs((30,))
+    append, flush, step = EpisodeJob.append, BackgroundWriter.flush, envs.step
+    n_interrupts = 0
+
+    def interrupted(original, when):
+        def call(*args):
+            nonlocal n_interrupts
+            if when():
+                n_interrupts += 1
+                raise KeyboardInterrupt
+            return original(*args)
+
+        return call
+
+    envs.step = interrupted(step, lambda: envs.envs[0].unwrapped._t == 20)
+    monkeypatch.setattr(BackgroundWriter, "flush", interrupted(flush, lambda: n_interrupts == 1))
+    monkeypatch.setattr(EpisodeJob, "append", lambda *args: (append(*args), time.sleep(0.2)))
+    monkeypatch.setattr("lerobot_attn.run._GRACE_S", 60)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        evaluate(tmp_path, {0: envs}, policy=make_policy(n_action_steps=1))
+    assert raised.value.__context__ is None
+    (episode,) = open_run(tmp_path)
+    assert not episode.is_complete
+    assert episode.attributes["interrupted_by"] == "KeyboardInterrupt"
+    assert episode.attributes["error"] == "what was queued was dropped by Ctrl-C"
+    assert f"Dropped {21 - episode.n_inferences} inferences that were queued" in caplog.text
+    assert 0 < episode.n_inferences < 21
+
+
 def break_writing(monkeypatch, after):
     """Fail the writer as a full disk does, once `after` inferences are written."""
     original = EpisodeWriter.append_inference
@@ -347,14 +381,14 @@ def test_on_error_abort_stops_after_a_late_failure_too(tmp_path, monkeypatch):
 
 
 class CaptureBreaks(scripted.ScriptedAdapter):
-    def observe(self, sink, *, layers, prefix_layers):
+    def observe(self, sink, **settings):
         deliver = sink.suffix_attention
 
         def broken(layer, weights):
             deliver(layer, weights[..., :3, :] if self.policy.n_inferences == 1 else weights)
 
         sink.suffix_attention = broken
-        return super().observe(sink, layers=layers, prefix_layers=prefix_layers)
+        return super().observe(sink, **settings)
 
 
 def test_a_failing_capture_does_not_stop_the_evaluation(tmp_path, monkeypatch):
@@ -376,7 +410,7 @@ def test_abort_on_a_failing_capture(tmp_path, monkeypatch):
 
 
 class NothingSeen(scripted.ScriptedAdapter):
-    def observe(self, sink, *, layers, prefix_layers):
+    def observe(self, sink, **settings):
         import contextlib
 
         return contextlib.nullcontext()
@@ -418,9 +452,7 @@ def test_a_slow_writer_makes_the_policy_wait(tmp_path, monkeypatch):
         original(self, rows)
 
     monkeypatch.setattr(EpisodeWriter, "append_inference", slow)
-    monkeypatch.setattr("lerobot_attn.run.BackgroundWriter", lambda n: TinyQueue(200_000))
-    from lerobot_attn.store.background import BackgroundWriter as TinyQueue
-
+    monkeypatch.setattr("lerobot_attn.run.BackgroundWriter", lambda n: BackgroundWriter(200_000))
     info, _ = evaluate(
         tmp_path, {0: scripted.make_envs((20,))}, policy=make_policy(n_action_steps=1), layers="all"
     )
@@ -428,6 +460,41 @@ def test_a_slow_writer_makes_the_policy_wait(tmp_path, monkeypatch):
     (episode,) = open_run(tmp_path)
     assert episode.is_complete
     assert episode.n_inferences == 20
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_action_steps", "size"),
+    [((3, 3, 3, 40), 1, 8), ((5, 25, 45, 60), 50, 96)],
+    ids=["maps of environments that have ended", "pictures of a long chunk"],
+)
+def test_what_waits_to_be_written_never_exceeds_the_queue(
+    tmp_path, monkeypatch, lengths, n_action_steps, size
+):
+    """All environments share a record and a picture: they are in memory until the last one has written."""
+    living, peak_bytes = [], 0
+
+    class Watched(HostCopies):
+        def allocate(self, *args):
+            nonlocal peak_bytes
+            tensor = super().allocate(*args)
+            living.append(weakref.ref(tensor))
+            found = [reference() for reference in living]
+            peak_bytes = max(peak_bytes, sum(t.numel() * t.element_size() for t in found if t is not None))
+            return tensor
+
+    append, show = EpisodeJob.append, EpisodeJob.show
+    monkeypatch.setattr("lerobot_attn.capture.HostCopies", Watched)
+    monkeypatch.setattr("lerobot_attn.recorder.HostCopies", Watched)
+    monkeypatch.setattr(EpisodeJob, "append", lambda *args: (time.sleep(0.01), append(*args)))
+    monkeypatch.setattr(EpisodeJob, "show", lambda *args: (time.sleep(0.005), show(*args)))
+    envs = {0: scripted.make_envs(lengths, size=size)}
+    evaluate(
+        tmp_path, envs, policy=make_policy(n_action_steps=n_action_steps), layers="all", videos=0, queue_mb=1
+    )
+    record_bytes = (
+        1_000_000  # what the policy has in its hands: one inference of four environments, its frame
+    )
+    assert 1_000_000 < peak_bytes <= 1_000_000 + record_bytes
 
 
 @pytest.mark.parametrize("what", ["existing", "file", "unwritable"])
