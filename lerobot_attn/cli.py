@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 
 from lerobot_attn import __version__
-from lerobot_attn.errors import ConfigError, LerobotAttnError
+from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError
 
 if TYPE_CHECKING:
     from lerobot_attn.store.reader import Episode, Run
@@ -236,14 +236,24 @@ def overlay(
 
 @app.command()
 def verify(
-    episode: EpisodePath,
+    path: Annotated[
+        Path, typer.Argument(help="An episode (….zarr), a task's folder, or a run's output folder.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Contact sheet: PNG, PDF or SVG file.")
     ] = Path("contact-sheet.png"),
-    sheet: Annotated[bool, typer.Option("--sheet/--no-sheet", help="Draw the contact sheet.")] = True,
+    sheet: Annotated[
+        bool, typer.Option("--sheet/--no-sheet", help="Draw the contact sheet, of a single episode.")
+    ] = True,
     thorough: Annotated[
         bool | None, typer.Option("--thorough", help="Check the rows of every inference, not of three.")
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First drop what is damaged or left over, and say what.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --repair: say what would be dropped, and change nothing.")
+    ] = False,
     layer: Layer = None,
     denoise_step: Step = None,
     color_map: ColorMap = None,
@@ -253,12 +263,16 @@ def verify(
 ) -> None:
     """Check that maps, frames and videos belong together, and draw a contact sheet; exit status 1 on failure.
 
+    Every chunk is read; what is damaged is named with its coordinates. --repair makes damaged maps missing
+    values (NaN), cuts the episode where its tables are damaged, and removes what a killed recording left.
+
     The sheet shows the policy's view, the evaluation's frame and the overlay for the first, middle and last
     inference and every camera.
     """
     from lerobot_attn.figures import check_format, save_figure
     from lerobot_attn.settings import load_settings
-    from lerobot_attn.store.reader import open_episode
+    from lerobot_attn.store.reader import Run, open_episode, open_run
+    from lerobot_attn.store.schema import EPISODE_SUFFIX
     from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
 
     chosen = load_settings(
@@ -271,18 +285,36 @@ def verify(
         alpha=alpha,
     )
     check_format(output)
-    found = open_episode(episode)
-    with _progress("Checking") as progress:
-        report = verify_episode(found, thorough=chosen.thorough, progress=progress)
+    if dry_run and not repair:
+        raise ConfigError("--dry-run: goes with --repair, expected both or neither")
+    messages = sys.stderr if as_json else sys.stdout
+    refused = _repair(path, dry_run, messages) if repair else False
+    single = path.suffix == EPISODE_SUFFIX or (path / "zarr.json").is_file()
+    run = Run(path, (open_episode(path).path,)) if single else open_run(path)
+    reports = []
+    for found in run:
+        with _progress("Checking") as progress:
+            report = verify_episode(found, thorough=chosen.thorough, progress=progress)
+        reports.append(report)
+        if not as_json:
+            report.render(Console())
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        report.render(Console())
-    if sheet:
-        with _status("Drawing the contact sheet"):
-            path = save_figure(contact_sheet(found, chosen), output, dpi=chosen.dpi)
-        print(f"Wrote {path}", file=sys.stderr if as_json else sys.stdout)
-    raise typer.Exit(0 if report.passed else 1)
+        facts = [report.to_dict() for report in reports]
+        print(json.dumps(facts[0] if single else facts, indent=2))
+    for _, reason in () if repair else run.damaged:  # a repair has said so already
+        print(f"error: {reason}", file=sys.stderr)
+    if sheet and single:
+        try:
+            with _status("Drawing the contact sheet"):
+                file = save_figure(contact_sheet(run[0], chosen), output, dpi=chosen.dpi)
+        except StoreError as error:
+            if reports[0].passed:
+                raise
+            print(f"No contact sheet: {error}", file=sys.stderr)
+        else:
+            print(f"Wrote {file}", file=messages)
+    passed = not refused and not run.damaged and all(report.passed for report in reports)
+    raise typer.Exit(0 if passed else 1)
 
 
 @app.command()
@@ -351,6 +383,26 @@ def compare(
 
 
 @app.command()
+def view(
+    path: Annotated[
+        Path, typer.Argument(help="An episode (….zarr), a task's folder, or a run's output folder.")
+    ],
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen at; by default the first free one from 8123 on.")
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen at. Any but the default lets other machines in: no password."),
+    ] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """Serve recordings to the browser, live while they grow, until Ctrl-C."""
+    from lerobot_attn.explorer.server import serve
+
+    serve(path, host=host, port=port, open_browser=browser)
+
+
+@app.command()
 def demo_policy(
     directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
@@ -395,6 +447,19 @@ def _whole_episodes(run: Run) -> list[Episode]:
     return list(run)
 
 
+def _repair(path: Path, dry_run: bool, messages: TextIO) -> bool:
+    """Repair the stores under a path and say what was dropped; return whether one could not be repaired."""
+    from lerobot_attn.store.repair import repair
+
+    with _progress("Repairing") as progress:
+        repairs = repair(path, dry_run=dry_run, progress=progress)
+    for store in repairs:
+        is_refused = store.refused is not None
+        for line in store.lines(done=not dry_run):
+            print(f"error: {line}" if is_refused else line, file=sys.stderr if is_refused else messages)
+    return any(store.refused is not None for store in repairs)
+
+
 def _status(text: str) -> Status:
     """Return a spinner on stderr."""
     return Console(stderr=True).status(text)
@@ -416,3 +481,7 @@ def main() -> None:
     except LerobotAttnError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The explorer's requests: read-only, by episode id, with answers that a browser may keep.
+
+JSON for facts and tables, `application/octet-stream` of little-endian float16 for attention, with its shape
+in the header `X-Shape`. What belongs to a committed inference never changes: its address holds the
+recording's version, and it is marked immutable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, first_line
+from lerobot_attn.explorer import payloads
+from lerobot_attn.explorer.library import Library, NotThereError, version_of
+from lerobot_attn.explorer.pictures import FramePictures
+from lerobot_attn.store.reader import Episode
+
+POLL_S = 0.5  # how often the library is looked at for whoever listens to its events
+_KEEP_ALIVE_S = 15.0
+_IMMUTABLE = "private, max-age=31536000, immutable"
+_ASK_AGAIN = "no-cache"  # keep it, but ask whether it changed
+_MISSING_PAGE = """<!doctype html><meta charset="utf-8"><title>lerobot-attn</title>
+<p>This installation has no page: it was built from the sources without it. The data is at
+<a href="api/run">api/run</a>. To build the page, run <code>scripts/build_explorer.sh</code>."""
+
+
+def create_app(library: Library, *, hosts: list[str] | None = None, static: Path | None = None) -> Starlette:
+    """Return the web application.
+
+    Args:
+        library: the episodes that are served.
+        hosts: names by which the server may be addressed, so that a page elsewhere cannot reach it by a name
+            of its own; default: this machine's loopback.
+        static: the built page; default: the one in the package.
+    """
+    explorer = _Explorer(library)
+    zipped = [Middleware(GZipMiddleware, minimum_size=1000)]
+
+    def get(path: str, endpoint: Callable[..., Any], *, zip_: bool = False) -> Route:
+        return Route(path, endpoint, methods=["GET"], middleware=zipped if zip_ else None)
+
+    episode = "/api/episodes/{id}/{version}"
+    at = episode + "/inferences/{inference:int}"
+    routes: list[Route | Mount] = [
+        get("/api/run", explorer.run, zip_=True),
+        get("/api/events", explorer.events),
+        get("/api/episodes/{id}", explorer.facts, zip_=True),
+        get(episode + "/timeline", explorer.timeline, zip_=True),
+        get(episode + "/shares", explorer.shares, zip_=True),
+        get(at + "/tokens", explorer.tokens, zip_=True),
+        get(at + "/actions", explorer.actions, zip_=True),
+        get(at + "/means/{denoise_step:int}", explorer.means),
+        get(at + "/maps/{denoise_step:int}/{layer:int}", explorer.maps),
+        get(at + "/prefix/{layer:int}/{query:int}", explorer.prefix),
+        get(episode + "/cameras/{camera}/frames/{frame:int}.jpg", explorer.frame),
+        get(episode + "/cameras/{camera}.mp4", explorer.video),
+        Route("/api/{rest:path}", _no_such_request),
+        _page(static),
+    ]
+    allowed = ["127.0.0.1", "localhost", "[::1]"] if hosts is None else hosts
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)],
+        exception_handlers={
+            NotThereError: _refused(404),
+            SelectionError: _refused(404),
+            StoreError: _refused(422),
+            LerobotAttnError: _refused(400),
+            HTTPException: _http_refused,
+            Exception: _refused(500),
+        },
+    )
+
+
+class _Explorer:
+    """The endpoints. Those that read stores are plain functions: Starlette runs them on threads."""
+
+    def __init__(self, library: Library):
+        self._library = library
+        self._pictures = FramePictures()
+
+    def run(self, request: Request) -> Response:
+        episodes = [summary.to_dict() for summary in self._library.summaries()]
+        return _json(
+            request,
+            {"name": self._library.name, "episodes": episodes, "damaged": self._library.problems()},
+        )
+
+    def facts(self, request: Request) -> Response:
+        episode = self._library.episode(request.path_params["id"])
+        return _json(request, {"version": version_of(episode), **_read(episode, payloads.facts)})
+
+    def timeline(self, request: Request) -> Response:
+        return _json(request, _read(self._episode(request), payloads.timeline))
+
+    def shares(self, request: Request) -> Response:
+        first = _integer(request, "first", 0)
+        where = {
+            "layer": _integer_or_mean(request, "layer"),
+            "denoise_step": _integer(request, "denoise_step", -1),
+            "head": _integer_or_mean(request, "head"),
+        }
+        found = _read(self._episode(request), payloads.shares, first, **where)
+        return _json(request, found)
+
+    def tokens(self, request: Request) -> Response:
+        inference = request.path_params["inference"]
+        return _json(request, _read(self._episode(request), payloads.tokens, inference), immutable=True)
+
+    def actions(self, request: Request) -> Response:
+        inference = request.path_params["inference"]
+        return _json(request, _read(self._episode(request), payloads.action_chunk, inference), immutable=True)
+
+    def means(self, request: Request) -> Response:
+        return self._slab(request, payloads.mean_slab, "inference", "denoise_step")
+
+    def maps(self, request: Request) -> Response:
+        return self._slab(request, payloads.map_slab, "inference", "denoise_step", "layer")
+
+    def prefix(self, request: Request) -> Response:
+        return self._slab(request, payloads.prefix_slab, "inference", "layer", "query")
+
+    def frame(self, request: Request) -> Response:
+        episode, camera = self._episode(request), request.path_params["camera"]
+        frame, video = request.path_params["frame"], _video(episode, camera)
+        if frame >= max(1, episode.n_frames):
+            raise NotThereError(f"frame {frame} does not exist: the episode has {episode.n_frames}")
+        picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
+        return _answer(request, picture, "image/jpeg", immutable=True)
+
+    def video(self, request: Request) -> Response:
+        episode = self._episode(request)
+        video = _video(episode, request.path_params["camera"])
+        return FileResponse(video, media_type="video/mp4", headers={"Cache-Control": _ASK_AGAIN})
+
+    async def events(self, request: Request) -> Response:
+        """Tell of every episode that is new, has grown or is gone, as server-sent events."""
+        return StreamingResponse(
+            self._changes(request), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    async def _changes(self, request: Request) -> AsyncIterator[str]:
+        told: dict[str, dict[str, Any]] | None = None
+        silent_s = 0.0
+        while not await request.is_disconnected():
+            now = await run_in_threadpool(
+                lambda: {summary.id: summary.to_dict() for summary in self._library.summaries()}
+            )
+            changed = [facts for id_, facts in now.items() if told is not None and told.get(id_) != facts]
+            removed = [id_ for id_ in told or () if id_ not in now]
+            if changed or removed:
+                yield f"data: {json.dumps({'changed': changed, 'removed': removed})}\n\n"
+                silent_s = 0.0
+            elif told is None or silent_s >= _KEEP_ALIVE_S:
+                yield ": here\n\n"  # the first one tells the page that it is connected
+                silent_s = 0.0
+            told = now
+            await asyncio.sleep(POLL_S)
+            silent_s += POLL_S
+
+    def _episode(self, request: Request) -> Episode:
+        return self._library.episode(request.path_params["id"], request.path_params["version"])
+
+    def _slab(
+        self, request: Request, slab: Callable[..., tuple[bytes, tuple[int, ...]]], *names: str
+    ) -> Response:
+        values = [request.path_params[name] for name in names]
+        body, shape = _read(self._episode(request), slab, *values)
+        headers = {"X-Shape": ",".join(map(str, shape))}
+        return _answer(request, body, "application/octet-stream", immutable=True, headers=headers)
+
+
+def _read[**P, R](episode: Episode, read: Callable[..., R], *args: Any, **where: Any) -> R:
+    """Read from an episode; a damaged chunk raises whatever its codec raises, which becomes a StoreError."""
+    try:
+        return read(episode, *args, **where)
+    except LerobotAttnError:
+        raise
+    except Exception as error:
+        raise StoreError(f"{episode.path.name}: cannot be read: {first_line(error)}") from error
+
+
+def _video(episode: Episode, camera: str) -> Path:
+    video = episode.videos.get(camera)
+    if video is None:
+        raise NotThereError(f"this episode has no video of camera {camera!r}")
+    return video
+
+
+def _json(request: Request, value: Any, *, immutable: bool = False) -> Response:
+    body = json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    return _answer(request, body, "application/json", immutable=immutable)
+
+
+def _answer(
+    request: Request,
+    body: bytes,
+    media_type: str,
+    *,
+    immutable: bool,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """Answer, or say that what the browser has is still right."""
+    etag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
+    kept = {"ETag": etag, "Cache-Control": _IMMUTABLE if immutable else _ASK_AGAIN, **(headers or {})}
+    asked = request.headers.get("if-none-match", "")
+    if etag in (tag.strip().removeprefix("W/") for tag in asked.split(",")):
+        return Response(status_code=304, headers=kept)
+    return Response(body, media_type=media_type, headers=kept)
+
+
+def _integer(request: Request, name: str, default: int | None) -> int:
+    text = request.query_params.get(name)
+    if text is None and default is not None:
+        return default
+    with contextlib.suppress(TypeError, ValueError):
+        if len(text or "") <= 9:
+            return int(text or "")
+    raise HTTPException(400, f"{name}: got {(text or '')[:40]!r}, expected a whole number")
+
+
+def _integer_or_mean(request: Request, name: str) -> int | str:
+    return "mean" if request.query_params.get(name, "mean") == "mean" else _integer(request, name, None)
+
+
+def _refused(status: int) -> Callable[[Request, Exception], Response]:
+    def answer(request: Request, error: Exception) -> Response:
+        return _problem(status, first_line(error))
+
+    return answer
+
+
+def _http_refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _problem(error.status_code, error.detail, error.headers)
+
+
+def _problem(status: int, message: str, headers: Any = None) -> Response:
+    return JSONResponse({"error": message}, status, headers={**(headers or {}), "Cache-Control": "no-store"})
+
+
+def _no_such_request(request: Request) -> Response:
+    return _problem(404, f"no such request: {request.url.path[:200]}")
+
+
+def _page(static: Path | None) -> Mount | Route:
+    folder = static or Path(str(resources.files("lerobot_attn.explorer"))) / "static"
+    if not (folder / "index.html").is_file():
+        return Route("/", lambda request: Response(_MISSING_PAGE, media_type="text/html"))
+    return Mount("/", StaticFiles(directory=folder, html=True))

@@ -1,0 +1,105 @@
+"""Run the explorer on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.explorer.app import create_app
+from lerobot_attn.explorer.library import Library
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 8123
+_TRIED_PORTS = 20
+
+
+def serve(
+    path: str | Path, *, host: str = LOOPBACK, port: int | None = None, open_browser: bool = True
+) -> None:
+    """Serve the explorer until it is interrupted.
+
+    Args:
+        path: an episode, a task's folder, or a run's output folder.
+        host: address to listen at; by default this machine alone can reach it.
+        port: its port; by default the first free one from 8123 on.
+        open_browser: open the page once the server answers.
+
+    Raises:
+        StoreError: no episode at the path.
+        ConfigError: the address cannot be listened at.
+    """
+    library = Library(path)
+    listener = _listen(host, port)
+    local = _is_loopback(host)
+    bound = listener.getsockname()[1]
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{bound}/"
+    if not local:
+        logger.warning(
+            "Listening at %s: whoever can reach this machine can see these recordings; there is no password",
+            host,
+        )
+    # Of another host any name may be the right one.
+    app = create_app(library, hosts=None if local else ["*"])
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
+    with listener, contextlib.suppress(KeyboardInterrupt):
+        _Server(config, lambda: _announce(url, open_browser)).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """A server that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, when_started: Callable[[], None]):
+        super().__init__(config)
+        self._when_started = when_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._when_started()
+
+
+def _announce(url: str, open_browser: bool) -> None:
+    print(f"The explorer is at {url} (Ctrl-C ends it)", flush=True)
+    if open_browser:
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """Return a listening socket."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ports = range(DEFAULT_PORT, DEFAULT_PORT + _TRIED_PORTS) if port is None else [port]
+    problem: OSError | None = None
+    for tried in ports:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, tried))
+            return listener
+        except OSError as error:
+            listener.close()
+            problem = error
+        except OverflowError as error:
+            listener.close()
+            raise ConfigError(f"--port: got {tried}, expected 0 to 65535") from error
+    which = f"port {port}" if port is not None else f"ports {ports[0]} to {ports[-1]}"
+    raise ConfigError(f"{host}: cannot listen at {which} ({problem}); choose another --port or --host")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
