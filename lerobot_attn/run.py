@@ -28,6 +28,7 @@ from lerobot_attn.sizes import folder_bytes, format_bytes
 from lerobot_attn.store.background import BackgroundWriter
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.text import Tokenizer
+from lerobot_attn.video import find_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +148,10 @@ class RunRecorder:
         Raises:
             UnsupportedPolicyError: no adapter knows the policy.
             ConfigError: a layer, head or denoise step does not exist.
-            StoreError: another run records into the folder, or episodes to be kept are not of this run.
+            StoreError: another run records into the folder, episodes to be kept are not of this run, or there
+                is no video encoder.
         """
+        find_encoder()
         recorder_of = self._current_recorder
         with (
             self._run_folder.claim(),

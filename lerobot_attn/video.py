@@ -16,6 +16,21 @@ from lerobot_attn.errors import StoreError
 Frame = NDArray[np.uint8]  # (height, width, 3), RGB
 
 
+def find_encoder() -> None:
+    """Find ffmpeg; a second call costs nothing.
+
+    imageio-ffmpeg tries it out in a process that a Ctrl-C would end along with this one, and would then take
+    it for missing. Called before a recording begins, the search is over when Ctrl-C may come.
+
+    Raises:
+        StoreError: there is none.
+    """
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise StoreError(f"no video encoder: {error}") from error
+
+
 class VideoWriter:
     """Writes RGB frames to an H.264 MP4 that browsers play.
 
@@ -28,6 +43,9 @@ class VideoWriter:
         fps: frames per second.
         size_px: (height, width) of the frames.
         fast: spend a third less time, for larger files of somewhat less quality: for what is only looked at.
+
+    Raises:
+        StoreError: there is no encoder.
     """
 
     def __init__(self, path: Path, *, fps: float, size_px: tuple[int, int], fast: bool = False):
@@ -35,6 +53,7 @@ class VideoWriter:
         self.size_px = size_px
         self.n_frames = 0
         self._pad = (size_px[0] % 2, size_px[1] % 2)
+        find_encoder()
         self._process: Any = imageio_ffmpeg.write_frames(
             str(path),
             (size_px[1] + self._pad[1], size_px[0] + self._pad[0]),

@@ -13,6 +13,7 @@ import math
 import time
 import weakref
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -432,6 +433,16 @@ class OutOfOrder(scripted.ScriptedPolicy):
         if not self._queue:
             self._queue.extend(self.predict_action_chunk(batch)[:, 1:11].transpose(0, 1))
         return self._queue.popleft()
+
+
+def test_the_encoder_is_found_before_anything_runs(tmp_path, monkeypatch):
+    """Later, Ctrl-C would end the process in which imageio-ffmpeg tries it out."""
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    monkeypatch.setattr(imageio_ffmpeg._utils, "_get_ffmpeg_exe", lambda: None)
+    policy = make_policy()
+    with pytest.raises(StoreError, match="no video encoder: .* IMAGEIO_FFMPEG_EXE"):
+        evaluate(tmp_path, {0: scripted.make_envs((5,))}, policy=policy)
+    assert policy.n_inferences == 0
 
 
 def test_actions_that_are_not_their_tokens_are_refused(tmp_path):
