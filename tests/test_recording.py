@@ -440,7 +440,7 @@ def test_the_encoder_is_found_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
     monkeypatch.setattr(imageio_ffmpeg._utils, "_get_ffmpeg_exe", lambda: None)
     policy = make_policy()
-    with pytest.raises(StoreError, match="no video encoder: .* IMAGEIO_FFMPEG_EXE"):
+    with pytest.raises(StoreError, match=r"no video encoder: .* IMAGEIO_FFMPEG_EXE"):
         evaluate(tmp_path, {0: scripted.make_envs((5,))}, policy=policy)
     assert policy.n_inferences == 0
 
