@@ -61,10 +61,12 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
     at = episode + "/inferences/{inference:int}"
     routes: list[Route | Mount] = [
         get("/api/run", explorer.run, zip_=True),
+        get("/api/groups", explorer.groups, zip_=True),
         get("/api/events", explorer.events),
         get("/api/episodes/{id}", explorer.facts, zip_=True),
         get(episode + "/timeline", explorer.timeline, zip_=True),
         get(episode + "/shares", explorer.shares, zip_=True),
+        get(episode + "/ranges/{denoise_step:int}", explorer.ranges, zip_=True),
         get(at + "/tokens", explorer.tokens, zip_=True),
         get(at + "/actions", explorer.actions, zip_=True),
         get(at + "/means/{denoise_step:int}", explorer.means),
@@ -98,11 +100,20 @@ class _Explorer:
         self._pictures = FramePictures()
 
     def run(self, request: Request) -> Response:
-        episodes = [summary.to_dict() for summary in self._library.summaries()]
+        found = self._library.look()
         return _json(
             request,
-            {"name": self._library.name, "episodes": episodes, "damaged": self._library.problems()},
+            {
+                "name": self._library.name,
+                "is_episode": self._library.is_episode,
+                "episodes": [summary.to_dict() for summary in found.summaries],
+                "damaged": found.problems,
+            },
         )
+
+    def groups(self, request: Request) -> Response:
+        episodes = [self._library.episode(found.id) for found in self._library.look().summaries]
+        return _json(request, payloads.groups(episodes))
 
     def facts(self, request: Request) -> Response:
         episode = self._library.episode(request.path_params["id"])
@@ -120,6 +131,10 @@ class _Explorer:
         }
         found = _read(self._episode(request), payloads.shares, first, **where)
         return _json(request, found)
+
+    def ranges(self, request: Request) -> Response:
+        step = request.path_params["denoise_step"]
+        return _json(request, _read(self._episode(request), payloads.ranges, step))
 
     def tokens(self, request: Request) -> Response:
         inference = request.path_params["inference"]
@@ -162,7 +177,7 @@ class _Explorer:
         silent_s = 0.0
         while not await request.is_disconnected():
             now = await run_in_threadpool(
-                lambda: {summary.id: summary.to_dict() for summary in self._library.summaries()}
+                lambda: {summary.id: summary.to_dict() for summary in self._library.look().summaries}
             )
             changed = [facts for id_, facts in now.items() if told is not None and told.get(id_) != facts]
             removed = [id_ for id_ in told or () if id_ not in now]

@@ -13,13 +13,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.store.reader import Episode, open_episode, open_run
-from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
-_METADATA = "zarr.json"
 _MAX_OPEN = 32  # episodes whose dataset is kept open
 
 
@@ -46,6 +45,18 @@ class Summary:
         return {"id": self.id, "version": self.version, **self.facts}
 
 
+class Listing(NamedTuple):
+    """What is under a path.
+
+    Attributes:
+        summaries: the episodes that can be opened.
+        problems: why the others cannot, one line each.
+    """
+
+    summaries: list[Summary]
+    problems: list[str]
+
+
 @dataclass(frozen=True)
 class _Known:
     """What was read of a store when its metadata had this signature."""
@@ -70,7 +81,6 @@ class Library:
         self.path = Path(path)
         open_run(self.path)  # say at once what is wrong with the path
         self._root = self.path.resolve()
-        self._is_episode = self.path.suffix == EPISODE_SUFFIX
         self._rescan_s = rescan_s
         self._scanned_at = -float("inf")
         self._stores: dict[str, Path] = {}
@@ -83,13 +93,18 @@ class Library:
         """What the page calls the run."""
         return self._root.name
 
-    def summaries(self) -> list[Summary]:
-        """Return every episode that can be opened, in the order of their paths."""
-        return [known.summary for known in self._look() if known.summary is not None]
+    @property
+    def is_episode(self) -> bool:
+        """Whether the path is one episode, rather than a folder of them."""
+        return self.path.suffix == EPISODE_SUFFIX
 
-    def problems(self) -> list[str]:
-        """Return why the others cannot be opened, one line each."""
-        return [known.problem for known in self._look() if known.problem is not None]
+    def look(self) -> Listing:
+        """Return what is there now, in the order of the paths."""
+        known = self._look()
+        return Listing(
+            [found.summary for found in known if found.summary is not None],
+            [found.problem for found in known if found.problem is not None],
+        )
 
     def episode(self, id_: str, version: str | None = None) -> Episode:
         """Return an episode as it is now.
@@ -154,7 +169,7 @@ class Library:
 
     def _id(self, store: Path) -> str:
         """Return the store's path below the root, in one segment of a URL."""
-        if self._is_episode:
+        if self.is_episode:
             return store.stem
         return ":".join(store.relative_to(self.path).with_suffix("").parts)
 
@@ -169,7 +184,7 @@ def version_of(episode: Episode) -> str:
 def _signature(store: Path) -> tuple[int, int, int] | None:
     """Return what changes with every commit, for each one replaces the metadata; None if it is gone."""
     try:
-        found = (store / _METADATA).stat()
+        found = (store / METADATA).stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
@@ -191,5 +206,7 @@ def _read(id_: str, path: Path, signature: tuple[int, int, int]) -> _Known:
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,
         "random_weights": episode.has_random_weights,
+        "stored_bytes": episode.stored_bytes(),
+        "camera": next(iter(episode.videos), None),
     }
     return _Known(signature, Summary(id_, version_of(episode), facts), None)

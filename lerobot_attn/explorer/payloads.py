@@ -7,20 +7,25 @@ head, camera or normalisation asks for nothing more.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.compare import compare_overall, split_by_success
 from lerobot_attn.analysis.measures import sharpness
-from lerobot_attn.analysis.select import MEANS, RAW, attention
+from lerobot_attn.analysis.select import MEANS, RAW, attention, executed_queries
 from lerobot_attn.analysis.tokens import modality_share, token_groups
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind
 from lerobot_attn.store.reader import Episode
 
 PREFIX = "prefix_attention"
+CLIP = 99.9  # percentile of the patches at which colours end, as in the package's figures
+_BLOCK = 32  # inferences that are read at once
+_DEFAULT_FPS = 20.0  # of an episode without videos: LIBERO's
 
 
 def facts(episode: Episode) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def facts(episode: Episode) -> dict[str, Any]:
         "n_keys": layout.n_keys,
         "first_action_query": layout.first_action_query,
         "executed_queries": attributes.get("executed_queries"),
-        "mean_layers": _labels(data, "all_layer", MEANS),
+        "mean_layers": _mean_layers(data),
         "layers": _labels(data, "layer", RAW),
         "prefix_layers": _labels(data, "prefix_layer", PREFIX),
         "heads": _labels(data, "head"),
@@ -66,11 +71,14 @@ def facts(episode: Episode) -> dict[str, Any]:
             for camera in layout.cameras
         ],
         "kinds": {kind.name.lower(): int(kind) for kind in Kind},
+        "fps": next((video["fps"] for video in (attributes.get("videos") or {}).values()), _DEFAULT_FPS),
     }
 
 
 def mean_slab(episode: Episode, inference: int, denoise_step: int) -> tuple[bytes, tuple[int, ...]]:
-    """Return one denoise step's stored means: (layer, head, key).
+    """Return one denoise step's means over the executed actions: (layer, head, key).
+
+    Those that are stored; of an episode without them, those of its full maps.
 
     Args:
         episode: the episode.
@@ -80,8 +88,9 @@ def mean_slab(episode: Episode, inference: int, denoise_step: int) -> tuple[byte
     Raises:
         SelectionError: the episode does not hold it.
     """
-    array = _inference(_array(episode, MEANS), inference)
-    return _bytes(array.isel(denoise_step=_place(episode, "denoise_step", denoise_step)))
+    step = _place(episode, "denoise_step", denoise_step)
+    _inference(episode.arrays["token_id"], inference)
+    return _bytes(_means(episode, slice(inference, inference + 1), step)[0])
 
 
 def map_slab(
@@ -100,7 +109,7 @@ def map_slab(
     """
     array = _inference(_array(episode, RAW), inference)
     step, place = _place(episode, "denoise_step", denoise_step), _place(episode, "layer", layer)
-    return _bytes(array.isel(denoise_step=step, layer=place))
+    return _bytes(array.isel(denoise_step=step, layer=place).values)
 
 
 def prefix_slab(
@@ -121,7 +130,7 @@ def prefix_slab(
     if not 0 <= query < array.sizes["prefix_query"]:
         raise SelectionError(f"prefix token {query} does not exist: there are {array.sizes['prefix_query']}")
     layer = _place(episode, "prefix_layer", prefix_layer)
-    return _bytes(array.isel(prefix_layer=layer, prefix_query=query))
+    return _bytes(array.isel(prefix_layer=layer, prefix_query=query).values)
 
 
 def tokens(episode: Episode, inference: int) -> dict[str, Any]:
@@ -196,6 +205,126 @@ def shares(
     }
 
 
+def ranges(episode: Episode, denoise_step: int) -> dict[str, Any]:
+    """Return where the colour range of the whole episode ends, for every choice of layer and head.
+
+    The `CLIP` percentile of a camera's patches in all inferences, as `analysis.episode_ranges` has it.
+
+    Args:
+        episode: the episode.
+        denoise_step: label.
+
+    Returns:
+        `layers` and `heads`, the labels and then "mean" (and "max"); `ranges`, a camera's full name → (layer,
+        head) shares of attention.
+
+    Raises:
+        SelectionError: the episode does not hold it.
+    """
+    step = _place(episode, "denoise_step", denoise_step)
+    views = [
+        (camera.name, segment)
+        for camera, segment in zip(
+            episode.layout.cameras,
+            (segment for segment in episode.layout.segments if segment.kind == "image"),
+            strict=True,
+        )
+        if not camera.is_empty
+    ]
+    n = episode.n_inferences
+    tops = {name: _Top(n * len(segment)) for name, segment in views}
+    for first in range(0, n, _BLOCK):
+        means = _means(episode, slice(first, min(first + _BLOCK, n)), step).astype(np.float32)
+        # As `attention` does: layers first, then heads.
+        layers = np.concatenate([means, means.mean(axis=1, keepdims=True)], axis=1)
+        every = np.concatenate(
+            [layers, layers.mean(axis=2, keepdims=True), layers.max(axis=2, keepdims=True)], axis=2
+        )
+        for name, segment in views:
+            tops[name].add(every[..., segment.start : segment.stop])
+    return {
+        "layers": [*_mean_layers(episode.arrays), "mean"],
+        "heads": [*_labels(episode.arrays, "head"), "mean", "max"],
+        "ranges": {name: _numbers(top.percentile()) for name, top in tops.items()},
+    }
+
+
+class _Top:
+    """The exact `CLIP` percentile of numbers that never lie in memory together: only the largest are kept."""
+
+    def __init__(self, n_most: int):
+        """Keep what the percentile of up to so many numbers may need."""
+        self._n_kept = n_most - math.floor(max(n_most - 1, 0) * CLIP / 100)
+        self._largest: NDArray[np.float32] | None = None
+        self._n_finite: NDArray[np.int64] | None = None
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Take (inference, layer, head, patch); a missing map, NaN, does not count."""
+        flat = np.moveaxis(values, 0, 2).reshape(*values.shape[1:3], -1)
+        n_finite = np.isfinite(flat).sum(axis=-1)
+        flat = np.where(np.isfinite(flat), flat, -np.inf)
+        if self._largest is not None and self._n_finite is not None:
+            flat = np.concatenate([self._largest, flat], axis=-1)
+            n_finite = n_finite + self._n_finite
+        n_dropped = max(0, flat.shape[-1] - self._n_kept)
+        if n_dropped:
+            flat = np.partition(flat, n_dropped, axis=-1)[..., n_dropped:]
+        self._largest, self._n_finite = flat, n_finite
+
+    def percentile(self) -> NDArray[np.float64]:
+        """Return (layer, head), between neighbours as NumPy has it; 0 where nothing counted."""
+        assert self._largest is not None
+        assert self._n_finite is not None
+        ordered = np.sort(self._largest, axis=-1)[..., ::-1].astype(np.float64)  # largest first
+        position = np.maximum(self._n_finite - 1, 0) * CLIP / 100
+        low = np.floor(position).astype(int)
+        from_top = np.clip(self._n_finite - 1 - low, 0, ordered.shape[-1] - 1)
+        below = np.take_along_axis(ordered, from_top[..., None], -1)[..., 0]
+        above = np.take_along_axis(ordered, np.maximum(from_top - 1, 0)[..., None], -1)[..., 0]
+        found: NDArray[np.float64] = np.where(
+            self._n_finite > 0, below + (above - below) * (position - low), 0.0
+        )
+        return found
+
+
+def groups(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Compare the episodes that solved their task with those that did not.
+
+    Args:
+        episodes: of the run; incomplete ones are left out.
+
+    Returns:
+        `n_success`, `n_failure`; `what`, how the numbers came about; `rows`, for each modality the mean share
+        over the episodes of either group, their difference, and its interval, None where there is none.
+
+    Raises:
+        SelectionError: one group would be empty.
+    """
+    split = split_by_success(episode for episode in episodes if episode.is_complete)
+    table = compare_overall(split.failures, split.successes, query="executed")
+    labels = {camera.name: camera.name.rpartition(".")[2] for e in episodes for camera in e.layout.cameras}
+    rows = [
+        {
+            "label": labels.get(str(row["name"]), str(row["name"])),
+            **dict(
+                zip(
+                    ("failure", "success", "difference", "low", "high"),
+                    _numbers(np.array([row["a"], row["b"], row["difference"], row["low"], row["high"]])),
+                    strict=True,
+                )
+            ),
+        }
+        for row in table.to_dict("records")
+        if row["name"] != "padding"
+    ]
+    return {
+        "n_success": len(split.successes),
+        "n_failure": len(split.failures),
+        "what": f"Last layer and denoise step, mean of heads. {table.attrs['interval']}",
+        "rows": rows,
+    }
+
+
 def action_chunk(episode: Episode, inference: int) -> dict[str, Any]:
     """Return the actions that an inference yielded: (query, action_dim), in the policy's normalised units.
 
@@ -203,6 +332,22 @@ def action_chunk(episode: Episode, inference: int) -> dict[str, Any]:
         SelectionError: there is no such inference.
     """
     return {"action": _numbers(_inference(episode.arrays["action_chunk"], inference).values)}
+
+
+def _mean_layers(data: xr.Dataset) -> list[int]:
+    """Return the layers whose means can be had."""
+    return _labels(data, "all_layer", MEANS) or _labels(data, "layer", RAW)
+
+
+def _means(episode: Episode, inferences: slice, step: int) -> NDArray[np.floating[Any]]:
+    """Return (inference, layer, head, key), means over the executed actions."""
+    data = episode.arrays
+    if MEANS in data:
+        stored: NDArray[np.floating[Any]] = data[MEANS].isel(inference=inferences, denoise_step=step).values
+        return stored
+    maps = _array(episode, RAW).isel(inference=inferences, denoise_step=step, query=executed_queries(data))
+    means: NDArray[np.floating[Any]] = maps.astype(np.float32).mean("query", skipna=False).values
+    return means
 
 
 def _array(episode: Episode, name: str) -> xr.DataArray:
@@ -227,8 +372,8 @@ def _place(episode: Episode, dimension: str, label: int) -> int:
     return labels.index(label)
 
 
-def _bytes(array: xr.DataArray) -> tuple[bytes, tuple[int, ...]]:
-    values = np.ascontiguousarray(array.values, dtype="<f2")
+def _bytes(array: NDArray[Any]) -> tuple[bytes, tuple[int, ...]]:
+    values = np.ascontiguousarray(array, dtype="<f2")
     return values.tobytes(), values.shape
 
 

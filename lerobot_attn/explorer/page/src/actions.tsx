@@ -1,0 +1,106 @@
+/** The action chunk that the inference yielded, and the action executed at the frame. */
+
+import { useSignalEffect } from "@preact/signals";
+import { useRef } from "preact/hooks";
+import type { EpisodeModel } from "./model";
+import { ink } from "./theme";
+
+const ROW_PX = 26;
+
+export function Actions({ model }: { model: EpisodeModel }) {
+  const canvas = useRef<HTMLCanvasElement>(null);
+  const [facts, shown, timeline] = [model.facts.value, model.shown.value, model.timeline.value];
+
+  useSignalEffect(() => {
+    const [facts, shown, timeline] = [model.facts.value, model.shown.value, model.timeline.value];
+    if (!facts || !shown || !timeline || !canvas.current) return;
+    const rows = shown.chunk.action.slice(facts.first_action_query);
+    draw(
+      canvas.current,
+      rows,
+      facts.action_dims.length,
+      (timeline.frame_query[shown.frame] ?? facts.first_action_query) - facts.first_action_query,
+      facts.executed_queries.map((query) => query - facts.first_action_query) as [number, number],
+    );
+  });
+
+  if (!facts || !shown) return null;
+  const executed = timeline?.action[shown.frame];
+  const query = (timeline?.frame_query[shown.frame] ?? facts.first_action_query) - facts.first_action_query;
+  return (
+    <section class="panel" aria-labelledby="actions-title" id="actions">
+      <h2 id="actions-title">
+        Actions{" "}
+        <small>
+          the chunk as the policy yielded it; the line is action {query}, executed at this frame; shaded: all
+          that are executed
+        </small>
+      </h2>
+      <div class="actions">
+        <ul class="action-names">
+          {facts.action_dims.map((name, i) => (
+            <li key={name} style={{ height: `${ROW_PX}px` }}>
+              {name} <strong>{executed?.[i]?.toFixed(3) ?? ""}</strong>
+            </li>
+          ))}
+        </ul>
+        <canvas
+          ref={canvas}
+          role="img"
+          aria-label={`Lines of ${facts.action_dims.length} action dimensions over ${shown.chunk.action.length} action tokens`}
+          style={{ height: `${facts.action_dims.length * ROW_PX}px` }}
+        />
+      </div>
+    </section>
+  );
+}
+
+function draw(
+  canvas: HTMLCanvasElement,
+  rows: (number | null)[][],
+  nDims: number,
+  current: number,
+  executed: [number, number],
+): void {
+  const ratio = devicePixelRatio || 1;
+  const width = canvas.clientWidth || 300;
+  canvas.width = width * ratio;
+  canvas.height = nDims * ROW_PX * ratio;
+  const context = canvas.getContext("2d")!;
+  context.scale(ratio, ratio);
+  const colour = ink(canvas);
+  const x = (query: number) => 2 + ((width - 4) * query) / Math.max(1, rows.length - 1);
+  context.fillStyle = colour.shade;
+  context.fillRect(x(executed[0]), 0, Math.max(2, x(executed[1] - 1) - x(executed[0])), nDims * ROW_PX);
+  for (let dim = 0; dim < nDims; dim++) {
+    const values = rows.map((row) => row[dim] ?? NaN);
+    const there = values.filter(Number.isFinite);
+    const [low, high] = [Math.min(...there), Math.max(...there)];
+    const y = (value: number) =>
+      dim * ROW_PX +
+      ROW_PX -
+      4 -
+      ((ROW_PX - 8) * (value - low)) / (high - low || 1) -
+      (high === low ? ROW_PX / 2 - 4 : 0);
+    context.strokeStyle = colour.line;
+    context.beginPath();
+    context.moveTo(0, (dim + 1) * ROW_PX - 0.5);
+    context.lineTo(width, (dim + 1) * ROW_PX - 0.5);
+    context.stroke();
+    context.strokeStyle = colour.accent;
+    context.lineWidth = 1.5;
+    context.beginPath();
+    values.forEach((value, query) => {
+      if (!Number.isFinite(value)) return;
+      if (query === 0) context.moveTo(x(query), y(value));
+      else context.lineTo(x(query), y(value));
+    });
+    context.stroke();
+    context.lineWidth = 1;
+  }
+  context.strokeStyle = colour.text;
+  context.beginPath();
+  context.moveTo(x(current), 0);
+  context.lineTo(x(current), nDims * ROW_PX);
+  context.stroke();
+}

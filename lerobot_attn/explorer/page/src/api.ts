@@ -1,0 +1,186 @@
+/** What the explorer's server answers. docs/explorer-api.md says the same for people. */
+
+export interface Geometry {
+  height_px: number;
+  width_px: number;
+  resized_height_px: number;
+  resized_width_px: number;
+  pad_top_px: number;
+  pad_left_px: number;
+  input_height_px: number;
+  input_width_px: number;
+  grid_rows: number;
+  grid_columns: number;
+}
+
+export interface Segment {
+  kind: "image" | "language" | "state" | "action";
+  name: string;
+  start: number;
+  stop: number;
+}
+
+export interface Camera {
+  name: string;
+  label: string;
+  /** null for an empty camera, whose tokens are masked. */
+  geometry: Geometry | null;
+  has_video: boolean;
+}
+
+export interface EpisodeRow {
+  id: string;
+  version: string;
+  task_group: string | null;
+  task_id: number | null;
+  episode: number | null;
+  task: string;
+  success: boolean | null;
+  complete: boolean;
+  n_frames: number;
+  n_inferences: number;
+  random_weights: boolean;
+  stored_bytes: number;
+  /** A camera with a video, for the thumbnail. */
+  camera: string | null;
+}
+
+export interface Run {
+  name: string;
+  /** Whether the server was given one episode rather than a folder of them. */
+  is_episode: boolean;
+  episodes: EpisodeRow[];
+  /** Why other stores cannot be opened, a line each. */
+  damaged: string[];
+}
+
+export interface Facts {
+  version: string;
+  task: string;
+  task_group: string | null;
+  task_id: number | null;
+  episode: number | null;
+  seed: number | null;
+  success: boolean | null;
+  complete: boolean;
+  random_weights: boolean;
+  policy: string | null;
+  n_frames: number;
+  n_inferences: number;
+  n_layers: number | null;
+  n_heads: number | null;
+  n_queries: number;
+  n_keys: number;
+  first_action_query: number;
+  executed_queries: [number, number];
+  /** Layers whose means over the executed actions are stored. */
+  mean_layers: number[];
+  /** Layers whose full maps are stored. */
+  layers: number[];
+  prefix_layers: number[];
+  heads: number[];
+  denoise_steps: number[];
+  flow_time: number[];
+  state_dims: string[];
+  action_dims: string[];
+  segments: Segment[];
+  cameras: Camera[];
+  /** Name of a kind → its value in `Tokens.key_kind`. */
+  kinds: Record<string, number>;
+  fps: number;
+}
+
+export interface TokenGroup {
+  kind: "task" | "state" | "scaffold" | "text";
+  /** Which word of the task, or which dimension of the state. */
+  ordinal: number;
+  label: string;
+}
+
+export interface Tokens {
+  text: string[];
+  id: number[];
+  /** Key of each language slot. */
+  key: number[];
+  /** Kind of each key. */
+  key_kind: number[];
+  /** Group of each key, -1 for none. */
+  group_of_key: number[];
+  groups: TokenGroup[];
+}
+
+export interface Timeline {
+  inference_frame: number[];
+  frame_inference: number[];
+  frame_query: number[];
+  reward: (number | null)[];
+  success: boolean[];
+  action: (number | null)[][];
+  state: (number | null)[][] | null;
+}
+
+export interface Shares {
+  /** Number of the first inference. */
+  first: number;
+  /** Cameras by full name, then task, state, scaffold, text, actions, padding. */
+  modalities: string[];
+  /** (inference, modality) */
+  share: (number | null)[][];
+  /** (inference): 2^entropy over all keys. */
+  effective_tokens: (number | null)[];
+}
+
+export interface ActionChunk {
+  /** (query, action_dim), in the policy's normalised units. */
+  action: (number | null)[][];
+}
+
+/** (layer + mean) × (head + mean + max), in the order of the labels: where the episode's colour range ends. */
+export interface Ranges {
+  layers: (number | "mean")[];
+  heads: (number | "mean" | "max")[];
+  /** Full name of a camera → (layer, head). */
+  ranges: Record<string, number[][]>;
+}
+
+/** Share of attention, or another quantity, in two groups of episodes. */
+export interface GroupRow {
+  aspect: string;
+  label: string;
+  success: number;
+  failure: number;
+  difference: number;
+  low: number;
+  high: number;
+}
+
+export interface Groups {
+  n_success: number;
+  n_failure: number;
+  what: string;
+  rows: GroupRow[];
+}
+
+/** A block of numbers of attention, C order. */
+export interface Slab {
+  shape: number[];
+  values: Float32Array;
+}
+
+export interface Changes {
+  changed: EpisodeRow[];
+  removed: string[];
+}
+
+export type Choice = number | "mean";
+export type HeadChoice = number | "mean" | "max";
+
+/** An answer that is no answer; its message is for people. */
+export class ApiError extends Error {
+  constructor(
+    readonly status: number,
+    message: string,
+  ) {
+    super(message);
+  }
+}

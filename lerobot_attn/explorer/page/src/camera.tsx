@@ -1,0 +1,133 @@
+/** Cameras with the heatmap over them, and the heatmap alone beside it. */
+
+import { useSignalEffect, type ReadonlySignal } from "@preact/signals";
+import { useRef } from "preact/hooks";
+import { isMissing, percent, sum } from "./heat";
+import { pixelMap, visiblePatches, type CameraView } from "./layout";
+import type { EpisodeModel, Heat } from "./model";
+import { paintHeat } from "./paint";
+import * as state from "./state";
+
+/** What the pictures below say of themselves: the numbers beside a camera's name. */
+function shareText(heat: Heat | undefined): string {
+  if (!heat) return "";
+  if (isMissing(heat.values)) return "this map is missing from the store";
+  const hidden = visiblePatches(heat.view.geometry)
+    .map((visible, i) => (visible ? 0 : heat.values[i]!))
+    .reduce((total, value) => total + value, 0);
+  const padding = hidden > 0 ? `, ${percent(hidden / (sum(heat.values) || 1))} of it on the letterbox` : "";
+  return `${percent(heat.share)} of all attention${padding}`;
+}
+
+export function Cameras({ model, end }: { model: EpisodeModel; end: ReadonlySignal<number> }) {
+  return (
+    <div class="cameras">
+      {model.views.value.map((view) => (
+        <CameraFigure key={view.camera.name} model={model} view={view} end={end} />
+      ))}
+    </div>
+  );
+}
+
+function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: ReadonlySignal<number> }) {
+  const { model, view, end } = props;
+  const overlay = useRef<HTMLCanvasElement>(null);
+  const raw = useRef<HTMLCanvasElement>(null);
+  const scratch = useRef<{ heat: ImageData; canvas: OffscreenCanvas } | null>(null);
+  const map = pixelMap(view.geometry);
+  const name = view.camera.name;
+  const heat = model.heats.value.find((found) => found.view === view);
+  const isChosen = model.camera.value === view;
+
+  useSignalEffect(() => {
+    const found = model.heats.value.find((heat) => heat.view === view);
+    const picture = model.shown.value?.pictures.get(name);
+    const [colours, opacity] = [state.colours.value, state.opacity.value];
+    if (!found || !overlay.current || !raw.current) return;
+    scratch.current ??= {
+      heat: new ImageData(map.width, map.height),
+      canvas: new OffscreenCanvas(map.width, map.height),
+    };
+    const { heat: image, canvas } = scratch.current;
+    const columns = view.geometry.grid_columns;
+    paintHeat(image, found.values, map, columns, end.value, colours, "opaque");
+    raw.current.getContext("2d")!.putImageData(image, 0, 0);
+    paintHeat(image, found.values, map, columns, end.value, colours, opacity);
+    canvas.getContext("2d")!.putImageData(image, 0, 0);
+    const context = overlay.current.getContext("2d")!;
+    context.clearRect(0, 0, map.width, map.height);
+    if (picture) context.drawImage(picture, 0, 0, map.width, map.height);
+    context.drawImage(canvas, 0, 0);
+  });
+
+  const pickPatch = (event: MouseEvent) => {
+    const box = (event.currentTarget as HTMLElement).getBoundingClientRect();
+    const x = Math.floor(((event.clientX - box.left) / box.width) * map.width);
+    const y = Math.floor(((event.clientY - box.top) / box.height) * map.height);
+    const row = map.rows[Math.min(Math.max(y, 0), map.height - 1)];
+    const column = map.columns[Math.min(Math.max(x, 0), map.width - 1)];
+    state.patch.value = `${view.camera.label}:${row}:${column}`;
+    state.camera.value = view.camera.label;
+  };
+
+  const what = `attention on camera ${view.camera.label}, frame ${model.shown.value?.frame ?? 0}`;
+  return (
+    <figure class={`camera ${isChosen ? "chosen" : ""}`}>
+      <div class="pictures">
+        {[
+          { ref: overlay, kind: "overlay", label: `Picture with ${what}` },
+          { ref: raw, kind: "raw", label: `Map alone: ${what}` },
+        ].map(({ ref, kind, label }) => (
+          <div class="picture" onClick={pickPatch} key={kind} title="Click a patch to ask who looks at it">
+            <canvas
+              ref={ref}
+              width={map.width}
+              height={map.height}
+              role="img"
+              aria-label={label}
+              data-camera={view.camera.label}
+              data-kind={kind}
+            />
+            <PatchMark view={view} />
+          </div>
+        ))}
+      </div>
+      <figcaption>
+        <strong>{view.camera.label}</strong> <span>{shareText(heat)}</span>
+        {!view.camera.has_video && <span class="note">recorded without video</span>}
+      </figcaption>
+    </figure>
+  );
+}
+
+/** A frame around the patch that was asked about. */
+function PatchMark({ view }: { view: CameraView }) {
+  const [label, row, column] = splitPatch(state.patch.value);
+  if (label !== view.camera.label) return null;
+  const map = pixelMap(view.geometry);
+  const [top, bottom] = extent(map.rows, row);
+  const [left, right] = extent(map.columns, column);
+  if (bottom <= top || right <= left) return null;
+  return (
+    <svg
+      class="mark"
+      viewBox={`0 0 ${map.width} ${map.height}`}
+      preserveAspectRatio="none"
+      aria-hidden="true"
+    >
+      <rect x={left} y={top} width={right - left} height={bottom - top} vector-effect="non-scaling-stroke" />
+    </svg>
+  );
+}
+
+/** First and last + 1 pixel of a patch along an axis. */
+function extent(patchOfPixel: Uint16Array, patch: number): [number, number] {
+  const first = patchOfPixel.indexOf(patch);
+  return first < 0 ? [0, 0] : [first, patchOfPixel.lastIndexOf(patch) + 1];
+}
+
+/** Label of the camera, row and column of an address's patch; the label is empty where there is none. */
+export function splitPatch(patch: string): [string, number, number] {
+  const [, label = "", row = "0", column = "0"] = /^(.+):(\d+):(\d+)$/.exec(patch) ?? [];
+  return [label, Number(row), Number(column)];
+}

@@ -1,0 +1,271 @@
+/** Native controls for everything that is chosen, and the keys that do the same. */
+
+import { effect } from "@preact/signals";
+import { COLOUR_MAPS, type ColourMap } from "./colormaps";
+import { NORMALISATIONS, type Normalisation } from "./heat";
+import type { EpisodeModel } from "./model";
+import * as state from "./state";
+
+const NORMALISATION_NAMES: Record<Normalisation, string> = {
+  share: "share of all attention",
+  image: "share within the image",
+  frame: "relative to the frame's largest patch",
+  episode: "share, one range for the episode",
+};
+
+interface Option {
+  value: string;
+  name: string;
+}
+
+function Select(props: {
+  label: string;
+  keys?: string;
+  value: string;
+  options: Option[];
+  onChange: (value: string) => void;
+}) {
+  return (
+    <label class="control">
+      <span>
+        {props.label} {props.keys && <kbd>{props.keys}</kbd>}
+      </span>
+      <select value={props.value} onChange={(event) => props.onChange(event.currentTarget.value)}>
+        {props.options.map((option) => (
+          <option key={option.value} value={option.value} selected={option.value === props.value}>
+            {option.name}
+          </option>
+        ))}
+      </select>
+    </label>
+  );
+}
+
+const numbers = (labels: number[], name: (label: number) => string = String) =>
+  labels.map((label) => ({ value: String(label), name: name(label) }));
+
+const chosen = <T extends string>(value: string) => (/^-?\d+$/.test(value) ? Number(value) : (value as T));
+
+export function Controls({ model }: { model: EpisodeModel }) {
+  const facts = model.facts.value;
+  if (!facts) return null;
+  const nActions = facts.n_queries - facts.first_action_query;
+  const shown = model.shown.value;
+  const layer = model.layer.value;
+  const lacksMap =
+    state.query.value !== "executed" && !(typeof layer === "number" && facts.layers.includes(layer));
+  return (
+    <section class="controls" aria-label="What to look at">
+      <Select
+        label="Layer"
+        keys="↑ ↓"
+        value={String(layer)}
+        options={[
+          ...numbers(
+            facts.mean_layers,
+            (label) => `${label}${facts.layers.includes(label) ? " (full maps)" : ""}`,
+          ),
+          { value: "mean", name: "mean of all" },
+        ]}
+        onChange={(value) => (state.layer.value = chosen<"mean">(value))}
+      />
+      <Select
+        label="Head"
+        keys="h"
+        value={String(model.head.value)}
+        options={[
+          { value: "mean", name: "mean of all" },
+          { value: "max", name: "largest of all" },
+          ...numbers(facts.heads),
+        ]}
+        onChange={(value) => (state.head.value = chosen<"mean" | "max">(value))}
+      />
+      <Select
+        label="Denoise step"
+        keys="[ ]"
+        value={String(model.step.value)}
+        options={facts.denoise_steps.map((label, i) => ({
+          value: String(label),
+          name: `${label} (t ${facts.flow_time[i]?.toFixed(1)})`,
+        }))}
+        onChange={(value) => (state.step.value = Number(value))}
+      />
+      <Select
+        label="Camera"
+        keys="c"
+        value={model.camera.value?.camera.label ?? ""}
+        options={model.views.value.map(({ camera }) => ({ value: camera.label, name: camera.label }))}
+        onChange={(value) => (state.camera.value = value)}
+      />
+      <Select
+        label="Action token"
+        value={String(state.query.value)}
+        options={[
+          { value: "executed", name: "mean of the executed" },
+          ...(facts.layers.length
+            ? [
+                { value: "frame", name: "the one executed now" },
+                ...numbers(
+                  Array.from({ length: nActions }, (_, i) => i),
+                  (label) => `action ${label}`,
+                ),
+              ]
+            : []),
+        ]}
+        onChange={(value) => (state.query.value = chosen<"executed" | "frame">(value))}
+      />
+      <Select
+        label="Colours show"
+        value={state.normalisation.value}
+        options={NORMALISATIONS.map((value) => ({ value, name: NORMALISATION_NAMES[value] }))}
+        onChange={(value) => (state.normalisation.value = value as Normalisation)}
+      />
+      <Select
+        label="Colour map"
+        value={state.colours.value}
+        options={COLOUR_MAPS.map((value) => ({ value, name: value }))}
+        onChange={(value) => (state.colours.value = value as ColourMap)}
+      />
+      <label class="control">
+        <span>Opacity</span>
+        <input
+          type="range"
+          min="0"
+          max="1"
+          step="0.05"
+          value={state.opacity.value}
+          onInput={(event) => (state.opacity.value = Number(event.currentTarget.value))}
+        />
+      </label>
+      {lacksMap && (
+        <p class="note" role="status">
+          No full map of layer {layer} was recorded (of {facts.layers.join(", ") || "none"}): this is the mean
+          of the executed actions.
+        </p>
+      )}
+      {!lacksMap && shown?.row && (
+        <p class="note" role="status">
+          Action token {shown.row.query - facts.first_action_query} alone.
+        </p>
+      )}
+    </section>
+  );
+}
+
+export function Transport({
+  model,
+  isPlaying,
+  toggle,
+}: {
+  model: EpisodeModel;
+  isPlaying: boolean;
+  toggle: () => void;
+}) {
+  const frame = model.frameShown();
+  const inference = model.shown.value?.inference ?? 0;
+  return (
+    <div class="transport">
+      <button type="button" onClick={toggle} title="Space">
+        {isPlaying ? "Pause" : "Play"}
+      </button>
+      <input
+        type="range"
+        aria-label="Frame"
+        min="0"
+        max={model.lastFrame.value}
+        value={frame}
+        onInput={(event) => (state.frame.value = Number(event.currentTarget.value))}
+      />
+      <output>
+        frame {frame} of {model.lastFrame.value} · inference {inference}
+      </output>
+    </div>
+  );
+}
+
+/** Move to the next or previous of some labels. */
+function next<T>(labels: T[], current: T, by: number, wrap = false): T {
+  const place = labels.indexOf(current) + by;
+  if (wrap) return labels[(place + labels.length) % labels.length] ?? current;
+  return labels[Math.min(Math.max(place, 0), labels.length - 1)] ?? current;
+}
+
+/** Whether a key belongs to the control that has the focus. */
+function isTaken(event: KeyboardEvent): boolean {
+  const target = event.target as HTMLElement;
+  if (event.ctrlKey || event.metaKey || event.altKey) return true;
+  if (target.closest("dialog")) return true;
+  if (target instanceof HTMLInputElement && target.type === "range") return /^Arrow/.test(event.key);
+  if (target instanceof HTMLSelectElement) return /^Arrow|^[\w ]$/.test(event.key);
+  if (target instanceof HTMLButtonElement || target instanceof HTMLAnchorElement) return event.key === " ";
+  return target.matches("input, textarea, summary");
+}
+
+/** Follow the keys of the explorer; returns how to stop. */
+export function followKeys(model: EpisodeModel, toggle: () => void, help: () => void): () => void {
+  const onKey = (event: KeyboardEvent) => {
+    if (isTaken(event)) return;
+    const facts = model.facts.value;
+    if (!facts) return;
+    const by = event.shiftKey ? 10 : 1;
+    const seek = (frame: number) => (state.frame.value = Math.min(Math.max(frame, 0), model.lastFrame.value));
+    const actions: Record<string, () => void> = {
+      " ": toggle,
+      ArrowRight: () => seek(model.frameShown() + by),
+      ArrowLeft: () => seek(model.frameShown() - by),
+      Home: () => seek(0),
+      End: () => seek(model.lastFrame.value),
+      ArrowUp: () => (state.layer.value = next([...facts.mean_layers, "mean"], model.layer.value, 1)),
+      ArrowDown: () => (state.layer.value = next([...facts.mean_layers, "mean"], model.layer.value, -1)),
+      "]": () => (state.step.value = next(facts.denoise_steps, model.step.value, 1)),
+      "[": () => (state.step.value = next(facts.denoise_steps, model.step.value, -1)),
+      h: () => (state.head.value = next(["mean", "max", ...facts.heads], model.head.value, 1, true)),
+      H: () => (state.head.value = next(["mean", "max", ...facts.heads], model.head.value, -1, true)),
+      c: () => {
+        const labels = model.views.value.map(({ camera }) => camera.label);
+        state.camera.value = next(labels, model.camera.value?.camera.label ?? "", 1, true);
+      },
+      "?": help,
+    };
+    const action = actions[event.key];
+    if (!action) return;
+    event.preventDefault();
+    action();
+  };
+  addEventListener("keydown", onKey);
+  return () => removeEventListener("keydown", onKey);
+}
+
+/** Play at the episode's own speed, as fast as frames can be shown; returns how to stop. */
+export function play(model: EpisodeModel, onEnd: () => void): () => void {
+  const fps = model.facts.value?.fps || 20;
+  let due = performance.now();
+  let request = requestAnimationFrame(tick);
+  function tick(now: number) {
+    request = requestAnimationFrame(tick);
+    // The next frame waits until the last one is on the screen: playing shows every frame.
+    if (now < due || model.shown.value?.frame !== model.frameShown()) return;
+    if (model.frameShown() >= model.lastFrame.value) return onEnd();
+    due = Math.max(due + 1000 / fps, now - 1000 / fps);
+    state.frame.value = model.frameShown() + 1;
+  }
+  return () => cancelAnimationFrame(request);
+}
+
+/** Say on the document what has been drawn, for whoever waits for it. */
+export function announceDrawn(model: EpisodeModel): () => void {
+  return effect(() => {
+    const shown = model.shown.value;
+    if (!shown) return;
+    document.documentElement.dataset["drawn"] = [
+      model.id,
+      shown.frame,
+      shown.step,
+      model.layer.value,
+      model.head.value,
+      model.camera.value?.camera.label,
+      state.normalisation.value,
+      shown.row ? shown.row.query : "executed",
+    ].join("/");
+  });
+}

@@ -1,0 +1,278 @@
+/** One episode, or two side by side. */
+
+import {
+  computed,
+  signal,
+  useComputed,
+  useSignal,
+  useSignalEffect,
+  type ReadonlySignal,
+} from "@preact/signals";
+import { useEffect, useMemo } from "preact/hooks";
+import { Actions } from "./actions";
+import type { EpisodeRow, Run } from "./api";
+import { Cameras } from "./camera";
+import { colourTable } from "./colormaps";
+import { announceDrawn, Controls, followKeys, play, Transport } from "./controls";
+import { HeadGrid, StepStrip } from "./grid";
+import { percent } from "./heat";
+import { Help } from "./help";
+import { EpisodeModel, sharedEnd } from "./model";
+import { PatchPanel } from "./patch";
+import { download } from "./picture";
+import { episodeName, outcome, RandomWeights } from "./run";
+import type { Source } from "./source";
+import * as state from "./state";
+import { Sentence, ShareBar } from "./text";
+import { TimelinePanel } from "./timeline";
+import { Tour } from "./tour";
+
+/** A model of an episode that lives as long as it is on the page. */
+function useModel(source: Source, id: string, wanted: ReadonlySignal<number>, models: Set<EpisodeModel>) {
+  const model = useMemo(() => (id ? new EpisodeModel(source, id, wanted) : null), [id]);
+  useEffect(() => {
+    if (!model) return;
+    models.add(model);
+    return () => {
+      models.delete(model);
+      model.dispose();
+    };
+  }, [model]);
+  return model;
+}
+
+export function EpisodePage(props: {
+  run: Run | null;
+  source: Source;
+  growing: ReadonlySet<string>;
+  models: Set<EpisodeModel>;
+}) {
+  const { run, source, growing, models } = props;
+  const first = useModel(source, state.episode.value, state.frame, models)!;
+  const other = useMemo(() => otherFrame(first), [first]);
+  const second = useModel(source, state.compared.value, other.wanted, models);
+  other.model.value = second;
+  const both = second ? [first, second] : [first];
+  const end = useComputed(() =>
+    sharedEnd(other.model.value ? [first, other.model.value] : [first], state.normalisation.value),
+  );
+  const stop = useSignal<(() => void) | null>(null);
+  const help = useSignal(false);
+
+  const toggle = () => {
+    if (stop.peek()) {
+      stop.peek()!();
+      stop.value = null;
+      return;
+    }
+    if (first.frameShown() >= first.lastFrame.value) state.frame.value = 0;
+    stop.value = play(first, () => {
+      stop.peek()?.();
+      stop.value = null;
+    });
+  };
+  useEffect(() => {
+    const stops = [followKeys(first, toggle, () => (help.value = true)), announceDrawn(first)];
+    return () => {
+      stops.forEach((done) => done());
+      stop.peek()?.();
+    };
+  }, [first]);
+  useSignalEffect(() => {
+    const facts = first.facts.value;
+    document.title = facts ? `${episodeName(facts)} · lerobot-attn` : "lerobot-attn explorer";
+  });
+
+  const facts = first.facts.value;
+  return (
+    <main class="episode-page">
+      <header class="bar">
+        {run && !run.is_episode && (
+          <a
+            href="?"
+            onClick={(event) => {
+              event.preventDefault();
+              state.navigate(() => {
+                state.episode.value = state.compared.value = "";
+                state.tour.value = 0;
+              });
+            }}
+          >
+            All episodes
+          </a>
+        )}
+        {facts && (
+          <>
+            <h1>{episodeName(facts)}</h1>
+            {!second && (
+              <span class="task" title={facts.task}>
+                {facts.task}
+              </span>
+            )}
+            <span class={`badge ${outcome(facts)}`}>{outcome(facts)}</span>
+            {growing.has(first.id) && <span class="badge live">live</span>}
+          </>
+        )}
+        <span class="spacer" />
+        {run && run.episodes.length > 1 && <CompareWith run={run} own={first.id} />}
+        <button type="button" onClick={() => (state.tour.value = 1)}>
+          Tour
+        </button>
+        <button type="button" onClick={() => download(both)}>
+          Save PNG
+        </button>
+        <button type="button" onClick={() => (help.value = true)}>
+          Help <kbd>?</kbd>
+        </button>
+      </header>
+      {facts?.random_weights && <RandomWeights />}
+      {both.map(
+        (model) =>
+          model.problem.value && (
+            <p key={model.id} class="warning" role="alert">
+              {model.problem.value}
+            </p>
+          ),
+      )}
+      {facts && !facts.n_inferences && <p class="note">Nothing is recorded yet.</p>}
+      <Controls model={first} />
+      <div class={second ? "sides two" : "sides"}>
+        {both.map((model, i) => (
+          <Side key={model.id} model={model} end={end} isSecond={i > 0} isCompared={second !== null} />
+        ))}
+      </div>
+      <footer>
+        <Transport model={first} isPlaying={stop.value !== null} toggle={toggle} />
+        {both.map((model, i) => (
+          <TimelinePanel
+            key={model.id}
+            model={model}
+            label={i ? "Timeline of the second episode" : "Timeline"}
+            isSecond={i > 0}
+            onSeek={i ? other.seek : (frame) => (state.frame.value = frame)}
+          />
+        ))}
+      </footer>
+      {help.value && <Help onClose={() => (help.value = false)} />}
+      {state.tour.value > 0 && <Tour model={first} />}
+    </main>
+  );
+}
+
+/** The frame of the compared episode that goes with the first one's. */
+function otherFrame(first: EpisodeModel) {
+  const model = signal<EpisodeModel | null>(null);
+  const wanted = computed(() => {
+    const frame = first.frameShown();
+    if (state.lock.value === "frame" || !first.lastFrame.value) return frame;
+    return Math.round((frame / first.lastFrame.value) * (model.value?.lastFrame.value ?? 0));
+  });
+  /** Move the first episode to the frame that goes with one of the second's. */
+  const seek = (frame: number) => {
+    const last = model.value?.lastFrame.value ?? 0;
+    const isPhase = state.lock.value === "phase" && last > 0;
+    state.frame.value = isPhase ? Math.round((frame / last) * first.lastFrame.value) : frame;
+  };
+  return { model, wanted, seek };
+}
+
+function CompareWith({ run, own }: { run: Run; own: string }) {
+  const name = (row: EpisodeRow) => `${episodeName(row)} (${outcome(row)})`;
+  return (
+    <>
+      <label class="inline">
+        Compare{" "}
+        <select
+          value={state.compared.value}
+          onChange={(event) => (state.compared.value = event.currentTarget.value)}
+        >
+          <option value="">with nothing</option>
+          {run.episodes
+            .filter((row) => row.id !== own)
+            .slice(0, 500)
+            .map((row) => (
+              <option key={row.id} value={row.id} selected={row.id === state.compared.value}>
+                {name(row)}
+              </option>
+            ))}
+        </select>
+      </label>
+      {state.compared.value && (
+        <label class="inline">
+          at the same{" "}
+          <select
+            value={state.lock.value}
+            onChange={(event) => (state.lock.value = event.currentTarget.value as state.Lock)}
+          >
+            <option value="frame" selected={state.lock.value === "frame"}>
+              frame
+            </option>
+            <option value="phase" selected={state.lock.value === "phase"}>
+              phase
+            </option>
+          </select>
+        </label>
+      )}
+    </>
+  );
+}
+
+function Side(props: {
+  model: EpisodeModel;
+  end: ReadonlySignal<number>;
+  isSecond: boolean;
+  isCompared: boolean;
+}) {
+  const { model, end, isSecond, isCompared } = props;
+  const facts = model.facts.value;
+  return (
+    <div class="side" data-episode={model.id}>
+      {isCompared && facts && (
+        <h2 class="side-title">
+          {episodeName(facts)} <span class={`badge ${outcome(facts)}`}>{outcome(facts)}</span>{" "}
+          <small>
+            frame {model.shown.value?.frame ?? 0} · {facts.task}
+          </small>
+        </h2>
+      )}
+      <section class="panel" id={isSecond ? "cameras-2" : "cameras"} aria-label="Cameras">
+        <Cameras model={model} end={end} />
+        {!isSecond && <ColourBar end={end} />}
+      </section>
+      <div class="panels">
+        {!isSecond && <HeadGrid model={model} />}
+        {!isSecond && <StepStrip model={model} />}
+        <ShareBar model={model} />
+        {!isSecond && <PatchPanel model={model} />}
+        <Sentence model={model} />
+        {!isSecond && <Actions model={model} />}
+      </div>
+    </div>
+  );
+}
+
+function ColourBar({ end }: { end: ReadonlySignal<number> }) {
+  const colours = useComputed(() => {
+    const table = colourTable(state.colours.value);
+    const stops = Array.from({ length: 9 }, (_, i) => {
+      const at = Math.round((i / 8) * 255) * 3;
+      return `rgb(${table[at]} ${table[at + 1]} ${table[at + 2]})`;
+    });
+    return `linear-gradient(to right, ${stops.join(",")})`;
+  });
+  const unit = {
+    share: "of all attention",
+    image: "of this image's",
+    frame: "of the largest patch",
+    episode: "of all attention",
+  };
+  return (
+    <p class="colour-bar">
+      <span>0</span>
+      <span class="colours" style={{ background: colours.value }} aria-hidden="true" />
+      <span>
+        {percent(end.value)} {unit[state.normalisation.value]} a patch
+      </span>
+    </p>
+  );
+}

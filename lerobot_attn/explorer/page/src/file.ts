@@ -1,0 +1,150 @@
+/** An episode inside the page itself, as `lerobot-attn export-html` writes it: nothing is asked of a network. */
+
+import {
+  ApiError,
+  type ActionChunk,
+  type EpisodeRow,
+  type Facts,
+  type Ranges,
+  type Run,
+  type Shares,
+  type Slab,
+  type Timeline,
+  type Tokens,
+} from "./api";
+import { decodeFloat16 } from "./float16";
+import { CLIP, effectiveNumber, percentile, pick, sumByGroup } from "./heat";
+import { cameraViews, modalitiesOf, modalityOfKey } from "./layout";
+import { Cache, type EpisodeId, type Source, type Where } from "./source";
+
+export interface Embedded {
+  row: EpisodeRow;
+  facts: Facts;
+  timeline: Timeline;
+  /** One an inference; the others that the episode had are not in the file. */
+  tokens: Tokens[];
+  actions: ActionChunk[];
+  /** float16 (inference, denoise step, layer, head, key), gzip, base64 */
+  means: { shape: [number, number, number, number, number]; data: string };
+  /** Full name of a camera → frame → JPEG, base64. */
+  pictures: Record<string, Record<string, string>>;
+}
+
+const ELEMENT = "lerobot-attn-episode";
+
+/** The episode in this page, if there is one. */
+export function embedded(): Embedded | null {
+  const element = document.getElementById(ELEMENT);
+  return element?.textContent ? (JSON.parse(element.textContent) as Embedded) : null;
+}
+
+function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
+  const characters = atob(text);
+  const found = new Uint8Array(characters.length);
+  for (let i = 0; i < characters.length; i++) found[i] = characters.charCodeAt(i);
+  return found;
+}
+
+async function unzip(zipped: Uint8Array<ArrayBuffer>): Promise<ArrayBuffer> {
+  const stream = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
+
+export class FileSource implements Source {
+  readonly live = false;
+  private values: Promise<Float32Array> | null = null;
+  private readonly decoded = new Cache<ImageBitmap>(120);
+
+  constructor(private readonly data: Embedded) {}
+
+  run = async (): Promise<Run> => ({
+    name: this.data.row.task,
+    is_episode: true,
+    episodes: [this.data.row],
+    damaged: [],
+  });
+  groups = () => Promise.reject(notHere("other episodes"));
+  facts = async (_id: string) => this.data.facts;
+  timeline = async (_: EpisodeId) => this.data.timeline;
+  tokens = async (_: EpisodeId, inference: number) => this.data.tokens[inference] ?? fail("this inference");
+  actions = async (_: EpisodeId, inference: number) => this.data.actions[inference] ?? fail("this inference");
+  map = () => Promise.reject(notHere("full maps"));
+  prefix = () => Promise.reject(notHere("the prefix"));
+
+  async means(_: EpisodeId, inference: number, step: number): Promise<Slab> {
+    this.values ??= unzip(decodeBase64(this.data.means.data)).then(decodeFloat16);
+    const values = await this.values;
+    const [, nSteps, ...shape] = this.data.means.shape;
+    const size = shape.reduce((product, length) => product * length, 1);
+    const start = (inference * nSteps + this.data.facts.denoise_steps.indexOf(step)) * size;
+    return { shape, values: values.subarray(start, start + size) };
+  }
+
+  async shares(episode: EpisodeId, first: number, where: Where): Promise<Shares> {
+    const { facts, tokens } = this.data;
+    const names = modalitiesOf(
+      facts,
+      tokens.flatMap((found) => found.key_kind),
+    );
+    const found: Shares = { first, modalities: names, share: [], effective_tokens: [] };
+    for (let inference = first; inference < tokens.length; inference++) {
+      const attention = await this.attention(episode, inference, where);
+      const modality = modalityOfKey(facts, tokens[inference]!.key_kind, names);
+      found.share.push([...sumByGroup(attention, modality, names.length)]);
+      found.effective_tokens.push(effectiveNumber(attention));
+    }
+    return found;
+  }
+
+  async ranges(episode: EpisodeId, step: number): Promise<Ranges> {
+    const { facts, tokens } = this.data;
+    const found: Ranges = {
+      layers: [...facts.mean_layers, "mean"],
+      heads: [...facts.heads, "mean", "max"],
+      ranges: Object.fromEntries(cameraViews(facts).map(({ camera }) => [camera.name, []])),
+    };
+    const slabs = await Promise.all(tokens.map((_, inference) => this.means(episode, inference, step)));
+    for (const layer of found.layers) {
+      const rows = new Map(cameraViews(facts).map(({ camera }) => [camera.name, [] as number[]]));
+      for (const head of found.heads) {
+        const l = typeof layer === "number" ? facts.mean_layers.indexOf(layer) : layer;
+        const h = typeof head === "number" ? facts.heads.indexOf(head) : head;
+        const maps = slabs.map((slab) => pick(slab, l, h));
+        for (const { camera, segment } of cameraViews(facts)) {
+          const patches = maps.map((map) => map.subarray(segment.start, segment.stop));
+          rows.get(camera.name)!.push(percentile(patches, CLIP));
+        }
+      }
+      for (const [name, row] of rows) found.ranges[name]!.push(row);
+    }
+    return found;
+  }
+
+  picture(_: EpisodeId, camera: string, frame: number): Promise<ImageBitmap> {
+    const picture = this.data.pictures[camera]?.[frame];
+    if (!picture) return Promise.reject(notHere(`frame ${frame}`));
+    return this.decoded.get(`${camera} ${frame}`, () =>
+      createImageBitmap(new Blob([decodeBase64(picture)], { type: "image/jpeg" })),
+    );
+  }
+
+  pictureUrl = (_: EpisodeId, camera: string, frame: number) =>
+    `data:image/jpeg;base64,${this.data.pictures[camera]?.[frame] ?? ""}`;
+  videoUrl = () => null;
+  watch = () => () => {};
+
+  private async attention(episode: EpisodeId, inference: number, where: Where): Promise<Float32Array> {
+    const { facts } = this.data;
+    const layer = where.layer === "mean" ? "mean" : facts.mean_layers.indexOf(where.layer);
+    const head = typeof where.head === "string" ? where.head : facts.heads.indexOf(where.head);
+    return pick(await this.means(episode, inference, where.step), layer, head);
+  }
+}
+
+function notHere(what: string): ApiError {
+  return new ApiError(404, `This file does not hold ${what}; the recording itself may.`);
+}
+
+function fail(what: string): never {
+  throw notHere(what);
+}

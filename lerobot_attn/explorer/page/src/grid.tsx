@@ -1,0 +1,209 @@
+/** All layers and heads at once, and all denoise steps: small maps of the chosen camera. */
+
+import { useSignalEffect } from "@preact/signals";
+import { useRef } from "preact/hooks";
+import type { Choice, HeadChoice, Slab } from "./api";
+import { patches, pick, rangeEnd } from "./heat";
+import type { CameraView } from "./layout";
+import type { EpisodeModel } from "./model";
+import { paintPatches } from "./paint";
+import * as state from "./state";
+
+const GAP = 1; // pixels of the canvas between maps
+
+interface Cell {
+  values: Float32Array;
+  column: number;
+  row: number;
+}
+
+/** Paint maps side by side. With "frame" each has its own range; otherwise they share one. */
+function paintCells(canvas: HTMLCanvasElement, cells: Cell[], view: CameraView): void {
+  const { grid_rows: height, grid_columns: width } = view.geometry;
+  const nColumns = Math.max(...cells.map((cell) => cell.column)) + 1;
+  const nRows = Math.max(...cells.map((cell) => cell.row)) + 1;
+  canvas.width = nColumns * (width + GAP) - GAP;
+  canvas.height = nRows * (height + GAP) - GAP;
+  const image = new ImageData(canvas.width, canvas.height);
+  const normalisation = state.normalisation.value;
+  const end = rangeEnd(
+    cells.map((cell) => cell.values),
+    normalisation === "episode" ? "share" : normalisation,
+  );
+  for (const { values, column, row } of cells) {
+    paintPatches(
+      image,
+      column * (width + GAP),
+      row * (height + GAP),
+      values,
+      width,
+      end,
+      state.colours.value,
+    );
+  }
+  canvas.getContext("2d")!.putImageData(image, 0, 0);
+}
+
+function cell(slab: Slab, layer: Choice, head: HeadChoice, view: CameraView) {
+  return patches(pick(slab, layer, head), view.segment, state.normalisation.value);
+}
+
+function place(event: MouseEvent, nColumns: number, nRows: number): [number, number] {
+  const box = (event.currentTarget as HTMLElement).getBoundingClientRect();
+  return [
+    Math.min(nColumns - 1, Math.floor(((event.clientX - box.left) / box.width) * nColumns)),
+    Math.min(nRows - 1, Math.floor(((event.clientY - box.top) / box.height) * nRows)),
+  ];
+}
+
+/** A frame around chosen cells, in per cent of the canvas. */
+function Chosen(props: {
+  column: number;
+  row: number;
+  width?: number;
+  height?: number;
+  of: [number, number];
+}) {
+  const { column, row, width = 1, height = 1, of } = props;
+  const share = (value: number, whole: number) => `${(100 * value) / whole}%`;
+  return (
+    <span
+      class="chosen-cell"
+      aria-hidden="true"
+      style={{
+        left: share(column, of[0]),
+        top: share(row, of[1]),
+        width: share(width, of[0]),
+        height: share(height, of[1]),
+      }}
+    />
+  );
+}
+
+/** A few maps are not blown up to the panel's width. */
+function widest(nColumns: number): string {
+  return `${nColumns * 96}px`;
+}
+
+export function HeadGrid({ model }: { model: EpisodeModel }) {
+  const canvas = useRef<HTMLCanvasElement>(null);
+  const facts = model.facts.value;
+  const view = model.camera.value;
+
+  useSignalEffect(() => {
+    const [facts, view, shown] = [model.facts.value, model.camera.value, model.shown.value];
+    if (!facts || !view || !shown || !canvas.current) return;
+    const cells = facts.mean_layers.flatMap((_, layer) =>
+      facts.heads.map((_, head) => ({
+        values: cell(shown.means, layer, head, view),
+        column: layer,
+        row: head,
+      })),
+    );
+    if (cells.length) paintCells(canvas.current, cells, view);
+  });
+
+  if (!facts || !view || !facts.mean_layers.length) return null;
+  const size: [number, number] = [facts.mean_layers.length, facts.heads.length];
+  const layer = model.layerIndex.value;
+  const head = model.headIndex.value;
+  return (
+    <section class="panel" aria-labelledby="heads-title" id="heads">
+      <h2 id="heads-title">
+        Layers and heads <small>camera {view.camera.label}, mean of the executed actions</small>
+      </h2>
+      <div class="grid-with-labels">
+        <div class="row-labels" aria-hidden="true">
+          {facts.heads.map((label) => (
+            <span key={label}>{label}</span>
+          ))}
+        </div>
+        <div
+          class="cells"
+          style={{ maxWidth: widest(size[0]) }}
+          title="Click a map to choose its layer and head"
+          onClick={(event) => {
+            const [column, row] = place(event, ...size);
+            state.layer.value = facts.mean_layers[column]!;
+            state.head.value = facts.heads[row]!;
+          }}
+        >
+          <canvas
+            ref={canvas}
+            role="img"
+            data-kind="heads"
+            aria-label={`Maps of ${size[0]} layers, left to right, and ${size[1]} heads, top to bottom`}
+          />
+          <Chosen
+            of={size}
+            column={typeof layer === "number" ? layer : 0}
+            width={typeof layer === "number" ? 1 : size[0]}
+            row={typeof head === "number" ? head : 0}
+            height={typeof head === "number" ? 1 : size[1]}
+          />
+        </div>
+        <span />
+        <div class="column-labels" aria-hidden="true" style={{ maxWidth: widest(size[0]) }}>
+          {facts.mean_layers.map((label) => (
+            <span key={label}>{label}</span>
+          ))}
+        </div>
+      </div>
+    </section>
+  );
+}
+
+export function StepStrip({ model }: { model: EpisodeModel }) {
+  const canvas = useRef<HTMLCanvasElement>(null);
+  const facts = model.facts.value;
+  const view = model.camera.value;
+
+  useSignalEffect(() => {
+    const [view, steps, layer, head] = [
+      model.camera.value,
+      model.steps.value,
+      model.layerIndex.value,
+      model.headIndex.value,
+    ];
+    if (!view || !steps?.slabs.length || !canvas.current) return;
+    const cells = steps.slabs.map((slab, column) => ({
+      values: cell(slab, layer, head, view),
+      column,
+      row: 0,
+    }));
+    paintCells(canvas.current, cells, view);
+  });
+
+  if (!facts || !view) return null;
+  const size: [number, number] = [facts.denoise_steps.length, 1];
+  const isStale = model.steps.value?.inference !== model.shown.value?.inference;
+  return (
+    <section class="panel" aria-labelledby="steps-title" id="steps">
+      <h2 id="steps-title">
+        From noise to action <small>denoise steps, by their flow time t</small>
+      </h2>
+      <div
+        class={`cells strip ${isStale ? "stale" : ""}`}
+        style={{ maxWidth: widest(size[0]) }}
+        title="Click a map to choose its denoise step"
+      >
+        <div
+          class="inner"
+          onClick={(event) => {
+            state.step.value = facts.denoise_steps[place(event, ...size)[0]]!;
+          }}
+        >
+          <canvas ref={canvas} role="img" data-kind="steps" aria-label={`Maps of ${size[0]} denoise steps`} />
+          <Chosen of={size} column={Math.max(0, facts.denoise_steps.indexOf(model.step.value))} row={0} />
+        </div>
+        <div class="column-labels" aria-hidden="true">
+          {facts.denoise_steps.map((label, i) => (
+            <span key={label}>
+              {label} <small>t {facts.flow_time[i]?.toFixed(1)}</small>
+            </span>
+          ))}
+        </div>
+      </div>
+    </section>
+  );
+}

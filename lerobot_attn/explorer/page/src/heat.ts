@@ -1,0 +1,161 @@
+/** Attention by numbers: which map, in which unit, over which range. Pure functions; NaN is a missing map. */
+
+import type { Choice, HeadChoice, Segment, Slab } from "./api";
+
+export const NORMALISATIONS = ["share", "image", "frame", "episode"] as const;
+export type Normalisation = (typeof NORMALISATIONS)[number];
+
+/** Where the colour range ends: this percentile of the patches, as in the package's figures. */
+export const CLIP = 99.9;
+
+/**
+ * One map of means.
+ *
+ * @param slab (layer, head, key)
+ * @param layer index, or the mean of all; taken first
+ * @param head index, or the mean or largest of all
+ * @returns (key)
+ */
+export function pick(slab: Slab, layer: Choice, head: HeadChoice): Float32Array {
+  const [nLayers, nHeads, nKeys] = slab.shape as [number, number, number];
+  const layers = layer === "mean" ? range(nLayers) : [layer];
+  const heads = typeof head === "string" ? range(nHeads) : [head];
+  const found = new Float32Array(nKeys);
+  const perHead = new Float32Array(nKeys);
+  heads.forEach((h, place) => {
+    perHead.fill(0);
+    for (const l of layers) {
+      const start = (l * nHeads + h) * nKeys;
+      for (let key = 0; key < nKeys; key++) perHead[key]! += slab.values[start + key]!;
+    }
+    for (let key = 0; key < nKeys; key++) {
+      const value = perHead[key]! / layers.length;
+      if (head !== "max") found[key]! += value / heads.length;
+      else if (place === 0 || value > found[key]! || Number.isNaN(value)) found[key] = value;
+    }
+  });
+  return found;
+}
+
+/** One action token's row of a full map, (head, query, key), as a slab of one layer: (1, head, key). */
+export function rowOf(map: Slab, query: number): Slab {
+  const [nHeads, nQueries, nKeys] = map.shape as [number, number, number];
+  const values = new Float32Array(nHeads * nKeys);
+  for (let head = 0; head < nHeads; head++) {
+    const start = (head * nQueries + query) * nKeys;
+    values.set(map.values.subarray(start, start + nKeys), head * nKeys);
+  }
+  return { shape: [1, nHeads, nKeys], values };
+}
+
+/** What each action token gives to one key: (query) of a full map, (head, query, key). */
+export function columnOf(map: Slab, key: number, head: HeadChoice): Float32Array {
+  const [nHeads, nQueries, nKeys] = map.shape as [number, number, number];
+  const found = new Float32Array(nQueries);
+  const heads = typeof head === "string" ? range(nHeads) : [head];
+  for (let query = 0; query < nQueries; query++) {
+    const values = heads.map((h) => map.values[(h * nQueries + query) * nKeys + key]!);
+    found[query] = head === "max" ? Math.max(...values) : sum(values) / values.length;
+  }
+  return found;
+}
+
+/** The patches of a camera in the unit of a normalisation; without attention they stay 0. */
+export function patches(
+  attention: Float32Array,
+  segment: Segment,
+  normalisation: Normalisation,
+): Float32Array {
+  const found = attention.slice(segment.start, segment.stop);
+  if (normalisation === "image") scale(found, sum(found));
+  else if (normalisation === "frame") scale(found, largest(found));
+  return found;
+}
+
+/**
+ * Where the colour range of maps that are shown together ends.
+ *
+ * @param shown patches of every camera, in the unit of the normalisation
+ * @param ofEpisode for "episode": of each camera, from the server
+ */
+export function rangeEnd(
+  shown: Float32Array[],
+  normalisation: Normalisation,
+  ofEpisode: number[] = [],
+): number {
+  if (normalisation === "frame") return 1;
+  const wanted = normalisation === "episode" ? Math.max(0, ...ofEpisode) : percentile(shown, CLIP);
+  return wanted > 0 ? wanted : percentile(shown, 100);
+}
+
+/** A percentile, 0 to 100, of the numbers that are there, between neighbours as NumPy has it; 0 of none. */
+export function percentile(arrays: Float32Array[], percent: number): number {
+  const length = arrays.reduce((total, array) => total + array.length, 0);
+  const all = new Float32Array(length);
+  let n = 0;
+  for (const array of arrays) for (const value of array) if (Number.isFinite(value)) all[n++] = value;
+  if (!n) return 0;
+  const sorted = all.subarray(0, n).sort();
+  const position = ((n - 1) * percent) / 100;
+  const low = Math.floor(position);
+  const [a, b] = [sorted[low]!, sorted[Math.min(low + 1, n - 1)]!];
+  return a + (b - a) * (position - low);
+}
+
+/** Sum over the keys of each group; -1 is none. */
+export function sumByGroup(
+  attention: Float32Array,
+  groupOfKey: ArrayLike<number>,
+  nGroups: number,
+): Float32Array {
+  const found = new Float32Array(nGroups);
+  for (let key = 0; key < attention.length; key++) {
+    const group = groupOfKey[key]!;
+    if (group >= 0) found[group]! += attention[key]!;
+  }
+  return found;
+}
+
+/** 2^entropy: how many keys the attention is worth; null where it is all 0 or missing. */
+export function effectiveNumber(attention: Float32Array): number | null {
+  const total = sum(attention);
+  if (!(total > 0)) return null;
+  let entropy = 0;
+  for (const value of attention) if (value > 0) entropy -= (value / total) * Math.log2(value / total);
+  return 2 ** entropy;
+}
+
+export function sum(values: ArrayLike<number>): number {
+  let total = 0;
+  for (let i = 0; i < values.length; i++) total += values[i]!;
+  return total;
+}
+
+export function isMissing(attention: Float32Array): boolean {
+  return Number.isNaN(sum(attention));
+}
+
+function largest(values: Float32Array): number {
+  let found = -Infinity;
+  for (const value of values) {
+    if (Number.isNaN(value)) return NaN;
+    if (value > found) found = value;
+  }
+  return found;
+}
+
+function scale(values: Float32Array, by: number): void {
+  if (by !== 0) for (let i = 0; i < values.length; i++) values[i]! /= by;
+}
+
+function range(n: number): number[] {
+  return Array.from({ length: n }, (_, i) => i);
+}
+
+/** A share in words: per cent with two digits that count. */
+export function percent(share: number | null | undefined): string {
+  if (share === null || share === undefined || Number.isNaN(share)) return "missing";
+  const value = share * 100;
+  if (value !== 0 && Math.abs(value) < 0.01) return "< 0.01 %";
+  return `${value.toFixed(Math.abs(value) >= 10 ? 0 : Math.abs(value) >= 1 ? 1 : 2)} %`;
+}

@@ -1,0 +1,126 @@
+/** Which key is what, and where a patch lies on its camera's own pixels. */
+
+import type { Camera, Facts, Geometry, Segment } from "./api";
+
+export interface CameraView {
+  camera: Camera;
+  geometry: Geometry;
+  segment: Segment;
+}
+
+/** The cameras that showed an image, each with its keys. */
+export function cameraViews(facts: Facts): CameraView[] {
+  const segments = facts.segments.filter((segment) => segment.kind === "image");
+  return facts.cameras.flatMap((camera, index) => {
+    const segment = segments[index];
+    return camera.geometry && segment ? [{ camera, geometry: camera.geometry, segment }] : [];
+  });
+}
+
+/**
+ * The patch of each pixel along one axis: the one that holds the pixel's centre, once the policy's resize and
+ * padding are undone.
+ */
+function patchesOfAxis(
+  pixels: number,
+  pad: number,
+  resized: number,
+  whole: number,
+  patches: number,
+): Uint16Array {
+  const found = new Uint16Array(pixels);
+  for (let pixel = 0; pixel < pixels; pixel++) {
+    const position = ((pad + ((pixel + 0.5) * resized) / pixels) * patches) / whole;
+    found[pixel] = Math.min(Math.max(Math.trunc(position), 0), patches - 1);
+  }
+  return found;
+}
+
+export interface PixelMap {
+  width: number;
+  height: number;
+  /** Patch row of each pixel row. */
+  rows: Uint16Array;
+  /** Patch column of each pixel column. */
+  columns: Uint16Array;
+}
+
+const maps = new WeakMap<Geometry, PixelMap>();
+
+/** Where each pixel of the camera's image finds its patch. */
+export function pixelMap(geometry: Geometry): PixelMap {
+  let map = maps.get(geometry);
+  if (!map) {
+    const g = geometry;
+    map = {
+      width: g.width_px,
+      height: g.height_px,
+      rows: patchesOfAxis(g.height_px, g.pad_top_px, g.resized_height_px, g.input_height_px, g.grid_rows),
+      columns: patchesOfAxis(g.width_px, g.pad_left_px, g.resized_width_px, g.input_width_px, g.grid_columns),
+    };
+    maps.set(geometry, map);
+  }
+  return map;
+}
+
+/** Whether a patch shows a part of the image, rather than padding alone: (row, column), row by row. */
+export function visiblePatches(geometry: Geometry): boolean[] {
+  const g = geometry;
+  const axis = (pad: number, resized: number, whole: number, patches: number) =>
+    Array.from({ length: patches }, (_, i) => {
+      const [start, stop] = [(i * whole) / patches, ((i + 1) * whole) / patches];
+      return stop > pad && start < pad + resized;
+    });
+  const rows = axis(g.pad_top_px, g.resized_height_px, g.input_height_px, g.grid_rows);
+  const columns = axis(g.pad_left_px, g.resized_width_px, g.input_width_px, g.grid_columns);
+  return rows.flatMap((row) => columns.map((column) => row && column));
+}
+
+/** The short name of a modality: a camera's label, or the word itself. */
+export function modalityLabel(facts: Facts, modality: string): string {
+  return facts.cameras.find((camera) => camera.name === modality)?.label ?? modality;
+}
+
+const CAMERA_COLOURS = ["#0072B2", "#56B4E9", "#004466", "#99D0F0"];
+const COLOURS: Record<string, string> = {
+  task: "#E69F00",
+  state: "#009E73",
+  scaffold: "#999999",
+  text: "#CC79A7",
+  actions: "#D55E00",
+  padding: "#DDDDDD",
+};
+
+/** Okabe and Ito's colours, which colour-blind readers tell apart; the figures have the same. */
+export function modalityColour(facts: Facts, modality: string): string {
+  const camera = cameraViews(facts).findIndex((view) => view.camera.name === modality);
+  return camera >= 0 ? CAMERA_COLOURS[camera % CAMERA_COLOURS.length]! : (COLOURS[modality] ?? "#DDDDDD");
+}
+
+const OF_KIND: Record<string, string> = { action: "actions" };
+
+/** Each key's modality: an index into `modalities`, -1 for none. */
+export function modalityOfKey(facts: Facts, keyKind: number[], modalities: string[]): Int16Array {
+  const nameOf = new Map(Object.entries(facts.kinds).map(([name, value]) => [value, OF_KIND[name] ?? name]));
+  const found = new Int16Array(facts.n_keys).fill(-1);
+  keyKind.forEach((kind, key) => (found[key] = modalities.indexOf(nameOf.get(kind) ?? "")));
+  for (const { camera, segment } of cameraViews(facts)) {
+    const index = modalities.indexOf(camera.name);
+    for (let key = segment.start; key < segment.stop; key++) {
+      if (keyKind[key] === facts.kinds["image"]) found[key] = index;
+    }
+  }
+  return found;
+}
+
+/** The modalities of an episode, in the order of the figures. */
+export function modalitiesOf(facts: Facts, keyKind: number[]): string[] {
+  const present = new Set(keyKind);
+  const rest = ["task", "state", "scaffold", "text", "action", "padding"].filter((name) =>
+    present.has(facts.kinds[name]!),
+  );
+  return [
+    ...cameraViews(facts).map((view) => view.camera.name),
+    ...rest.map((name) => OF_KIND[name] ?? name),
+  ];
+}

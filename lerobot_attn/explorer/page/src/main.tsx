@@ -1,0 +1,106 @@
+/** The explorer's page: which episode, or the whole run; live while something is recorded. */
+
+import { signal } from "@preact/signals";
+import { render } from "preact";
+import type { Changes, EpisodeRow, Run } from "./api";
+import { EpisodePage } from "./episode";
+import { embedded, FileSource } from "./file";
+import { message, type EpisodeModel } from "./model";
+import { RunPage } from "./run";
+import { ServerSource, type Source } from "./source";
+import * as state from "./state";
+import "./style.css";
+
+const run = signal<Run | null>(null);
+const problem = signal<string | null>(null);
+/** null until it is known. */
+const connected = signal<boolean | null>(null);
+/** Episodes that have grown lately. */
+const growing = signal<ReadonlySet<string>>(new Set());
+const GROWING_MS = 30_000;
+const models = new Set<EpisodeModel>();
+
+async function loadRun(source: Source): Promise<void> {
+  try {
+    run.value = await source.run();
+    problem.value = null;
+    if (run.value.is_episode && !state.episode.value) state.episode.value = run.value.episodes[0]?.id ?? "";
+  } catch (error) {
+    problem.value = message(error);
+  }
+}
+
+function follow({ changed, removed }: Changes): void {
+  if (run.value) {
+    const news = new Map(changed.map((row) => [row.id, row]));
+    const kept = run.value.episodes
+      .filter((row) => !removed.includes(row.id))
+      .map((row) => {
+        const found = news.get(row.id) ?? row;
+        news.delete(row.id);
+        return found;
+      });
+    const episodes = [...kept, ...news.values()].sort((a, b) => (a.id < b.id ? -1 : a.id > b.id ? 1 : 0));
+    run.value = { ...run.value, episodes };
+  }
+  for (const row of changed) noteGrowth(row);
+  for (const model of models) {
+    const row = changed.find((found) => found.id === model.id);
+    if (row) void model.changed(row);
+    if (removed.includes(model.id)) model.removed();
+  }
+}
+
+const timers = new Map<string, ReturnType<typeof setTimeout>>();
+
+function noteGrowth(row: EpisodeRow): void {
+  clearTimeout(timers.get(row.id));
+  const stop = () => {
+    growing.value = new Set([...growing.value].filter((id) => id !== row.id));
+  };
+  if (row.complete) return stop();
+  if (!growing.value.has(row.id)) growing.value = new Set([...growing.value, row.id]);
+  timers.set(row.id, setTimeout(stop, GROWING_MS));
+}
+
+function Page({ source }: { source: Source }) {
+  const lost = source.live && connected.value === false;
+  return (
+    <>
+      {problem.value && (
+        <p class="warning" role="alert">
+          {problem.value}
+        </p>
+      )}
+      {lost && (
+        <p class="warning" role="status">
+          No connection to the server; what was loaded is still shown.
+        </p>
+      )}
+      {state.episode.value ? (
+        <EpisodePage
+          run={run.value}
+          source={source}
+          growing={growing.value}
+          models={models}
+          key={state.episode.value}
+        />
+      ) : run.value ? (
+        <RunPage run={run.value} source={source} growing={growing.value} />
+      ) : (
+        !problem.value && <p class="note">Loading …</p>
+      )}
+    </>
+  );
+}
+
+const data = embedded();
+const source: Source = data ? new FileSource(data) : new ServerSource();
+state.followAddress();
+source.watch(follow, (isConnected) => {
+  // Whatever happened while there was no connection is in the run's table.
+  if (isConnected && connected.value === false) void loadRun(source);
+  connected.value = isConnected;
+});
+void loadRun(source);
+render(<Page source={source} />, document.getElementById("page")!);

@@ -1,0 +1,269 @@
+/** The run's page: its episodes, and successes against failures. */
+
+import { useSignal } from "@preact/signals";
+import type { EpisodeRow, Groups, Run } from "./api";
+import { percent } from "./heat";
+import { message } from "./model";
+import type { Source } from "./source";
+import * as state from "./state";
+
+const SHOWN_AT_ONCE = 200;
+
+export function bytes(n: number): string {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (n >= 1000 && unit < units.length - 1) [n, unit] = [n / 1000, unit + 1];
+  return `${n >= 100 || unit === 0 ? n.toFixed(0) : n.toFixed(1)} ${units[unit]}`;
+}
+
+export function outcome(row: { success: boolean | null; complete: boolean }): string {
+  if (!row.complete) return "incomplete";
+  return row.success === null ? "unknown" : row.success ? "success" : "failure";
+}
+
+export function episodeName(row: {
+  task_group: string | null;
+  task_id: number | null;
+  episode: number | null;
+}) {
+  return `${row.task_group ?? "episode"} ${row.task_id ?? ""} · episode ${row.episode ?? "?"}`;
+}
+
+function counted(n: number, one: string, many = `${one}s`): string {
+  return `${n} ${n === 1 ? one : many}`;
+}
+
+function isWanted(row: EpisodeRow): boolean {
+  const wanted = state.filter.value;
+  if (wanted !== "all" && outcome(row) !== wanted) return false;
+  const words = state.search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const text = `${episodeName(row)} ${row.task} ${row.id}`.toLowerCase();
+  return words.every((word) => text.includes(word));
+}
+
+export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<string> }) {
+  const { run, source, growing } = props;
+  const limit = useSignal(SHOWN_AT_ONCE);
+  const rows = run.episodes.filter(isWanted);
+  const shown = rows.slice(0, limit.value);
+  const count = (kind: string) => run.episodes.filter((row) => outcome(row) === kind).length;
+  const open = (row: EpisodeRow) =>
+    state.navigate(() => {
+      state.episode.value = row.id;
+      state.frame.value = 0;
+      state.patch.value = "";
+    });
+  return (
+    <main class="run-page">
+      <header class="bar">
+        <h1>{run.name}</h1>
+        <span class="note">
+          {counted(run.episodes.length, "episode")}, {counted(count("success"), "success", "successes")},{" "}
+          {counted(count("failure"), "failure")}
+          {count("incomplete") > 0 && `, ${count("incomplete")} incomplete`}
+        </span>
+        {growing.size > 0 && <span class="badge live">live</span>}
+      </header>
+      {run.episodes.some((row) => row.random_weights) && <RandomWeights />}
+      {run.damaged.length > 0 && (
+        <details class="warning">
+          <summary>{counted(run.damaged.length, "store")} cannot be opened</summary>
+          <ul>
+            {run.damaged.map((problem) => (
+              <li key={problem}>{problem}</li>
+            ))}
+          </ul>
+        </details>
+      )}
+      <div class="filters">
+        <label class="control">
+          <span>Show</span>
+          <select
+            value={state.filter.value}
+            onChange={(event) => (state.filter.value = event.currentTarget.value as state.Filter)}
+          >
+            {["all", "success", "failure", "incomplete"].map((value) => (
+              <option key={value} value={value} selected={value === state.filter.value}>
+                {value}
+              </option>
+            ))}
+          </select>
+        </label>
+        <label class="control">
+          <span>Find</span>
+          <input
+            type="search"
+            placeholder="words of the task"
+            value={state.search.value}
+            onInput={(event) => (state.search.value = event.currentTarget.value)}
+          />
+        </label>
+        <span class="note" role="status">
+          {rows.length} of {run.episodes.length}
+        </span>
+      </div>
+      <table class="episodes">
+        <thead>
+          <tr>
+            <th scope="col">
+              <span class="hidden">Picture</span>
+            </th>
+            <th scope="col">Episode</th>
+            <th scope="col">Task</th>
+            <th scope="col">Outcome</th>
+            <th scope="col" class="number">
+              Frames
+            </th>
+            <th scope="col" class="number">
+              Inferences
+            </th>
+            <th scope="col" class="number">
+              Size
+            </th>
+          </tr>
+        </thead>
+        <tbody>
+          {shown.map((row) => (
+            <tr key={row.id} onClick={() => open(row)}>
+              <td>
+                {row.camera !== null && row.n_frames > 0 && (
+                  <img
+                    src={source.pictureUrl(row, row.camera, Math.floor(row.n_frames / 2))}
+                    alt=""
+                    loading="lazy"
+                    width="64"
+                    height="64"
+                    onError={(event) => (event.currentTarget.style.visibility = "hidden")}
+                  />
+                )}
+              </td>
+              <td>
+                <a
+                  href={`?episode=${encodeURIComponent(row.id).replaceAll("%3A", ":")}`}
+                  onClick={(event) => {
+                    if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+                    event.preventDefault();
+                    event.stopPropagation();
+                    open(row);
+                  }}
+                >
+                  {episodeName(row)}
+                </a>
+              </td>
+              <td>{row.task}</td>
+              <td>
+                <span class={`badge ${outcome(row)}`}>{outcome(row)}</span>{" "}
+                {growing.has(row.id) && <span class="badge live">live</span>}
+              </td>
+              <td class="number">{row.n_frames}</td>
+              <td class="number">{row.n_inferences}</td>
+              <td class="number">{bytes(row.stored_bytes)}</td>
+            </tr>
+          ))}
+        </tbody>
+      </table>
+      {rows.length === 0 && <p class="note">No episode is like that.</p>}
+      {rows.length > shown.length && (
+        <button type="button" onClick={() => (limit.value += SHOWN_AT_ONCE)}>
+          Show {Math.min(SHOWN_AT_ONCE, rows.length - shown.length)} more of {rows.length - shown.length}
+        </button>
+      )}
+      {count("success") > 0 && count("failure") > 0 && <GroupPanel source={source} />}
+    </main>
+  );
+}
+
+/** Successes against failures, computed only when asked for: it reads every episode. */
+function GroupPanel({ source }: { source: Source }) {
+  const groups = useSignal<Groups | null>(null);
+  const said = useSignal("");
+  const compute = () => {
+    said.value = "Reading every episode …";
+    source.groups().then(
+      (found) => {
+        groups.value = found;
+        said.value = "";
+      },
+      (error: unknown) => (said.value = message(error)),
+    );
+  };
+  const found = groups.value;
+  return (
+    <section class="panel" aria-labelledby="groups-title" id="groups">
+      <h2 id="groups-title">Successes against failures</h2>
+      {!found && (
+        <p>
+          <button type="button" onClick={compute}>
+            Compare
+          </button>{" "}
+          <span class="note" role="status">
+            {said.value}
+          </span>
+        </p>
+      )}
+      {found && (
+        <>
+          <p class="note">
+            {counted(found.n_success, "success", "successes")}, {counted(found.n_failure, "failure")}.{" "}
+            {found.what}
+          </p>
+          <table class="groups">
+            <thead>
+              <tr>
+                <th scope="col">Share of attention on</th>
+                <th scope="col" class="number">
+                  Successes
+                </th>
+                <th scope="col" class="number">
+                  Failures
+                </th>
+                <th scope="col" class="number">
+                  Difference
+                </th>
+                <th scope="col">95 % interval</th>
+              </tr>
+            </thead>
+            <tbody>
+              {found.rows.map((row) => (
+                <tr key={row.label}>
+                  <th scope="row">{row.label}</th>
+                  <td class="number">{percent(row.success)}</td>
+                  <td class="number">{percent(row.failure)}</td>
+                  <td class="number">{signed(row.difference)}</td>
+                  <td>
+                    <Interval row={row} all={found} />
+                  </td>
+                </tr>
+              ))}
+            </tbody>
+          </table>
+        </>
+      )}
+    </section>
+  );
+}
+
+function Interval({ row, all }: { row: Groups["rows"][number]; all: Groups }) {
+  const reach = Math.max(...all.rows.flatMap((row) => [Math.abs(row.low), Math.abs(row.high)]), 1e-6);
+  const x = (value: number) => 50 + (48 * value) / reach;
+  const text = `${signed(row.low)} to ${signed(row.high)}`;
+  return (
+    <span class="interval">
+      <svg viewBox="0 0 100 12" preserveAspectRatio="none" role="img" aria-label={text}>
+        <line x1="50" x2="50" y1="0" y2="12" class="zero" />
+        <line x1={x(row.low)} x2={x(row.high)} y1="6" y2="6" class="span" />
+        <line x1={x(row.difference)} x2={x(row.difference)} y1="2" y2="10" class="span" />
+      </svg>
+      <small>{text}</small>
+    </span>
+  );
+}
+
+function signed(share: number): string {
+  if (Number.isNaN(share) || share === null) return "missing";
+  return `${share >= 0 ? "+" : "−"}${Math.abs(share * 100).toFixed(1)} pp`;
+}
+
+export function RandomWeights() {
+  return <p class="warning">Random weights: these maps mean nothing.</p>;
+}

@@ -1,0 +1,175 @@
+/** Where episodes come from: the server, or a file that holds one episode (see file.ts). */
+
+import {
+  ApiError,
+  type ActionChunk,
+  type Changes,
+  type Choice,
+  type Facts,
+  type Groups,
+  type HeadChoice,
+  type Ranges,
+  type Run,
+  type Shares,
+  type Slab,
+  type Timeline,
+  type Tokens,
+} from "./api";
+import { decodeFloat16 } from "./float16";
+
+export interface EpisodeId {
+  id: string;
+  version: string;
+}
+
+export interface Source {
+  /** Whether there is a server behind it, which can be asked for more. */
+  readonly live: boolean;
+  run(): Promise<Run>;
+  groups(): Promise<Groups>;
+  facts(id: string): Promise<Facts>;
+  timeline(episode: EpisodeId): Promise<Timeline>;
+  shares(episode: EpisodeId, first: number, where: Where): Promise<Shares>;
+  ranges(episode: EpisodeId, step: number): Promise<Ranges>;
+  tokens(episode: EpisodeId, inference: number): Promise<Tokens>;
+  actions(episode: EpisodeId, inference: number): Promise<ActionChunk>;
+  /** (layer, head, key): means over the executed actions. */
+  means(episode: EpisodeId, inference: number, step: number): Promise<Slab>;
+  /** (head, query, key): a full map. */
+  map(episode: EpisodeId, inference: number, step: number, layer: number): Promise<Slab>;
+  /** (head, prefix key): what one prefix token attends to. */
+  prefix(episode: EpisodeId, inference: number, layer: number, query: number): Promise<Slab>;
+  picture(episode: EpisodeId, camera: string, frame: number): Promise<ImageBitmap>;
+  pictureUrl(episode: EpisodeId, camera: string, frame: number): string;
+  videoUrl(episode: EpisodeId, camera: string): string | null;
+  /** Call back on every change, until the returned function is called. */
+  watch(onChange: (changes: Changes) => void, onConnection: (connected: boolean) => void): () => void;
+}
+
+export interface Where {
+  layer: Choice;
+  head: HeadChoice;
+  step: number;
+}
+
+/** The latest answers, by address; an answer that failed is asked for again. */
+export class Cache<T> {
+  private readonly entries = new Map<string, Promise<T>>();
+
+  constructor(
+    private readonly size: number,
+    private readonly drop: (value: T) => void = () => {},
+  ) {}
+
+  get(key: string, make: () => Promise<T>): Promise<T> {
+    let found = this.entries.get(key);
+    if (found) {
+      this.entries.delete(key);
+    } else {
+      found = make();
+      found.catch(() => this.entries.delete(key));
+      for (const [old, value] of this.entries) {
+        if (this.entries.size < this.size) break;
+        this.entries.delete(old);
+        value.then(this.drop, () => {});
+      }
+    }
+    this.entries.set(key, found);
+    return found;
+  }
+}
+
+async function ask(address: string): Promise<Response> {
+  let response: Response;
+  try {
+    response = await fetch(address);
+  } catch {
+    throw new ApiError(0, "The server does not answer. Is lerobot-attn view still running?");
+  }
+  if (!response.ok) {
+    const said: unknown = await response.json().catch(() => null);
+    const message =
+      said && typeof said === "object" && "error" in said ? String(said.error) : response.statusText;
+    throw new ApiError(response.status, message);
+  }
+  return response;
+}
+
+async function json<T>(address: string): Promise<T> {
+  return (await ask(address)).json() as Promise<T>;
+}
+
+async function slab(address: string): Promise<Slab> {
+  const response = await ask(address);
+  const shape = (response.headers.get("X-Shape") ?? "").split(",").map(Number);
+  return { shape, values: decodeFloat16(await response.arrayBuffer()) };
+}
+
+export class ServerSource implements Source {
+  readonly live = true;
+  private readonly slabs = new Cache<Slab>(64);
+  private readonly maps = new Cache<Slab>(12);
+  private readonly facts_ = new Cache<unknown>(400);
+  // Not closed when dropped: one may still be shown. The browser frees it with the last reference.
+  private readonly pictures = new Cache<ImageBitmap>(240);
+
+  run = () => json<Run>("api/run");
+  groups = () => json<Groups>("api/groups");
+  facts = (id: string) => json<Facts>(`api/episodes/${encodeURIComponent(id)}`);
+  timeline = (episode: EpisodeId) => json<Timeline>(`${base(episode)}/timeline`);
+
+  shares = (episode: EpisodeId, first: number, where: Where) =>
+    json<Shares>(
+      `${base(episode)}/shares?first=${first}&layer=${where.layer}&head=${where.head}&denoise_step=${where.step}`,
+    );
+
+  ranges = (episode: EpisodeId, step: number) => json<Ranges>(`${base(episode)}/ranges/${step}`);
+  tokens = (episode: EpisodeId, inference: number) =>
+    this.kept<Tokens>(`${base(episode)}/inferences/${inference}/tokens`);
+  actions = (episode: EpisodeId, inference: number) =>
+    this.kept<ActionChunk>(`${base(episode)}/inferences/${inference}/actions`);
+
+  means(episode: EpisodeId, inference: number, step: number): Promise<Slab> {
+    const address = `${base(episode)}/inferences/${inference}/means/${step}`;
+    return this.slabs.get(address, () => slab(address));
+  }
+
+  map(episode: EpisodeId, inference: number, step: number, layer: number): Promise<Slab> {
+    const address = `${base(episode)}/inferences/${inference}/maps/${step}/${layer}`;
+    return this.maps.get(address, () => slab(address));
+  }
+
+  prefix(episode: EpisodeId, inference: number, layer: number, query: number): Promise<Slab> {
+    const address = `${base(episode)}/inferences/${inference}/prefix/${layer}/${query}`;
+    return this.slabs.get(address, () => slab(address));
+  }
+
+  picture(episode: EpisodeId, camera: string, frame: number): Promise<ImageBitmap> {
+    const address = this.pictureUrl(episode, camera, frame);
+    return this.pictures.get(address, async () => createImageBitmap(await (await ask(address)).blob()));
+  }
+
+  pictureUrl(episode: EpisodeId, camera: string, frame: number): string {
+    return `${base(episode)}/cameras/${encodeURIComponent(camera)}/frames/${frame}.jpg`;
+  }
+
+  videoUrl(episode: EpisodeId, camera: string): string {
+    return `${base(episode)}/cameras/${encodeURIComponent(camera)}.mp4`;
+  }
+
+  watch(onChange: (changes: Changes) => void, onConnection: (connected: boolean) => void): () => void {
+    const events = new EventSource("api/events");
+    events.onopen = () => onConnection(true);
+    events.onerror = () => onConnection(false);
+    events.onmessage = (event: MessageEvent<string>) => onChange(JSON.parse(event.data) as Changes);
+    return () => events.close();
+  }
+
+  private kept<T>(address: string): Promise<T> {
+    return this.facts_.get(address, () => json<T>(address)) as Promise<T>;
+  }
+}
+
+function base(episode: EpisodeId): string {
+  return `api/episodes/${encodeURIComponent(episode.id)}/${episode.version}`;
+}

@@ -1,0 +1,176 @@
+/** Attention on the prompt: the sentence, its words and the numbers of the state; and shares of everything. */
+
+import type { Tokens } from "./api";
+import { percent, sumByGroup } from "./heat";
+import { modalitiesOf, modalityColour, modalityLabel, modalityOfKey } from "./layout";
+import type { EpisodeModel } from "./model";
+
+interface Run {
+  group: number;
+  text: string;
+}
+
+/** The prompt's tokens, joined where they belong to one word, number or run of scaffold. */
+function runs(tokens: Tokens): Run[] {
+  const found: Run[] = [];
+  tokens.key.forEach((key, slot) => {
+    const group = tokens.group_of_key[key] ?? -1;
+    if (group < 0) return;
+    const last = found.at(-1);
+    if (last?.group === group) last.text += tokens.text[slot] ?? "";
+    else found.push({ group, text: tokens.text[slot] ?? "" });
+  });
+  return found;
+}
+
+export function Sentence({ model }: { model: EpisodeModel }) {
+  const [shown, attention, facts] = [model.shown.value, model.attention.value, model.facts.value];
+  if (!shown || !attention || !facts) return null;
+  const { groups, group_of_key } = shown.tokens;
+  if (!groups.length) return <p class="note">This policy got no language tokens.</p>;
+  const shares = sumByGroup(attention, group_of_key, groups.length);
+  const most = Math.max(...groups.map((group, i) => (group.kind === "scaffold" ? 0 : shares[i]!)));
+  const hasPrefix = facts.prefix_layers.length > 0;
+  const word = model.word.value;
+  return (
+    <section class="panel" aria-labelledby="words-title" id="words">
+      <h2 id="words-title">
+        Words and state <small>what the policy was told, shaded by attention</small>
+      </h2>
+      <p class="sentence">
+        {runs(shown.tokens).map(({ group, text }, i) => {
+          const { kind, label } = groups[group]!;
+          const share = shares[group]!;
+          const style = { "--shade": kind === "scaffold" ? 0 : Math.sqrt(share / (most || 1)) || 0 };
+          const title = `${label}: ${percent(share)} of all attention`;
+          if (!hasPrefix || kind === "scaffold") {
+            return (
+              <span key={i} class={`token ${kind}`} style={style} title={title}>
+                {text}
+              </span>
+            );
+          }
+          const show = () => void model.showWord(group);
+          const hide = () => void model.showWord(null);
+          return (
+            <button
+              key={i}
+              type="button"
+              class={`token ${kind}`}
+              style={style}
+              title={`${title}. Hover or focus: what it looks at in the images`}
+              aria-pressed={word?.group === group}
+              onMouseEnter={show}
+              onFocus={show}
+              onMouseLeave={hide}
+              onBlur={hide}
+            >
+              {text}
+            </button>
+          );
+        })}
+      </p>
+      {word && (
+        <p class="note" role="status">
+          The cameras show what “{groups[word.group]?.label}” looks at in the prefix, layer {word.layer}.
+        </p>
+      )}
+      <div class="bar-columns">
+        <GroupBars title="Words" model={model} kinds={["task", "text"]} shares={shares} />
+        <GroupBars title="State" model={model} kinds={["state"]} shares={shares} />
+        <GroupBars title="Rest of the prompt" model={model} kinds={["scaffold"]} shares={shares} />
+      </div>
+    </section>
+  );
+}
+
+function GroupBars(props: { title: string; model: EpisodeModel; kinds: string[]; shares: Float32Array }) {
+  const { title, model, kinds, shares } = props;
+  const shown = model.shown.value;
+  const facts = model.facts.value;
+  if (!shown || !facts) return null;
+  const chosen = shown.tokens.groups.flatMap((group, i) =>
+    kinds.includes(group.kind) ? [{ ...group, share: shares[i]! }] : [],
+  );
+  if (!chosen.length) return null;
+  const values = model.timeline.value?.state?.[shown.frame];
+  return (
+    <div>
+      <h3>{title}</h3>
+      <Bars
+        rows={chosen.map((group) => ({
+          label: group.label,
+          share: group.share,
+          colour: modalityColour(facts, group.kind),
+          note: group.kind === "state" ? value(values?.[group.ordinal]) : "",
+        }))}
+      />
+    </div>
+  );
+}
+
+function value(number: number | null | undefined): string {
+  return number === null || number === undefined ? "" : number.toFixed(2);
+}
+
+interface BarRow {
+  label: string;
+  share: number;
+  colour: string;
+  note?: string;
+}
+
+/** Bars of shares, relative to the largest of them. */
+export function Bars({ rows, wide = false }: { rows: BarRow[]; wide?: boolean }) {
+  const most = Math.max(...rows.map((row) => row.share), 1e-9);
+  return (
+    <ul class={wide ? "bars wide" : "bars"}>
+      {rows.map((row, i) => (
+        <li key={i}>
+          <span class="bar-label" title={row.label}>
+            {row.label}
+          </span>
+          <span class="bar-track">
+            <span
+              class="bar"
+              style={{ width: `${(100 * row.share) / most || 0}%`, background: row.colour }}
+            />
+          </span>
+          <span class="bar-value">{percent(row.share)}</span>
+          {row.note && <span class="bar-note">{row.note}</span>}
+        </li>
+      ))}
+    </ul>
+  );
+}
+
+/** Where all of the chosen map's attention goes: one stacked bar, and its legend. */
+export function ShareBar({ model }: { model: EpisodeModel }) {
+  const [shown, attention, facts] = [model.shown.value, model.attention.value, model.facts.value];
+  if (!shown || !attention || !facts) return null;
+  const names = modalitiesOf(facts, shown.tokens.key_kind);
+  const shares = sumByGroup(attention, modalityOfKey(facts, shown.tokens.key_kind, names), names.length);
+  const rows = names
+    .map((name, i) => ({ name, share: shares[i]!, colour: modalityColour(facts, name) }))
+    .filter((row) => row.name !== "padding" || row.share > 0);
+  return (
+    <section class="panel" aria-labelledby="shares-title" id="shares">
+      <h2 id="shares-title">
+        Where it goes <small>shares of all attention at this frame</small>
+      </h2>
+      <div class="stacked" aria-hidden="true">
+        {rows.map((row) => (
+          <span key={row.name} style={{ flexGrow: row.share || 0, background: row.colour }} />
+        ))}
+      </div>
+      <ul class="legend">
+        {rows.map((row) => (
+          <li key={row.name}>
+            <span class="swatch" style={{ background: row.colour }} />
+            {modalityLabel(facts, row.name)} <strong>{percent(row.share)}</strong>
+          </li>
+        ))}
+      </ul>
+    </section>
+  );
+}

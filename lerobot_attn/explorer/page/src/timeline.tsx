@@ -1,0 +1,218 @@
+/** The episode over its frames: shares, sharpness, reward, when the policy was asked; and the playhead. */
+
+import { useSignal, useSignalEffect } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import uPlot from "uplot";
+import "uplot/dist/uPlot.min.css";
+import type { Facts, Shares, Timeline as Table } from "./api";
+import { modalityColour } from "./layout";
+import type { EpisodeModel } from "./model";
+import { ink, type Ink } from "./theme";
+
+const SHARES_PX = 58;
+const LINES_PX = 64;
+const AXIS_PX = 44;
+
+/** Values of inferences, repeated for the frames that each of them governs. */
+function perFrame(table: Table, of: (inference: number) => number | null | undefined): (number | null)[] {
+  return table.frame_inference.map((inference) => of(inference) ?? null);
+}
+
+/** Shares added up from the first modality on, so that areas stack; the topmost first, as uPlot paints. */
+function stacked(shares: Shares, table: Table): { names: string[]; rows: (number | null)[][] } {
+  const kept = shares.modalities.map((name, i) => ({ name, i })).filter(({ name }) => name !== "padding");
+  const rows = kept.map((_, place) =>
+    perFrame(table, (inference) => {
+      const row = shares.share[inference];
+      if (!row || row[0] === null) return null;
+      return kept.slice(0, place + 1).reduce((total, { i }) => total + (row[i] ?? 0), 0);
+    }),
+  );
+  return { names: kept.map(({ name }) => name).reverse(), rows: rows.reverse() };
+}
+
+function boundaries(table: Table): (u: uPlot) => void {
+  return (u) => {
+    const colour = ink(u.root);
+    const { ctx, bbox } = u;
+    // Closer than a few pixels they would hide what they are meant to mark.
+    const apart = bbox.width / Math.max(1, table.inference_frame.length);
+    if (apart < 3 * devicePixelRatio) return;
+    ctx.save();
+    ctx.fillStyle = colour.line;
+    for (const frame of table.inference_frame) {
+      const x = Math.round(u.valToPos(frame - 0.5, "x", true));
+      if (x >= bbox.left && x <= bbox.left + bbox.width) ctx.fillRect(x, bbox.top, 1, bbox.height);
+    }
+    ctx.restore();
+  };
+}
+
+const FONT = "11px system-ui, sans-serif";
+
+interface Plan {
+  height: number;
+  series: uPlot.Series[];
+  data: (number | null)[][];
+  scales: uPlot.Scales;
+  axes: uPlot.Axis[];
+  /** Whether frame numbers stand below. */
+  numbered: boolean;
+}
+
+function plot(target: HTMLElement, table: Table, plan: Plan, onDrawn: () => void): uPlot {
+  const colour = ink(target);
+  const axis = { stroke: colour.soft, font: FONT, ticks: { show: false }, grid: { show: false } };
+  const frames = plan.numbered ? { ...axis, size: 18, gap: 2 } : { show: false };
+  return new uPlot(
+    {
+      width: target.clientWidth || 600,
+      height: plan.height,
+      legend: { show: false },
+      cursor: { show: false },
+      padding: [6, plan.axes.some((own) => own.side === 1) ? 0 : AXIS_PX, plan.numbered ? 0 : 6, 0],
+      scales: {
+        x: { time: false, range: [-0.5, Math.max(0.5, table.frame_inference.length - 0.5)] },
+        ...plan.scales,
+      },
+      axes: [frames, ...plan.axes.map((own) => ({ ...axis, size: AXIS_PX, gap: 4, ...own }))],
+      series: [{}, ...plan.series],
+      hooks: { draw: [boundaries(table), onDrawn] },
+    },
+    [table.frame_inference.map((_, frame) => frame), ...plan.data],
+    target,
+  );
+}
+
+const steps = uPlot.paths.stepped!({ align: 1 });
+
+function sharesPlan(facts: Facts, shares: Shares, table: Table, isAlone: boolean): Plan {
+  const { names, rows } = stacked(shares, table);
+  const series = names.map((name) => {
+    const fill = modalityColour(facts, name);
+    return {
+      label: name,
+      scale: "share",
+      fill,
+      stroke: fill,
+      width: 0,
+      paths: steps,
+      points: { show: false },
+    };
+  });
+  const values = (_: uPlot, ticks: number[]) => ticks.map((tick) => `${Math.round(tick * 100)} %`);
+  return {
+    height: SHARES_PX + (isAlone ? 16 : 0),
+    series,
+    data: rows,
+    scales: { share: { range: [0, 1] } },
+    axes: [{ scale: "share", values, splits: [0, 0.5, 1] }],
+    numbered: isAlone,
+  };
+}
+
+function linesPlan(colour: Ink, shares: Shares, table: Table): Plan {
+  const effective = perFrame(table, (inference) => shares.effective_tokens[inference]);
+  const line = { width: 1.5, paths: steps, points: { show: false } };
+  const rewards = table.reward.filter((value) => value !== null);
+  const [low, high] = [Math.min(0, ...rewards), Math.max(1, ...rewards)];
+  return {
+    height: LINES_PX,
+    series: [
+      { ...line, scale: "tokens", stroke: colour.accent },
+      { ...line, scale: "reward", stroke: colour.text, dash: [4, 3] },
+    ],
+    data: [effective, table.reward],
+    scales: {
+      tokens: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] },
+      reward: { range: [low, high * 1.1] },
+    },
+    axes: [
+      { scale: "tokens", space: 20 },
+      { scale: "reward", side: 1, space: 20 },
+    ],
+    numbered: true,
+  };
+}
+
+export function TimelinePanel(props: {
+  model: EpisodeModel;
+  label: string;
+  isSecond: boolean;
+  onSeek: (frame: number) => void;
+}) {
+  const { model, label, isSecond, onSeek } = props;
+  const sharesRef = useRef<HTMLDivElement>(null);
+  const linesRef = useRef<HTMLDivElement>(null);
+  const plots = useRef<uPlot[]>([]);
+  const width = useSignal(0);
+  const left = useSignal<number | null>(null);
+
+  useEffect(() => {
+    const target = sharesRef.current!;
+    const observer = new ResizeObserver(() => (width.value = target.clientWidth));
+    observer.observe(target);
+    const dark = matchMedia("(prefers-color-scheme: dark)");
+    const redraw = () => (width.value = -target.clientWidth);
+    dark.addEventListener("change", redraw);
+    return () => {
+      observer.disconnect();
+      dark.removeEventListener("change", redraw);
+      plots.current.forEach((plot) => plot.destroy());
+    };
+  }, []);
+
+  useSignalEffect(() => {
+    const [facts, shares, table] = [model.facts.value, model.shares.value, model.timeline.value];
+    if (!facts || !shares || !table || !width.value) return;
+    plots.current.forEach((plot) => plot.destroy());
+    const colour = ink(sharesRef.current!);
+    plots.current = [
+      plot(sharesRef.current!, table, sharesPlan(facts, shares, table, isSecond), movePlayhead),
+    ];
+    if (linesRef.current) {
+      plots.current.push(plot(linesRef.current, table, linesPlan(colour, shares, table), () => {}));
+    }
+  });
+
+  const movePlayhead = () => {
+    const frame = model.shown.value?.frame ?? 0;
+    const first = plots.current[0];
+    left.value = first?.over.clientWidth ? first.valToPos(frame, "x") + first.over.offsetLeft : null;
+  };
+  useSignalEffect(movePlayhead);
+
+  const seek = (event: PointerEvent) => {
+    const first = plots.current[0];
+    if (!first || (event.type === "pointermove" && !event.buttons)) return;
+    const x = event.clientX - first.over.getBoundingClientRect().left;
+    const frame = Math.round(first.posToVal(x, "x"));
+    onSeek(Math.min(Math.max(frame, 0), model.lastFrame.value));
+  };
+
+  const succeeded = model.timeline.value?.success.indexOf(true) ?? -1;
+  return (
+    <section class="timeline" aria-label={label}>
+      {!isSecond && (
+        <div class="timeline-keys" aria-hidden="true">
+          <span>
+            <b>shares</b> of attention
+          </span>
+          <span>
+            <i class="line accent" /> tokens it is worth (2^entropy)
+          </span>
+          <span>
+            <i class="line dashed" /> reward
+          </span>
+          <span>thin lines: the policy was asked</span>
+          {succeeded >= 0 && <span>success at frame {succeeded}</span>}
+        </div>
+      )}
+      <div class="plots" onPointerDown={seek} onPointerMove={seek}>
+        <div ref={sharesRef} class="plot" />
+        {!isSecond && <div ref={linesRef} class="plot" />}
+        {left.value !== null && <span class="playhead" style={{ left: `${left.value}px` }} />}
+      </div>
+    </section>
+  );
+}
