@@ -57,9 +57,10 @@ $(find "$results/look" -type f | sort | sed 's/^/    /')
 One Zarr store per episode, one MP4 per camera beside it:
 $(find "$results/attention" -maxdepth 2 \( -name 'episode_*.zarr' -o -name '*.mp4' \) | sort | sed 's/^/    /')
 
-Activate the environment:
+Activate the environment, and explore it in the browser:
 
     source .venv/bin/activate
+    lerobot-attn view $results
 
 Three ways to load a store, in Python:
 

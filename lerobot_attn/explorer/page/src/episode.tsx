@@ -261,17 +261,17 @@ function ColourBar({ end }: { end: ReadonlySignal<number> }) {
     return `linear-gradient(to right, ${stops.join(",")})`;
   });
   const unit = {
-    share: "of all attention",
-    image: "of this image's",
+    share: "of all attention, in one patch",
+    image: "of the image's attention, in one patch",
     frame: "of the largest patch",
-    episode: "of all attention",
+    episode: "of all attention, in one patch",
   };
   return (
     <p class="colour-bar">
       <span>0</span>
       <span class="colours" style={{ background: colours.value }} aria-hidden="true" />
       <span>
-        {percent(end.value)} {unit[state.normalisation.value]} a patch
+        {percent(end.value)} {unit[state.normalisation.value]}
       </span>
     </p>
   );

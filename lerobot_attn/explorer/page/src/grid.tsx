@@ -1,6 +1,6 @@
 /** All layers and heads at once, and all denoise steps: small maps of the chosen camera. */
 
-import { useSignalEffect } from "@preact/signals";
+import { batch, useSignalEffect } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import type { Choice, HeadChoice, Slab } from "./api";
 import { patches, pick, rangeEnd } from "./heat";
@@ -93,28 +93,37 @@ export function HeadGrid({ model }: { model: EpisodeModel }) {
   useSignalEffect(() => {
     const [facts, view, shown] = [model.facts.value, model.camera.value, model.shown.value];
     if (!facts || !view || !shown || !canvas.current) return;
+    const isWide = facts.mean_layers.length >= facts.heads.length;
     const cells = facts.mean_layers.flatMap((_, layer) =>
       facts.heads.map((_, head) => ({
         values: cell(shown.means, layer, head, view),
-        column: layer,
-        row: head,
+        column: isWide ? layer : head,
+        row: isWide ? head : layer,
       })),
     );
     if (cells.length) paintCells(canvas.current, cells, view);
   });
 
   if (!facts || !view || !facts.mean_layers.length) return null;
-  const size: [number, number] = [facts.mean_layers.length, facts.heads.length];
-  const layer = model.layerIndex.value;
-  const head = model.headIndex.value;
+  // The longer of the two lies across.
+  const isWide = facts.mean_layers.length >= facts.heads.length;
+  const [columns, rows] = isWide ? [facts.mean_layers, facts.heads] : [facts.heads, facts.mean_layers];
+  const size: [number, number] = [columns.length, rows.length];
+  const [column, row] = isWide
+    ? [model.layerIndex.value, model.headIndex.value]
+    : [model.headIndex.value, model.layerIndex.value];
+  const across = isWide ? "layers across, heads down" : "heads across, layers down";
   return (
     <section class="panel" aria-labelledby="heads-title" id="heads">
       <h2 id="heads-title">
-        Layers and heads <small>camera {view.camera.label}, mean of the executed actions</small>
+        Layers and heads{" "}
+        <small>
+          {across}; camera {view.camera.label}, mean of the executed actions
+        </small>
       </h2>
       <div class="grid-with-labels">
         <div class="row-labels" aria-hidden="true">
-          {facts.heads.map((label) => (
+          {rows.map((label) => (
             <span key={label}>{label}</span>
           ))}
         </div>
@@ -123,28 +132,31 @@ export function HeadGrid({ model }: { model: EpisodeModel }) {
           style={{ maxWidth: widest(size[0]) }}
           title="Click a map to choose its layer and head"
           onClick={(event) => {
-            const [column, row] = place(event, ...size);
-            state.layer.value = facts.mean_layers[column]!;
-            state.head.value = facts.heads[row]!;
+            const [x, y] = place(event, ...size);
+            const [layer, head] = isWide ? [x, y] : [y, x];
+            batch(() => {
+              state.layer.value = facts.mean_layers[layer]!;
+              state.head.value = facts.heads[head]!;
+            });
           }}
         >
           <canvas
             ref={canvas}
             role="img"
             data-kind="heads"
-            aria-label={`Maps of ${size[0]} layers, left to right, and ${size[1]} heads, top to bottom`}
+            aria-label={`Maps of ${facts.mean_layers.length} layers and ${facts.heads.length} heads, ${across}`}
           />
           <Chosen
             of={size}
-            column={typeof layer === "number" ? layer : 0}
-            width={typeof layer === "number" ? 1 : size[0]}
-            row={typeof head === "number" ? head : 0}
-            height={typeof head === "number" ? 1 : size[1]}
+            column={typeof column === "number" ? column : 0}
+            width={typeof column === "number" ? 1 : size[0]}
+            row={typeof row === "number" ? row : 0}
+            height={typeof row === "number" ? 1 : size[1]}
           />
         </div>
         <span />
         <div class="column-labels" aria-hidden="true" style={{ maxWidth: widest(size[0]) }}>
-          {facts.mean_layers.map((label) => (
+          {columns.map((label) => (
             <span key={label}>{label}</span>
           ))}
         </div>

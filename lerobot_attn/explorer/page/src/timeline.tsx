@@ -12,6 +12,9 @@ import { ink, type Ink } from "./theme";
 const SHARES_PX = 58;
 const LINES_PX = 64;
 const AXIS_PX = 44;
+const WHOLE = [1, 2, 5]
+  .flatMap((digit) => [0, 1, 2, 3, 4].map((power) => digit * 10 ** power))
+  .sort((a, b) => a - b);
 
 /** Values of inferences, repeated for the frames that each of them governs. */
 function perFrame(table: Table, of: (inference: number) => number | null | undefined): (number | null)[] {
@@ -63,7 +66,7 @@ interface Plan {
 function plot(target: HTMLElement, table: Table, plan: Plan, onDrawn: () => void): uPlot {
   const colour = ink(target);
   const axis = { stroke: colour.soft, font: FONT, ticks: { show: false }, grid: { show: false } };
-  const frames = plan.numbered ? { ...axis, size: 18, gap: 2 } : { show: false };
+  const frames = plan.numbered ? { ...axis, size: 18, gap: 2, incrs: WHOLE } : { show: false };
   return new uPlot(
     {
       width: target.clientWidth || 600,
