@@ -272,7 +272,7 @@ def verify(
     from lerobot_attn.figures import check_format, save_figure
     from lerobot_attn.settings import load_settings
     from lerobot_attn.store.reader import Run, open_episode, open_run
-    from lerobot_attn.store.schema import EPISODE_SUFFIX
+    from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
     from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
 
     chosen = load_settings(
@@ -289,7 +289,7 @@ def verify(
         raise ConfigError("--dry-run: goes with --repair, expected both or neither")
     messages = sys.stderr if as_json else sys.stdout
     refused = _repair(path, dry_run, messages) if repair else False
-    single = path.suffix == EPISODE_SUFFIX or (path / "zarr.json").is_file()
+    single = path.suffix == EPISODE_SUFFIX or (path / METADATA).is_file()
     run = Run(path, (open_episode(path).path,)) if single else open_run(path)
     reports = []
     for found in run:
@@ -400,6 +400,59 @@ def view(
     from lerobot_attn.explorer.server import serve
 
     serve(path, host=host, port=port, open_browser=browser)
+
+
+@app.command()
+def export_html(
+    episode: EpisodePath,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file. Default: the episode's name.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, as -1 or 0,8,17 or 9-17. Default: all with means.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads, as 3 or 0,4 or 0-3. Default: all.")] = None,
+    denoise_steps: Annotated[
+        str | None, typer.Option(help="Denoise steps, likewise, or all. Default: the last recorded.")
+    ] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="Frames, as 0-99 or, every fifth, 0-279:5. Default: all.")
+    ] = None,
+    max_mb: Annotated[
+        float | None, typer.Option(help="Megabytes: a larger file is not written. Default: 25.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Quality of the pictures as JPEG, 1 to 95. Default: 80.")
+    ] = None,
+    settings: SettingsFile = None,
+) -> None:
+    """Write an episode as a single HTML file with the explorer's page, to share: it needs no network."""
+    from lerobot_attn.explorer.export import ExportSettings
+    from lerobot_attn.explorer.export import export_html as write
+    from lerobot_attn.settings import load_settings
+    from lerobot_attn.store.reader import open_episode
+
+    chosen = load_settings(
+        ExportSettings,
+        settings,
+        layers=layers,
+        heads=heads,
+        denoise_steps=denoise_steps,
+        frames=frames,
+        max_mb=max_mb,
+        quality=quality,
+    )
+    found = open_episode(episode)
+    path = output or Path(f"{found.path.stem}.html")
+    with _progress("Reading") as progress:
+        written = write(
+            found,
+            path,
+            chosen,
+            progress=progress,
+            announce=lambda contents: print(f"{path}: {contents}, at most {chosen.max_mb:g} MB"),
+        )
+    print(f"Wrote {written}")
 
 
 @app.command()

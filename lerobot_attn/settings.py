@@ -69,7 +69,7 @@ def load_settings[T: DataclassInstance](cls: type[T], file: str | Path | None = 
 
 
 def parse_choice(text: Any) -> Any:
-    """Read a choice of labels as people write it: "17", "-1", "0,4,9", "0-3", "all", "mean", "frame".
+    """Read a choice of labels as people write it: "17", "0,4,9", "0-3", "0-279:5" (every fifth), "all".
 
     Anything but a string is returned as it is, so values from YAML pass.
 
@@ -83,13 +83,12 @@ def parse_choice(text: Any) -> Any:
     if not text or not (text[0].isdigit() or text[0] == "-"):
         return text
     values: list[int] = []
-    wrong = ConfigError(f"got {text!r}, expected a number, a list as 0,4,9 or a range as 0-3")
+    wrong = ConfigError(f"got {text!r}, expected a number, a list as 0,4,9 or a range as 0-3 or 0-9:3")
     for part in text.split(","):
-        first, dash, last = (
-            part.strip().partition("-") if not part.strip().startswith("-") else (part, "", "")
-        )
+        span, colon, step = part.strip().partition(":")
+        first, dash, last = ("", "", "") if span.startswith("-") else span.partition("-")
         try:
-            found = range(int(first), int(last) + 1) if dash else [int(first)]
+            found = range(int(first), int(last) + 1, int(step) if colon else 1) if dash else [int(part)]
         except ValueError:
             raise wrong from None
         if not 0 < len(found) <= _LONGEST_RANGE:

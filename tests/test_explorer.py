@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import re
 import shutil
 import signal
 import socket
@@ -11,18 +12,25 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 import uvicorn
+import xarray as xr
+import zarr
 from test_store import frame_rows, inference_rows, make_writer, write_episode
 
 from lerobot_attn import analysis, open_episode
+from lerobot_attn.analysis.compare import compare_overall
+from lerobot_attn.analysis.spatial import episode_ranges
 from lerobot_attn.errors import StoreError
 from lerobot_attn.explorer import app as app_module
+from lerobot_attn.explorer import payloads
 from lerobot_attn.explorer.app import create_app
 from lerobot_attn.explorer.library import Library
-from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
+from lerobot_attn.layout import ImageGeometry
+from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
 from lerobot_attn.video import read_frames
 
 TASK = "synthetic_0"
@@ -70,11 +78,11 @@ class Client:
 
 
 @contextlib.contextmanager
-def client_of(path, **options):
+def client_of(path, port=0, **options):
     """Serve a path on a thread."""
     app = create_app(Library(path, rescan_s=0), **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -83,7 +91,7 @@ def client_of(path, **options):
                 time.sleep(0.01)
             yield Client(listener.getsockname()[1])
         finally:
-            server.should_exit = True
+            server.should_exit = app.state.is_closing = True
             thread.join(20)
 
 
@@ -385,6 +393,282 @@ def test_pictures_stay_within_their_memory(run):
         assert sum(len(picture) for picture in limited._pictures.values()) == limited._bytes
 
 
+def copy_without_means(path, target):
+    """Write an episode again as a recording without mean layers would have: the array is left out."""
+    shutil.copytree(path, target)
+    shutil.rmtree(target / "suffix_attention_mean")
+    shutil.rmtree(target / "all_layer")
+    metadata = json.loads((target / "zarr.json").read_text())
+    for name in ("suffix_attention_mean", "all_layer"):
+        del metadata["consolidated_metadata"]["metadata"][name]
+    (target / "zarr.json").write_text(json.dumps(metadata))
+    return target
+
+
+def with_missing_maps(path, target, missing):
+    """Copy an episode and make the means of some (inference, layer) missing."""
+    shutil.copytree(path, target)
+    array = zarr.open_array(target / "suffix_attention_mean", mode="r+")
+    for inference, layer in missing:
+        array[inference, :, layer] = np.nan
+    return target
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    return next((run / "attention" / TASK).glob("*.zarr"))
+
+
+@pytest.mark.parametrize("block", [1, 3, 32])
+@pytest.mark.parametrize("missing", [[], [(0, 1), (2, 1)], [(i, 0) for i in range(4)]])
+def test_ranges_are_the_analysis(plain, tmp_path, monkeypatch, block, missing):
+    monkeypatch.setattr(payloads, "_BLOCK", block)
+    episode = open_episode(with_missing_maps(plain, tmp_path / "episode_00000.zarr", missing))
+    data = episode.arrays
+    found = payloads.ranges(episode, 1)
+    assert found["layers"] == [*data["all_layer"].values.tolist(), "mean"]
+    assert found["heads"] == [*data["head"].values.tolist(), "mean", "max"]
+    assert list(found["ranges"]) == analysis.camera_names(data)
+    for camera, rows in found["ranges"].items():
+        for layer, row in zip(found["layers"], rows, strict=True):
+            for head, end in zip(found["heads"], row, strict=True):
+                expected = episode_ranges(
+                    data,
+                    [camera],
+                    clip=payloads.CLIP,
+                    inference="all",
+                    layer=layer,
+                    head=head,
+                    denoise_step=1,
+                    query="executed",
+                )[camera]
+                assert end == pytest.approx(expected, rel=1e-5), (camera, layer, head)
+    every = np.array(list(found["ranges"].values()))
+    has_none = len(missing) == data.sizes["inference"]
+    assert (every[:, [0, -1]] == 0).all() == has_none  # a layer without a map, and the mean that needs it
+    assert (every[:, 1:-1] > 0).all()
+
+
+def test_ranges_of_many_numbers_are_numpys(tmp_path, monkeypatch):
+    """Long enough that numbers above the percentile are several, and some are dropped on the way."""
+    monkeypatch.setattr(payloads, "_BLOCK", 7)
+    plan = SyntheticPlan(n_frames=60, n_executed=1, n_denoise_steps=1, videos=False, n_heads=3)
+    episode = open_episode(write_softmax_episode(tmp_path, plan))
+    means = episode.arrays["suffix_attention_mean"].values[:, 0].astype(np.float32)
+    found = payloads.ranges(episode, 0)
+    for camera, rows in found["ranges"].items():
+        _, _, segment = analysis.camera_geometry(episode.arrays, camera)
+        patches = means[..., segment.start : segment.stop]
+        assert np.size(patches[:, 0, 0]) * (100 - payloads.CLIP) / 100 > 10
+        expected = np.percentile(patches.astype(np.float64), payloads.CLIP, axis=(0, 3))
+        np.testing.assert_allclose(np.array(rows)[:-1, :-2], expected, rtol=1e-5)
+
+
+def test_ranges_over_the_network(client, address, data):
+    answer = client.get(f"{address}/ranges/2")
+    assert answer.status_code == 200
+    assert "immutable" not in answer.headers["cache-control"]  # it widens as the episode grows
+    expected = episode_ranges(
+        data, clip=99.9, inference="all", layer="mean", head="max", denoise_step=2, query="executed"
+    )
+    ranges = answer.json()["ranges"]
+    assert {name: rows[-1][-1] for name, rows in ranges.items()} == pytest.approx(expected, rel=1e-5)
+    assert client.get(f"{address}/ranges/77").status_code == 404
+
+
+def test_means_come_from_full_maps_where_none_are_stored(plain, tmp_path):
+    bare = copy_without_means(plain, tmp_path / TASK / plain.name)
+    data = open_episode(plain).arrays
+    executed = slice(*data.attrs["executed_queries"])
+    with client_of(tmp_path) as client:
+        (episode,) = client.get("/api/run").json()["episodes"]
+        at = f"/api/episodes/{episode['id']}/{episode['version']}"
+        facts = client.get(f"/api/episodes/{episode['id']}").json()
+        assert facts["mean_layers"] == facts["layers"] == [2, 3]
+        for inference in range(data.sizes["inference"]):
+            slab = values(client.get(f"{at}/inferences/{inference}/means/2"))
+            maps = data["suffix_attention"].values[inference, 2, :, :, executed].astype(np.float32)
+            np.testing.assert_array_equal(slab, maps.mean(axis=2).astype(np.float16))
+        ranges = client.get(f"{at}/ranges/2").json()
+        shares = client.get(f"{at}/shares?layer=mean&head=mean&denoise_step=2").json()
+    expected = episode_ranges(
+        open_episode(bare).arrays, clip=99.9, inference="all", layer="mean", head=1, denoise_step=2
+    )
+    assert {name: rows[-1][1] for name, rows in ranges["ranges"].items()} == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(np.sum(shares["share"], axis=1), 1, atol=1e-3)
+
+
+def test_an_episode_without_suffix_attention_is_listed_and_says_what_it_lacks(plain, tmp_path):
+    bare = copy_without_means(plain, tmp_path / TASK / plain.name)
+    shutil.rmtree(bare / "suffix_attention")
+    metadata = json.loads((bare / "zarr.json").read_text())
+    del metadata["consolidated_metadata"]["metadata"]["suffix_attention"]
+    (bare / "zarr.json").write_text(json.dumps(metadata))
+    with client_of(tmp_path) as client:
+        (episode,) = client.get("/api/run").json()["episodes"]
+        at = f"/api/episodes/{episode['id']}/{episode['version']}"
+        assert client.get(f"/api/episodes/{episode['id']}").json()["mean_layers"] == []
+        for path in ("/inferences/0/means/2", "/inferences/0/maps/2/2", "/ranges/2", "/shares"):
+            answer = client.get(at + path)
+            assert answer.status_code == 404, path
+            assert "suffix" in answer.json()["error"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A run of two successes and two failures, which differ, and one that was interrupted."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for index, success in enumerate([True, True, False, False, True]):
+        plan = SyntheticPlan(
+            episode_index=index,
+            success=success,
+            complete=index < 4,
+            n_frames=6 + 3 * index,
+            videos=False,
+            task="pick up the red block and place it in the bowl" if success else "push the plate",
+        )
+        write_planted_episode(folder, plan, created=f"at {index}")
+    return folder
+
+
+def test_groups_are_the_analysis(mixed):
+    stores = sorted((mixed / "attention" / TASK).glob("*.zarr"))
+    episodes = [open_episode(path) for path in stores]
+    with client_of(mixed) as client:
+        answer = client.get("/api/groups")
+    assert answer.status_code == 200
+    found = answer.json()
+    assert (found["n_success"], found["n_failure"], found["left_out"]) == (2, 2, [])
+    table = compare_overall(episodes[2:4], episodes[:2], query="executed")
+    table = table[table["name"] != "padding"]
+    assert [row["label"] for row in found["rows"]] == [
+        name.removeprefix("observation.images.") for name in table["name"]
+    ]
+    columns = {"failure": "a", "success": "b", "difference": "difference", "low": "low", "high": "high"}
+    for name, column in columns.items():
+        np.testing.assert_allclose([row[name] for row in found["rows"]], table[column], rtol=1e-5, atol=1e-9)
+    assert table.attrs["interval"] in found["what"]
+
+
+def test_groups_without_an_interval_say_so(run, tmp_path):
+    for index, success in enumerate([True, False]):
+        write_planted_episode(
+            tmp_path, SyntheticPlan(episode_index=index, success=success, videos=False, n_frames=6)
+        )
+    found = payloads.groups([open_episode(path) for path in sorted(tmp_path.rglob("*.zarr"))])
+    assert {(row["low"], row["high"]) for row in found["rows"]} == {(None, None)}
+    assert "two of each are needed" in found["what"]
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_groups_of_one_side_alone_get_a_clean_answer(tmp_path, success):
+    for index in range(2):
+        plan = SyntheticPlan(episode_index=index, success=success, videos=False, n_frames=3)
+        write_planted_episode(tmp_path, plan)
+    with client_of(tmp_path) as client:
+        answer = client.get("/api/groups")
+    assert answer.status_code == 404
+    counts = "2 successes, 0 failures" if success else "0 successes, 2 failures"
+    assert counts in answer.json()["error"]
+
+
+def test_groups_leave_out_a_damaged_store_and_name_it(mixed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    for path in sorted((folder / "attention" / TASK).glob("*.zarr"))[:1]:
+        copy = path.with_name("episode_00009.zarr")
+        shutil.copytree(path, copy)
+        for file in (copy / "suffix_attention_mean").rglob("*"):
+            if file.is_file() and file.name != "zarr.json":
+                file.write_bytes(b"\0" * 100)
+    with client_of(mixed) as client:
+        expected = client.get("/api/groups").json()
+    with client_of(folder) as client:
+        found = client.get("/api/groups").json()
+    (reason,) = found.pop("left_out")
+    assert reason.startswith(f"{TASK}/episode_00009.zarr: ")
+    assert "\n" not in reason
+    assert found == {name: value for name, value in expected.items() if name != "left_out"}
+
+
+def test_groups_are_computed_once_and_block_nobody(mixed, tmp_path, monkeypatch):
+    shutil.copytree(mixed / "attention", tmp_path / "attention")
+    may_end, calls = threading.Event(), []
+
+    def slow(episodes):
+        calls.append(len(episodes))
+        assert may_end.wait(30)
+        return {"call": len(calls)}
+
+    monkeypatch.setattr(payloads, "groups", slow)
+    with client_of(tmp_path) as client:
+        answers = []
+        askers = [
+            threading.Thread(target=lambda: answers.append(client.get("/api/groups").json()))
+            for _ in range(60)  # more than there are threads
+        ]
+        for asker in askers:
+            asker.start()
+        deadline = time.monotonic() + 20
+        while not calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.get("/api/run").status_code == 200  # while sixty wait
+        assert not answers
+        may_end.set()
+        for asker in askers:
+            asker.join(30)
+        assert answers == [{"call": 1}] * 60
+        assert client.get("/api/groups").json() == {"call": 1}
+
+        write_planted_episode(
+            tmp_path, SyntheticPlan(episode_index=7, videos=False, n_frames=3), created="later"
+        )
+        assert client.get("/api/groups").json() == {"call": 2}
+        assert calls == [4, 5]  # the interrupted one is in neither
+
+
+def test_groups_that_failed_are_computed_again(mixed, monkeypatch):
+    outcomes = [StoreError("a disk that was away"), {"call": 2}]
+
+    def failing_once(episodes):
+        found = outcomes.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(payloads, "groups", failing_once)
+    with client_of(mixed) as client:
+        answer = client.get("/api/groups")
+        assert (answer.status_code, answer.json()) == (422, {"error": "a disk that was away"})
+        assert client.get("/api/groups").json() == {"call": 2}
+
+
+def test_the_run_says_what_the_page_shows_of_it(client, run, plain):
+    answer = client.get("/api/run").json()
+    assert answer["is_episode"] is False
+    summary = next(e for e in answer["episodes"] if e["id"].endswith(plain.stem))
+    episode = open_episode(plain)
+    assert summary["stored_bytes"] == sum(f.stat().st_size for f in plain.rglob("*") if f.is_file())
+    assert summary["camera"] in episode.videos
+    assert summary["random_weights"] is True
+    facts = client.get(f"/api/episodes/{summary['id']}").json()
+    assert facts["fps"] == SyntheticPlan().fps
+    assert not {"frames", "excerpt"} & set(facts)  # of an exported page alone
+    with client_of(plain) as alone:
+        answer = alone.get("/api/run").json()
+        assert answer["is_episode"] is True
+        assert [e["id"] for e in answer["episodes"]] == [plain.stem]
+
+
+def test_an_episode_without_videos_plays_at_liberos_speed(mixed):
+    with client_of(mixed) as client:
+        episode = client.get("/api/run").json()["episodes"][0]
+        assert episode["camera"] is None
+        facts = client.get(f"/api/episodes/{episode['id']}").json()
+    assert facts["fps"] == 20
+    assert not any(camera["has_video"] for camera in facts["cameras"])
+
+
 class Served:
     """The command `lerobot-attn view` in a process of its own."""
 
@@ -413,7 +697,8 @@ def test_view_serves_tells_of_news_and_ends_with_ctrl_c(tmp_path):
     served = Served(tmp_path, "--port", 0)
     assert served.url.startswith("http://127.0.0.1:")
     with urllib.request.urlopen(served.url + "api/events", timeout=20) as events:
-        assert events.readline().startswith(b":")
+        assert events.readline() == b"event: ready\n"
+        assert events.readline() == b"data: {}\n"
         writer.append_inference(inference_rows(rng, 0))
         writer.append_frames(frame_rows(rng, 0))
         writer.commit()
@@ -430,9 +715,162 @@ def test_view_serves_tells_of_news_and_ends_with_ctrl_c(tmp_path):
     assert "Traceback" not in err
 
 
+def test_many_stores_are_read_a_few_at_a_time(tmp_path):
+    for index in range(5):
+        write_episode(tmp_path / TASK / f"episode_{index:05d}.zarr", 1)
+    library = Library(tmp_path)
+    first = library.look(0)
+    assert (len(first.summaries), first.n_unread) == (1, 4)
+    for n_read in range(2, 6):
+        found = library.look(0)
+        assert (len(found.summaries), found.n_unread) == (n_read, 5 - n_read)
+    assert [summary.id for summary in found.summaries] == [f"{TASK}:episode_{i:05d}" for i in range(5)]
+
+
+def test_events_bring_what_the_run_did_not_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(app_module, "_LOOK_S", 0)
+    monkeypatch.setattr(app_module, "POLL_S", 0.01)
+    for index in range(6):
+        write_episode(tmp_path / TASK / f"episode_{index:05d}.zarr", 1)
+    with (
+        client_of(tmp_path) as client,
+        urllib.request.urlopen(f"http://127.0.0.1:{client.port}/api/events", timeout=20) as events,
+    ):
+        assert events.readline() == b"event: ready\n"
+        run = client.get("/api/run").json()
+        told = {episode["id"] for episode in run["episodes"]}
+        n_unread = run["n_unread"]
+        assert n_unread > 0
+        while n_unread:
+            line = events.readline()
+            if line.startswith(b'data: {"changed'):
+                news = json.loads(line[5:])
+                told |= {episode["id"] for episode in news["changed"]}
+                n_unread = news["n_unread"]
+    assert told == {f"{TASK}:episode_{index:05d}" for index in range(6)}
+
+
 def test_view_says_what_is_wrong(tmp_path):
     command = [sys.executable, "-m", "lerobot_attn.cli", "view", str(tmp_path / "none"), "--no-browser"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "explorer-api.md"
+
+
+def documented():
+    """Return each documented request's address, and what is written of it."""
+    parts = re.split(r"^### `GET (\S+)`$", DOCUMENT.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def words_of(text):
+    return {word for quoted in re.findall(r"`([^`]+)`", text) for word in re.findall(r"\w+", quoted)}
+
+
+def fields_of(value):
+    """Return the names of all fields of an answer, those of rows too, but not of what is named by cameras."""
+    if isinstance(value, list):
+        return set().union(*map(fields_of, value[:3])) if value else set()
+    if not isinstance(value, dict):
+        return set()
+    inner = [found for name, found in value.items() if name not in ("kinds", "ranges")]
+    return set(value).union(*map(fields_of, inner))
+
+
+def test_every_request_is_documented_and_every_documented_one_is_there(run):
+    routes = create_app(Library(run)).routes
+    there = {re.sub(r":\w+}", "}", route.path) for route in routes if route.path.startswith("/api/")}
+    assert set(documented()) == there - {"/api/{rest}"}
+    statuses = {int(status) for status in re.findall(r"^\| (\d{3}) \|", DOCUMENT.read_text(), re.MULTILINE)}
+    assert statuses == {400, 404, 405, 416, 422, 500}
+
+
+def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
+    plan = SyntheticPlan(prefix_layers=(1,), episode_index=9)
+    shutil.copytree(mixed, tmp_path / "run")
+    write_planted_episode(tmp_path / "run", plan)
+    with client_of(tmp_path / "run") as client:
+        episode = client.get("/api/run").json()["episodes"][-1]
+        values_of = {
+            "id": episode["id"],
+            "version": episode["version"],
+            "inference": 1,
+            "denoise_step": 2,
+            "layer": 3,
+            "camera": episode["camera"],
+            "frame": 1,
+        }
+        n_json = 0
+        for address, text in documented().items():
+            if address == "/api/events":
+                continue
+            prefix = {"layer": 1, "query": 5} if "/prefix/" in address else {}
+            answer = client.get(address.format(**values_of | prefix))
+            assert answer.status_code == 200, address
+            cached = answer.headers["cache-control"]
+            assert ("`immutable`" in text) == ("immutable" in cached), address
+            assert ("`no-cache`" in text) == (cached == "no-cache"), address
+            if answer.headers["content-type"] == "application/json":
+                n_json += 1
+                assert fields_of(answer.json()) <= words_of(text), address
+            elif "X-Shape" in answer.headers:
+                shape = re.search(r"float16 \(([^)]*)\)", text)[1].split(", ")
+                assert len(values(answer).shape) == len(shape), address
+    assert n_json == 8
+
+
+def test_the_documents_example_runs_against_the_command(run, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    served = Served(run, "--port", 0)
+    try:
+        assert "http://127.0.0.1:8123" in example
+        exec(example.replace("http://127.0.0.1:8123", served.url.rstrip("/")), {"__name__": "example"})
+    finally:
+        served.stop()
+    first, *words = capsys.readouterr().out.splitlines()
+    data = open_episode(sorted((run / "attention" / TASK).glob("*.zarr"))[0]).arrays
+    inference = int(data["frame_inference"][data.sizes["frame"] // 2])
+    heat = analysis.image_heatmap(data, inference=inference, query="executed")
+    row, column = np.unravel_index(heat.values.argmax(), heat.shape)
+    share = f"{heat.values.sum():.0%} of all attention"
+    assert first == f"image: {share}, most of it on row {row}, column {column}"
+    tokens = analysis.token_attention(data, inference=inference, query="executed")
+    assert len(words) == tokens.sizes["token"]
+    for line, label, share in zip(words, tokens["label"].values, tokens.values, strict=True):
+        assert line[9:21].strip() == str(label).strip()[:12]
+        assert float(line[21:].rstrip("%")) == pytest.approx(100 * share, abs=0.02)
+
+
+PIXEL_MAPS = Path(payloads.__file__).parent / "page" / "tests" / "pixel_maps.json"
+GEOMETRIES = [
+    ImageGeometry.letterbox((48, 64), (224, 224), (16, 16), padding="centred"),
+    ImageGeometry.letterbox((97, 61), (224, 224), (16, 16), padding="left_top"),
+    ImageGeometry.letterbox((60, 60), (512, 512), (8, 8), padding="centred"),
+    ImageGeometry.letterbox((30, 200), (224, 224), (4, 7), padding="centred"),
+]
+
+
+def test_the_pages_tests_compare_with_these_pixel_maps():
+    """The page's own tests read the file: its numbers are the package's."""
+    expected = []
+    for geometry in GEOMETRIES:
+        patches = np.mgrid[: geometry.grid_rows, : geometry.grid_columns]
+        rows, columns = analysis.on_camera_pixels(patches, geometry).astype(int)
+        hidden = [
+            analysis.padding_share(xr.DataArray(one, dims=("grid_y", "grid_x")), geometry).item()
+            for one in np.eye(patches[0].size).reshape(-1, *patches[0].shape)
+        ]
+        expected.append(
+            {
+                "geometry": vars(geometry),
+                "rows": rows[:, 0].tolist(),
+                "columns": columns[0].tolist(),
+                "visible": [int(share == 0) for share in hidden],
+            }
+        )
+    found = json.loads(PIXEL_MAPS.read_text())
+    assert found == expected, f"write it anew: {json.dumps(expected)}"

@@ -127,6 +127,9 @@ def test_load_settings_names_the_source_of_an_unknown_key(tmp_path):
         ("3-3", 3),
         ("0-2,9", [0, 1, 2, 9]),
         ("9,0 - 2", [9, 0, 1, 2]),
+        ("0-9:3", [0, 3, 6, 9]),
+        ("2-9:5, 1", [2, 7, 1]),
+        ("0-9:20", 0),
         ("1,1", [1, 1]),
         ("all", "all"),
         (" mean ", "mean"),
@@ -146,7 +149,26 @@ def test_parse_choice(text, choice):
 
 
 @pytest.mark.parametrize(
-    "text", ["3-0", "1,", "1,,2", "1,x", "0-", "-", "--1", "-3--1", "1.5", "1e3", "1-2-3", "0-3,5-4", "4 5"]
+    "text",
+    [
+        "3-0",
+        "1,",
+        "1,,2",
+        "1,x",
+        "0-",
+        "-",
+        "--1",
+        "-3--1",
+        "1.5",
+        "1e3",
+        "1-2-3",
+        "0-3,5-4",
+        "4 5",
+        "0-9:",
+        "0-9:0",
+        "0-9:-1",
+        "9:2",
+    ],
 )
 def test_parse_choice_errors(text):
     message = "expected a number, a list as 0,4,9 or a range as 0-3"

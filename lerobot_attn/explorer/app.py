@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
-from importlib import resources
+import time
+from collections.abc import AsyncIterator, Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,20 @@ from starlette.staticfiles import StaticFiles
 
 from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, first_line
 from lerobot_attn.explorer import payloads
-from lerobot_attn.explorer.library import Library, NotThereError, version_of
+from lerobot_attn.explorer.document import page_folder
+from lerobot_attn.explorer.library import Library, NotThereError, Summary, version_of
 from lerobot_attn.explorer.pictures import FramePictures
 from lerobot_attn.store.reader import Episode
 
 POLL_S = 0.5  # how often the library is looked at for whoever listens to its events
+_LOOK_S = 0.5  # what is spent on reading stores before one answers: thousands take a while
 _KEEP_ALIVE_S = 15.0
 _IMMUTABLE = "private, max-age=31536000, immutable"
 _ASK_AGAIN = "no-cache"  # keep it, but ask whether it changed
-_MISSING_PAGE = """<!doctype html><meta charset="utf-8"><title>lerobot-attn</title>
-<p>This installation has no page: it was built from the sources without it. The data is at
-<a href="api/run">api/run</a>. To build the page, run <code>scripts/build_explorer.sh</code>."""
+_MISSING_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lerobot-attn</title>
+<p>This installation has no page: it comes from sources in which the page was not built.
+<p>Run <code>scripts/build_explorer.sh</code> there, install again, and start <code>lerobot-attn view</code>
+again. Until then, the data is at <a href="api/run">api/run</a>."""
 
 
 def create_app(library: Library, *, hosts: list[str] | None = None, static: Path | None = None) -> Starlette:
@@ -78,7 +81,7 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
         _page(static),
     ]
     allowed = ["127.0.0.1", "localhost", "[::1]"] if hosts is None else hosts
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)],
         exception_handlers={
@@ -90,6 +93,8 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
             Exception: _refused(500),
         },
     )
+    app.state.is_closing = False  # a server that ends sets it, and the streams of events end with it
+    return app
 
 
 class _Explorer:
@@ -98,9 +103,10 @@ class _Explorer:
     def __init__(self, library: Library):
         self._library = library
         self._pictures = FramePictures()
+        self._groups = _Once()
 
     def run(self, request: Request) -> Response:
-        found = self._library.look()
+        found = self._library.look(_LOOK_S)
         return _json(
             request,
             {
@@ -108,12 +114,22 @@ class _Explorer:
                 "is_episode": self._library.is_episode,
                 "episodes": [summary.to_dict() for summary in found.summaries],
                 "damaged": found.problems,
+                "n_unread": found.n_unread,
             },
         )
 
-    def groups(self, request: Request) -> Response:
-        episodes = [self._library.episode(found.id) for found in self._library.look().summaries]
-        return _json(request, payloads.groups(episodes))
+    async def groups(self, request: Request) -> Response:
+        listing = await run_in_threadpool(self._library.look)
+        whole = [found for found in listing.summaries if found.facts["complete"]]
+        state = tuple((found.id, found.version, found.facts["stored_bytes"]) for found in whole)
+        return _json(request, await self._groups.ask(state, lambda: self._compare(whole)))
+
+    def _compare(self, summaries: list[Summary]) -> dict[str, Any]:
+        episodes = []
+        for summary in summaries:
+            with contextlib.suppress(NotThereError, StoreError):  # removed or damaged since one looked
+                episodes.append(self._library.episode(summary.id, summary.version))
+        return payloads.groups(episodes)
 
     def facts(self, request: Request) -> Response:
         episode = self._library.episode(request.path_params["id"])
@@ -125,9 +141,9 @@ class _Explorer:
     def shares(self, request: Request) -> Response:
         first = _integer(request, "first", 0)
         where = {
-            "layer": _integer_or_mean(request, "layer"),
+            "layer": _integer_or(request, "layer", "mean"),
             "denoise_step": _integer(request, "denoise_step", -1),
-            "head": _integer_or_mean(request, "head"),
+            "head": _integer_or(request, "head", "mean", "max"),
         }
         found = _read(self._episode(request), payloads.shares, first, **where)
         return _json(request, found)
@@ -173,23 +189,31 @@ class _Explorer:
         )
 
     async def _changes(self, request: Request) -> AsyncIterator[str]:
-        told: dict[str, dict[str, Any]] | None = None
+        told: dict[str, dict[str, Any]] = {}
+        n_unread: int | None = None  # nothing is told yet
         silent_s = 0.0
-        while not await request.is_disconnected():
-            now = await run_in_threadpool(
-                lambda: {summary.id: summary.to_dict() for summary in self._library.look().summaries}
-            )
-            changed = [facts for id_, facts in now.items() if told is not None and told.get(id_) != facts]
-            removed = [id_ for id_ in told or () if id_ not in now]
-            if changed or removed:
-                yield f"data: {json.dumps({'changed': changed, 'removed': removed})}\n\n"
-                silent_s = 0.0
-            elif told is None or silent_s >= _KEEP_ALIVE_S:
-                yield ": here\n\n"  # the first one tells the page that it is connected
-                silent_s = 0.0
-            told = now
-            await asyncio.sleep(POLL_S)
-            silent_s += POLL_S
+        while not (request.app.state.is_closing or await request.is_disconnected()):
+            started = time.monotonic()
+            found = await run_in_threadpool(self._library.look, _LOOK_S)
+            now = {summary.id: summary.to_dict() for summary in found.summaries}
+            if n_unread is None:
+                # Who asks for the run from here on will miss nothing.
+                yield "event: ready\ndata: {}\n\n"
+            else:
+                changed = [facts for id_, facts in now.items() if told.get(id_) != facts]
+                removed = [id_ for id_ in told if id_ not in now]
+                if changed or removed or n_unread != found.n_unread:
+                    news = {"changed": changed, "removed": removed, "n_unread": found.n_unread}
+                    yield f"data: {json.dumps(news)}\n\n"
+                    silent_s = 0.0
+                elif silent_s >= _KEEP_ALIVE_S:
+                    yield ": here\n\n"
+                    silent_s = 0.0
+            told, n_unread = now, found.n_unread
+            # Looking at thousands of stores must leave most of the time for answers.
+            pause_s = max(POLL_S, time.monotonic() - started)
+            await asyncio.sleep(pause_s)
+            silent_s += pause_s
 
     def _episode(self, request: Request) -> Episode:
         return self._library.episode(request.path_params["id"], request.path_params["version"])
@@ -201,6 +225,26 @@ class _Explorer:
         body, shape = _read(self._episode(request), slab, *values)
         headers = {"X-Shape": ",".join(map(str, shape))}
         return _answer(request, body, "application/octet-stream", immutable=True, headers=headers)
+
+
+class _Once:
+    """The answer to a slow question, computed on a thread of its own and kept.
+
+    Who asks while it is computed waits without a thread, so that other requests have them.
+    """
+
+    def __init__(self) -> None:
+        self._state: Hashable = None
+        self._answer: asyncio.Task[dict[str, Any]] | None = None
+
+    async def ask(self, state: Hashable, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `compute` returned for this state, or, where that failed, call it again."""
+        kept = self._answer
+        failed = kept is not None and kept.done() and (kept.cancelled() or kept.exception() is not None)
+        if kept is None or failed or state != self._state:
+            self._state = state
+            kept = self._answer = asyncio.create_task(run_in_threadpool(compute))
+        return await asyncio.shield(kept)  # others may wait for it still when this one goes away
 
 
 def _read[**P, R](episode: Episode, read: Callable[..., R], *args: Any, **where: Any) -> R:
@@ -252,8 +296,10 @@ def _integer(request: Request, name: str, default: int | None) -> int:
     raise HTTPException(400, f"{name}: got {(text or '')[:40]!r}, expected a whole number")
 
 
-def _integer_or_mean(request: Request, name: str) -> int | str:
-    return "mean" if request.query_params.get(name, "mean") == "mean" else _integer(request, name, None)
+def _integer_or(request: Request, name: str, *words: str) -> int | str:
+    """Return a number, or one of the words, of which the first is the default."""
+    text = request.query_params.get(name, words[0])
+    return text if text in words else _integer(request, name, None)
 
 
 def _refused(status: int) -> Callable[[Request, Exception], Response]:
@@ -277,7 +323,7 @@ def _no_such_request(request: Request) -> Response:
 
 
 def _page(static: Path | None) -> Mount | Route:
-    folder = static or Path(str(resources.files("lerobot_attn.explorer"))) / "static"
+    folder = static or page_folder()
     if not (folder / "index.html").is_file():
         return Route("/", lambda request: Response(_MISSING_PAGE, media_type="text/html"))
     return Mount("/", StaticFiles(directory=folder, html=True))

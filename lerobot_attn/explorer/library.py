@@ -7,6 +7,7 @@ file system by polling, which works on network file systems too. Safe to use fro
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -51,10 +52,12 @@ class Listing(NamedTuple):
     Attributes:
         summaries: the episodes that can be opened.
         problems: why the others cannot, one line each.
+        n_unread: stores that nobody has looked into yet.
     """
 
     summaries: list[Summary]
     problems: list[str]
+    n_unread: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Library:
         self._known: dict[str, _Known] = {}
         self._open: OrderedDict[str, tuple[tuple[int, int, int], Episode]] = OrderedDict()
         self._lock = threading.RLock()
+        self._looking = threading.Lock()  # held while stores are read, which others need not wait for
 
     @property
     def name(self) -> str:
@@ -98,12 +102,36 @@ class Library:
         """Whether the path is one episode, rather than a folder of them."""
         return self.path.suffix == EPISODE_SUFFIX
 
-    def look(self) -> Listing:
-        """Return what is there now, in the order of the paths."""
-        known = self._look()
+    def look(self, budget_s: float = math.inf) -> Listing:
+        """Return what is there now, in the order of the paths.
+
+        Args:
+            budget_s: seconds to spend on stores that are new or have changed; the others are left for the
+                next time. One at least is read, so that looking again and again comes to an end.
+        """
+        with self._looking:
+            with self._lock:
+                self._rescan()
+                stores, known = dict(self._stores), dict(self._known)
+            end = time.monotonic() + budget_s
+            n_read = n_unread = 0
+            for id_, path in stores.items():
+                signature = _signature(path)
+                if signature is None:
+                    known.pop(id_, None)
+                elif id_ not in known or known[id_].signature != signature:
+                    if n_read and time.monotonic() > end:
+                        n_unread += id_ not in known
+                        continue
+                    known[id_] = _read(id_, path, signature)
+                    n_read += 1
+            with self._lock:
+                self._known = known
+        found = [known[id_] for id_ in stores if id_ in known]
         return Listing(
-            [found.summary for found in known if found.summary is not None],
-            [found.problem for found in known if found.problem is not None],
+            [one.summary for one in found if one.summary is not None],
+            [one.problem for one in found if one.problem is not None],
+            n_unread,
         )
 
     def episode(self, id_: str, version: str | None = None) -> Episode:
@@ -139,19 +167,6 @@ class Library:
             raise NotThereError(f"episode {id_} was replaced by another recording; load the page anew")
         return episode
 
-    def _look(self) -> list[_Known]:
-        """Return what is known of every store, after reading those that are new or have changed."""
-        with self._lock:
-            self._rescan()
-            for id_, path in self._stores.items():
-                signature = _signature(path)
-                known = self._known.get(id_)
-                if signature is None:
-                    self._known.pop(id_, None)
-                elif known is None or known.signature != signature:
-                    self._known[id_] = _read(id_, path, signature)
-            return [self._known[id_] for id_ in self._stores if id_ in self._known]
-
     def _rescan(self, *, force: bool = False) -> None:
         now = time.monotonic()
         if not force and now - self._scanned_at < self._rescan_s:
@@ -174,6 +189,25 @@ class Library:
         return ":".join(store.relative_to(self.path).with_suffix("").parts)
 
 
+def summary_of(id_: str, episode: Episode) -> Summary:
+    """Return an episode's row in the run's table; looks at the size of each of its files."""
+    attributes = episode.attributes
+    facts = {
+        "task_group": attributes.get("task_group"),
+        "task_id": attributes.get("task_id"),
+        "episode": attributes.get("episode_index"),
+        "task": episode.task,
+        "success": episode.success,
+        "complete": episode.is_complete,
+        "n_frames": episode.n_frames,
+        "n_inferences": episode.n_inferences,
+        "random_weights": episode.has_random_weights,
+        "stored_bytes": episode.stored_bytes(),
+        "camera": next(iter(episode.videos), None),
+    }
+    return Summary(id_, version_of(episode), facts)
+
+
 def version_of(episode: Episode) -> str:
     """Return what tells this recording from another one in its place, however far it has grown."""
     attributes = episode.attributes
@@ -192,21 +226,6 @@ def _signature(store: Path) -> tuple[int, int, int] | None:
 
 def _read(id_: str, path: Path, signature: tuple[int, int, int]) -> _Known:
     try:
-        episode = open_episode(path)
+        return _Known(signature, summary_of(id_, open_episode(path)), None)
     except StoreError as error:
         return _Known(signature, None, str(error))
-    attributes = episode.attributes
-    facts = {
-        "task_group": attributes.get("task_group"),
-        "task_id": attributes.get("task_id"),
-        "episode": attributes.get("episode_index"),
-        "task": episode.task,
-        "success": episode.success,
-        "complete": episode.is_complete,
-        "n_frames": episode.n_frames,
-        "n_inferences": episode.n_inferences,
-        "random_weights": episode.has_random_weights,
-        "stored_bytes": episode.stored_bytes(),
-        "camera": next(iter(episode.videos), None),
-    }
-    return _Known(signature, Summary(id_, version_of(episode), facts), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.compare import compare_overall, split_by_success
 from lerobot_attn.analysis.measures import sharpness
+from lerobot_attn.analysis.runs import summarise_run
 from lerobot_attn.analysis.select import MEANS, RAW, attention, executed_queries
 from lerobot_attn.analysis.tokens import modality_share, token_groups
-from lerobot_attn.errors import SelectionError
+from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import Kind
 from lerobot_attn.store.reader import Episode
 
@@ -181,7 +183,7 @@ def shares(
         first: number of the first inference, so that a live page asks for the new ones alone.
         layer: label, or "mean".
         denoise_step: label.
-        head: label, or "mean".
+        head: label, "mean", or "max", whose shares may sum to more than 1.
 
     Raises:
         SelectionError: the episode does not hold it.
@@ -208,7 +210,7 @@ def shares(
 def ranges(episode: Episode, denoise_step: int) -> dict[str, Any]:
     """Return where the colour range of the whole episode ends, for every choice of layer and head.
 
-    The `CLIP` percentile of a camera's patches in all inferences, as `analysis.episode_ranges` has it.
+    The `CLIP` percentile of a camera's patches in all inferences, as `analysis`'s `episode_ranges` has it.
 
     Args:
         episode: the episode.
@@ -222,68 +224,74 @@ def ranges(episode: Episode, denoise_step: int) -> dict[str, Any]:
         SelectionError: the episode does not hold it.
     """
     step = _place(episode, "denoise_step", denoise_step)
-    views = [
-        (camera.name, segment)
-        for camera, segment in zip(
-            episode.layout.cameras,
-            (segment for segment in episode.layout.segments if segment.kind == "image"),
-            strict=True,
-        )
+    images = [segment for segment in episode.layout.segments if segment.kind == "image"]
+    views = {
+        camera.name: slice(segment.start, segment.stop)
+        for camera, segment in zip(episode.layout.cameras, images, strict=True)
         if not camera.is_empty
-    ]
+    }
+    layers: list[int | str] = [*_mean_layers(episode.arrays), "mean"]
+    heads: list[int | str] = [*_labels(episode.arrays, "head"), "mean", "max"]
     n = episode.n_inferences
-    tops = {name: _Top(n * len(segment)) for name, segment in views}
+    largest = {
+        name: _Largest((len(layers), len(heads)), n * (keys.stop - keys.start))
+        for name, keys in views.items()
+    }
     for first in range(0, n, _BLOCK):
         means = _means(episode, slice(first, min(first + _BLOCK, n)), step).astype(np.float32)
-        # As `attention` does: layers first, then heads.
-        layers = np.concatenate([means, means.mean(axis=1, keepdims=True)], axis=1)
-        every = np.concatenate(
-            [layers, layers.mean(axis=2, keepdims=True), layers.max(axis=2, keepdims=True)], axis=2
-        )
-        for name, segment in views:
-            tops[name].add(every[..., segment.start : segment.stop])
+        every = _with_reductions(means)
+        for name, keys in views.items():
+            largest[name].add(np.moveaxis(every[..., keys], 0, 2).reshape(len(layers), len(heads), -1))
     return {
-        "layers": [*_mean_layers(episode.arrays), "mean"],
-        "heads": [*_labels(episode.arrays, "head"), "mean", "max"],
-        "ranges": {name: _numbers(top.percentile()) for name, top in tops.items()},
+        "layers": layers,
+        "heads": heads,
+        "ranges": {name: _numbers(found.percentile()) for name, found in largest.items()},
     }
 
 
-class _Top:
-    """The exact `CLIP` percentile of numbers that never lie in memory together: only the largest are kept."""
+def _with_reductions(means: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Append to (inference, layer, head, key) the mean of layers, then the mean and the largest of heads."""
+    layers = np.concatenate([means, means.mean(axis=1, keepdims=True)], axis=1)
+    # As `analysis.attention` does: the mean of layers first, then heads.
+    reduced = [layers.mean(axis=2, keepdims=True), layers.max(axis=2, keepdims=True)]
+    return np.concatenate([layers, *reduced], axis=2)
 
-    def __init__(self, n_most: int):
-        """Keep what the percentile of up to so many numbers may need."""
-        self._n_kept = n_most - math.floor(max(n_most - 1, 0) * CLIP / 100)
-        self._largest: NDArray[np.float32] | None = None
-        self._n_finite: NDArray[np.int64] | None = None
+
+class _Largest:
+    """The `CLIP` percentile of many shares of attention, exactly, of which only the largest are kept.
+
+    What lies above the 99.9th percentile is a thousandth of them, so a long episode's maps need not be in
+    memory together. No share is negative: a 0 stands for what is not there.
+
+    Args:
+        shape: of the percentiles, e.g. (layer, head).
+        n_most: numbers that will be added for each of them, at most.
+    """
+
+    _ABOVE = (100 - CLIP) / 100  # the part of the numbers that is larger than the percentile
+
+    def __init__(self, shape: tuple[int, ...], n_most: int):
+        n_kept = math.floor(max(n_most - 1, 0) * self._ABOVE) + 2  # the percentile lies between two of them
+        self._kept = np.zeros((*shape, n_kept), np.float32)
+        self._n = np.zeros(shape, int)
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Take (inference, layer, head, patch); a missing map, NaN, does not count."""
-        flat = np.moveaxis(values, 0, 2).reshape(*values.shape[1:3], -1)
-        n_finite = np.isfinite(flat).sum(axis=-1)
-        flat = np.where(np.isfinite(flat), flat, -np.inf)
-        if self._largest is not None and self._n_finite is not None:
-            flat = np.concatenate([self._largest, flat], axis=-1)
-            n_finite = n_finite + self._n_finite
-        n_dropped = max(0, flat.shape[-1] - self._n_kept)
-        if n_dropped:
-            flat = np.partition(flat, n_dropped, axis=-1)[..., n_dropped:]
-        self._largest, self._n_finite = flat, n_finite
+        """Take (*shape, value) float32; a missing map, NaN, does not count."""
+        is_there = np.isfinite(values)
+        self._n += is_there.sum(axis=-1)
+        candidates = np.concatenate([self._kept, np.where(is_there, values, 0)], axis=-1)
+        n_kept = self._kept.shape[-1]
+        self._kept = np.partition(candidates, -n_kept, axis=-1)[..., -n_kept:]
 
     def percentile(self) -> NDArray[np.float64]:
-        """Return (layer, head), between neighbours as NumPy has it; 0 where nothing counted."""
-        assert self._largest is not None
-        assert self._n_finite is not None
-        ordered = np.sort(self._largest, axis=-1)[..., ::-1].astype(np.float64)  # largest first
-        position = np.maximum(self._n_finite - 1, 0) * CLIP / 100
-        low = np.floor(position).astype(int)
-        from_top = np.clip(self._n_finite - 1 - low, 0, ordered.shape[-1] - 1)
-        below = np.take_along_axis(ordered, from_top[..., None], -1)[..., 0]
-        above = np.take_along_axis(ordered, np.maximum(from_top - 1, 0)[..., None], -1)[..., 0]
-        found: NDArray[np.float64] = np.where(
-            self._n_finite > 0, below + (above - below) * (position - low), 0.0
-        )
+        """Return (*shape), between neighbours as NumPy has it; 0 where no number was there."""
+        descending = np.sort(self._kept, axis=-1)[..., ::-1].astype(np.float64)
+        last = np.maximum(self._n - 1, 0)
+        from_top = last * self._ABOVE
+        upper = np.floor(from_top).astype(int)
+        lower = np.minimum(upper + 1, last)
+        above, below = (np.take_along_axis(descending, i[..., None], -1)[..., 0] for i in (upper, lower))
+        found: NDArray[np.float64] = above + (below - above) * (from_top - upper)
         return found
 
 
@@ -294,33 +302,48 @@ def groups(episodes: Sequence[Episode]) -> dict[str, Any]:
         episodes: of the run; incomplete ones are left out.
 
     Returns:
-        `n_success`, `n_failure`; `what`, how the numbers came about; `rows`, for each modality the mean share
-        over the episodes of either group, their difference, and its interval, None where there is none.
+        `n_success`, `n_failure`; `what`, how the numbers came about; `left_out`, which episodes cannot be
+        read and why, a line each; `rows`, for each modality the mean share over the episodes of either group,
+        their difference, and its interval, None where there is none.
 
     Raises:
         SelectionError: one group would be empty.
     """
-    split = split_by_success(episode for episode in episodes if episode.is_complete)
+    whole = [episode for episode in episodes if episode.is_complete]
+    try:
+        return _compared(whole)
+    except StoreError:
+        # A comparison refuses damaged stores without saying which there are; each by itself tells.
+        failed = {
+            found.path: found.error
+            for found in summarise_run(whole, "modality_share", by="frame", query="executed").failed
+        }
+        if not failed:
+            raise
+        names = {path: "/".join(Path(path).parts[-2:]) for path in failed}
+        readable = [episode for episode in whole if str(episode.path) not in failed]
+        return {
+            **_compared(readable),
+            "left_out": [f"{names[path]}: {error}" for path, error in failed.items()],
+        }
+
+
+def _compared(episodes: Sequence[Episode]) -> dict[str, Any]:
+    split = split_by_success(episodes)
     table = compare_overall(split.failures, split.successes, query="executed")
     labels = {camera.name: camera.name.rpartition(".")[2] for e in episodes for camera in e.layout.cameras}
+    columns = {"failure": "a", "success": "b", "difference": "difference", "low": "low", "high": "high"}
     rows = [
-        {
-            "label": labels.get(str(row["name"]), str(row["name"])),
-            **dict(
-                zip(
-                    ("failure", "success", "difference", "low", "high"),
-                    _numbers(np.array([row["a"], row["b"], row["difference"], row["low"], row["high"]])),
-                    strict=True,
-                )
-            ),
-        }
+        {"label": labels.get(str(row["name"]), str(row["name"]))}
+        | {name: _number(row[column]) for name, column in columns.items()}
         for row in table.to_dict("records")
         if row["name"] != "padding"
     ]
     return {
         "n_success": len(split.successes),
         "n_failure": len(split.failures),
-        "what": f"Last layer and denoise step, mean of heads. {table.attrs['interval']}",
+        "what": f"Last layer and denoise step, mean of heads. Intervals: {table.attrs['interval']}.",
+        "left_out": [],
         "rows": rows,
     }
 
@@ -392,4 +415,8 @@ def _numbers(values: NDArray[Any]) -> list[Any]:
     """Return nested lists of numbers with six significant digits; None where JSON knows no number."""
     if values.ndim > 1:
         return [_numbers(row) for row in values]
-    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
+    return [_number(value) for value in values.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,31 +1,43 @@
 """Frames of a camera's video as JPEG, by frame number.
 
-A browser's video element cannot seek to an exact frame, so the page gets pictures. They are decoded in blocks
-and kept in memory up to a limit.
+A browser's video element cannot seek to an exact frame, so the page gets pictures. Decoding begins at the
+video's start, so decoders stay open for who goes on, and pictures are kept in memory, up to a limit, for who
+goes back.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from lerobot_attn.errors import StoreError
-from lerobot_attn.video import read_frames
+from lerobot_attn.video import Frame, read_frames
 
-_BLOCK = 32  # frames decoded at once: decoding begins at the video's start, so neighbours are nearly free
+# Frames that are kept on the way to a wanted one; one further ahead is sooner found from the video's start.
+_BLOCK = 32
+_MAX_DECODERS = 4  # two episodes of two cameras side by side
 _QUALITY = 90
 
-Key = tuple[Path, int, int]  # file, its time of change, frame
+
+class _Video(NamedTuple):
+    """A video as it is now."""
+
+    path: Path
+    changed_ns: int
+    size_px: tuple[int, int] | None
 
 
 class FramePictures:
-    """A cache of frames as JPEG.
+    """A cache of frames as JPEG. Safe to use from several threads.
 
     Args:
         max_bytes: memory that the pictures may take.
@@ -34,9 +46,9 @@ class FramePictures:
     def __init__(self, max_bytes: int = 128_000_000):
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._pictures: OrderedDict[Key, bytes] = OrderedDict()
+        self._pictures: OrderedDict[tuple[_Video, int], bytes] = OrderedDict()
+        self._decoders: OrderedDict[_Video, _Decoder] = OrderedDict()
         self._lock = threading.Lock()
-        self._decoding = threading.Lock()
 
     def picture(self, video: Path, frame: int, size_px: tuple[int, int] | None) -> bytes:
         """Return one frame as JPEG.
@@ -50,55 +62,88 @@ class FramePictures:
             StoreError: the file is missing or no video, or has no such frame.
         """
         try:
-            changed = video.stat().st_mtime_ns
+            source = _Video(video, video.stat().st_mtime_ns, size_px)
         except OSError as error:
             raise StoreError(f"{video.name}: no such video file") from error
-        key = (video, changed, frame)
-        found = self._held(key)
+        found = self._held(source, frame)
         if found is None:
-            with self._decoding:  # one at a time: who waited may find it decoded
-                found = self._held(key) or self._decode(key, size_px)
+            decoder = self._decoder(source)
+            with decoder.lock:  # who waited may find it decoded
+                found = self._held(source, frame) or self._decode(source, decoder, frame)
         return found
 
-    def _held(self, key: Key) -> bytes | None:
+    def _decoder(self, source: _Video) -> _Decoder:
         with self._lock:
-            found = self._pictures.get(key)
-            if found is not None:
-                self._pictures.move_to_end(key)
+            found = self._decoders.setdefault(source, _Decoder(source))
+            self._decoders.move_to_end(source)
+            while len(self._decoders) > _MAX_DECODERS:
+                self._decoders.popitem(last=False)
             return found
 
-    def _decode(self, key: Key, size_px: tuple[int, int] | None) -> bytes:
-        video, changed, frame = key
-        first = frame - frame % _BLOCK
-        wanted = None
-        try:
-            for number, image in enumerate(
-                read_frames(video, size_px=size_px, numbers=range(first, first + _BLOCK)), start=first
-            ):
-                picture = jpeg(image)
-                self._hold((video, changed, number), picture)
-                if number == frame:
-                    wanted = picture
-        except StoreError:
-            # The block reaches beyond the last frame; what was asked for may have come before.
-            if wanted is None:
-                raise
-        assert wanted is not None
-        return wanted
+    def _decode(self, source: _Video, decoder: _Decoder, frame: int) -> bytes:
+        picture = b""
+        for number, image in decoder.until(frame):
+            picture = jpeg(image)
+            self._hold(source, number, picture)
+        return picture
 
-    def _hold(self, key: Key, picture: bytes) -> None:
+    def _held(self, source: _Video, frame: int) -> bytes | None:
         with self._lock:
-            if key in self._pictures:
+            found = self._pictures.get((source, frame))
+            if found is not None:
+                self._pictures.move_to_end((source, frame))
+            return found
+
+    def _hold(self, source: _Video, frame: int, picture: bytes) -> None:
+        with self._lock:
+            if (source, frame) in self._pictures:
                 return
-            self._pictures[key] = picture
+            self._pictures[source, frame] = picture
             self._bytes += len(picture)
             while self._bytes > self._max_bytes and len(self._pictures) > 1:
                 _, dropped = self._pictures.popitem(last=False)
                 self._bytes -= len(dropped)
 
 
-def jpeg(image: NDArray[np.uint8]) -> bytes:
-    """Return an image, (height, width, 3) uint8, as JPEG without subsampled colours."""
+class _Decoder:
+    """A video that is open at some frame. Whoever uses it holds its lock."""
+
+    def __init__(self, source: _Video):
+        self.lock = threading.Lock()
+        self._source = source
+        self._frames: Iterator[Frame] | None = None
+        self._next = 0
+
+    def until(self, frame: int) -> Iterator[tuple[int, Frame]]:
+        """Yield frames with their numbers up to the wanted one: those that are decoded on the way come first.
+
+        Raises:
+            StoreError: the file is no video, or has no such frame.
+        """
+        if self._frames is None or not self._next <= frame < self._next + _BLOCK:
+            self._next = frame - frame % _BLOCK
+            self._frames = read_frames(
+                self._source.path, size_px=self._source.size_px, numbers=itertools.count(self._next)
+            )
+        try:
+            while self._next <= frame:
+                image = next(self._frames)
+                self._next += 1
+                yield self._next - 1, image
+        except StoreError:
+            self._frames = None
+            raise
+
+
+def jpeg(image: NDArray[np.uint8], *, quality: int = _QUALITY, small: bool = False) -> bytes:
+    """Return an image as JPEG.
+
+    Args:
+        image: (height, width, 3) uint8.
+        quality: 1 to 95.
+        small: spend time on a smaller file, and halve the resolution of colours, as videos do.
+    """
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=_QUALITY, subsampling=0)
+    subsampling = "4:2:0" if small else "4:4:4"
+    Image.fromarray(image).save(stream, "JPEG", quality=quality, subsampling=subsampling, optimize=small)
     return stream.getvalue()

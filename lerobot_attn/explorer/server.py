@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.explorer import payloads
 from lerobot_attn.explorer.app import create_app
 from lerobot_attn.explorer.library import Library
 
@@ -54,21 +56,36 @@ def serve(
     app = create_app(library, hosts=None if local else ["*"])
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
+    threading.Thread(target=_warm_up, args=(library,), daemon=True).start()
     with listener, contextlib.suppress(KeyboardInterrupt):
-        _Server(config, lambda: _announce(url, open_browser)).run(sockets=[listener])
+        _Server(app, config, lambda: _announce(url, open_browser)).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it answers."""
+    """A server that says when it answers, and tells its application that it ends."""
 
-    def __init__(self, config: uvicorn.Config, when_started: Callable[[], None]):
+    def __init__(self, app: Starlette, config: uvicorn.Config, when_started: Callable[[], None]):
         super().__init__(config)
+        self._app = app
         self._when_started = when_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._when_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.is_closing = True
+        await super().shutdown(sockets)
+
+
+def _warm_up(library: Library) -> None:
+    """Read what a first view reads: the libraries that do it are loaded while the browser starts."""
+    # A damaged episode is told to whoever asks for it.
+    with contextlib.suppress(Exception):
+        episode = library.episode(library.look().summaries[0].id)
+        payloads.mean_slab(episode, 0, payloads.facts(episode)["denoise_steps"][-1])
+        payloads.tokens(episode, 0)
 
 
 def _announce(url: str, open_browser: bool) -> None:
@@ -83,7 +100,9 @@ def _listen(host: str, port: int | None) -> socket.socket:
     ports = range(DEFAULT_PORT, DEFAULT_PORT + _TRIED_PORTS) if port is None else [port]
     problem: OSError | None = None
     for tried in ports:
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # With the protocol's number asyncio sends small answers at once; without it, some wait 40 ms for the
+        # browser's acknowledgement.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, tried))

@@ -52,6 +52,8 @@ export interface Run {
   episodes: EpisodeRow[];
   /** Why other stores cannot be opened, a line each. */
   damaged: string[];
+  /** Stores that the server has not looked into yet; events bring them. */
+  n_unread: number;
 }
 
 export interface Facts {
@@ -88,6 +90,10 @@ export interface Facts {
   /** Name of a kind → its value in `Tokens.key_kind`. */
   kinds: Record<string, number>;
   fps: number;
+  /** Of an exported page alone: what it holds of the recording, in a sentence. */
+  excerpt?: string;
+  /** Of an exported page alone: the frames that it holds, ascending, where these are not all. */
+  frames?: number[];
 }
 
 export interface TokenGroup {
@@ -143,21 +149,23 @@ export interface Ranges {
   ranges: Record<string, number[][]>;
 }
 
-/** Share of attention, or another quantity, in two groups of episodes. */
+/** The share of attention on something, in two groups of episodes; null where there is none. */
 export interface GroupRow {
-  aspect: string;
   label: string;
-  success: number;
-  failure: number;
-  difference: number;
-  low: number;
-  high: number;
+  success: number | null;
+  failure: number | null;
+  difference: number | null;
+  /** Ends of the difference's interval; with fewer than two episodes a group there is none. */
+  low: number | null;
+  high: number | null;
 }
 
 export interface Groups {
   n_success: number;
   n_failure: number;
   what: string;
+  /** Episodes that cannot be read, and why, a line each. */
+  left_out: string[];
   rows: GroupRow[];
 }
 
@@ -170,6 +178,7 @@ export interface Slab {
 export interface Changes {
   changed: EpisodeRow[];
   removed: string[];
+  n_unread: number;
 }
 
 export type Choice = number | "mean";

@@ -94,10 +94,23 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
       </div>
       <figcaption>
         <strong>{view.camera.label}</strong> <span>{shareText(heat)}</span>
-        {!view.camera.has_video && <span class="note">recorded without video</span>}
+        {view.camera.has_video ? <VideoLink model={model} camera={name} /> : " · recorded without video"}
       </figcaption>
     </figure>
   );
+}
+
+/** The video as it was recorded, to play or keep: its player cannot stop at an exact frame. */
+function VideoLink({ model, camera }: { model: EpisodeModel; camera: string }) {
+  const address = model.videoUrl(camera);
+  return address ? (
+    <>
+      {" · "}
+      <a href={address} target="_blank" rel="noreferrer">
+        MP4
+      </a>
+    </>
+  ) : null;
 }
 
 /** A frame around the patch that was asked about. */

@@ -3,6 +3,7 @@
 import { effect } from "@preact/signals";
 import { COLOUR_MAPS, type ColourMap } from "./colormaps";
 import { NORMALISATIONS, type Normalisation } from "./heat";
+import { isAll } from "./labels";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -52,6 +53,8 @@ export function Controls({ model }: { model: EpisodeModel }) {
   const nActions = facts.n_queries - facts.first_action_query;
   const shown = model.shown.value;
   const layer = model.layer.value;
+  const ofLayers = isAll(facts.mean_layers, facts.n_layers) ? "of all" : "of these";
+  const ofHeads = isAll(facts.heads, facts.n_heads) ? "of all" : "of these";
   const lacksMap =
     state.query.value !== "executed" && !(typeof layer === "number" && facts.layers.includes(layer));
   return (
@@ -65,7 +68,7 @@ export function Controls({ model }: { model: EpisodeModel }) {
             facts.mean_layers,
             (label) => `${label}${facts.layers.includes(label) ? " (full maps)" : ""}`,
           ),
-          { value: "mean", name: "mean of all" },
+          { value: "mean", name: `mean ${ofLayers}` },
         ]}
         onChange={(value) => (state.layer.value = chosen<"mean">(value))}
       />
@@ -74,8 +77,8 @@ export function Controls({ model }: { model: EpisodeModel }) {
         keys="h"
         value={String(model.head.value)}
         options={[
-          { value: "mean", name: "mean of all" },
-          { value: "max", name: "largest of all" },
+          { value: "mean", name: `mean ${ofHeads}` },
+          { value: "max", name: `largest ${ofHeads}` },
           ...numbers(facts.heads),
         ]}
         onChange={(value) => (state.head.value = chosen<"mean" | "max">(value))}
@@ -162,6 +165,7 @@ export function Transport({
   toggle: () => void;
 }) {
   const frame = model.frameShown();
+  const frames = model.frames.value;
   const inference = model.shown.value?.inference ?? 0;
   return (
     <div class="transport">
@@ -171,10 +175,11 @@ export function Transport({
       <input
         type="range"
         aria-label="Frame"
+        aria-valuetext={`frame ${frame}`}
         min="0"
-        max={model.lastFrame.value}
-        value={frame}
-        onInput={(event) => (state.frame.value = Number(event.currentTarget.value))}
+        max={Math.max(0, frames.length - 1)}
+        value={frames.placeOf(frame)}
+        onInput={(event) => (state.frame.value = frames.at(Number(event.currentTarget.value)))}
       />
       <output>
         frame {frame} of {model.lastFrame.value} · inference {inference}
@@ -208,13 +213,15 @@ export function followKeys(model: EpisodeModel, toggle: () => void, help: () => 
     const facts = model.facts.value;
     if (!facts) return;
     const by = event.shiftKey ? 10 : 1;
-    const seek = (frame: number) => (state.frame.value = Math.min(Math.max(frame, 0), model.lastFrame.value));
+    const frames = model.frames.value;
+    const place = frames.placeOf(model.frameShown());
+    const seek = (place: number) => (state.frame.value = frames.at(place));
     const actions: Record<string, () => void> = {
       " ": toggle,
-      ArrowRight: () => seek(model.frameShown() + by),
-      ArrowLeft: () => seek(model.frameShown() - by),
+      ArrowRight: () => seek(place + by),
+      ArrowLeft: () => seek(place - by),
       Home: () => seek(0),
-      End: () => seek(model.lastFrame.value),
+      End: () => seek(frames.length - 1),
       ArrowUp: () => (state.layer.value = next([...facts.mean_layers, "mean"], model.layer.value, 1)),
       ArrowDown: () => (state.layer.value = next([...facts.mean_layers, "mean"], model.layer.value, -1)),
       "]": () => (state.step.value = next(facts.denoise_steps, model.step.value, 1)),
@@ -236,6 +243,8 @@ export function followKeys(model: EpisodeModel, toggle: () => void, help: () => 
   return () => removeEventListener("keydown", onKey);
 }
 
+const LONGEST_WAIT_MS = 1000; // where an export lacks many frames
+
 /** Play at the episode's own speed, as fast as frames can be shown; returns how to stop. */
 export function play(model: EpisodeModel, onEnd: () => void): () => void {
   const fps = model.facts.value?.fps || 20;
@@ -246,8 +255,11 @@ export function play(model: EpisodeModel, onEnd: () => void): () => void {
     // The next frame waits until the last one is on the screen: playing shows every frame.
     if (now < due || model.shown.value?.frame !== model.frameShown()) return;
     if (model.frameShown() >= model.lastFrame.value) return onEnd();
-    due = Math.max(due + 1000 / fps, now - 1000 / fps);
-    state.frame.value = model.frameShown() + 1;
+    const frames = model.frames.value;
+    const next = frames.at(frames.placeOf(model.frameShown()) + 1);
+    const wait = Math.min((1000 * (next - model.frameShown())) / fps, LONGEST_WAIT_MS);
+    due = Math.max(due + wait, now - wait);
+    state.frame.value = next;
   }
   return () => cancelAnimationFrame(request);
 }

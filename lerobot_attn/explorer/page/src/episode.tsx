@@ -126,6 +126,7 @@ export function EpisodePage(props: {
         </button>
       </header>
       {facts?.random_weights && <RandomWeights />}
+      {facts?.excerpt && <p class="note">{facts.excerpt}</p>}
       {both.map(
         (model) =>
           model.problem.value && (

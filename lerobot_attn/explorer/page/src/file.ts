@@ -20,8 +20,10 @@ import { Cache, type EpisodeId, type Source, type Where } from "./source";
 export interface Embedded {
   row: EpisodeRow;
   facts: Facts;
+  /** Of all frames of the episode, whichever can be shown. */
   timeline: Timeline;
-  /** One an inference; the others that the episode had are not in the file. */
+  /** Numbers of the inferences that are in the file, ascending; what follows is in their order. */
+  inferences: number[];
   tokens: Tokens[];
   actions: ActionChunk[];
   /** float16 (inference, denoise step, layer, head, key), gzip, base64 */
@@ -62,12 +64,13 @@ export class FileSource implements Source {
     is_episode: true,
     episodes: [this.data.row],
     damaged: [],
+    n_unread: 0,
   });
   groups = () => Promise.reject(notHere("other episodes"));
   facts = async (_id: string) => this.data.facts;
   timeline = async (_: EpisodeId) => this.data.timeline;
-  tokens = async (_: EpisodeId, inference: number) => this.data.tokens[inference] ?? fail("this inference");
-  actions = async (_: EpisodeId, inference: number) => this.data.actions[inference] ?? fail("this inference");
+  tokens = async (_: EpisodeId, inference: number) => this.data.tokens[this.place(inference)]!;
+  actions = async (_: EpisodeId, inference: number) => this.data.actions[this.place(inference)]!;
   map = () => Promise.reject(notHere("full maps"));
   prefix = () => Promise.reject(notHere("the prefix"));
 
@@ -76,34 +79,41 @@ export class FileSource implements Source {
     const values = await this.values;
     const [, nSteps, ...shape] = this.data.means.shape;
     const size = shape.reduce((product, length) => product * length, 1);
-    const start = (inference * nSteps + this.data.facts.denoise_steps.indexOf(step)) * size;
+    const start = (this.place(inference) * nSteps + this.data.facts.denoise_steps.indexOf(step)) * size;
     return { shape, values: values.subarray(start, start + size) };
   }
 
   async shares(episode: EpisodeId, first: number, where: Where): Promise<Shares> {
-    const { facts, tokens } = this.data;
+    const { facts, tokens, inferences } = this.data;
     const names = modalitiesOf(
       facts,
       tokens.flatMap((found) => found.key_kind),
     );
     const found: Shares = { first, modalities: names, share: [], effective_tokens: [] };
-    for (let inference = first; inference < tokens.length; inference++) {
+    for (let inference = first; inference < facts.n_inferences; inference++) {
+      const place = inferences.indexOf(inference);
+      if (place < 0) {
+        found.share.push(names.map(() => null));
+        found.effective_tokens.push(null);
+        continue;
+      }
       const attention = await this.attention(episode, inference, where);
-      const modality = modalityOfKey(facts, tokens[inference]!.key_kind, names);
-      found.share.push([...sumByGroup(attention, modality, names.length)]);
+      const modality = modalityOfKey(facts, tokens[place]!.key_kind, names);
+      const shares = [...sumByGroup(attention, modality, names.length)];
+      found.share.push(shares.map((share) => (Number.isNaN(share) ? null : share)));
       found.effective_tokens.push(effectiveNumber(attention));
     }
     return found;
   }
 
   async ranges(episode: EpisodeId, step: number): Promise<Ranges> {
-    const { facts, tokens } = this.data;
+    const { facts, inferences } = this.data;
     const found: Ranges = {
       layers: [...facts.mean_layers, "mean"],
       heads: [...facts.heads, "mean", "max"],
       ranges: Object.fromEntries(cameraViews(facts).map(({ camera }) => [camera.name, []])),
     };
-    const slabs = await Promise.all(tokens.map((_, inference) => this.means(episode, inference, step)));
+    const slabs = await Promise.all(inferences.map((inference) => this.means(episode, inference, step)));
     for (const layer of found.layers) {
       const rows = new Map(cameraViews(facts).map(({ camera }) => [camera.name, [] as number[]]));
       for (const head of found.heads) {
@@ -133,6 +143,13 @@ export class FileSource implements Source {
   videoUrl = () => null;
   watch = () => () => {};
 
+  /** Where an inference's values are in the file. */
+  private place(inference: number): number {
+    const place = this.data.inferences.indexOf(inference);
+    if (place < 0) throw notHere(`inference ${inference}`);
+    return place;
+  }
+
   private async attention(episode: EpisodeId, inference: number, where: Where): Promise<Float32Array> {
     const { facts } = this.data;
     const layer = where.layer === "mean" ? "mean" : facts.mean_layers.indexOf(where.layer);
@@ -143,8 +160,4 @@ export class FileSource implements Source {
 
 function notHere(what: string): ApiError {
   return new ApiError(404, `This file does not hold ${what}; the recording itself may.`);
-}
-
-function fail(what: string): never {
-  throw notHere(what);
 }

@@ -91,12 +91,12 @@ export function HeadGrid({ model }: { model: EpisodeModel }) {
   const view = model.camera.value;
 
   useSignalEffect(() => {
-    const [facts, view, shown] = [model.facts.value, model.camera.value, model.shown.value];
-    if (!facts || !view || !shown || !canvas.current) return;
+    const [facts, view, means] = [model.facts.value, model.camera.value, model.means.value];
+    if (!facts || !view || !means || !canvas.current) return;
     const isWide = facts.mean_layers.length >= facts.heads.length;
     const cells = facts.mean_layers.flatMap((_, layer) =>
       facts.heads.map((_, head) => ({
-        values: cell(shown.means, layer, head, view),
+        values: cell(means, layer, head, view),
         column: isWide ? layer : head,
         row: isWide ? head : layer,
       })),

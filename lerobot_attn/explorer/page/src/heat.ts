@@ -14,10 +14,14 @@ export const CLIP = 99.9;
  * @param slab (layer, head, key)
  * @param layer index, or the mean of all; taken first
  * @param head index, or the mean or largest of all
- * @returns (key)
+ * @returns (key), of one layer and head a part of the slab itself
  */
 export function pick(slab: Slab, layer: Choice, head: HeadChoice): Float32Array {
   const [nLayers, nHeads, nKeys] = slab.shape as [number, number, number];
+  if (typeof layer === "number" && typeof head === "number") {
+    const start = (layer * nHeads + head) * nKeys;
+    return slab.values.subarray(start, start + nKeys);
+  }
   const layers = layer === "mean" ? range(nLayers) : [layer];
   const heads = typeof head === "string" ? range(nHeads) : [head];
   const found = new Float32Array(nKeys);
@@ -88,17 +92,26 @@ export function rangeEnd(
   return wanted > 0 ? wanted : percentile(shown, 100);
 }
 
-/** A percentile, 0 to 100, of the numbers that are there, between neighbours as NumPy has it; 0 of none. */
+/**
+ * A percentile, 0 to 100, of the numbers that are there, between neighbours as NumPy has it; 0 of none. Quick for
+ * those near 100, for which it keeps the largest numbers alone.
+ */
 export function percentile(arrays: Float32Array[], percent: number): number {
-  const length = arrays.reduce((total, array) => total + array.length, 0);
-  const all = new Float32Array(length);
   let n = 0;
-  for (const array of arrays) for (const value of array) if (Number.isFinite(value)) all[n++] = value;
+  for (const array of arrays) for (const value of array) if (Number.isFinite(value)) n++;
   if (!n) return 0;
-  const sorted = all.subarray(0, n).sort();
   const position = ((n - 1) * percent) / 100;
   const low = Math.floor(position);
-  const [a, b] = [sorted[low]!, sorted[Math.min(low + 1, n - 1)]!];
+  const largest = new Float32Array(n - low).fill(-Infinity); // ascending
+  for (const array of arrays) {
+    for (const value of array) {
+      if (!Number.isFinite(value) || value <= largest[0]!) continue;
+      let place = 1;
+      for (; place < largest.length && largest[place]! < value; place++) largest[place - 1] = largest[place]!;
+      largest[place - 1] = value;
+    }
+  }
+  const [a, b] = [largest[0]!, largest[Math.min(1, largest.length - 1)]!];
   return a + (b - a) * (position - low);
 }
 

@@ -30,7 +30,8 @@ async function loadRun(source: Source): Promise<void> {
   }
 }
 
-function follow({ changed, removed }: Changes): void {
+function follow({ changed, removed, n_unread }: Changes): void {
+  const known = new Set(run.value?.episodes.map((row) => row.id));
   if (run.value) {
     const news = new Map(changed.map((row) => [row.id, row]));
     const kept = run.value.episodes
@@ -41,9 +42,9 @@ function follow({ changed, removed }: Changes): void {
         return found;
       });
     const episodes = [...kept, ...news.values()].sort((a, b) => (a.id < b.id ? -1 : a.id > b.id ? 1 : 0));
-    run.value = { ...run.value, episodes };
+    run.value = { ...run.value, episodes, n_unread };
   }
-  for (const row of changed) noteGrowth(row);
+  for (const row of changed) if (known.has(row.id)) noteGrowth(row);
   for (const model of models) {
     const row = changed.find((found) => found.id === model.id);
     if (row) void model.changed(row);
@@ -98,8 +99,8 @@ const data = embedded();
 const source: Source = data ? new FileSource(data) : new ServerSource();
 state.followAddress();
 source.watch(follow, (isConnected) => {
-  // Whatever happened while there was no connection is in the run's table.
-  if (isConnected && connected.value === false) void loadRun(source);
+  // Whatever happened before is in the run's table.
+  if (isConnected) void loadRun(source);
   connected.value = isConnected;
 });
 void loadRun(source);

@@ -14,6 +14,7 @@ import {
   type Tokens,
 } from "./api";
 import { patches, pick, rangeEnd, rowOf, type Normalisation } from "./heat";
+import { Frames } from "./labels";
 import { cameraViews, type CameraView } from "./layout";
 import type { EpisodeId, Source } from "./source";
 import * as state from "./state";
@@ -59,7 +60,8 @@ export class EpisodeModel {
   readonly word = signal<{ group: number; attention: Float32Array; layer: number } | null>(null);
 
   readonly views = computed(() => (this.facts.value ? cameraViews(this.facts.value) : []));
-  readonly lastFrame = computed(() => Math.max(0, (this.facts.value?.n_frames ?? 1) - 1));
+  readonly frames = computed(() => new Frames(this.facts.value?.n_frames ?? 0, this.facts.value?.frames));
+  readonly lastFrame = computed(() => this.frames.value.last);
   readonly step = computed(() => nearestLabel(this.facts.value?.denoise_steps ?? [], state.step.value));
   readonly layer = computed<Choice>(() =>
     state.layer.value === "mean"
@@ -78,13 +80,17 @@ export class EpisodeModel {
       null,
   );
 
+  // What an inference's frames share stays the same object: who reads these is not drawn anew each frame.
+  readonly means = computed(() => this.shown.value?.means ?? null);
+  readonly tokens = computed(() => this.shown.value?.tokens ?? null);
+  private readonly row = computed(() => this.shown.value?.row ?? null);
+
   /** (key) of the chosen layer and head, and whether it is an action token's own row. */
   readonly attention = computed(() => {
-    const shown = this.shown.value;
-    if (!shown) return null;
-    if (shown.row && shown.row.layer === this.layer.value)
-      return pick(shown.row.slab, 0, this.headIndex.value);
-    return pick(shown.means, this.layerIndex.value, this.headIndex.value);
+    const [means, row] = [this.means.value, this.row.value];
+    if (!means) return null;
+    if (row && row.layer === this.layer.value) return pick(row.slab, 0, this.headIndex.value);
+    return pick(means, this.layerIndex.value, this.headIndex.value);
   });
   readonly layerIndex = computed<Choice>(() => indexOf(this.facts.value?.mean_layers, this.layer.value));
   readonly headIndex = computed(() => indexOf(this.facts.value?.heads, this.head.value));
@@ -124,7 +130,7 @@ export class EpisodeModel {
   }
 
   frameShown(): number {
-    return Math.min(this.wanted.value, this.lastFrame.value);
+    return this.frames.value.nearest(this.wanted.value);
   }
 
   heatsOf(attention: Float32Array, normalisation: Normalisation): Heat[] {
@@ -135,6 +141,10 @@ export class EpisodeModel {
         .slice(view.segment.start, view.segment.stop)
         .reduce((total, value) => total + value, 0),
     }));
+  }
+
+  videoUrl(camera: string): string | null {
+    return this.source.videoUrl(this.key, camera);
   }
 
   /** Where the colour range of the chosen map ends, for this episode's cameras. */
@@ -242,7 +252,7 @@ export class EpisodeModel {
         this.word.value = null;
         this.shown.value = { frame, inference, step, means, row, tokens, chunk, pictures };
       });
-      if (request === this.request) this.prefetch(timeline, frame, step);
+      if (request === this.request) this.prefetch(timeline, frame, step, old !== null && frame < old.frame);
     });
   }
 
@@ -282,7 +292,7 @@ export class EpisodeModel {
   }
 
   /** Ask for what a person is likely to look at next. */
-  private prefetch(timeline: Timeline, frame: number, step: number): void {
+  private prefetch(timeline: Timeline, frame: number, step: number, isBackwards: boolean): void {
     const ignore = () => {};
     const inference = timeline.frame_inference[frame] ?? 0;
     for (const next of [inference + 1, inference - 1]) {
@@ -291,11 +301,13 @@ export class EpisodeModel {
       this.source.tokens(this.key, next).catch(ignore);
       this.source.actions(this.key, next).catch(ignore);
     }
+    const frames = this.frames.value;
+    const place = frames.placeOf(frame);
     for (const { camera } of this.views.value) {
       for (let ahead = 1; camera.has_video && ahead <= PREFETCH_FRAMES; ahead++) {
-        for (const next of [frame + ahead, frame - ahead]) {
-          if (next < 0 || next > this.lastFrame.value || (next < frame && ahead > 3)) continue;
-          this.source.picture(this.key, camera.name, next).catch(ignore);
+        for (const next of [place + ahead, place - ahead]) {
+          if (next < 0 || next >= frames.length || (next < place !== isBackwards && ahead > 3)) continue;
+          this.source.picture(this.key, camera.name, frames.at(next)).catch(ignore);
         }
       }
     }

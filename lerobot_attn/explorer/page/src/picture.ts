@@ -1,6 +1,7 @@
 /** The view as a PNG: the cameras as they are shown, and a caption that says what they show. */
 
 import { NORMALISATIONS, type Normalisation } from "./heat";
+import { inWords } from "./labels";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -18,13 +19,15 @@ const UNITS: Record<Normalisation, string> = {
 export function caption(model: EpisodeModel): string[] {
   const [facts, shown] = [model.facts.value, model.shown.value];
   if (!facts || !shown || !NORMALISATIONS.includes(state.normalisation.value)) return [];
-  const layer = model.layer.value === "mean" ? "mean of all layers" : `layer ${model.layer.value}`;
+  const layer =
+    model.layer.value === "mean"
+      ? `mean of ${inWords("layer", facts.mean_layers, facts.n_layers)}`
+      : `layer ${model.layer.value}`;
+  const heads = inWords("head", facts.heads, facts.n_heads);
   const head =
     typeof model.head.value === "number"
       ? `head ${model.head.value}`
-      : model.head.value === "mean"
-        ? "mean of heads"
-        : "largest of heads";
+      : `${model.head.value === "mean" ? "mean" : "largest"} of ${heads}`;
   const query = shown.row
     ? `action ${shown.row.query - facts.first_action_query}`
     : `mean of executed actions ${facts.executed_queries[0] - facts.first_action_query}–${facts.executed_queries[1] - 1 - facts.first_action_query}`;

@@ -100,6 +100,7 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
         </label>
         <span class="note" role="status">
           {rows.length} of {run.episodes.length}
+          {run.n_unread > 0 && `, ${run.n_unread} more are being read …`}
         </span>
       </div>
       <table class="episodes">
@@ -207,6 +208,16 @@ function GroupPanel({ source }: { source: Source }) {
             {counted(found.n_success, "success", "successes")}, {counted(found.n_failure, "failure")}.{" "}
             {found.what}
           </p>
+          {found.left_out.length > 0 && (
+            <details class="warning">
+              <summary>{counted(found.left_out.length, "episode")} left out: cannot be read</summary>
+              <ul>
+                {found.left_out.map((problem) => (
+                  <li key={problem}>{problem}</li>
+                ))}
+              </ul>
+            </details>
+          )}
           <table class="groups">
             <thead>
               <tr>
@@ -244,23 +255,28 @@ function GroupPanel({ source }: { source: Source }) {
 }
 
 function Interval({ row, all }: { row: Groups["rows"][number]; all: Groups }) {
-  const reach = Math.max(...all.rows.flatMap((row) => [Math.abs(row.low), Math.abs(row.high)]), 1e-6);
+  const { low, high, difference } = row;
+  if (low === null || high === null || difference === null) return <span class="note">none</span>;
+  const reach = Math.max(
+    ...all.rows.flatMap((row) => [Math.abs(row.low ?? 0), Math.abs(row.high ?? 0)]),
+    1e-6,
+  );
   const x = (value: number) => 50 + (48 * value) / reach;
-  const text = `${signed(row.low)} to ${signed(row.high)}`;
+  const text = `${signed(low)} to ${signed(high)}`;
   return (
     <span class="interval">
       <svg viewBox="0 0 100 12" preserveAspectRatio="none" role="img" aria-label={text}>
         <line x1="50" x2="50" y1="0" y2="12" class="zero" />
-        <line x1={x(row.low)} x2={x(row.high)} y1="6" y2="6" class="span" />
-        <line x1={x(row.difference)} x2={x(row.difference)} y1="2" y2="10" class="span" />
+        <line x1={x(low)} x2={x(high)} y1="6" y2="6" class="span" />
+        <line x1={x(difference)} x2={x(difference)} y1="2" y2="10" class="span" />
       </svg>
       <small>{text}</small>
     </span>
   );
 }
 
-function signed(share: number): string {
-  if (Number.isNaN(share) || share === null) return "missing";
+function signed(share: number | null): string {
+  if (share === null) return "missing";
   return `${share >= 0 ? "+" : "−"}${Math.abs(share * 100).toFixed(1)} pp`;
 }
 

@@ -42,7 +42,10 @@ export interface Source {
   picture(episode: EpisodeId, camera: string, frame: number): Promise<ImageBitmap>;
   pictureUrl(episode: EpisodeId, camera: string, frame: number): string;
   videoUrl(episode: EpisodeId, camera: string): string | null;
-  /** Call back on every change, until the returned function is called. */
+  /**
+   * Call back on every change, until the returned function is called. What is asked for once there is a
+   * connection, and changes afterwards, is told.
+   */
   watch(onChange: (changes: Changes) => void, onConnection: (connected: boolean) => void): () => void;
 }
 
@@ -159,7 +162,7 @@ export class ServerSource implements Source {
 
   watch(onChange: (changes: Changes) => void, onConnection: (connected: boolean) => void): () => void {
     const events = new EventSource("api/events");
-    events.onopen = () => onConnection(true);
+    events.addEventListener("ready", () => onConnection(true));
     events.onerror = () => onConnection(false);
     events.onmessage = (event: MessageEvent<string>) => onChange(JSON.parse(event.data) as Changes);
     return () => events.close();

@@ -100,7 +100,12 @@ export function followAddress(): void {
     const wanted = address();
     clearTimeout(timer);
     timer = setTimeout(() => {
-      if (wanted !== location.search) history.replaceState(null, "", wanted || location.pathname);
+      if (wanted === location.search) return;
+      try {
+        history.replaceState(null, "", wanted || location.pathname);
+      } catch {
+        // Some browsers do not let an exported page, a file, change its address.
+      }
     }, SETTLE_MS);
   });
 }

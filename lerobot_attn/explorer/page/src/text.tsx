@@ -24,9 +24,9 @@ function runs(tokens: Tokens): Run[] {
 }
 
 export function Sentence({ model }: { model: EpisodeModel }) {
-  const [shown, attention, facts] = [model.shown.value, model.attention.value, model.facts.value];
-  if (!shown || !attention || !facts) return null;
-  const { groups, group_of_key } = shown.tokens;
+  const [tokens, attention, facts] = [model.tokens.value, model.attention.value, model.facts.value];
+  if (!tokens || !attention || !facts) return null;
+  const { groups, group_of_key } = tokens;
   if (!groups.length) return <p class="note">This policy got no language tokens.</p>;
   const shares = sumByGroup(attention, group_of_key, groups.length);
   const most = Math.max(...groups.map((group, i) => (group.kind === "scaffold" ? 0 : shares[i]!)));
@@ -38,7 +38,7 @@ export function Sentence({ model }: { model: EpisodeModel }) {
         Words and state <small>what the policy was told, shaded by attention</small>
       </h2>
       <p class="sentence">
-        {runs(shown.tokens).map(({ group, text }, i) => {
+        {runs(tokens).map(({ group, text }, i) => {
           const { kind, label } = groups[group]!;
           const share = shares[group]!;
           const style = { "--shade": kind === "scaffold" ? 0 : Math.sqrt(share / (most || 1)) || 0 };
@@ -146,10 +146,10 @@ export function Bars({ rows, wide = false }: { rows: BarRow[]; wide?: boolean })
 
 /** Where all of the chosen map's attention goes: one stacked bar, and its legend. */
 export function ShareBar({ model }: { model: EpisodeModel }) {
-  const [shown, attention, facts] = [model.shown.value, model.attention.value, model.facts.value];
-  if (!shown || !attention || !facts) return null;
-  const names = modalitiesOf(facts, shown.tokens.key_kind);
-  const shares = sumByGroup(attention, modalityOfKey(facts, shown.tokens.key_kind, names), names.length);
+  const [tokens, attention, facts] = [model.tokens.value, model.attention.value, model.facts.value];
+  if (!tokens || !attention || !facts) return null;
+  const names = modalitiesOf(facts, tokens.key_kind);
+  const shares = sumByGroup(attention, modalityOfKey(facts, tokens.key_kind, names), names.length);
   const rows = names
     .map((name, i) => ({ name, share: shares[i]!, colour: modalityColour(facts, name) }))
     .filter((row) => row.name !== "padding" || row.share > 0);

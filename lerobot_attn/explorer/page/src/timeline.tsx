@@ -108,7 +108,8 @@ function sharesPlan(facts: Facts, shares: Shares, table: Table, isAlone: boolean
     height: SHARES_PX + (isAlone ? 16 : 0),
     series,
     data: rows,
-    scales: { share: { range: [0, 1] } },
+    // The largest of heads sum to more than 1.
+    scales: { share: { range: (_, __, most) => [0, Math.max(1, most)] } },
     axes: [{ scale: "share", values, splits: [0, 0.5, 1] }],
     numbered: isAlone,
   };
@@ -190,7 +191,7 @@ export function TimelinePanel(props: {
     if (!first || (event.type === "pointermove" && !event.buttons)) return;
     const x = event.clientX - first.over.getBoundingClientRect().left;
     const frame = Math.round(first.posToVal(x, "x"));
-    onSeek(Math.min(Math.max(frame, 0), model.lastFrame.value));
+    onSeek(model.frames.value.nearest(frame));
   };
 
   const succeeded = model.timeline.value?.success.indexOf(true) ?? -1;

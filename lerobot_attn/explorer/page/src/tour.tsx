@@ -130,7 +130,9 @@ export const STOPS: Stop[] = [
     text: (facts) =>
       (facts.prefix_layers.length
         ? "Hover a word to see what it looks at in the images, in the prefix. "
-        : "Were the prefix recorded (prefix_layers), hovering a word would show what it looks at in the images. ") +
+        : facts.excerpt
+          ? ""
+          : "Were the prefix recorded (prefix_layers), hovering a word would show what it looks at in the images. ") +
       "Click a patch to ask which layers, heads and action tokens look at it. And keep in mind: attention shows where information may flow, not what is done with it. A patch can be looked at and ignored, or matter through another token. Take what you saw as questions, and test them: change the scene, hide the object, compare episodes that went well with ones that did not.",
     show: (model, facts) => {
       overview(facts);

@@ -1,0 +1,56 @@
+/** What there is of an episode's frames, layers and heads; an exported page may hold a part of them. */
+
+/** The frames that can be shown: every one of an episode, or those that an export kept. */
+export class Frames {
+  /**
+   * @param n frames of the episode
+   * @param kept their numbers, ascending, where not all are here
+   */
+  constructor(
+    private readonly n: number,
+    private readonly kept?: readonly number[],
+  ) {}
+
+  get length(): number {
+    return this.kept?.length ?? this.n;
+  }
+
+  get last(): number {
+    return this.at(this.length - 1);
+  }
+
+  /** The frame at a place, from 0; the first or the last one beyond the ends. */
+  at(place: number): number {
+    const bounded = Math.max(0, Math.min(place, this.length - 1));
+    return this.kept ? (this.kept[bounded] ?? 0) : bounded;
+  }
+
+  /** Place of a frame; of one that is not here, the place of the last one before it. */
+  placeOf(frame: number): number {
+    const place = this.kept ? this.kept.findLastIndex((kept) => kept <= frame) : frame;
+    return Math.max(0, Math.min(place, this.length - 1));
+  }
+
+  /** The frame itself, or the last one before it that is here; before all of them the first. */
+  nearest(frame: number): number {
+    return this.at(this.placeOf(frame));
+  }
+}
+
+/** Labels as people write them: "all layers", "layers 0–3, 17", "layer 17". */
+export function inWords(what: string, labels: readonly number[], total: number | null): string {
+  if (isAll(labels, total)) return `all ${what}s`;
+  const runs: [number, number][] = [];
+  for (const label of labels) {
+    const run = runs.at(-1);
+    if (run && label === run[1] + 1) run[1] = label;
+    else runs.push([label, label]);
+  }
+  const listed = runs.map(([first, last]) => (first === last ? `${first}` : `${first}–${last}`)).join(", ");
+  return `${what}${labels.length === 1 ? "" : "s"} ${listed}`;
+}
+
+/** Whether these are all that the policy has, as far as is known. */
+export function isAll(labels: readonly number[], total: number | null): boolean {
+  return total === null || labels.length >= total;
+}

@@ -1,0 +1,57 @@
+import { describe, expect, it } from "vitest";
+import { Frames, inWords, isAll } from "../src/labels";
+
+describe("all frames of an episode", () => {
+  const frames = new Frames(5);
+
+  it("are their own places", () => {
+    expect([frames.length, frames.last]).toEqual([5, 4]);
+    for (let frame = 0; frame < 5; frame++) {
+      expect(frames.at(frame)).toBe(frame);
+      expect(frames.placeOf(frame)).toBe(frame);
+      expect(frames.nearest(frame)).toBe(frame);
+    }
+  });
+
+  it("end at the first and the last", () => {
+    expect([frames.at(-3), frames.at(9), frames.nearest(-1), frames.nearest(99)]).toEqual([0, 4, 0, 4]);
+  });
+
+  it("may be none", () => {
+    const none = new Frames(0);
+    expect([none.length, none.last, none.at(3), none.placeOf(3), none.nearest(3)]).toEqual([0, 0, 0, 0, 0]);
+  });
+});
+
+describe("the frames of an export", () => {
+  const frames = new Frames(20, [2, 5, 11]);
+
+  it("are moved among by place", () => {
+    expect([frames.length, frames.last]).toEqual([3, 11]);
+    expect([0, 1, 2].map((place) => frames.at(place))).toEqual([2, 5, 11]);
+    expect([frames.at(-1), frames.at(3)]).toEqual([2, 11]);
+    expect([2, 5, 11].map((frame) => frames.placeOf(frame))).toEqual([0, 1, 2]);
+  });
+
+  it("stand for the frames after them that are not here, and the first for those before", () => {
+    expect([0, 1, 2, 3, 4, 5, 10, 11, 12, 19].map((frame) => frames.nearest(frame))).toEqual([
+      2, 2, 2, 2, 2, 5, 5, 11, 11, 11,
+    ]);
+  });
+});
+
+describe("labels in words", () => {
+  it.each([
+    [[0, 1, 2], 3, "all layers"],
+    [[0, 1, 2], null, "all layers"],
+    [[0, 1, 2], 4, "layers 0–2"],
+    [[0, 2, 3, 7], 8, "layers 0, 2–3, 7"],
+    [[3], 4, "layer 3"],
+  ])("%j of %s", (labels, total, text) => {
+    expect(inWords("layer", labels, total)).toBe(text);
+  });
+
+  it("knows when they are all", () => {
+    expect([isAll([0, 1], 2), isAll([1], 2), isAll([1], null)]).toEqual([true, false, true]);
+  });
+});
