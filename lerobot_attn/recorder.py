@@ -548,7 +548,7 @@ class EpisodeJob:
             ("prefix_attention", record.prefix_attention, 1),
         ):
             if maps is not None:
-                rows[name] = maps.take(env, axis=axis)
+                rows[name] = np.moveaxis(maps, axis, 0)[env]  # a view: all layers' maps take 150 MB
                 self._raw_bytes += rows[name].nbytes
         self._store.append_inference(rows)
 
