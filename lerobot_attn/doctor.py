@@ -14,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -31,7 +32,7 @@ GL_REMEDY = (
     "apt-get install libegl1 libgl1-mesa-dri for MUJOCO_GL=egl, "
     "or set MUJOCO_GL=osmesa and apt-get install libosmesa6"
 )
-GL_TIMEOUT_S = 120
+TIMEOUT_S = 120  # of a check in a process of its own
 GB = 1e9
 # A 300-frame LIBERO episode with the default settings is some hundred MB.
 DISK_WARNING_BYTES = 10 * GB
@@ -147,19 +148,9 @@ def check_rendering(name: str = "rendering") -> Check:
     used = f"MUJOCO_GL={given}" if given else f"MUJOCO_GL={fallback}, as robosuite takes when it is not set"
     # mujoco writes its log to the working folder.
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", _RENDER_SCENE],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=GL_TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired:
-            return Check(name, FAILED, f"no picture after {GL_TIMEOUT_S} s ({used})", GL_REMEDY)
+        done = _run_code(_RENDER_SCENE, folder=folder, environment=environment)
+    if done is None:
+        return Check(name, FAILED, f"no picture after {TIMEOUT_S} s ({used})", GL_REMEDY)
     result = _last_json(done.stdout)
     if result is None:
         return Check(name, FAILED, f"{_why_it_ended(done)} ({used})", GL_REMEDY)
@@ -196,17 +187,9 @@ def _check_bfloat16(name: str) -> Check:
     """Run a layer in bfloat16, in a process of its own: some virtual machines announce AMX and lack it."""
     if not _installed("torch"):
         return Check(name, FAILED, "torch is not installed", EVAL_REMEDY)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _BFLOAT16_LAYER],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=GL_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return Check(name, WARNING, f"no result on the CPU after {GL_TIMEOUT_S} s", BFLOAT16_REMEDY)
+    done = _run_code(_BFLOAT16_LAYER)
+    if done is None:
+        return Check(name, WARNING, f"no result on the CPU after {TIMEOUT_S} s", BFLOAT16_REMEDY)
     if done.returncode:
         detail = f"on the CPU, {_why_it_ended(done, 'a bfloat16 layer')}"
         return Check(name, WARNING, detail, BFLOAT16_REMEDY)
@@ -328,7 +311,32 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _last_json(text: str) -> dict | None:
+def _run_code(
+    code: str, *, folder: str | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str] | None:
+    """Run Python code in a process of its own, and return how it ended; None if it did not within the time.
+
+    Args:
+        code: the program.
+        folder: its working folder; this process's by default.
+        environment: its environment variables, likewise.
+    """
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _last_json(text: str) -> dict[str, Any] | None:
     """Return the last line's JSON object; None when there is none, as after an abort."""
     lines = text.strip().splitlines()
     try:

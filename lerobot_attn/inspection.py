@@ -20,7 +20,7 @@ from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import SelectionError, StoreError, first_line
 from lerobot_attn.sizes import format_bytes
-from lerobot_attn.store.reader import Episode, Run
+from lerobot_attn.store.reader import Episode, Run, TableRow
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
 
 RANDOM_WEIGHTS = "The policy's weights are random: its attention maps mean nothing."
@@ -149,15 +149,19 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
 
 def describe_run(run: Run) -> dict[str, Any]:
     """Return everything that `inspect` shows of a run, as plain JSON values."""
-    table = run.table.astype(object)
+    rows, random_weights = [], False
+    for episode in run:
+        rows.append(TableRow.of(episode))
+        random_weights = random_weights or episode.has_random_weights
     return {
         "path": str(run.path),
-        "n_episodes": len(table),
-        "n_complete": int(run.table["complete"].sum()),
-        "n_success": sum(success is True for success in table["success"]),
-        "stored_bytes": int(run.table["bytes"].sum()),
-        "random_weights": any(episode.has_random_weights for episode in run),
-        "episodes": table.where(table.notna(), None).to_dict(orient="records"),
+        "n_episodes": len(rows),
+        "n_complete": sum(row.complete for row in rows),
+        "n_success": sum(row.success is True for row in rows),
+        "stored_bytes": sum(row.bytes for row in rows),
+        "random_weights": random_weights,
+        # JSON has no NaN, which an attribute may be.
+        "episodes": [{k: None if v != v else v for k, v in row._asdict().items()} for row in rows],
         "damaged": [{"path": str(path), "error": error} for path, error in run.damaged],
     }
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -41,7 +42,7 @@ from lerobot_attn.store.damage import (
     was_cut,
 )
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import count_frames, read_frames
+from lerobot_attn.video import Frame, count_frames, read_frames
 
 _SHIFTS = (-2, -1, 0, 1, 2)
 # Two encodings of one image differ by 1 to 3 of 255; another camera, or a turned one, by 20 to 80.
@@ -376,7 +377,7 @@ def _frame_table(episode: Episode) -> Check:
     if len(inference) == 0:
         return Check(name, None, "the store holds no frames")
 
-    def broken(wrong: np.ndarray, rule: str) -> Check | None:
+    def broken(wrong: NDArray[np.bool_], rule: str) -> Check | None:
         if not wrong.any():
             return None
         frame = int(np.flatnonzero(wrong)[0])
@@ -511,7 +512,7 @@ class _Map(NamedTuple):
 
     place: str
     state: Literal["read", "missing", "damaged"]
-    values: np.ndarray | None
+    values: NDArray[np.float32] | None
 
 
 def _maps(
@@ -597,8 +598,8 @@ def _matches(episode: Episode, ticks: _Ticks) -> list[_Match]:
         shifts = [shift for shift in _SHIFTS if abs(shift) <= reach]
         totals, turned = dict.fromkeys(shifts, 0.0), 0.0
         # Frames t-2 … t+2 of the evaluation are held, and no more.
-        window: deque[np.ndarray] = deque(maxlen=2 * reach + 1)
-        views: deque[np.ndarray] = deque(maxlen=reach + 1)  # its first is the frame of the window's middle
+        window: deque[NDArray[np.int16]] = deque(maxlen=2 * reach + 1)
+        views: deque[NDArray[np.int16]] = deque(maxlen=reach + 1)  # its first is of the window's middle
         pairs = zip(
             read_frames(video, size_px=episode.image_size_px(camera)),
             read_frames(episode.eval_video),
@@ -623,7 +624,7 @@ def _matches(episode: Episode, ticks: _Ticks) -> list[_Match]:
     return matches
 
 
-def _fitted(film: np.ndarray, size_px: tuple[int, ...]) -> np.ndarray:
+def _fitted(film: Frame, size_px: tuple[int, ...]) -> Frame:
     height, width = size_px
     # Odd sizes are padded by one in the file; a frame of another size altogether is scaled.
     if 0 <= film.shape[0] - height <= 1 and 0 <= film.shape[1] - width <= 1:
@@ -633,11 +634,11 @@ def _fitted(film: np.ndarray, size_px: tuple[int, ...]) -> np.ndarray:
 
 def _some_frames(
     video: Path | None, frames: Sequence[int], size_px: tuple[int, int] | None = None
-) -> list[np.ndarray | None]:
+) -> list[Frame | None]:
     """Return frames of a video, None where it is missing, damaged or too short."""
     if video is None:
         return [None] * len(frames)
-    found: dict[int, np.ndarray] = {}
+    found: dict[int, Frame] = {}
     numbers = sorted(set(frames))
     try:
         for number, image in zip(numbers, read_frames(video, size_px=size_px, numbers=numbers), strict=False):

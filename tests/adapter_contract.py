@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -35,13 +37,24 @@ def act(policy, batch, seed, n=1):
 
 
 class AdapterContract:
-    """Fixtures to provide: `policy`; `batch`, of two; `break_policy`, a context that makes it raise."""
+    """Fixtures to provide: `policy`; `batch`, of two; `break_policy`, a context that makes it raise.
+
+    Attributes:
+        settings: capture settings that every test has besides its own.
+        is_bfloat16: whether the policy computes in bfloat16.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {}
+    is_bfloat16 = False
+
+    def config(self, **settings):
+        return AttentionConfig(**self.settings, **settings)
 
     def test_is_an_adapter(self, policy):
         assert isinstance(adapter_for(policy), PolicyAdapter)
 
     def test_description_is_what_is_captured(self, policy, batch):
-        config = AttentionConfig(layers="all", prefix_layers="all")
+        config = self.config(layers="all", prefix_layers="all")
         with capture_attention(policy, config) as capture:
             act(policy, batch, 0)
         (record,) = capture.drain()
@@ -60,7 +73,7 @@ class AdapterContract:
         assert capture.selection.bytes_per_inference(sizes) == (maps + record.prefix_attention.nbytes) // 2
 
     def test_rows_sum_to_one_and_masked_keys_are_zero(self, policy, batch):
-        with capture_attention(policy, AttentionConfig(layers="all", prefix_layers="all")) as capture:
+        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
             act(policy, batch, 0)
         (record,) = capture.drain()
         tolerance = 2**-11 + record.layout.n_keys * 2**-25 + (2**-8 if self.is_bfloat16 else 0)
@@ -75,10 +88,8 @@ class AdapterContract:
             assert not prefix[:, :, padding].any()
             assert np.abs(prefix[:, :, ~padding].sum(-1) - 1).max() <= tolerance
 
-    is_bfloat16 = False
-
     def test_flow_time_goes_from_noise_to_action(self, policy, batch):
-        with capture_attention(policy, AttentionConfig()) as capture:
+        with capture_attention(policy, self.config()) as capture:
             act(policy, batch, 0)
         (record,) = capture.drain()
         steps = adapter_for(policy).describe().n_denoise_steps
@@ -86,7 +97,7 @@ class AdapterContract:
 
     def test_watching_changes_nothing(self, policy, batch):
         actions, random_state = act(policy, batch, 7, n=3)
-        with capture_attention(policy, AttentionConfig(layers="all", prefix_layers="all")):
+        with capture_attention(policy, self.config(layers="all", prefix_layers="all")):
             watched, watched_state = act(policy, batch, 7, n=3)
         assert torch.equal(actions, watched)
         assert torch.equal(random_state, watched_state)
@@ -94,7 +105,7 @@ class AdapterContract:
     def test_nothing_is_left_behind(self, policy, batch):
         act(policy, batch, 0)
         before = instance_state(policy)
-        with capture_attention(policy, AttentionConfig(layers="all", prefix_layers="all")):
+        with capture_attention(policy, self.config(layers="all", prefix_layers="all")):
             assert instance_state(policy) != before
             act(policy, batch, 0)
         policy.reset()
@@ -107,7 +118,7 @@ class AdapterContract:
         with (
             pytest.raises(RuntimeError, match="the policy broke"),
             break_policy(),
-            capture_attention(policy, AttentionConfig(layers="all", prefix_layers="all")) as capture,
+            capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture,
         ):
             act(policy, batch, 0)
         policy.reset()
@@ -115,17 +126,17 @@ class AdapterContract:
         assert not capture.records
 
     def test_capture_goes_on_after_the_policy_raised(self, policy, batch, break_policy):
-        with capture_attention(policy, AttentionConfig()) as capture:
+        with capture_attention(policy, self.config()) as capture:
             with pytest.raises(RuntimeError, match="the policy broke"), break_policy():
                 act(policy, batch, 0)
             act(policy, batch, 0)
         assert len(capture.records) == 1
 
     def test_chosen_parts_are_the_same_as_of_everything(self, policy, batch):
-        with capture_attention(policy, AttentionConfig(layers="all", prefix_layers="all")) as capture:
+        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
             act(policy, batch, 3)
         (whole,) = capture.drain()
-        config = AttentionConfig(
+        config = self.config(
             layers=[-1], mean_layers=[0, 2], heads=[1], denoise_steps=[0, -1], prefix_layers=[-2]
         )
         with capture_attention(policy, config) as capture:
@@ -139,7 +150,7 @@ class AdapterContract:
         np.testing.assert_array_equal(part.flow_time, whole.flow_time[steps])
 
     def test_mean_is_over_the_executed_actions(self, policy, batch):
-        with capture_attention(policy, AttentionConfig(layers="all")) as capture:
+        with capture_attention(policy, self.config(layers="all")) as capture:
             act(policy, batch, 0)
         (record,) = capture.drain()
         first = record.layout.first_action_query
@@ -148,7 +159,7 @@ class AdapterContract:
         np.testing.assert_allclose(record.suffix_attention_mean, expected, rtol=2**-9, atol=2**-23)
 
     def test_paused_capture_records_nothing(self, policy, batch):
-        with capture_attention(policy, AttentionConfig()) as capture:
+        with capture_attention(policy, self.config()) as capture:
             capture.enabled = False
             act(policy, batch, 0)
             assert not capture.records

@@ -1,9 +1,10 @@
-"""What tests share: no network, a headless renderer, the gate before the real LIBERO, the demo policy."""
+"""What tests share: no network, a headless renderer and browser, the gate before LIBERO, the demo policy."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,37 @@ def libero_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.environ["LIBERO_CONFIG_PATH"] = str(tmp_path_factory.mktemp("libero_config"))
         write_libero_config()
     return assets_state().folder
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium, of a module: Playwright keeps an event loop running, in the way of others' own."""
+    from browser import started
+
+    with started() as browser:
+        yield browser
+
+
+@pytest.fixture
+def pages(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Opens pages in the browser; the test fails if their consoles say anything."""
+    from browser import Pages
+
+    opened = Pages(chromium, request.node.name)
+    yield opened
+    opened.close()
+    assert not opened.said, "the console is not empty"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copy the run that an episode is of, for a test to change: the episode → its path in the copy."""
+
+    def copy(episode: Path) -> Path:
+        run = episode.parents[2]
+        return shutil.copytree(run, tmp_path / "run") / episode.relative_to(run)
+
+    return copy
 
 
 @pytest.fixture
@@ -91,7 +123,7 @@ def demo_policy(demo_checkpoint: Path) -> Callable[..., tuple[Any, Any, Any]]:
 
     import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401
 
-    def load(**settings: str) -> tuple[Any, Any, Any]:
+    def load(**settings: Any) -> tuple[Any, Any, Any]:
         overrides = [f"--{name}={value}" for name, value in settings.items()]
         config = PreTrainedConfig.from_pretrained(demo_checkpoint, cli_overrides=overrides)
         config.pretrained_path = demo_checkpoint

@@ -30,6 +30,7 @@ FRAMEWORK_FREE = (
     "synthetic",
     "analysis",
     "figures",
+    "explorer",
     "plot",
     "overlay",
     "verify",

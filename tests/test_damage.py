@@ -63,10 +63,8 @@ def sound_values(sound):
 
 
 @pytest.fixture
-def path(sound, tmp_path):
-    """A copy of the episode, in a run of its own."""
-    shutil.copytree(sound.parents[2], tmp_path / "run")
-    return tmp_path / "run" / sound.relative_to(sound.parents[2])
+def path(sound, copied):
+    return copied(sound)
 
 
 @pytest.fixture(scope="session")
@@ -528,7 +526,7 @@ import test_damage
 from lerobot_attn.store import writer
 from lerobot_attn.synthetic import write_planted_episode
 
-replace_json, commits = writer._replace_json, 0
+replace_json, commits = writer.replace_json, 0
 
 def killed(path, document):
     global commits
@@ -539,7 +537,7 @@ def killed(path, document):
             os.kill(os.getpid(), signal.SIGKILL)
     replace_json(path, document)
 
-writer._replace_json = killed
+writer.replace_json = killed
 write_planted_episode(sys.argv[1], test_damage.PLAN)
 """
 

@@ -167,7 +167,7 @@ def test_how_a_renderer_can_end(monkeypatch: pytest.MonkeyPatch, code: str, stat
     pytest.importorskip("mujoco")
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setattr(doctor, "_RENDER_SCENE", code)
-    monkeypatch.setattr(doctor, "GL_TIMEOUT_S", 2)
+    monkeypatch.setattr(doctor, "TIMEOUT_S", 2)
     check = check_rendering()
     assert (check.status, detail in check.detail) == (status, True), check
 

@@ -11,6 +11,7 @@ from test_store import SIZES, frame_rows, inference_rows, make_writer, write_epi
 
 from lerobot_attn import cli
 from lerobot_attn.inspection import describe_episode, describe_run, segment_mass
+from lerobot_attn.store import reader
 from lerobot_attn.store.reader import open_episode, open_run
 
 
@@ -101,6 +102,23 @@ def test_run_with_a_damaged_store(tmp_path, monkeypatch, capsys):
     _, out, _ = run_cli(monkeypatch, capsys, "inspect", tmp_path)
     assert "1 episodes, 1 complete, 1 successful" in " ".join(out.split())
     assert "damaged:" in out
+
+
+def test_each_store_of_a_run_is_opened_once(tmp_path, monkeypatch):
+    folder = tmp_path / "attention" / "a_0"
+    for index in range(2):
+        planted(folder / f"episode_{index:05d}.zarr")
+    (folder / "episode_00002.zarr").mkdir()
+    run, opened = open_run(tmp_path), []
+
+    def counted(path):
+        opened.append(path)
+        return open_episode(path)
+
+    monkeypatch.setattr(reader, "open_episode", counted)
+    facts = describe_run(run)
+    assert (facts["n_episodes"], len(facts["damaged"]), facts["random_weights"]) == (2, 1, False)
+    assert sorted(opened) == sorted(run.stores)
 
 
 @pytest.mark.parametrize("name", ["none.zarr", "maps.pt", "."])

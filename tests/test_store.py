@@ -283,6 +283,18 @@ def test_writer_refuses_an_existing_store(tmp_path):
     assert (path / "zarr.json").read_bytes() == before
 
 
+def test_a_store_before_its_first_commit_is_not_taken_for_another_kind(tmp_path, monkeypatch):
+    path = tmp_path / "episode_00000.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(EpisodeWriter, "commit", lambda self: None)
+        writer = make_writer(path)
+    with pytest.raises(StoreError, match="holds nothing yet: its recording has only just begun") as caught:
+        open_episode(path)
+    assert "\n" not in str(caught.value)
+    writer.commit()
+    assert open_episode(path).n_inferences == 0
+
+
 def test_writer_refuses_rows_that_do_not_fit(tmp_path):
     writer = make_writer(tmp_path / "episode_00000.zarr")
     rows = inference_rows(np.random.default_rng(0), 0)

@@ -56,10 +56,8 @@ def pristine(tmp_path_factory):
 
 
 @pytest.fixture
-def path(pristine, tmp_path):
-    """A copy of the episode, in a run of its own."""
-    shutil.copytree(pristine.parents[2], tmp_path / "run")
-    return tmp_path / "run" / pristine.relative_to(pristine.parents[2])
+def path(pristine, copied):
+    return copied(pristine)
 
 
 @pytest.fixture(scope="session")

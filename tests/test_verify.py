@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -31,10 +30,8 @@ def good(tmp_path_factory):
 
 
 @pytest.fixture
-def path(good, tmp_path):
-    """A copy of a good episode, to be broken."""
-    run = shutil.copytree(good.parents[2], tmp_path / "run")
-    return run / good.relative_to(good.parents[2])
+def path(good, copied):
+    return copied(good)
 
 
 def verdicts(report):

@@ -73,7 +73,7 @@ class Pi05Adapter:
         policy, model = self.policy, self.model
         predict_action_chunk: Callable[..., Tensor] = policy.predict_action_chunk
         sample_actions: Callable[..., Tensor] = model.sample_actions
-        tap: _Tap = _EagerTap(sink)
+        tap: _Tap = sink
         if "sample_actions" in vars(model) and getattr(policy.config, "compile_model", False):
             # torch.compile put its wrapper on the instance; the class still has the plain function.
             sample_actions = MethodType(type(model).sample_actions, model)
@@ -199,7 +199,7 @@ class Pi05Adapter:
 
 
 class _Tap(Protocol):
-    """What the hooks tell of a forward pass."""
+    """What the hooks tell of a forward pass: of an uncompiled one, the sink itself."""
 
     def denoise_step(self, flow_time: Tensor | float) -> None: ...
 
@@ -208,16 +208,6 @@ class _Tap(Protocol):
     def suffix_attention(self, layer: int, weights: Tensor) -> None: ...
 
     def fail(self, error: Exception) -> None: ...
-
-
-class _EagerTap:
-    """The sink itself: it takes what it wants while the policy runs."""
-
-    def __init__(self, sink: AttentionSink):
-        self.denoise_step = sink.denoise_step
-        self.prefix_attention = sink.prefix_attention
-        self.suffix_attention = sink.suffix_attention
-        self.fail = sink.fail
 
 
 class _CompiledTap:
@@ -260,25 +250,22 @@ class _CompiledTap:
             self._n_steps += 1
 
     def prefix_attention(self, layer: int, weights: Tensor) -> None:
-        if self._events is None:
-            return
-        try:
-            self._events.append(("prefix", layer, self._sink.choose_prefix(layer, weights)))
-        except CaptureError as error:
-            self.fail(error)
+        self._keep("prefix", layer, self._sink.choose_prefix, layer, weights)
 
     def suffix_attention(self, layer: int, weights: Tensor) -> None:
-        if self._events is None:
-            return
-        try:
-            chosen = self._sink.choose_suffix(self._n_steps - 1, layer, weights)
-            self._events.append(("suffix", layer, chosen))
-        except CaptureError as error:
-            self.fail(error)
+        self._keep("suffix", layer, self._sink.choose_suffix, self._n_steps - 1, layer, weights)
 
     def fail(self, error: Exception) -> None:
         """Keep the error for after the graph: no exception may reach the policy."""
         self._failure = self._failure or error
+
+    def _keep(self, kind: str, layer: int, choose: Callable[..., Any], *args: Any) -> None:
+        if self._events is None:
+            return
+        try:
+            self._events.append((kind, layer, choose(*args)))
+        except CaptureError as error:
+            self.fail(error)
 
     def _traced(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[_Event]]:
         self._events, self._n_steps = [], 0

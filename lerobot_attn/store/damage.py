@@ -22,15 +22,16 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 import zarr
 from numcodecs.checksum32 import CRC32C
+from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.store.files import unfinished
 from lerobot_attn.store.reader import Episode, open_episode
-from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, Growth
+from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, METADATA, Growth
 
-METADATA = "zarr.json"
 REPAIRED = "repaired"  # the attribute that lists what a repair dropped
 UNFINISHED_CHUNK = ".partial"  # a chunk whose writer was killed before the rename; Zarr's suffix
-_UNFINISHED_METADATA = ".zarr.json.new"  # likewise a commit
+_UNFINISHED_METADATA = unfinished(METADATA)  # likewise a commit
 _CHECKSUM = CRC32C(location="end")
 _ABSENT = 2**64 - 1  # offset and length in a shard's index of a chunk that is not there
 # A store whose every map is damaged lists 5040 with all layers of Pi0.5 and 28 inferences.
@@ -254,7 +255,7 @@ class ShardIndex(NamedTuple):
     """
 
     start: int
-    entries: np.ndarray
+    entries: NDArray[np.uint64]
 
     def holds(self, inside: Grid) -> bool:
         """Whether a chunk is there."""
@@ -497,7 +498,7 @@ def _inconsistencies(episode: Episode, arrays: Mapping[str, StoredArray]) -> Ite
                 "metadata", "attributes", (), {}, f"{name} is {repr(said)[:80]}, the arrays hold {n_rows}"
             )
     n_queries = arrays["action_chunk"].array.shape[1]
-    rules: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray], str], ...] = (
+    rules: tuple[tuple[str, str, Callable[[NDArray[np.int32]], NDArray[np.bool_]], str], ...] = (
         (
             "frame_inference",
             "frame",

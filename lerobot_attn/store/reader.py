@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.layout import TokenLayout
@@ -25,6 +25,7 @@ from lerobot_attn.store.schema import (
     BY_NAME,
     EPISODE_SUFFIX,
     FRAMES_PER_CHUNK,
+    METADATA,
     SCHEMA_NAME,
     SCHEMA_VERSION,
 )
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-_METADATA = "zarr.json"
 _MAX_METADATA_BYTES = 16_000_000
 # Zarr also takes arrays of version 2, whose filters include pickle (which zarr 3.4 refuses by itself), and
 # codecs that other packages register.
@@ -294,6 +294,37 @@ class Episode:
         return path if is_here else None
 
 
+class TableRow(NamedTuple):
+    """An episode in `Run.table`."""
+
+    task_group: Any
+    task_id: Any
+    episode: Any
+    task: str
+    success: bool | None
+    frames: int
+    inferences: int
+    bytes: int
+    complete: bool
+    path: str
+
+    @classmethod
+    def of(cls, episode: Episode) -> TableRow:
+        """Return the row of an episode; looks at the size of each of its files."""
+        return cls(
+            episode.attributes.get("task_group"),
+            episode.attributes.get("task_id"),
+            episode.attributes.get("episode_index"),
+            episode.task,
+            episode.success,
+            episode.n_frames,
+            episode.n_inferences,
+            episode.stored_bytes(),
+            episode.is_complete,
+            str(episode.path),
+        )
+
+
 class Run:
     """The episodes under a folder, opened one by one as they are asked for. Get it from `open_run`.
 
@@ -354,34 +385,7 @@ class Run:
         """One row per episode: its task, success, frames, inferences, bytes, complete and path."""
         import pandas as pd
 
-        columns = (
-            "task_group",
-            "task_id",
-            "episode",
-            "task",
-            "success",
-            "frames",
-            "inferences",
-            "bytes",
-            "complete",
-            "path",
-        )
-        rows = [
-            (
-                episode.attributes.get("task_group"),
-                episode.attributes.get("task_id"),
-                episode.attributes.get("episode_index"),
-                episode.task,
-                episode.success,
-                episode.n_frames,
-                episode.n_inferences,
-                episode.stored_bytes(),
-                episode.is_complete,
-                str(episode.path),
-            )
-            for episode in self
-        ]
-        return pd.DataFrame(rows, columns=list(columns))
+        return pd.DataFrame([TableRow.of(episode) for episode in self], columns=list(TableRow._fields))
 
 
 def open_episode(path: str | Path) -> Episode:
@@ -391,18 +395,19 @@ def open_episode(path: str | Path) -> Episode:
         path: folder `….zarr`.
 
     Raises:
-        StoreError: nothing there, something else, damaged metadata, or a newer schema.
+        StoreError: nothing there, something else, damaged metadata, a newer schema, or a recording that has
+            not committed anything yet.
     """
     path = Path(path)
     if not path.exists():
         raise StoreError(f"{path}: no such store; {_HELP}")
     if not path.is_dir():
         raise StoreError(f"{path}: is a {path.suffix or 'plain'} file, {_HELP}")
-    metadata = path / _METADATA
+    metadata = path / METADATA
     if not metadata.is_file():
         if (path / "meta" / "info.json").is_file():
             raise StoreError(f"{path}: is a LeRobot dataset, {_HELP}")
-        stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{_METADATA}"), None)
+        stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{METADATA}"), None)
         hint = f"; it holds stores, e.g. {stores.parent.relative_to(path)}: use open_run()" if stores else ""
         raise StoreError(f"{path}: is no Zarr v3 store, {_HELP}{hint}")
     try:
@@ -418,7 +423,7 @@ def open_episode(path: str | Path) -> Episode:
         ValueError,
         RecursionError,
     ) as error:  # ValueError: no JSON, no UTF-8, or a number too long
-        raise StoreError(f"{path}: its {_METADATA} is damaged: {_short(first_line(error))}") from error
+        raise StoreError(f"{path}: its {METADATA} is damaged: {_short(first_line(error))}") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or attributes.get("schema") != SCHEMA_NAME:
         raise StoreError(f"{path}: is a Zarr store of another kind, {_HELP}")
@@ -427,6 +432,11 @@ def open_episode(path: str | Path) -> Episode:
         raise StoreError(
             f"{path}: schema version {_shown(version)}, expected at most {SCHEMA_VERSION}; upgrade "
             "lerobot_policy_attn to read it"
+        )
+    if "n_inferences" not in attributes and "consolidated_metadata" not in document:
+        raise StoreError(
+            f"{path}: holds nothing yet: its recording has only just begun, or was ended as it began; "
+            "expected a first commit; try again in a moment"
         )
     _check_attributes(path, attributes)
     # The rest of the arrays' metadata is Zarr's business, and large: thousands of episodes fit into memory.
@@ -474,7 +484,7 @@ def _shapes(path: Path, document: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     consolidated = document.get("consolidated_metadata")
     arrays = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     if not isinstance(arrays, dict):
-        raise StoreError(f"{path}: its {_METADATA} has no consolidated metadata: damaged")
+        raise StoreError(f"{path}: its {METADATA} has no consolidated metadata: damaged")
     for spec in ARRAYS:
         needed = bool(spec.grows_with) and not spec.optional
         if needed and spec.name not in arrays:

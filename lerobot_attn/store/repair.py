@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.run_folder import LOCK, RunFolder
 from lerobot_attn.store.damage import (
-    METADATA,
     REPAIRED,
     UNFINISHED_CHUNK,
     Damage,
@@ -43,8 +43,9 @@ from lerobot_attn.store.damage import (
     leftovers,
     stored_arrays,
 )
+from lerobot_attn.store.files import replace_json
 from lerobot_attn.store.reader import Episode, open_episode, open_run
-from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def _cut(episode: Episode, arrays: Mapping[str, StoredArray], cut_by: Sequence[D
 def _first_row(array: StoredArray, damage: Damage) -> int:
     if damage.kind == "rows":
         return int(damage.at[str(array.grows_with)])  # type: ignore[arg-type]
-    return array.selection(damage.chunk[:1])[0].start
+    return int(array.selection(damage.chunk[:1])[0].start)
 
 
 def _apply(episode: Episode, plan: Repair) -> None:
@@ -265,9 +266,10 @@ def _apply(episode: Episode, plan: Repair) -> None:
         if array.grows_with and described[name]["shape"][0] != left[array.grows_with]:
             described[name]["shape"][0] = left[array.grows_with]
             stale.add(name)
-    _replace_json(path / METADATA, document)
+    replace_json(path / METADATA, document, durable=True)
     for name in stale:
-        _replace_json(path / name / METADATA, described[name])
+        (path / name).mkdir(exist_ok=True)
+        replace_json(path / name / METADATA, described[name], durable=True)
     arrays = stored_arrays(open_episode(path))
     for file in list(leftovers(path, arrays.values())):
         file.unlink()
@@ -304,7 +306,7 @@ def _drop_from_shard(array: StoredArray, file: Path, chunks: Sequence[Grid]) -> 
     temporary.replace(file)
 
 
-def _from_layout(episode: Episode) -> dict[str, np.ndarray]:
+def _from_layout(episode: Episode) -> dict[str, NDArray[np.integer[Any]]]:
     """Return the fixed arrays that the token layout, an attribute of the group, says again."""
     try:
         layout = episode.layout
@@ -328,16 +330,6 @@ def _write_coordinates(episode: Episode, plan: Repair) -> None:
             array = group[name]
             assert isinstance(array, zarr.Array)
             array[...] = values[name]
-
-
-def _replace_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _remove_empty_folders(folder: Path) -> None:

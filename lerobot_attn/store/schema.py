@@ -14,6 +14,7 @@ from lerobot_attn.layout import Kind
 SCHEMA_NAME = "lerobot-attn/episode"
 SCHEMA_VERSION = 1
 EPISODE_SUFFIX = ".zarr"
+METADATA = "zarr.json"  # the file in which Zarr describes a group or an array
 
 DIMENSIONS: dict[str, str] = {
     "inference": "one run of the policy that yields an action chunk",

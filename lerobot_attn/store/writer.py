@@ -18,17 +18,18 @@ import numpy as np
 import zarr
 import zarr.codecs
 from numcodecs.bitround import BitRound
+from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError
+from lerobot_attn.store.files import replace_json
 from lerobot_attn.store.schema import (
     ARRAYS,
     BY_NAME,
+    METADATA,
     SCHEMA_NAME,
     SCHEMA_VERSION,
     ArraySpec,
 )
-
-_METADATA = "zarr.json"
 
 
 class Compression:
@@ -58,11 +59,11 @@ class Compression:
         )
         return [blosc, checksum]
 
-    def prepare(self, maps: np.ndarray) -> np.ndarray:
+    def prepare(self, maps: NDArray[np.float16]) -> NDArray[np.float16]:
         """Return float16 maps as they are to be stored."""
         if self._round is None:
             return maps
-        rounded: np.ndarray = (
+        rounded: NDArray[np.float16] = (
             self._round.encode(np.ascontiguousarray(maps)).view(np.float16).reshape(maps.shape)
         )
         return rounded
@@ -88,7 +89,7 @@ class EpisodeWriter:
         path: Path,
         *,
         sizes: Mapping[str, int],
-        coordinates: Mapping[str, np.ndarray],
+        coordinates: Mapping[str, NDArray[Any]],
         attributes: Mapping[str, Any],
         compression: Compression,
         optional: set[str],
@@ -110,7 +111,9 @@ class EpisodeWriter:
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            group = zarr.create_group(path, zarr_format=3)
+            # By its schema a reader tells a store that has only just begun from one of another kind.
+            begun = {name: self._attributes[name] for name in ("schema", "schema_version")}
+            group = zarr.create_group(path, zarr_format=3, attributes=begun)
         except OSError as error:
             raise StoreError(f"{path}: cannot create the store: {error.strerror or error}") from error
         self._growing: dict[str, _GrowingArray] = {}
@@ -122,7 +125,7 @@ class EpisodeWriter:
             if spec.grows_with is None and spec.name not in names:
                 continue
             array = self._create(group, spec)
-            self._metadata[spec.name] = json.loads((path / spec.name / _METADATA).read_text(encoding="utf-8"))
+            self._metadata[spec.name] = json.loads((path / spec.name / METADATA).read_text(encoding="utf-8"))
             if spec.grows_with:
                 self._growing[spec.name] = _GrowingArray(array, spec)
             else:
@@ -142,7 +145,7 @@ class EpisodeWriter:
         """Frames appended so far."""
         return self._growing["reward"].n_rows
 
-    def append_inference(self, rows: Mapping[str, np.ndarray]) -> None:
+    def append_inference(self, rows: Mapping[str, NDArray[Any]]) -> None:
         """Write the arrays of the next inference; they exist after the next `commit`.
 
         Args:
@@ -153,7 +156,7 @@ class EpisodeWriter:
         """
         self._append("inference", {name: np.asarray(value)[None] for name, value in rows.items()})
 
-    def append_frames(self, rows: Mapping[str, np.ndarray]) -> None:
+    def append_frames(self, rows: Mapping[str, NDArray[Any]]) -> None:
         """Write the next frames; they exist after the next `commit`.
 
         Args:
@@ -176,11 +179,11 @@ class EpisodeWriter:
             metadata = self._metadata[name]
             if metadata["shape"][0] != growing.n_rows:
                 metadata["shape"] = [growing.n_rows, *metadata["shape"][1:]]
-                _replace_json(self.path / name / _METADATA, metadata)
+                replace_json(self.path / name / METADATA, metadata)
         self._attributes["n_inferences"] = self.n_inferences
         self._attributes["n_frames"] = self.n_frames
-        _replace_json(
-            self.path / _METADATA,
+        replace_json(
+            self.path / METADATA,
             {
                 "zarr_format": 3,
                 "node_type": "group",
@@ -203,7 +206,7 @@ class EpisodeWriter:
         """Delete the store."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _append(self, dimension: str, rows: Mapping[str, np.ndarray]) -> None:
+    def _append(self, dimension: str, rows: Mapping[str, NDArray[Any]]) -> None:
         expected = {name for name, g in self._growing.items() if g.spec.grows_with == dimension}
         if set(rows) != expected:
             odd = sorted(expected ^ set(rows))
@@ -253,18 +256,18 @@ class _GrowingArray:
         self.n_rows = 0
         self._array = array
         # Rows of the last, unfilled chunk: it is written as a whole each time, never read back.
-        self._tail: list[np.ndarray] = []
+        self._tail: list[NDArray[Any]] = []
         self._rows_per_chunk = array.chunks[0]
 
-    def state(self) -> tuple[int, list[np.ndarray]]:
+    def state(self) -> tuple[int, list[NDArray[Any]]]:
         """Return what `restore` takes back."""
         return self.n_rows, list(self._tail)
 
-    def restore(self, state: tuple[int, list[np.ndarray]]) -> None:
+    def restore(self, state: tuple[int, list[NDArray[Any]]]) -> None:
         """Forget the rows that were appended since; what was written of them lies beyond the shape."""
         self.n_rows, self._tail = state[0], list(state[1])
 
-    def append(self, rows: np.ndarray) -> None:
+    def append(self, rows: NDArray[Any]) -> None:
         if self.spec.sharded:
             start, values = self.n_rows, rows
         else:
@@ -289,12 +292,5 @@ class _GrowingArray:
         ahead[start:] = values
 
 
-def _replace_json(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    # Indented it would take Python's slow encoder: a millisecond at every commit, with the policy held up.
-    temporary.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _lengths(rows: Mapping[str, np.ndarray]) -> str:
+def _lengths(rows: Mapping[str, NDArray[Any]]) -> str:
     return ", ".join(f"{name} {len(values)}" for name, values in rows.items())
