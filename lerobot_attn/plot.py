@@ -18,10 +18,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
-from lerobot_attn.analysis.prefix import cross_modal, text_to_image
+from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, text_to_image
 from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
 from lerobot_attn.analysis.sinks import keys_to_leave_out
-from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, by_camera, colour_range, episode_ranges
+from lerobot_attn.analysis.spatial import (
+    NORMALISATIONS,
+    ColourRange,
+    by_camera,
+    colour_range,
+    episode_ranges,
+    normalised,
+    percentile_of,
+)
 from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError, first_line
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, short
@@ -272,34 +280,33 @@ def _actions(episode: Episode, settings: PlotSettings) -> Figure:
 
 def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
     data, frame = episode.arrays, _one_frame(episode, settings)
-    layer = _single(settings.layers, -1)
     head: Any = "mean" if settings.heads is None else settings.heads
-    groups, maps = [], []
+    where: PrefixWhere = {"frame": frame, "layer": _single(settings.layers, -1), "head": head}
+    groups, maps, ends = [], [], []
     for camera in _cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(data, camera)
         (image,) = camera_frames(episode, name, [frame])
-        heat = text_to_image(data, settings.word, name, frame=frame, layer=layer, head=head)
+        found = text_to_image(data, settings.word, name, **where)
+        heat = normalised(found, settings.normalisation)
         maps.append(heat)
-        labels = heat["label"].values.tolist() if "token" in heat.dims else [str(heat.attrs["word"])]
+        if settings.normalisation == "episode":
+            every: PrefixWhere = {**where, "frame": "all"}
+            ends.append(percentile_of(text_to_image(data, settings.word, name, **every), settings.clip))
+        labels = heat["label"].values.tolist() if "token" in heat.dims else [str(found.attrs["word"])]
         by_word = heat if "token" in heat.dims else heat.expand_dims("token")
         pixels = on_image(by_word, geometry, image, settings)
         panels = [figures.Panel(pixel, f"“{label}”") for pixel, label in zip(pixels, labels, strict=True)]
         groups.append(figures.Group(f"{short(name)}, frame {frame}", image, panels))
-    shares = cross_modal(data, frame=frame, layer=layer, head=head)
-    facts = _caption(episode, maps[0].attrs, settings, [frame], image=False)
-    vmax, clipped = colour_range(
-        maps,
-        settings.normalisation,
-        clip=settings.clip,
-        episode_ends=[heat.attrs["vmax"] for heat in maps],
-    )
+    shares = cross_modal(data, **where)
+    facts = _caption(episode, found.attrs, settings, [frame], image=False)
+    vmax, clipped = colour_range(maps, settings.normalisation, clip=settings.clip, episode_ends=ends)
     return figures.cross_modal_figure(
         groups,
         shares.load(),
         Caption(["prefix attention", *facts.facts], facts.warning),
         vmax=vmax,
         clipped=clipped,
-        unit="share of the word's attention",
+        unit=NORMALISATIONS[settings.normalisation].replace("all attention", "the word's attention"),
         cmap=settings.colormap,
         alpha=settings.alpha,
         columns=settings.columns,
@@ -309,7 +316,8 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
 
 def _timeline(episode: Episode, settings: PlotSettings) -> Figure:
     data = episode.dataset
-    frames: Any = "all" if settings.frames is None else settings.frames
+    # A single frame is a list of one: the time axis stays.
+    frames: Any = "all" if settings.frames is None else _listed(settings.frames)
     where = _where(episode, settings, frame=frames, layer=_single(settings.layers, -1))
     array = analysis.attention(data, **where)
     heatmaps = by_camera(data, array, _cameras(episode, settings))

@@ -14,6 +14,7 @@ from lerobot_attn import analysis, open_episode
 from lerobot_attn.analysis import runs as runs_module
 from lerobot_attn.analysis.compare import Aspect, compare_each
 from lerobot_attn.analysis.spatial import NORMALISATIONS
+from lerobot_attn.figures.canvas import MISSING
 from lerobot_attn.inspection import describe_episode, render_episode, segment_mass
 from lerobot_attn.overlay import _MISSING, OverlaySettings, _Film, overlay_frames
 from lerobot_attn.plot import KINDS, PlotSettings, plot
@@ -225,10 +226,61 @@ def test_a_missing_map_is_hatched_and_the_image_shows_through(holed):
     np.testing.assert_array_equal(missing.images[1].get_alpha(), 0)
 
 
+@pytest.mark.parametrize(("kind", "count"), [("text", 2), ("combined", 3)])
+def test_words_whose_map_is_missing_are_said_to_be(whole, holed, kind, count):
+    """In the sentence's title, and in every diagram of bars."""
+
+    def notes(episode):
+        axes = drawn(plot(episode, kind, PlotSettings(frames=4))).axes
+        return [a.get_title(loc="left") for a in axes] + [text.get_text() for a in axes for text in a.texts]
+
+    assert sum(MISSING in note for note in notes(holed)) == count
+    assert not any(MISSING in note for note in notes(whole))
+    assert not any("from 0 (dark) to 0 %" in note for note in notes(holed))
+
+
 def test_the_timeline_has_a_gap(holed):
     figure = drawn(plot(holed, "timeline"))
     (line, _) = figure.axes[1].lines[:2]
     assert np.flatnonzero(np.isnan(line.get_ydata())).tolist() == FRAMES
+
+
+def shown_frames(figure):
+    """Where the timeline's shares begin and end, and the frames at which its sharpness can be seen."""
+    top, middle = figure.axes[:2]
+    bands = [path.get_extents() for shown in top.collections for path in shown.get_paths()]
+    line = middle.lines[0]
+    known = np.isfinite(line.get_ydata())
+    joined = known & (np.append(known[1:], False) | np.append(False, known[:-1]))
+    seen = joined.copy()
+    if line.get_marker() not in ("", "None", None):
+        seen[line.get_markevery()] = True
+    assert (line.get_ydata()[known] < middle.get_ylim()[1]).all()
+    return {(band.x0, band.x1) for band in bands}, np.flatnonzero(seen).tolist()
+
+
+@pytest.mark.parametrize(
+    ("frames", "bands", "seen"),
+    [
+        (None, {(1.5, 2.5), (4.5, 5.5)}, [2, 5]),
+        (5, {(4.5, 5.5)}, [0]),
+        ([5], {(4.5, 5.5)}, [0]),
+        ([2, 5], {(1.5, 5.5)}, [0, 1]),
+    ],
+)
+def test_the_timeline_shows_frames_between_missing_ones(tmp_path, frames, bands, seen):
+    plan = dataclasses.replace(PLAN, n_executed=1, n_queries=1, n_frames=7, prefix_layers=())
+    path = write_planted_episode(tmp_path, plan)
+    for inference in (0, 1, 3, 4, 6):
+        lose(path, inference=inference)
+    figure = drawn(plot(open_episode(path), "timeline", PlotSettings(frames=frames)))
+    assert shown_frames(figure) == (bands, seen)
+
+
+def test_the_timeline_of_a_single_missing_frame_is_blank(tmp_path):
+    plan = dataclasses.replace(PLAN, n_executed=1, n_queries=1, n_frames=1, prefix_layers=())
+    episode = lose(write_planted_episode(tmp_path, plan), inference=0)
+    assert shown_frames(drawn(plot(episode, "timeline"))) == (set(), [])
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "linear"])

@@ -8,6 +8,7 @@ import sys
 import matplotlib as mpl
 import numpy as np
 import pytest
+import zarr
 from matplotlib.patches import Rectangle
 from test_inspection import run_cli
 
@@ -130,6 +131,29 @@ def test_cross_modal_shows_each_words_patch(plan, episode):
         np.testing.assert_array_equal(heat, analysis.on_camera_pixels(grid, geometry))
     ((title, _, heat),) = heatmaps(plot(episode, "cross-modal", PlotSettings(cameras=[name], word="Red")))
     assert title == "“red”"
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "most", "vmax", "unit"),
+    [
+        ("share", 0.25, 0.25, "share of the word's attention"),
+        ("image", 1, 1, "share of the attention on this image"),
+        ("frame", 1, 1, "relative to the largest patch"),
+        ("episode", 0.25, 0.5, "share of the word's attention, one range for the episode"),
+    ],
+)
+def test_cross_modal_maps_are_in_the_unit_of_the_normalisation(
+    episode, copied, normalisation, most, vmax, unit
+):
+    path = copied(episode.path)
+    maps = zarr.open_array(path / "prefix_attention", mode="r+")
+    maps[0], maps[1:] = maps[0] * np.float16(0.25), maps[1:] * np.float16(0.5)
+    settings = PlotSettings(frames=0, cameras="square", normalisation=normalisation, clip=100)
+    figure = plot(open_episode(path), "cross-modal", settings)
+    shown = heatmaps(figure)
+    assert [float(heat.max()) for _, _, heat in shown] == [most] * len(shown)
+    assert figure.axes[1].images[1].get_clim() == (0, vmax)
+    assert unit in [axes.get_ylabel() for axes in figure.axes]
 
 
 def test_linear_interpolation_keeps_the_brightest_point_in_the_patch(plan, episode):

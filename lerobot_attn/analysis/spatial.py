@@ -126,22 +126,38 @@ def by_camera(
     Raises:
         SelectionError: no such camera or normalisation.
     """
-    _check_normalisation(normalisation)
     heatmaps = {}
     for camera in camera_names(dataset) if cameras is None else cameras:
         name, geometry, segment = camera_geometry(dataset, camera)
-        heatmap = on_grid(array, geometry, segment)
-        # A map without attention on the image stays 0, and a missing one NaN.
-        if normalisation == "image":
-            total = heatmap.sum(("grid_y", "grid_x"), skipna=False)
-            heatmap = heatmap / total.where(total != 0, 1)
-        elif normalisation == "frame":
-            largest = heatmap.max(("grid_y", "grid_x"), skipna=False)
-            heatmap = heatmap / largest.where(largest != 0, 1)
+        heatmap = normalised(on_grid(array, geometry, segment), normalisation)
         heatmap.attrs = {**array.attrs, "camera": name, "normalisation": normalisation}
         heatmap.attrs["units"] = NORMALISATIONS[normalisation]
         heatmaps[name] = heatmap
     return heatmaps
+
+
+def normalised(heatmap: xr.DataArray, normalisation: Normalisation) -> xr.DataArray:
+    """Return a heatmap in the unit of a normalisation; its attributes are for the caller to set.
+
+    Args:
+        heatmap: (…, grid_y, grid_x) share of all attention; each map of the grid is normalised by itself.
+        normalisation: as for `image_heatmap`; "episode" has the values of "share".
+
+    Returns:
+        The same dimensions. A map without attention on the image stays 0, and a missing one NaN.
+
+    Raises:
+        SelectionError: no such normalisation.
+    """
+    _check_normalisation(normalisation)
+    over = ("grid_y", "grid_x")
+    if normalisation == "image":
+        whole = heatmap.sum(over, skipna=False)
+    elif normalisation == "frame":
+        whole = heatmap.max(over, skipna=False)
+    else:
+        return heatmap
+    return heatmap / whole.where(whole != 0, 1)
 
 
 def episode_ranges(

@@ -54,6 +54,7 @@ _MODALITIES = {
     "padding": "#DDDDDD",
 }
 RANDOM_WEIGHTS = "random weights: the maps mean nothing"
+MISSING = "the map is missing from the store"
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,20 @@ def largest(values: ArrayLike) -> float:
     """Return the largest of values that are not negative; 0 where all are missing (NaN)."""
     found = np.asarray(values)
     return float(found[np.isfinite(found)].max(initial=0))
+
+
+def say_missing(axes: Axes, values: ArrayLike) -> None:
+    """Write into axes that they show nothing because every value is missing (NaN), if it is so."""
+    if is_missing(values):
+        axes.text(
+            0.5, 0.5, MISSING, ha="center", va="center", color="#444444", transform=axes.transAxes, wrap=True
+        )
+
+
+def is_missing(values: ArrayLike) -> bool:
+    """Return whether there are values, and every one of them is missing (NaN)."""
+    found = np.asarray(values)
+    return found.size > 0 and not np.isfinite(found).any()
 
 
 def short(camera: str) -> str:

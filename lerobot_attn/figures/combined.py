@@ -14,6 +14,7 @@ from lerobot_attn.figures.canvas import (
     largest,
     modality_colors,
     new_figure,
+    say_missing,
     short,
     styled,
 )
@@ -78,6 +79,7 @@ def combined_figure(
     for place, value in enumerate(heights):
         if np.isfinite(value):
             left.text(value, place, f" {value:.1f}", va="center", fontsize=6)
+    say_missing(left, heights)
     left.set_yticks(range(len(names)), [short(name) for name in names])
     left.set_xlim(0, 1.2 * largest(heights) or 1)
     left.invert_yaxis()

@@ -75,9 +75,10 @@ def timeline_figure(
     top.set_ylabel("share of\nattention, %")
     colors = modality_colors(list(sharpness))
     for camera, values in sharpness.items():
-        middle.plot(frames, values.values, color=colors[camera])
+        alone = _alone(values.values)
+        middle.plot(frames, values.values, color=colors[camera], marker=".", markevery=alone)
     middle.set_ylabel("effective\nnumber of patches")
-    middle.set_ylim(bottom=0)
+    middle.set_ylim(0, 1.1 * max((largest(values) for values in sharpness.values()), default=0) or 1)
     bottom.step(frames, reward, where="mid", color="black", label="reward")
     solved = np.flatnonzero(success)
     if len(solved):
@@ -107,13 +108,34 @@ def draw_shares(axes: Axes, places: NDArray[Any], shares: xr.DataArray, *, bars:
         values = 100 * shares.values[:, index]
         if largest(values) == 0:
             continue
-        if bars or len(places) == 1:
-            axes.bar(places, values, bottom=base, width=0.9, color=colors[name], label=short(name))
+        below, base = base, base + values
+        if bars:
+            axes.bar(places, values, bottom=below, width=0.9, color=colors[name], label=short(name))
         else:
             axes.fill_between(
-                places, base, base + values, color=colors[name], label=short(name), step="mid", linewidth=0
+                _ends(places),
+                np.repeat(below, 2),
+                np.repeat(base, 2),
+                color=colors[name],
+                label=short(name),
+                linewidth=0,
             )
-        base = base + values
+
+
+def _ends(places: NDArray[Any]) -> NDArray[np.float64]:
+    """Return where the band of each place begins and ends, (2 * place,): halfway to its neighbours.
+
+    So a place whose neighbours are missing has a width of its own.
+    """
+    middles = (places[1:] + places[:-1]) / 2
+    inner = np.repeat(middles, 2)
+    return np.concatenate([[places[0] - 0.5], inner, [places[-1] + 0.5]])
+
+
+def _alone(values: NDArray[Any]) -> list[int]:
+    """Return the positions of values between missing ones (NaN), which no line leads to or from."""
+    there = np.concatenate([[False], np.isfinite(values), [False]])
+    return [int(place) for place in np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])]
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -16,12 +16,15 @@ from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
 from lerobot_attn.figures.canvas import (
+    MISSING,
     Caption,
     colorbar,
     colormap,
+    is_missing,
     largest,
     modality_colors,
     new_figure,
+    say_missing,
     styled,
 )
 
@@ -67,6 +70,7 @@ def text_figure(
         axes.imshow(
             values, cmap=colormap(cmap), vmin=0, vmax=vmax or 1, aspect="auto", interpolation="nearest"
         )
+        say_missing(axes, values)
         step = max(1, n_layers // 9)
         axes.set_xticks(range(0, n_layers, step), [str(value) for value in layers[::step]])
         axes.set_yticks([])
@@ -132,7 +136,8 @@ def shade_sentence(
     axes.set_xlim(-1, right + 1)
     axes.set_ylim(-n_lines * _LINE_PT, 1)
     axes.axis("off")
-    title = f"words of the task: colour from 0 (dark) to {100 * most:.2g} % of all attention (bright)"
+    said = f"colour from 0 (dark) to {100 * most:.2g} % of all attention (bright)"
+    title = f"words of the task: {MISSING if is_missing(values) else said}"
     axes.set_title(title, loc="left", fontsize=6, color="#444444", pad=1)
 
 
@@ -142,6 +147,8 @@ def token_bars(axes: Axes, tokens: xr.DataArray, *, legend: bool = True) -> None
     colors = modality_colors(list(dict.fromkeys(kinds)))
     places = np.arange(tokens.sizes["token"])
     axes.barh(places, 100 * tokens.values, color=[colors[kind] for kind in kinds], height=0.8)
+    say_missing(axes, tokens.values)
+    axes.set_xlim(0, 105 * largest(tokens.values) or 1)
     axes.set_yticks(places, tokens["label"].values)
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.set_xlabel("share of all attention, %")
