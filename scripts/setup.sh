@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up this checkout: .venv, packages, GL libraries, LIBERO's config file and assets. Can be run twice.
+# Set up this checkout: .venv, packages, GL libraries, the explorer's page, LIBERO's config file and assets. Can be run
+# twice.
 #
 #   bash scripts/setup.sh              # extras: eval
 #   bash scripts/setup.sh eval,dev
@@ -76,6 +77,10 @@ else
     # egl-probe, which robomimic needs, comes as source only.
     command -v c++ >/dev/null || missing+=(g++)
     command -v make >/dev/null || missing+=(make)
+    # The explorer's tests drive it.
+    if [[ ",$extras," == *,dev,* ]]; then
+        command -v chromium >/dev/null || missing+=(chromium)
+    fi
     if [ "${MUJOCO_GL:-}" = osmesa ]; then
         have_library libOSMesa.so || missing+=(libosmesa6)
     fi
@@ -104,6 +109,12 @@ say "Packages: lerobot_policy_attn[$extras], at the versions in constraints.txt"
 export CMAKE_POLICY_VERSION_MINIMUM="${CMAKE_POLICY_VERSION_MINIMUM:-3.5}"
 export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 run uv pip install -e ".[$extras]" -c constraints.txt </dev/null
+
+say "The explorer's page"
+if ! bash scripts/build_explorer.sh </dev/null; then
+    [ "${CI:-}" != true ] || fail "CI=true, but the explorer's page could not be built"
+    echo "warning: only \`lerobot-attn view\` lacks its page; scripts/build_explorer.sh builds it later"
+fi
 
 say "LIBERO's config file and assets"
 if [ -n "${LIBERO_ASSETS:-}" ]; then

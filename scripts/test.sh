@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Set up, then run every check: ruff, mypy, pytest. Runs them all, and fails at the end if one failed.
+# Set up, then run every check: ruff, mypy, the page's own, pytest. Runs them all, and fails at the end if one failed. A
+# table says which lines of the package the test process did not run; what tests start as processes of their own does
+# not count.
 #
 #   bash scripts/test.sh                  # everything
 #   bash scripts/test.sh -k libero        # arguments go to pytest
@@ -26,7 +28,9 @@ check() {
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy
-check "pytest" pytest --durations=15 "$@"
+check "page: types and format" bash scripts/build_explorer.sh lint
+check "page: unit tests" bash scripts/build_explorer.sh test
+check "pytest" pytest --cov --durations=15 "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf '\nFAILED: %s\n' "$(IFS=,; echo "${failed[*]}")"

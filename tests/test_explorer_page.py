@@ -1,0 +1,987 @@
+"""The explorer's page in a real browser: what it draws is what the store holds, and every control works."""
+
+import itertools
+import re
+import shutil
+import time
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+import zarr
+from browser import (
+    assert_frames,
+    assert_shows,
+    canvas,
+    colour_end,
+    drawn,
+    heatmaps,
+    inferno,
+    require,
+    until,
+)
+from PIL import Image
+from test_benchmarks import load
+from test_explorer import client_of
+from test_explorer_build import PAGE
+from test_store import frame_rows, inference_rows, make_writer, write_episode
+
+from lerobot_attn import analysis, open_episode
+from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
+from lerobot_attn.video import read_frames
+
+pytestmark = pytest.mark.browser
+
+FIRST, SECOND, LONG = (f"attention:synthetic_0:episode_0000{index}" for index in range(3))
+NORMALISATIONS = ("share", "image", "frame", "episode")
+AXE = PAGE / "node_modules" / "axe-core" / "axe.min.js"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A success with the prefix recorded, a failure, and a longer success of random numbers."""
+    folder = tmp_path_factory.mktemp("explorer") / "out"
+    write_planted_episode(folder, SyntheticPlan(prefix_layers=(3,)))
+    write_planted_episode(folder, SyntheticPlan(episode_index=1, n_frames=18, success=False))
+    write_softmax_episode(folder, SyntheticPlan(episode_index=2, n_frames=30, seed=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(run):
+    """Address of a server of the run."""
+    with client_of(run) as client:
+        yield f"http://127.0.0.1:{client.port}/"
+
+
+def stored(run, id_):
+    """Return an episode by the id that the page has for it."""
+    return open_episode(run.joinpath(*id_.split(":")).with_suffix(".zarr"))
+
+
+def said(page):
+    """Return what the address says, name → value."""
+    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
+
+
+def choose(page, label, value):
+    """Choose a value of a select."""
+    page.get_by_role("combobox", name=re.compile(f"^{label}")).select_option(str(value))
+
+
+def seek(page, frame):
+    """Move the slider of the frames."""
+    page.get_by_role("slider", name="Frame").fill(str(frame))
+
+
+# What is drawn
+
+
+def one_hot(path, patches):
+    """Put all attention of inference i on the i-th patch: (camera, row, column)."""
+    data = open_episode(path).arrays
+    keys = []
+    for camera, row, column in patches:
+        _, geometry, segment = analysis.camera_geometry(data, camera)
+        keys.append(segment.start + row * geometry.grid_columns + column)
+    for name in ("suffix_attention", "suffix_attention_mean"):
+        array = zarr.open_array(path / name, mode="r+")
+        for inference, key in enumerate(keys):
+            values = np.zeros(array.shape[1:], np.float16)
+            values[..., key] = 1
+            array[inference] = values
+
+
+GEOMETRIES = [
+    ("centred", {"a.square": (96, 96), "a.wide": (64, 128)}),
+    ("left_top", {"a.tall": (130, 70), "a.square": (224, 224)}),
+    ("centred", {"a.odd": (97, 131), "a.tall": (90, 40)}),
+    ("left_top", {"a.wide": (61, 150), "a.odd": (33, 35)}),
+]
+
+
+@pytest.mark.parametrize(("padding", "image_px"), GEOMETRIES)
+def test_a_patch_lights_exactly_its_pixels(pages, tmp_path, padding, image_px):
+    patches = [
+        (camera, row, column)
+        for row, column in ((0, 0), (15, 15), (8, 3), (2, 12))
+        for camera in ("a." + name.rpartition(".")[2] for name in image_px)
+    ]
+    plan = SyntheticPlan(
+        n_frames=len(patches), n_executed=1, image_px=image_px, padding=padding, videos=False
+    )
+    path = write_planted_episode(tmp_path, plan)
+    one_hot(path, patches)
+    data = open_episode(path).arrays
+    n_lit = 0
+    with pages.serving(path) as address:
+        page = pages.open(address)
+        for normalisation in NORMALISATIONS:
+            choose(page, "Colours show", normalisation)
+            for frame, (camera, row, column) in enumerate(patches):
+                seek(page, frame)
+                drawn(page, frame=frame, norm=normalisation)
+                for name in image_px:
+                    _, geometry, _ = analysis.camera_geometry(data, name)
+                    grid = np.zeros((16, 16))
+                    grid[row, column] = name == camera
+                    expected = analysis.on_camera_pixels(grid, geometry) > 0
+                    shown = canvas(page, name.rpartition(".")[2], "raw")
+                    assert (shown[expected] == (252, 255, 164, 255)).all()
+                    assert (shown[~expected] == (0, 0, 4, 255)).all()
+                    n_lit += int(expected.any())
+    assert n_lit >= 2 * len(NORMALISATIONS)  # the letterbox hides some
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"layer": -1, "head": "mean", "denoise_step": -1, "frame": 0},
+        {"layer": 1, "head": 1, "denoise_step": 0, "frame": 17},
+        {"layer": "mean", "head": "max", "denoise_step": 1, "frame": 29},
+        {"layer": 2, "head": 0, "denoise_step": 2, "frame": 4, "query": 3},
+        {"layer": 3, "head": "max", "denoise_step": 2, "frame": 5, "query": "frame"},
+    ],
+)
+def test_heatmaps_are_the_analysis(pages, url, run, normalisation, where):
+    where = {"query": "executed", **where}
+    asked = {"norm": normalisation, "step": where["denoise_step"]} | {
+        name: where[name] for name in ("layer", "head", "frame", "query")
+    }
+    page = pages.open(f"{url}?episode={LONG}&" + "&".join(f"{name}={value}" for name, value in asked.items()))
+    data = stored(run, LONG).arrays
+    assert_shows(page, data, colour_end([data], normalisation, **where), normalisation, **where)
+
+
+def test_pictures_are_the_videos_frames(pages, url, run):
+    episode = stored(run, FIRST)
+    page = pages.open(f"{url}?episode={FIRST}&opacity=0")
+    for frame in (0, 1, 7, 3, 11):
+        seek(page, frame)
+        drawn(page, frame=frame)
+        for camera, video in episode.videos.items():
+            frames = list(read_frames(video, size_px=episode.image_size_px(camera)))
+            assert_frames(page, frames, camera.rpartition(".")[2], frame)
+
+
+def test_the_overlay_lies_on_the_picture(pages, url, run):
+    """Its opacity grows with the root of the value, as in the package's own overlays."""
+    page = pages.open(f"{url}?episode={LONG}&layer=3&head=0&norm=frame&opacity=0")
+    bare = canvas(page, "image", "overlay")[..., :3].astype(float)
+    page.get_by_role("slider", name="Opacity").fill("0.8")
+    until(page, lambda: said(page).get("opacity") == "0.8", "the opacity is in the address")
+    data = stored(run, LONG).arrays
+    heatmap = heatmaps(data, "frame", frame=0, layer=3, head=0, query="executed")["observation.images.image"]
+    values = analysis.on_camera_pixels(heatmap.values, analysis.camera_geometry(data, "image")[1])
+    alpha = 0.8 * np.sqrt(values)[..., None]
+    expected = (1 - alpha) * bare + alpha * inferno(values, 1)
+    assert np.abs(canvas(page, "image", "overlay")[..., :3] - expected).max() < 12
+
+
+def test_heads_and_steps_are_all_there(pages, url, run):
+    """The small maps: each cell's brightest patch is the store's."""
+    page = pages.open(f"{url}?episode={FIRST}&frame=4&norm=frame")
+    data = stored(run, FIRST).arrays.isel(inference=1)
+    _, geometry, segment = analysis.camera_geometry(data, "image")
+    keys = slice(segment.start, segment.stop)
+
+    def brightest(kind, n_columns, n_rows):
+        encoded = page.locator(f"canvas[data-kind={kind}]").evaluate(
+            "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+        )
+        rows = n_rows * (geometry.grid_rows + 1) - 1
+        pixels = np.array(encoded).reshape(rows, -1, 4)[..., :3].sum(axis=-1)
+        for column, row in itertools.product(range(n_columns), range(n_rows)):
+            cell = pixels[row * 17 : row * 17 + 16, column * 17 : column * 17 + 16]
+            yield (column, row), int(cell.argmax())
+
+    means = data["suffix_attention_mean"].values[..., keys]
+    for (layer, head), patch in brightest("heads", means.shape[1], means.shape[2]):
+        assert patch == means[-1, layer, head].argmax()
+    until(page, lambda: not page.locator(".stale").count(), "the steps are there")
+    for (step, _), patch in brightest("steps", len(means), 1):
+        assert patch == means[step, -1].astype(np.float32).mean(axis=0).argmax()
+
+
+def shown_share(text):
+    """Return the number in "4.1 %", and how far off its rounding may be."""
+    number = float(text.removeprefix("< ").removesuffix("%"))
+    decimals = len(text.partition(".")[2].removesuffix("%").strip())
+    return number / 100, (0.6 * 10**-decimals + 0.005) / 100
+
+
+def assert_share(text, expected, what):
+    value, off = shown_share(text)
+    assert value == pytest.approx(float(expected), abs=off), f"{what}: {text}, expected {float(expected):.3%}"
+
+
+@pytest.mark.parametrize("head", ["mean", 1, "max"])
+def test_words_state_and_shares_are_the_analysis(pages, url, run, head):
+    page = pages.open(f"{url}?episode={FIRST}&frame=5&layer=1&head={head}")
+    data = stored(run, FIRST).arrays
+    where = {"frame": 5, "layer": 1, "head": head, "query": "executed"}
+    expected = analysis.token_attention(data, **where)
+    state = data["state"].values[5]
+    rows = page.locator("#words .bars li").all()
+    labels = [row.locator(".bar-label").inner_text() for row in rows]
+    assert labels == [str(label) for label in expected["label"].values]
+    for row, token in zip(rows, expected, strict=True):
+        assert_share(row.locator(".bar-value").inner_text(), token, str(token["label"].values))
+        if token["kind"] == "state":
+            assert row.locator(".bar-note").inner_text() == f"{state[int(token['ordinal'])]:.2f}"
+    shares = analysis.modality_share(data, **where)
+    names = {
+        str(name).rpartition(".")[2]: share
+        for name, share in zip(shares["modality"].values, shares, strict=True)
+    }
+    legend = page.locator("#shares .legend li").all_inner_texts()
+    assert {text.split()[0] for text in legend} >= {name for name in names if name != "padding"}
+    for text in legend:
+        name, _, share = text.strip().partition(" ")
+        assert_share(share.strip(), names[name], name)
+    for camera in ("image", "wrist"):
+        caption = page.locator("figcaption", has_text=camera).inner_text()
+        found = re.search(rf"{camera} (\S+ %) of all attention", caption)
+        assert found, caption
+        assert_share(found[1], names[camera], camera)
+
+
+def test_who_looks_at_a_patch(pages, url, run):
+    page = pages.open(f"{url}?episode={LONG}&frame=8&layer=2&head=1")
+    box = page.locator("canvas[data-camera=wrist][data-kind=raw]").bounding_box()
+    page.mouse.click(box["x"] + 0.4 * box["width"], box["y"] + 0.6 * box["height"])
+    data = stored(run, LONG).arrays
+    _, geometry, segment = analysis.camera_geometry(data, "wrist")
+    row, column = geometry.patch_at(0.6 * geometry.height_px, 0.4 * geometry.width_px)
+    until(page, lambda: said(page).get("patch") == f"wrist:{row}:{column}", "the patch is in the address")
+    assert page.locator("svg.mark").count() == 2
+    key = segment.start + row * geometry.grid_columns + column
+
+    def assert_most(panel, values, label):
+        """The six largest, in order."""
+        panel.locator("li").first.wait_for()
+        expected = sorted(np.ndenumerate(values), key=lambda found: -found[1])[:6]
+        lines = panel.locator("li").all()
+        assert len(lines) == len(expected[:6])
+        for line, (place, share) in zip(lines, expected, strict=True):
+            assert line.locator(".bar-label").inner_text() == label(*place)
+            assert_share(line.locator(".bar-value").inner_text(), share, label(*place))
+
+    panels = page.locator("#patch .bar-columns > div")
+    at = {"inference": 2, "denoise_step": -1}
+    means = data["suffix_attention_mean"].isel(**at).values[..., key]
+    assert_most(panels.nth(0), means, lambda layer, head: f"layer {layer}, head {head}")
+    raw = data["suffix_attention"].isel(**at).sel(layer=2).values[1, :, key]
+    assert_most(panels.nth(1), raw, lambda action: f"action {action}")
+    page.get_by_role("spinbutton", name="row").fill("3")
+    until(page, lambda: said(page)["patch"] == f"wrist:3:{column}", "the row is another")
+    page.locator("#patch").get_by_role("button", name="Close").click()
+    assert page.locator("svg.mark").count() == 0
+
+
+def test_a_word_shows_what_it_looks_at(pages, url, run):
+    page = pages.open(f"{url}?episode={FIRST}&frame=4")
+    data = stored(run, FIRST).arrays
+    before = canvas(page, "image", "raw")
+    words = data.attrs["task"].split()
+    for word in (3, 6):
+        expected = {
+            name: analysis.text_to_image(data, word, name, frame=4) for name in analysis.camera_names(data)
+        }
+        page.locator("#words button.token", has_text=words[word]).first.hover()
+        page.get_by_text(f"what “{words[word]}” looks at").wait_for()
+        for name, heatmap in expected.items():
+            _, geometry, _ = analysis.camera_geometry(data, name)
+            lit = analysis.on_camera_pixels(heatmap.values, geometry) > 0
+            shown = canvas(page, name.rpartition(".")[2], "raw")
+            assert ((shown[..., :3] != (0, 0, 4)).any(axis=-1) == lit).all()
+        assert any(heatmap.values.any() for heatmap in expected.values())
+    page.mouse.move(1, 1)
+    until(page, lambda: (canvas(page, "image", "raw") == before).all(), "the map of the actions is back")
+    page.locator("#words button.token").nth(3).focus()  # without a mouse
+    page.get_by_text("looks at in the prefix").wait_for()
+
+
+# Two episodes
+
+
+@pytest.mark.parametrize(("lock", "other_frame"), [("frame", 8), ("phase", 12)])
+def test_compared_episodes_are_at_the_same_frame_or_phase(pages, url, run, lock, other_frame):
+    page = pages.open(f"{url}?episode={FIRST}&frame=0&layer=1&head=0")
+    choose(page, "Compare", SECOND)
+    choose(page, "at the same", lock)
+    page.locator(".side").nth(1).locator("canvas[data-kind=raw]").first.wait_for()
+    seek(page, 8)
+    drawn(page, frame=8)
+    second = page.locator(".side").nth(1)
+    second.get_by_text(f"frame {other_frame} ·").wait_for()
+    assert said(page).get("compare") == SECOND
+    data = [stored(run, id_).arrays for id_ in (FIRST, SECOND)]
+    where = {"layer": 1, "head": 0, "query": "executed"}
+    shown = [
+        analysis.spatial.by_camera(d, analysis.attention(d, frame=f, **where))
+        for d, f in zip(data, (8, other_frame), strict=True)
+    ]
+    end = analysis.spatial.percentile_of(
+        np.concatenate([np.ravel(h.values) for maps in shown for h in maps.values()]), 99.9
+    )
+    assert_shows(page, data[0], end, "share", frame=8, **where)
+    assert_shows(page, data[1], end, "share", frame=other_frame, side=1, **where)
+
+
+def test_a_drag_through_the_timeline_seeks(pages, url):
+    page = pages.open(f"{url}?episode={LONG}&compare={SECOND}&lock=phase")
+    plots = page.locator(".timeline .plots")
+    until(page, lambda: page.locator(".timeline canvas").count() == 3, "the timelines are there")
+    for place, part, frame in ((0, 0.5, 14.5), (1, 0.5, 14.5), (0, 0.9, 26.5)):
+        over = plots.nth(place).locator(".u-over").first.bounding_box()
+        page.mouse.click(over["x"] + part * over["width"], over["y"] + 10)
+        until(page, lambda at=frame: abs(int(drawn(page)["frame"]) - at) <= 1, f"frame {frame} is drawn")
+
+
+# Addresses, keys, controls
+
+
+def state_names():
+    """Return the name of everything that the page keeps in its address."""
+    text = (PAGE / "src" / "state.ts").read_text()
+    return re.findall(r'= field(?:<[^;(]*>)?\(\s*"(\w+)"', text)
+
+
+EPISODE_STATE = {
+    "episode": FIRST,
+    "frame": "7",
+    "layer": "2",
+    "step": "1",
+    "head": "1",
+    "query": "3",
+    "camera": "wrist",
+    "norm": "image",
+    "colours": "viridis",
+    "opacity": "0.35",
+    "patch": "wrist:3:5",
+    "compare": SECOND,
+    "lock": "phase",
+}
+RUN_STATE = {"show": "failure", "find": "episode 1"}
+
+
+def test_every_part_of_the_state_is_in_a_link_that_is_tested():
+    assert {*EPISODE_STATE, *RUN_STATE, "tour"} == set(state_names())
+
+
+def controls(page):
+    """Return the value of every control of the page."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll("select, input")].map((control) =>
+            [(control.labels[0]?.innerText ?? control.ariaLabel).split("\\n")[0], control.value])"""
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"query": "frame", "layer": "mean", "head": "max", "lock": "frame"}])
+def test_a_link_reproduces_the_view(pages, url, changes):
+    state = {**EPISODE_STATE, **changes}
+    link = url + "?" + "&".join(f"{name}={value}" for name, value in state.items())
+    page = pages.open(link)
+    found = drawn(page, frame=7, step=1, camera="wrist", norm="image", layer=state["layer"])
+    page.locator(".side").nth(1).locator("canvas[data-kind=raw]").first.wait_for()
+    page.wait_for_load_state("networkidle")
+
+    def everything():
+        shown = [
+            canvas(page, camera, kind, side).tobytes()
+            for camera in ("image", "wrist")
+            for kind in ("raw", "overlay")
+            for side in (0, 1)
+        ]
+        return drawn(page), said(page), controls(page), shown
+
+    initial = {"lock": "frame"}  # what an address does not say
+    expected = {name: value for name, value in state.items() if initial.get(name) != value}
+    until(page, lambda: said(page) == expected, "the address says all of it")
+    before = everything()
+    page.reload()
+    drawn(page, **found)
+    page.wait_for_load_state("networkidle")
+    until(page, lambda: everything() == before, "everything is as it was")
+    copied = pages.open(page.url)
+    drawn(copied, **found)
+    assert controls(copied) == controls(page)
+
+
+def test_a_link_to_the_run_reproduces_its_filters(pages, url):
+    page = pages.open(f"{url}?show=failure&find=episode+1", wait=False)
+    page.locator(".episodes tbody tr").first.wait_for()
+    assert page.locator(".episodes tbody tr").count() == 1
+    before = controls(page)
+    assert dict(before) == {"Show": "failure", "Find": "episode 1"}
+    page.reload()
+    page.locator(".episodes tbody tr").first.wait_for()
+    assert controls(page) == before
+    page.get_by_role("combobox", name="Show").select_option("success")
+    page.get_by_text("No episode is like that").wait_for()
+    page.get_by_role("searchbox", name="Find").fill("")
+    until(page, lambda: page.locator(".episodes tbody tr").count() == 2, "the successes are there")
+    until(page, lambda: said(page) == {"show": "success"}, "the address says so")
+
+
+def test_back_and_forward(pages, url):
+    page = pages.open(url, wait=False)
+    page.get_by_role("link", name="synthetic 0 · episode 2").click()
+    drawn(page, episode=LONG, frame=0)
+    page.go_back()
+    page.locator(".episodes").wait_for()
+    page.go_forward()
+    page.locator("canvas[data-kind=raw]").first.wait_for()
+    page.get_by_role("link", name="All episodes").click()
+    page.locator(".episodes").wait_for()
+    until(page, lambda: not said(page), "the address is the run's")
+
+
+KEYS = [
+    ("ArrowRight", {"frame": 16}),
+    ("Shift+ArrowRight", {"frame": 26}),
+    ("ArrowLeft", {"frame": 25}),
+    ("Shift+ArrowLeft", {"frame": 15}),
+    ("Home", {"frame": 0}),
+    ("End", {"frame": 29}),
+    ("ArrowUp", {"layer": 2}),
+    ("ArrowDown", {"layer": 1}),
+    ("ArrowDown", {"layer": 0}),
+    ("]", {"step": 2}),
+    ("[", {"step": 1}),
+    ("[", {"step": 0}),
+    ("h", {"head": "max"}),
+    ("h", {"head": 0}),
+    ("H", {"head": "max"}),
+    ("H", {"head": "mean"}),
+    ("H", {"head": 1}),
+    ("c", {"camera": "wrist"}),
+    ("c", {"camera": "image"}),
+]
+START = {"frame": 15, "layer": 1, "step": 1, "head": "mean", "camera": "image", "norm": "share"}
+
+
+def test_every_key_does_what_the_help_says(pages, url):
+    page = pages.open(f"{url}?episode={LONG}&frame=15&layer=1&step=1")
+    now = START
+    drawn(page, **now)
+    for key, change in KEYS:
+        now = {**now, **change}
+        page.keyboard.press(key)
+        drawn(page, **now)
+    page.keyboard.press("?")
+    dialog = page.get_by_role("dialog")
+    dialog.wait_for()
+    named = set(" ".join(dialog.locator("kbd").all_inner_texts()).split())
+    assert named == {"Space", "←", "→", "Home", "End", "↑", "↓", "[", "]", "h", "c", "?"}
+    page.keyboard.press("ArrowLeft")  # belongs to the dialog
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+    assert drawn(page)["frame"] == "29"
+
+
+def test_keys_stop_at_the_ends(pages, url):
+    page = pages.open(f"{url}?episode={FIRST}&frame=11&layer=0&step=0")
+    for key in ("ArrowRight", "Shift+ArrowRight", "ArrowDown", "["):
+        page.keyboard.press(key)
+    page.keyboard.press("c")
+    drawn(page, frame=11, layer=0, step=0, camera="wrist")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowLeft")
+    drawn(page, frame=0)
+
+
+def test_it_plays_every_frame_and_pauses(pages, url):
+    page = pages.open(f"{url}?episode={LONG}&frame=3")
+    page.evaluate(
+        """() => {
+            window.frames_ = [];
+            const root = document.documentElement;
+            new MutationObserver(() => frames_.push(Number(root.dataset.drawn.split("/")[1])))
+                .observe(root, { attributeFilter: ["data-drawn"] });
+        }"""
+    )
+    page.keyboard.press("Space")
+    page.get_by_role("button", name="Pause").wait_for()
+    drawn(page, frame=10)
+    page.keyboard.press("Space")
+    page.get_by_role("button", name="Play").wait_for()
+    paused = int(drawn(page)["frame"])
+    page.wait_for_timeout(300)
+    assert int(drawn(page)["frame"]) - paused <= 1  # the one that was on its way
+    page.keyboard.press("Space")
+    drawn(page, frame=29)
+    page.get_by_role("button", name="Play").wait_for()
+    assert page.evaluate("frames_") == list(range(4, 30))
+    page.get_by_role("button", name="Play").click()  # at the end it begins anew
+    drawn(page, frame=2)
+    page.get_by_role("button", name="Pause").click()
+
+
+REACHED = """() => {
+    const controls = [...document.querySelectorAll("a[href], button, select, input, summary, [tabindex]")];
+    return controls.filter((c) => !c.disabled && c.tabIndex >= 0 && c.checkVisibility()).length;
+}"""
+# The element that has the focus, once each; null for the page itself.
+FOCUSED = """() => {
+    const focused = document.activeElement;
+    if (!focused || focused === document.body) return null;
+    focused.dataset.reached ??= String(Math.random());
+    const style = getComputedStyle(focused);
+    return [focused.dataset.reached, style.outlineStyle !== "none" || style.boxShadow !== "none"];
+}"""
+
+
+def tabbed(page):
+    """Press Tab until it comes round; return how many elements it reached, all of which show the focus."""
+    reached = []
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        found = page.evaluate(FOCUSED)
+        if found is None:  # between the last and the first
+            continue
+        name, is_visible = found
+        assert is_visible, page.evaluate("document.activeElement.outerHTML")
+        if name in reached:
+            break
+        reached.append(name)
+    return len(reached)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        f"?episode={FIRST}&patch=image:1:1",
+        f"?episode={FIRST}&compare={SECOND}",
+        f"?episode={LONG}&tour=2",
+    ],
+)
+def test_tab_reaches_every_control(pages, url, query):
+    page = pages.open(url + query, wait=bool(query))
+    page.locator("canvas[data-kind=raw], .episodes").first.wait_for()
+    page.wait_for_load_state("networkidle")
+    page.evaluate("document.activeElement.blur()")
+    wanted = page.evaluate(REACHED)
+    assert wanted >= 4
+    assert tabbed(page) == wanted
+
+
+def focus(page, role, name):
+    """Go to a control by Tab alone."""
+    for _ in range(150):
+        page.keyboard.press("Tab")
+        target = page.get_by_role(role, name=re.compile(name))
+        if target.count() and target.first.evaluate("e => e === document.activeElement"):
+            return
+    raise AssertionError(f"Tab does not reach the {role} {name}")
+
+
+def test_every_control_works_by_keyboard_alone(pages, url):
+    page = pages.open(url, wait=False)
+    page.locator(".episodes").wait_for()
+    focus(page, "combobox", "Show")
+    page.keyboard.press("ArrowDown")
+    until(page, lambda: said(page).get("show") == "success", "successes are shown")
+    focus(page, "searchbox", "Find")
+    page.keyboard.type("episode 2")
+    focus(page, "link", "episode 2")
+    page.keyboard.press("Enter")
+    drawn(page, episode=LONG)
+
+    for name, changed in (
+        ("Layer", {"layer": "mean"}),
+        ("Head", {"head": "max"}),
+        ("Camera", {"camera": "wrist"}),
+        ("Action token", {"layer": "mean"}),
+        ("Colours show", {"norm": "image"}),
+    ):
+        focus(page, "combobox", f"^{name}")
+        page.keyboard.press("ArrowDown")
+        drawn(page, **changed)
+    focus(page, "combobox", "^Denoise step")
+    page.keyboard.press("ArrowUp")
+    drawn(page, step=1)
+    focus(page, "combobox", "^Colour map")
+    page.keyboard.press("ArrowDown")
+    focus(page, "slider", "^Opacity")
+    page.keyboard.press("ArrowLeft")
+    focus(page, "slider", "^Frame")
+    page.keyboard.press("ArrowRight")
+    drawn(page, frame=1)
+    expected = {"query": "frame", "colours": "viridis", "opacity": "0.65", "frame": "1", "camera": "wrist"}
+    until(page, lambda: said(page).items() >= expected.items(), "the address says what was chosen")
+    focus(page, "button", "^choose one by number")
+    page.keyboard.press("Enter")
+    focus(page, "spinbutton", "^row")
+    page.keyboard.press("ArrowUp")
+    until(page, lambda: said(page).get("patch") == "wrist:1:0", "the patch is chosen")
+    focus(page, "button", "^Play")
+    page.keyboard.press("Space")
+    page.get_by_role("button", name="Pause").wait_for()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Play").wait_for()
+    focus(page, "button", "^Help")
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog").wait_for(state="hidden")
+    focus(page, "combobox", "^Compare")
+    page.keyboard.press("ArrowDown")
+    until(page, lambda: said(page).get("compare") == FIRST, "another episode is beside it")
+    focus(page, "button", "^Tour")
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog", name="What you see").wait_for()
+    focus(page, "button", "^Next")
+    page.keyboard.press("Enter")
+    page.get_by_text("2 of 10").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_text("2 of 10").wait_for(state="hidden")
+    with page.expect_download():
+        focus(page, "button", "^Save PNG")
+        page.keyboard.press("Enter")
+    focus(page, "link", "^All episodes")
+    page.keyboard.press("Enter")
+    page.locator(".episodes").wait_for()
+
+
+VIEWS = {
+    "run": "",
+    "episode": f"?episode={FIRST}",
+    "patch": f"?episode={LONG}&patch=image:3:4&query=frame",
+    "compare": f"?episode={FIRST}&compare={SECOND}",
+    "tour": f"?episode={FIRST}&tour=1",
+    "help": f"?episode={FIRST}",
+    "problem": "?episode=nothing",
+}
+
+
+def view(pages, url, name, **context):
+    """Open a view, with all that belongs to it on the page."""
+    is_drawn = name not in ("run", "problem")
+    page = pages.open(url + VIEWS[name], wait=is_drawn, **context)
+    page.locator("main").wait_for()
+    if name == "run":
+        page.get_by_role("button", name="Compare").click()
+        page.locator("table.groups").wait_for()
+    elif name == "help":
+        page.get_by_role("button", name="Help").click()
+        page.get_by_role("dialog").wait_for()
+    elif name == "problem":
+        page.get_by_role("alert").first.wait_for()
+        pages.forgive("404")
+    elif name == "tour":
+        page.get_by_role("dialog").wait_for()
+    page.wait_for_load_state("networkidle")
+    return page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_axe_finds_nothing_serious(pages, url, name, scheme):
+    require("" if AXE.is_file() else "axe-core is not installed; bash scripts/build_explorer.sh lint")
+    page = view(pages, url, name, color_scheme=scheme)
+    page.add_script_tag(path=AXE)
+    violations = page.evaluate("axe.run().then((found) => found.violations)")
+    serious = [
+        (
+            found["id"],
+            found["help"],
+            [(node["html"][:120], node["failureSummary"]) for node in found["nodes"][:3]],
+        )
+        for found in violations
+        if found["impact"] in ("serious", "critical")
+    ]
+    assert not serious
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_narrow_window_is_not_scrolled_sideways(pages, url, name):
+    page = view(pages, url, name, viewport={"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    beyond = """() => [...document.querySelectorAll("main *")].filter((element) =>
+        element.checkVisibility() && element.getBoundingClientRect().right > innerWidth + 1
+        && !element.closest(".hidden")).map((element) => element.outerHTML.slice(0, 120))"""
+    assert page.evaluate(beyond) == []
+
+
+# Tour, download
+
+
+TOUR = [
+    ("cameras", {"norm": "image", "layer": 3, "step": 2, "head": "mean"}),
+    ("shares", {"norm": "share"}),
+    ("cameras", {"norm": "image"}),
+    ("heads", {"head": 0, "norm": "frame"}),
+    ("timeline", {"frame": 17}),
+    ("cameras", {"camera": "wrist", "norm": "share"}),
+    ("steps", {"step": 0}),
+    ("words", {"layer": 2}),
+    ("words", {"frame": 22}),
+    ("patch", {"layer": 3}),
+]
+
+
+def test_the_tour_moves_the_controls(pages, url):
+    page = pages.open(f"{url}?episode={LONG}&tour=1")
+    titles = []
+    for number, (at, shown) in enumerate(TOUR, start=1):
+        page.get_by_text(f"{number} of 10", exact=True).wait_for()
+        drawn(page, **shown)
+        titles.append(page.locator("#tour-title").inner_text())
+        assert len(page.locator("#tour-text").inner_text()) > 100
+        target = page.locator(".toured")
+        assert target.evaluate("e => e.id || e.className.split(' ')[0]") == at
+        page.wait_for_timeout(100)  # it scrolls there
+        until(
+            page,
+            lambda t=target: t.evaluate("e => e.getBoundingClientRect().top < innerHeight"),
+            "it is in sight",
+        )
+        if number < len(TOUR):
+            page.get_by_role("button", name="Next").click()
+    assert len(set(titles)) == len(TOUR)
+    until(page, lambda: said(page).get("patch") == "image:8:8", "a patch is asked about")
+    page.get_by_role("button", name="Back").click()
+    page.get_by_text("9 of 10", exact=True).wait_for()
+    page.get_by_role("button", name="Next").click()
+    page.get_by_role("button", name="Done").click()
+    page.locator(".tour").wait_for(state="hidden")
+    page.locator(".toured").wait_for(state="detached")
+    until(page, lambda: "tour" not in said(page), "the address is without it")
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_motion_is_reduced_where_that_is_asked_for(pages, url, motion):
+    page = pages.open(f"{url}?episode={FIRST}", reduced_motion=motion)
+    page.evaluate(
+        """() => {
+            window.behaviours = [];
+            Element.prototype.scrollIntoView = (how) => behaviours.push(how.behavior);
+        }"""
+    )
+    page.get_by_role("button", name="Tour").click()
+    page.get_by_role("button", name="Next").click()
+    page.get_by_text("2 of 10").wait_for()
+    assert set(page.evaluate("behaviours")) == {"auto" if motion == "reduce" else "smooth"}
+
+
+def test_the_png_holds_the_cameras(pages, url):
+    page = pages.open(f"{url}?episode={FIRST}&frame=6&opacity=1")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save PNG").click()
+    assert download.value.suggested_filename == f"{FIRST.replace(':', '_')}_frame_6.png"
+    saved = Image.open(download.value.path()).convert("RGB")
+    left = 12
+    for camera, kind in itertools.product(("image", "wrist"), ("overlay", "raw")):
+        source = Image.fromarray(canvas(page, camera, kind)).convert("RGB")
+        width = round(source.width * 360 / source.height)
+        shown = np.asarray(saved.crop((left, 12, left + width, 372))).astype(int)
+        expected = np.asarray(source.resize((width, 360), Image.Resampling.NEAREST)).astype(int)
+        # Where a pixel is not a whole number of others, the two may round an edge to either side.
+        assert (np.abs(shown - expected).max(axis=-1) > 2).mean() < 0.05
+        left += width + 12
+    below = np.asarray(saved.crop((0, 376, saved.width, saved.height)).convert("L"))
+    assert (below < 128).any(), "it has a caption"
+
+
+# While something is recorded
+
+
+class Recording:
+    """An episode that is being recorded."""
+
+    def __init__(self, path):
+        self._rng = np.random.default_rng(0)
+        self._writer = make_writer(path, created=path.name)
+        self.n = 0
+
+    def record(self):
+        """Commit another inference and its two frames."""
+        self._writer.append_inference(inference_rows(self._rng, self.n))
+        self._writer.append_frames(frame_rows(self._rng, self.n))
+        self._writer.commit()
+        self.n += 1
+
+
+def test_the_page_follows_a_recording(pages, tmp_path):
+    recording = Recording(tmp_path / "task_0" / "episode_00000.zarr")
+    recording.record()
+    with pages.serving(tmp_path) as address:
+        at_the_end = pages.open(f"{address}?episode=task_0:episode_00000&frame=1", reduced_motion="reduce")
+        elsewhere = pages.open(f"{address}?episode=task_0:episode_00000&frame=0")
+        at_the_end.wait_for_timeout(700)  # both listen
+        seconds = []
+        for _ in range(3):
+            recording.record()
+            start = time.monotonic()
+            drawn(at_the_end, frame=2 * recording.n - 1)
+            seconds.append(time.monotonic() - start)
+            elsewhere.get_by_text(f"frame 0 of {2 * recording.n - 1}").wait_for()
+        assert sorted(seconds)[1] < 1
+        assert drawn(elsewhere)["frame"] == "0"
+        badge = at_the_end.locator(".badge.live")
+        badge.wait_for()
+        style = "e => getComputedStyle(e, '::before').animationName"
+        assert badge.evaluate(style) == "none"
+        assert elsewhere.locator(".badge.live").evaluate(style) == "pulse"
+
+
+def test_new_episodes_appear_in_the_run(pages, tmp_path):
+    first = Recording(tmp_path / "task_0" / "episode_00000.zarr")
+    first.record()
+    with pages.serving(tmp_path) as address:
+        both = [pages.open(address, wait=False) for _ in range(2)]
+        for page in both:
+            page.locator(".episodes tbody tr").wait_for()
+        both[0].wait_for_timeout(700)
+        second = Recording(tmp_path / "task_0" / "episode_00001.zarr")
+        second.record()
+        for page in both:
+            page.locator(".episodes tbody tr").nth(1).wait_for()
+        second.record()
+        for page in both:
+            page.locator(".episodes tbody tr").nth(1).get_by_text("live").wait_for()
+            until(
+                page,
+                lambda p=page: "4 2" in " ".join(p.locator("tr").nth(2).inner_text().split()),
+                "it grows",
+            )
+        shutil.rmtree(tmp_path / "task_0" / "episode_00001.zarr")
+        for page in both:
+            until(page, lambda p=page: p.locator(".episodes tbody tr").count() == 1, "it is gone")
+
+
+def test_two_browsers_at_once(pages, url):
+    """What one looks at is not what the other looks at."""
+    links = [f"{url}?episode={FIRST}", f"{url}?episode={LONG}&layer=0"]
+    both = [pages.open(link) for link in links]
+    for _ in range(8):
+        for page in both:
+            page.keyboard.press("ArrowRight")
+    drawn(both[0], episode=FIRST, frame=8, layer=3)
+    drawn(both[1], episode=LONG, frame=8, layer=0)
+
+
+# What goes wrong
+
+
+def test_a_store_that_is_deleted_while_it_is_open(pages, tmp_path):
+    for index in range(2):
+        write_episode(tmp_path / "task_0" / f"episode_0000{index}.zarr", 4, created=str(index))
+    with pages.serving(tmp_path) as address:
+        page = pages.open(f"{address}?episode=task_0:episode_00000")
+        page.wait_for_timeout(700)
+        before = canvas(page, "cam", "raw")
+        shutil.rmtree(tmp_path / "task_0" / "episode_00000.zarr")
+        page.get_by_role("alert").get_by_text("This episode's store is gone").wait_for()
+        assert (canvas(page, "cam", "raw") == before).all()
+        seek(page, 7)
+        page.get_by_role("alert").first.wait_for()
+        page.get_by_role("link", name="All episodes").click()
+        assert page.locator(".episodes tbody tr").count() == 1
+        page.get_by_role("link", name="episode").click()
+        drawn(page, episode="task_0:episode_00001")
+        assert page.get_by_role("alert").count() == 0
+    pages.forgive("404")
+
+
+def test_a_store_that_is_damaged_while_it_is_open(pages, tmp_path):
+    path = tmp_path / "task_0" / "episode_00000.zarr"
+    write_episode(path, 6, created="once")
+    write_episode(path.with_name("episode_00001.zarr"), 2, created="too")
+    with pages.serving(tmp_path) as address:
+        page = pages.open(f"{address}?episode=task_0:episode_00000")
+        page.wait_for_load_state("networkidle")
+        (path / "suffix_attention_mean" / "c" / "4" / "0" / "0" / "0" / "0").write_bytes(b"\0" * 100)
+        seek(page, 9)
+        page.get_by_role("alert").get_by_text("cannot be read").wait_for()
+        seek(page, 3)
+        drawn(page, frame=3)
+        assert page.get_by_role("alert").count() == 0
+        (path / "zarr.json").write_text("{")
+        page.reload()
+        page.get_by_role("alert").get_by_text("damaged").wait_for()
+        page.get_by_role("link", name="All episodes").click()
+        page.get_by_text("1 store cannot be opened").wait_for()
+        page.get_by_role("link", name="episode").click()
+        drawn(page, episode="task_0:episode_00001")
+    pages.forgive("422")
+
+
+def test_a_server_that_ends_and_comes_back(pages, tmp_path):
+    write_episode(tmp_path / "task_0" / "episode_00000.zarr", 2)
+    with client_of(tmp_path) as client:
+        page = pages.open(f"http://127.0.0.1:{client.port}/?episode=task_0:episode_00000")
+        page.wait_for_load_state("networkidle")
+    lost = page.get_by_text("No connection to the server")
+    lost.wait_for()
+    assert drawn(page)["frame"] == "0"
+    write_episode(tmp_path / "task_0" / "episode_00001.zarr", 1)
+    with client_of(tmp_path, port=client.port):
+        lost.wait_for(state="detached")
+        page.keyboard.press("End")
+        drawn(page, frame=3)
+        page.get_by_role("link", name="All episodes").click()
+        page.locator(".episodes tbody tr").nth(1).wait_for()
+        pages.close()
+    pages.said = [text for text in pages.said if "ERR_CONNECTION_REFUSED" not in text]  # it tried again
+
+
+def test_an_episode_that_is_not_there(pages, url):
+    page = pages.open(f"{url}?episode=nothing:like:this", wait=False)
+    page.get_by_role("alert").get_by_text("there is no episode 'nothing:like:this' here").wait_for()
+    page.get_by_role("link", name="All episodes").click()
+    page.get_by_role("link", name="episode 1").click()
+    drawn(page, episode=SECOND)
+    assert page.get_by_role("alert").count() == 0
+    page.goto(f"{url}?episode={FIRST}&compare=nothing")
+    drawn(page, episode=FIRST)
+    page.get_by_role("alert").get_by_text("there is no episode 'nothing' here").wait_for()
+    page.keyboard.press("ArrowRight")
+    drawn(page, frame=1)
+    pages.forgive("404")
+
+
+@pytest.mark.parametrize(
+    ("query", "shown"),
+    [
+        (
+            "frame=abc&layer=zzz&step=x&head=y&query=z&norm=bad&colours=none&lock=on&opacity=7",
+            {"frame": 0, "layer": 3},
+        ),
+        ("frame=-7&layer=-99&step=-99&head=-99", {"frame": 0, "layer": 0, "step": 0, "head": 0}),
+        ("frame=999999999&layer=999&step=999&head=999", {"frame": 11, "layer": 3, "step": 2, "head": 1}),
+        ("frame=1e3&layer=0x2&step=1.5&head=", {"frame": 0, "layer": 3, "step": 2, "head": "mean"}),
+        ("camera=none&patch=none:9999:9999", {"camera": "image"}),
+        ("patch=image:99:99", {"camera": "image"}),
+        ("query=9999999&layer=2", {"query": "executed", "layer": 2}),
+        ("tour=-4", {"frame": 0}),
+        ("frame=3&unknown=%00%ff%3Cscript%3E", {"frame": 3}),
+        ("camera=" + "x" * 3000, {"camera": "image"}),
+    ],
+)
+def test_malformed_links_show_something_sensible(pages, url, query, shown):
+    page = pages.open(f"{url}?episode={FIRST}&{query}")
+    drawn(page, **shown)
+    page.wait_for_load_state("networkidle")
+    assert page.get_by_role("alert").count() == 0
+    page.keyboard.press("End")
+    drawn(page, frame=11)
+
+
+# Speed: a limit that a busy machine keeps; benchmarks/explorer.py tells how fast it is
+
+
+def test_scrubbing_is_quick(chromium, tmp_path, monkeypatch):
+    benchmark = load("explorer", monkeypatch)
+    path = write_softmax_episode(tmp_path, SyntheticPlan.full_size(n_frames=50, layers=()))
+    with client_of(path) as client:
+        page, _ = benchmark.open_page(chromium, f"http://127.0.0.1:{client.port}/")
+        page.wait_for_timeout(500)
+        ms = benchmark.one_by_one(page, ["ArrowRight"] * 40)
+        page.context.close()
+    assert benchmark.percentile(ms, 95) < 3 * benchmark.SCRUB_MS
