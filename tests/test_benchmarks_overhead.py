@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
+
+from forked import STOCK, Forked, run_script  # noqa: E402
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SETTINGS = ("default", "summary", "all layers")
@@ -53,6 +54,11 @@ def read(target):
     return rows, document
 
 
+def start(name, folder, *arguments):
+    """Start a benchmark as a command, elsewhere than here."""
+    return Forked(run_script, folder, STOCK, script=str(BENCHMARKS / f"{name}.py"), argv=arguments)
+
+
 def the_row(rows, *parts):
     (found,) = [what for what in rows if all(part in what for part in parts)]
     return rows[found]
@@ -73,8 +79,9 @@ def test_overhead_of_an_inference(run_quick):
 def test_overhead_of_a_rollout(libero_ready, tmp_path):
     """In a process of its own, because the simulation leaves its GL context behind."""
     target = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "overhead.py"), "--quick", "--only", "rollouts"]
-    subprocess.run([*command, "--json", str(target)], check=True, stdin=subprocess.DEVNULL)
+    arguments = ["--quick", "--only", "rollouts", "--json", str(target)]
+    with start("overhead", tmp_path, *arguments) as process:
+        assert process.wait(300) == 0, process.log
     rows, document = read(target)
     row = the_row(rows, "LIBERO rollout of 11 frames, capture default over without")
     seconds = document["details"]["rollout_s"]
@@ -283,15 +290,9 @@ def test_overlay_speed(run_quick):
     assert len(document["details"]["seconds"]) == 4
 
 
-def test_a_benchmark_runs_from_anywhere(tmp_path):
+def test_a_benchmark_runs_from_anywhere(tmp_path, monkeypatch):
     """One command each: without a GPU, one line says why there are no figures."""
-    result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu_overhead.py")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: no CUDA device, so no GPU figures")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with start("gpu_overhead", tmp_path) as process:
+        assert process.wait() == 1
+    assert process.log.splitlines()[-1].startswith("error: no CUDA device, so no GPU figures")

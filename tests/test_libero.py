@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from forked import STOCK, Forked, run_lerobot_eval
 
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind
@@ -24,33 +25,31 @@ from lerobot_attn.video import count_frames, read_frames
 pytestmark = pytest.mark.libero
 
 N_STEPS = 14
+PATIENCE_S = 300  # of an evaluation, on a busy machine
 
 
 def command(name):
     return str(Path(sys.executable).parent / name)
 
 
+def eval_arguments(checkpoint, folder, *arguments):
+    return [
+        f"--policy.path={checkpoint}",
+        "--policy.device=cpu",
+        "--policy.n_action_steps=5",
+        "--env.type=libero",
+        f"--env.episode_length={N_STEPS}",
+        f"--output_dir={folder}",
+        *arguments,
+    ]
+
+
 def lerobot_eval(checkpoint, folder, *arguments):
-    """Run the stock command; return its log."""
-    result = subprocess.run(
-        [
-            command("lerobot-eval"),
-            f"--policy.path={checkpoint}",
-            "--policy.device=cpu",
-            "--policy.n_action_steps=5",
-            "--env.type=libero",
-            f"--env.episode_length={N_STEPS}",
-            f"--output_dir={folder}",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "SLURM_JOB_ID": "0"},
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stderr
+    """Be the stock command, in a process that has imported LeRobot already; return its log."""
+    arguments = eval_arguments(checkpoint, folder / "out", *arguments)
+    with Forked(run_lerobot_eval, folder, STOCK, argv=arguments) as process:
+        assert process.wait(PATIENCE_S) == 0, process.log[-4000:]
+    return process.log
 
 
 SYNCHRONOUS = ["--env.task=libero_object", "--env.task_ids=[0]", "--eval.n_episodes=2", "--eval.batch_size=1"]
@@ -58,9 +57,19 @@ SYNCHRONOUS = ["--env.task=libero_object", "--env.task_ids=[0]", "--eval.n_episo
 
 @pytest.fixture(scope="module")
 def synchronous(libero_ready, demo_checkpoint, tmp_path_factory):
+    """By the very command."""
     folder = tmp_path_factory.mktemp("synchronous")
-    log = lerobot_eval(demo_checkpoint, folder, *SYNCHRONOUS, "--eval.save_attention_maps=true")
-    return folder, log
+    arguments = eval_arguments(demo_checkpoint, folder, *SYNCHRONOUS, "--eval.save_attention_maps=true")
+    result = subprocess.run(
+        [command("lerobot-eval"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "SLURM_JOB_ID": "0"},
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,7 @@ def asynchronous(libero_ready, demo_checkpoint, tmp_path_factory):
     settings.write_text("layers: all\nprefix_layers: [-1]\ndenoise_steps: [0, -1]\nkeep_bits: 8\n")
     log = lerobot_eval(
         demo_checkpoint,
-        folder / "out",
+        folder,
         "--env.task=libero_goal",
         "--env.task_ids=[1]",
         "--eval.n_episodes=3",
@@ -174,12 +183,13 @@ def test_evaluation_is_the_same_without_capture(synchronous, demo_checkpoint, tm
     """Policy, simulation and videos: bit for bit what they are without us."""
     folder, _ = synchronous
     lerobot_eval(demo_checkpoint, tmp_path, *SYNCHRONOUS)
-    assert not (tmp_path / "attention").exists()
-    videos = sorted((tmp_path / "videos").rglob("*.mp4"))
+    plain = tmp_path / "out"
+    assert not (plain / "attention").exists()
+    videos = sorted((plain / "videos").rglob("*.mp4"))
     assert len(videos) == 2
     for video in videos:
-        assert video.read_bytes() == (folder / video.relative_to(tmp_path)).read_bytes()
-    with_capture, without = (json.loads((f / "eval_info.json").read_text()) for f in (folder, tmp_path))
+        assert video.read_bytes() == (folder / video.relative_to(plain)).read_bytes()
+    with_capture, without = (json.loads((f / "eval_info.json").read_text()) for f in (folder, plain))
     metrics = without["per_task"][0]["metrics"]
     assert "attention" not in metrics
     for key in ("sum_rewards", "max_rewards", "successes"):

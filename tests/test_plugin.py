@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import os
 import pprint
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 
 pytest.importorskip("lerobot")
 
+from forked import STOCK, Forked, run_code
 from lerobot.configs.default import EvalConfig
 
 from lerobot_attn import plugin
@@ -243,35 +242,30 @@ main()
 """
 
 
-def start(code, *arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-    )
+def run_code_of(folder, code, *arguments):
+    """Run code in a process of its own, which has imported LeRobot and nothing of this package."""
+    with Forked(run_code, folder, STOCK, code=code, argv=arguments) as process:
+        process.wait()
+    return process
 
 
-def test_an_incompatible_lerobot_cannot_swallow_the_flag(demo_checkpoint):
-    result = start(FAKE_VERSION, f"--policy.path={demo_checkpoint}", *ENV, "--eval.save_attention_maps=true")
-    assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
+def test_an_incompatible_lerobot_cannot_swallow_the_flag(demo_checkpoint, tmp_path):
+    arguments = [f"--policy.path={demo_checkpoint}", *ENV, "--eval.save_attention_maps=true"]
+    process = run_code_of(tmp_path, FAKE_VERSION, *arguments)
+    assert process.wait() == 1
+    last = process.log.strip().splitlines()[-1]
     assert last.startswith("error: lerobot-attn cannot capture attention with this LeRobot: LeRobot 0.9.0 is")
 
 
-def test_other_commands_are_left_alone_but_say_that_the_flag_is_not_theirs():
-    result = start(TRAIN, "--eval.save_attention_maps=true")
-    assert result.returncode == 1
-    assert (
-        "error: --eval.save_attention_maps works with lerobot-eval, not with lerobot-train" in result.stderr
-    )
+def test_other_commands_are_left_alone_but_say_that_the_flag_is_not_theirs(tmp_path):
+    process = run_code_of(tmp_path / "flag", TRAIN, "--eval.save_attention_maps=true")
+    assert process.wait() == 1
+    assert "error: --eval.save_attention_maps works with lerobot-eval, not with lerobot-train" in process.log
+    assert "evaluation script unchanged" in process.output
     code = f"{TRAIN.replace('main()', '')}\nimport lerobot.scripts.lerobot_eval as e; before = dict(vars(e))"
     code += "\nimport lerobot_policy_attn\nassert dict(vars(e)) == before\nprint('unchanged')"
-    result = start(code)
-    assert result.stdout.strip().endswith("unchanged"), result.stderr
+    process = run_code_of(tmp_path / "no flag", code)
+    assert process.output.splitlines() == ["unchanged", "evaluation script unchanged"], process.log
 
 
 IMPORT_COST = """
@@ -285,10 +279,10 @@ print(cost, sorted(new & {"zarr", "xarray", "dask", "imageio", "hydra", "rich", 
 """
 
 
-def test_loading_the_plugin_costs_little():
-    for _attempt in range(3):  # a busy machine may stall a single run
-        result = start(IMPORT_COST)
-        cost_s, _, heavy = result.stdout.strip().splitlines()[-1].partition(" ")
+def test_loading_the_plugin_costs_little(tmp_path):
+    for attempt in range(3):  # a busy machine may stall a single run
+        process = run_code_of(tmp_path / str(attempt), IMPORT_COST)
+        cost_s, _, heavy = process.output.strip().splitlines()[-1].partition(" ")
         assert heavy == "[]"
         if float(cost_s) < 0.05:
             return

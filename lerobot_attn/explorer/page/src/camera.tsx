@@ -58,6 +58,7 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
     context.clearRect(0, 0, map.width, map.height);
     if (picture) context.drawImage(picture, 0, 0, map.width, map.height);
     context.drawImage(canvas, 0, 0);
+    model.isPainted.value = true;
   });
 
   const pickPatch = (event: MouseEvent) => {

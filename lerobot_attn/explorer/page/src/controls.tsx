@@ -268,7 +268,8 @@ export function play(model: EpisodeModel, onEnd: () => void): () => void {
 export function announceDrawn(model: EpisodeModel): () => void {
   return effect(() => {
     const shown = model.shown.value;
-    if (!shown) return;
+    const isPainted = model.isPainted.value || !model.views.value.length;
+    if (!shown || !isPainted) return;
     document.documentElement.dataset["drawn"] = [
       model.id,
       shown.frame,

@@ -54,6 +54,8 @@ export class EpisodeModel {
   readonly shown = signal<Shown | null>(null);
   /** Means of every denoise step of the shown inference, once they are here. */
   readonly steps = signal<{ inference: number; slabs: Slab[] } | null>(null);
+  /** Whether the cameras' canvases are there and were painted. */
+  readonly isPainted = signal(false);
   /** What went wrong last, in a sentence; null once something has worked again. */
   readonly problem = signal<string | null>(null);
   /** A word whose view of the images is shown instead, in the prefix. */
