@@ -5,10 +5,9 @@
 
 Without an episode one of Pi0.5's sizes is made up first (half a minute): 280 frames of two cameras of
 360 × 360, 18 layers of 8 heads over 1018 keys. Each round starts `lerobot-attn view` and a browser profile
-anew, so that
-nothing is cached. Times are taken inside the page: from the key's event until the page says what it has drawn
-and the browser has rendered it, with the wait for a display's refresh left out (Chromium's frame rate is not
-limited); what a display of 60 Hz adds, up to 17 ms, is measured too.
+anew, so that nothing is cached. Times are taken inside the page: from the key's event until the page says
+what it has drawn and the browser has rendered it, with the wait for a display's refresh left out (Chromium's
+frame rate is not limited); what a display of 60 Hz adds, up to 17 ms, is measured too.
 
 Two cores do all of it: the server, and a browser that paints without a GPU.
 """
