@@ -5,11 +5,12 @@
 
 Without an episode one of Pi0.5's sizes is made up first (half a minute): 280 frames of two cameras of
 360 × 360, 18 layers of 8 heads over 1018 keys. Each round starts `lerobot-attn view` and a browser profile
-anew, so that nothing is cached. Times are taken inside the page: from the key's event until the page says
-what it has drawn and the browser has rendered it, with the wait for a display's refresh left out (Chromium's
-frame rate is not limited); what a display of 60 Hz adds, up to 17 ms, is measured too.
+anew, so that nothing is cached, and begins in the middle of the episode. Times are taken inside the page:
+from the key's event until the page says what it has drawn and the browser is through with that frame. With
+"(60 Hz)" that includes the wait for a display's refresh, up to 17 ms; without, Chromium's frame rate is not
+limited.
 
-Two cores do all of it: the server, and a browser that paints without a GPU.
+All of it shares this machine's cores: the server, and a browser that paints without a GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
@@ -37,24 +39,25 @@ if TYPE_CHECKING:
 CHROMIUM = "/usr/bin/chromium"
 UNLIMITED = ("--disable-frame-rate-limit", "--disable-gpu-vsync")
 SCRUB_MS, CHANGE_MS, FIRST_VIEW_MS = 50.0, 16.0, 1000.0
+FLAT = 1.05  # memory at the end over that of the warm server
 KEY_REPEAT_MS = 1000 / 30
 N_FRAMES, N_FRAMES_QUICK = 280, 30
 N_SCRUBBED, N_SCRUBBED_QUICK = 100, 10
 N_CHANGES, N_CHANGES_QUICK = 60, 6
 N_REQUESTS, N_REQUESTS_QUICK = 10_000, 200
-# Growth that says nothing: an allocator's, and of caches that are limited and nearly full.
-FLAT_MB = 16.0
+AT_60_HZ = " (60 Hz)"
 # Keys that go round: at a last layer there is nothing to draw.
 CHANGES = {"layer": ["ArrowDown"] * 3 + ["ArrowUp"] * 3, "head": ["h"], "camera": ["c"]}
 
-# What the page itself measures. `painted` is after the frame in which the canvases are on the screen.
+# What the page itself measures. It says what it has drawn within an animation frame, once the canvases are
+# painted; `painted` is when the browser is through with that frame.
 MEASURE = """
 window.bench = (() => {
-  const painted = () => new Promise((done) => requestAnimationFrame(() => {
+  const painted = () => new Promise((done) => {
     const channel = new MessageChannel();
     channel.port1.onmessage = () => done(performance.now());
     channel.port2.postMessage(null);
-  }));
+  });
   const observe = (onDrawn) => {
     const observer = new MutationObserver(onDrawn);
     // Of the document: this script runs before its element is there.
@@ -110,17 +113,23 @@ class Server:
 
     Args:
         path: what it serves.
+
+    Attributes:
+        url: where it answers.
+        start_ms: from the command until it said so.
     """
 
     def __init__(self, path: Path):
         command = [sys.executable, "-m", "lerobot_attn.cli", "view", str(path), "--no-browser", "--port", "0"]
         # Byte code is kept, as in any installation, or each start would compile every library.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        started = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the server of {path} ended with status {self._process.wait()}")
+        self.start_ms = 1000 * (time.perf_counter() - started)
         self.url = next(word for word in line.split() if word.startswith("http"))
 
     def resident_mb(self) -> float:
@@ -139,25 +148,24 @@ class Server:
         self._process.wait(20)
 
 
-@dataclass
 class Times:
-    """Milliseconds of every key that was pressed, or of every first view, a list a round."""
+    """Milliseconds, a list a round, of each question."""
 
-    rounds: list[list[float]]
+    def __init__(self) -> None:
+        self.rounds: dict[str, list[list[float]]] = {}
 
-    def percentile(self, percent: float) -> float:
-        """Return a percentile over all rounds."""
-        return percentile([ms for round_ in self.rounds for ms in round_], percent)
+    def keep(self, what: str, ms: list[float]) -> None:
+        """Note a round."""
+        self.rounds.setdefault(what, []).append(ms)
 
-    def results(self, what: str, at_most: float | None, *, headline: bool = False) -> list[Result]:
-        """Return the median and the p95, which the target is of, with those of the rounds around it."""
-        each = [percentile(round_, 95) for round_ in self.rounds]
-        median = Result(f"{what}: median", self.percentile(50), "ms")
-        p95 = self.percentile(95)
-        return [
-            median,
-            Result(f"{what}: p95", p95, "ms", min(each), max(each), at_most=at_most, headline=headline),
-        ]
+    def results(self, what: str, at_most: float | None) -> list[Result]:
+        """Return the median, and the p95, which the target is of, with the rounds' own as its spread."""
+        rounds = self.rounds[what]
+        every = [ms for round_ in rounds for ms in round_]
+        each = [percentile(round_, 95) for round_ in rounds]
+        p95 = Result(f"explorer, {what}: p95", percentile(every, 95), "ms", min(each), max(each))
+        p95 = replace(p95, at_most=at_most, headline=at_most is not None)
+        return [Result(f"explorer, {what}: median", percentile(every, 50), "ms"), p95]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -203,36 +211,37 @@ def held(page: Page, key: str, n: int, every_ms: float = KEY_REPEAT_MS) -> list[
     return found
 
 
-def measure(path: Path, chromium: str, runs: int, *, quick: bool) -> dict[str, Times]:
-    """Return the times of each question."""
+def measure(path: Path, chromium: str, runs: int, *, quick: bool) -> Times:
+    """Time everything, `runs` times."""
     n_scrubbed = N_SCRUBBED_QUICK if quick else N_SCRUBBED
     n_changes = N_CHANGES_QUICK if quick else N_CHANGES
     middle = (N_FRAMES_QUICK if quick else N_FRAMES) // 2
-    found: dict[str, Times] = {}
+    times = Times()
 
-    def keep(name: str, ms: list[float]) -> None:
-        found.setdefault(name, Times([])).rounds.append(ms)
-
-    def scrub(browser: Browser, suffix: str, way: str) -> None:
+    @contextlib.contextmanager
+    def cold(browser: Browser, suffix: str) -> Iterator[Page]:
         with Server(path) as server:
-            page, first_ms = open_page(browser, f"{server.url}?frame={middle}")
-            keep(f"first view{suffix}", [first_ms])
+            times.keep("from the command to the server", [server.start_ms])
+            page, ms = open_page(browser, f"{server.url}?frame={middle}")
+            times.keep(f"first view{suffix}", [ms])
             page.wait_for_timeout(1000)
-            if way == "held":
-                keep(f"{way}{suffix}", held(page, "ArrowRight", n_scrubbed))
-            else:
-                keep(f"{way}{suffix}", one_by_one(page, ["ArrowRight"] * n_scrubbed))
-                for name, keys in CHANGES.items():
-                    page.wait_for_timeout(300)
-                    keep(f"{name}{suffix}", one_by_one(page, (keys * n_changes)[:n_changes]))
+            yield page
             page.context.close()
 
-    for suffix, flags in (("", UNLIMITED), (", at 60 Hz", ())):
+    modes = {"": UNLIMITED} if quick else {"": UNLIMITED, AT_60_HZ: ()}
+    for suffix, flags in modes.items():
         with browsers(chromium, *flags) as browser:
             for _ in range(runs):
-                for way in ("one by one", "held"):
-                    scrub(browser, suffix, way)
-    return found
+                with cold(browser, suffix) as page:
+                    ms = one_by_one(page, ["ArrowRight"] * n_scrubbed)
+                    times.keep(f"next frame, key after key{suffix}", ms)
+                    for name, keys in CHANGES.items():
+                        page.wait_for_timeout(300)
+                        ms = one_by_one(page, (keys * n_changes)[:n_changes])
+                        times.keep(f"another {name}{suffix}", ms)
+                with cold(browser, suffix) as page:
+                    times.keep(f"next frame, key held{suffix}", held(page, "ArrowRight", n_scrubbed))
+    return times
 
 
 def request_many(server: Server, n: int) -> tuple[float, float]:
@@ -277,28 +286,16 @@ def request_many(server: Server, n: int) -> tuple[float, float]:
     return warm_mb, server.resident_mb()
 
 
-def claims(times: dict[str, Times], memory_mb: tuple[float, float], n_requests: int) -> list[Result]:
+def claims(times: Times, memory_mb: tuple[float, float], n_requests: int) -> list[Result]:
     """Return what is claimed."""
+    targets = {"next frame": SCRUB_MS, "another": CHANGE_MS, "first view": FIRST_VIEW_MS}
     results = []
-    for suffix in ("", ", at 60 Hz"):
-        is_target = not suffix
-        scrub_ms, change_ms = (SCRUB_MS, CHANGE_MS) if is_target else (None, None)
-        one, many = "the next frame, key after key", "the next frame, key held (30 a second)"
-        results += times[f"one by one{suffix}"].results(one + suffix, scrub_ms, headline=is_target)
-        results += times[f"held{suffix}"].results(many + suffix, scrub_ms, headline=is_target)
-        for name in CHANGES:
-            results += times[f"{name}{suffix}"].results(
-                f"another {name}{suffix}", change_ms, headline=is_target
-            )
-        first = times[f"first view{suffix}"].results(
-            f"first view after the server's start{suffix}",
-            FIRST_VIEW_MS if is_target else None,
-            headline=is_target,
-        )
-        results += first
-    growth = memory_mb[1] - memory_mb[0]
-    what = f"explorer's server: growth of resident memory over {n_requests:,} requests"
-    return [*results, Result(what, growth, "MB", at_most=FLAT_MB, headline=True)]
+    for what in times.rounds:
+        is_target = not what.endswith(AT_60_HZ)
+        target = next((ms for name, ms in targets.items() if is_target and what.startswith(name)), None)
+        results += times.results(what, target)
+    what = f"explorer, the server's memory after {n_requests:,} requests over before"
+    return [*results, Result(what, memory_mb[1] / memory_mb[0], "×", at_most=FLAT, headline=True)]
 
 
 def main() -> int:
@@ -320,14 +317,10 @@ def main() -> int:
         times = measure(path, parsed.chromium, parsed.runs, quick=parsed.quick)
         with Server(path) as server:
             memory_mb = request_many(server, n_requests)
-    details = {
-        "ms": {name: one.rounds for name, one in times.items()},
-        "resident_mb": {"warm": memory_mb[0], "end": memory_mb[1]},
-    }
+    details = {"ms": times.rounds, "resident_mb": {"warm": memory_mb[0], "end": memory_mb[1]}}
     how = "made-up softmax numbers" if parsed.episode is None else f"episode {parsed.episode.name}"
-    return finish(
-        "explorer", claims(times, memory_mb, n_requests), parsed, how=how, before=before, details=details
-    )
+    results = claims(times, memory_mb, n_requests)
+    return finish("explorer", results, parsed, how=how, before=before, details=details)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ if [ "${CI:-}" = true ] || [ -n "${LIBERO_ASSETS:-}" ]; then
     export LEROBOT_ATTN_REQUIRE_LIBERO=1
 fi
 
+# Dozens of processes that tests start import LeRobot: compiling it anew takes each of them 14 of 21 seconds.
+unset PYTHONDONTWRITEBYTECODE
+
 bash scripts/setup.sh eval,dev
 export PATH="$PWD/.venv/bin:$PATH"
 

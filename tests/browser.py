@@ -44,7 +44,8 @@ def why_no_page() -> str:
     return "the explorer's page is not built; bash scripts/build_explorer.sh"
 
 
-def _why_no_browser() -> str:
+def why_no_browser() -> str:
+    """Say why the page cannot be tested; nothing if it can."""
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
@@ -57,7 +58,7 @@ def _why_no_browser() -> str:
 @contextlib.contextmanager
 def started() -> Iterator[Any]:
     """Start a Chromium; skips or fails where there is none, or no page to look at."""
-    require(_why_no_browser())
+    require(why_no_browser())
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -161,7 +162,13 @@ def canvas(page: Any, camera: str, kind: str, side: int = 0) -> np.ndarray:
         (height, width, 4) uint8, of the canvas's own pixels.
     """
     found = page.locator(".side").nth(side).locator(f'canvas[data-camera="{camera}"][data-kind={kind}]')
-    encoded = found.evaluate("canvas => canvas.toDataURL('image/png').split(',')[1]")
+    # What was just chosen is painted in the next animation frame.
+    encoded = found.evaluate(
+        """async (canvas) => {
+            await new Promise(requestAnimationFrame);
+            return canvas.toDataURL("image/png").split(",")[1];
+        }"""
+    )
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA"))
 
 

@@ -24,6 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("libero") and isinstance(item, pytest.Function):
             # First, so that no other fixture starts a simulation that cannot run.
             item.fixturenames[:] = ["libero_ready", *(n for n in item.fixturenames if n != "libero_ready")]
+        if item.get_closest_marker("browser"):
+            # On busy cores a browser may be slower than any patience. What is wrong is wrong twice; the first
+            # failure is shown as RERUN.
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import require, why_no_browser
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 MARKED = "# Title\n\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\n\nrest\n"
@@ -19,6 +20,7 @@ BENCHMARKS = {
     "codecs": ("the store's own way", "compressed a second"),
     "write": ("bare codec", "torch.save"),
     "read": ("one raw map", "full scan with Dask"),
+    "explorer": ("next frame, key held", "another layer", "first view", "memory"),
 }
 
 
@@ -54,8 +56,12 @@ def rewrite(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.browser] * (name == "explorer")) for name in BENCHMARKS]
+)
 def test_runs_at_tiny_sizes(name, tmp_path):
+    if name == "explorer":
+        require(why_no_browser())
     file = tmp_path / "result.json"
     done = run(name, "--quick", "--json", file)
     assert done.returncode == 0, done.stderr

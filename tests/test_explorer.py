@@ -31,7 +31,7 @@ from lerobot_attn.explorer.app import create_app
 from lerobot_attn.explorer.library import Library
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
-from lerobot_attn.video import read_frames
+from lerobot_attn.video import VideoWriter, read_frames
 
 TASK = "synthetic_0"
 
@@ -180,6 +180,7 @@ def test_timeline_and_tokens_are_the_stores(client, address, data):
         ("", {"layer": "mean", "denoise_step": -1, "head": "mean"}),
         ("?layer=1&head=0&denoise_step=0", {"layer": 1, "denoise_step": 0, "head": 0}),
         ("?first=1&layer=-1", {"layer": -1, "denoise_step": -1, "head": "mean"}),
+        ("?layer=0&head=max", {"layer": 0, "denoise_step": -1, "head": "max"}),
     ],
 )
 def test_shares_are_the_analysis(client, address, data, query, where):
@@ -391,6 +392,29 @@ def test_pictures_stay_within_their_memory(run):
         assert limited.picture(video, frame, size) == unlimited.picture(video, frame, size)
         assert limited._bytes <= 5_000
         assert sum(len(picture) for picture in limited._pictures.values()) == limited._bytes
+
+
+def test_pictures_are_exact_in_any_order(tmp_path):
+    """Whether a decoder goes on, begins anew or serves another video between."""
+    from lerobot_attn.explorer.pictures import FramePictures, jpeg
+
+    rng = np.random.default_rng(0)
+    videos = [tmp_path / f"{number}.mp4" for number in range(6)]
+    for video in videos:
+        writer = VideoWriter(video, fps=20, size_px=(16, 16))
+        for _ in range(80):
+            writer.write(np.full((16, 16, 3), rng.integers(0, 256, 3), np.uint8))
+        writer.close()
+    expected = {video: [jpeg(frame) for frame in read_frames(video)] for video in videos}
+    pictures = FramePictures(max_bytes=20 * len(expected[videos[0]][0]))
+    for frame in (0, 1, 2, 40, 41, 39, 8, 79, 78, 0, 31, 32, 63):
+        for video in videos:
+            assert pictures.picture(video, frame, None) == expected[video][frame], frame
+    with pytest.raises(StoreError, match="80 frames"):
+        pictures.picture(videos[0], 80, None)
+    assert pictures.picture(videos[0], 79, None) == expected[videos[0]][79]
+    with pytest.raises(StoreError, match="no such video file"):
+        pictures.picture(tmp_path / "none.mp4", 0, None)
 
 
 def copy_without_means(path, target):
@@ -748,6 +772,35 @@ def test_events_bring_what_the_run_did_not_tell(tmp_path, monkeypatch):
                 told |= {episode["id"] for episode in news["changed"]}
                 n_unread = news["n_unread"]
     assert told == {f"{TASK}:episode_{index:05d}" for index in range(6)}
+
+
+def test_small_answers_do_not_wait(tmp_path):
+    """Sent in two parts over a connection that is kept, an answer once took 40 ms (Nagle's algorithm)."""
+    write_episode(tmp_path / TASK / "episode_00000.zarr", 2)
+    served = Served(tmp_path, "--port", 0)
+    connection = http.client.HTTPConnection(served.url.split("/")[2], timeout=20)
+    seconds = []
+    for _ in range(60):  # the first ones are acknowledged at once
+        start = time.monotonic()
+        connection.request("GET", "/api/episodes/nothing")
+        connection.getresponse().read()
+        seconds.append(time.monotonic() - start)
+    connection.close()
+    assert np.median(seconds[30:]) < 0.03
+    assert served.stop()[0] == 0
+
+
+def test_an_open_page_does_not_hold_the_server_up(tmp_path):
+    """Ctrl-C ends the streams of events, too, without a word."""
+    write_episode(tmp_path / TASK / "episode_00000.zarr", 2)
+    served = Served(tmp_path, "--port", 0)
+    with urllib.request.urlopen(served.url + "api/events", timeout=20) as events:
+        events.readline()
+        start = time.monotonic()
+        status, err = served.stop()
+    assert status == 0
+    assert err == ""
+    assert time.monotonic() - start < 5
 
 
 def test_view_says_what_is_wrong(tmp_path):

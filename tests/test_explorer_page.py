@@ -104,7 +104,7 @@ GEOMETRIES = [
 def test_a_patch_lights_exactly_its_pixels(pages, tmp_path, padding, image_px):
     patches = [
         (camera, row, column)
-        for row, column in ((0, 0), (15, 15), (8, 3), (2, 12))
+        for row, column in ((0, 0), (15, 15), (8, 8))
         for camera in ("a." + name.rpartition(".")[2] for name in image_px)
     ]
     plan = SyntheticPlan(
@@ -127,8 +127,11 @@ def test_a_patch_lights_exactly_its_pixels(pages, tmp_path, padding, image_px):
                     grid[row, column] = name == camera
                     expected = analysis.on_camera_pixels(grid, geometry) > 0
                     shown = canvas(page, name.rpartition(".")[2], "raw")
-                    assert (shown[expected] == (252, 255, 164, 255)).all()
-                    assert (shown[~expected] == (0, 0, 4, 255)).all()
+                    what = (
+                        f"{name}, {normalisation}, frame {frame}: {np.unique(shown.reshape(-1, 4), axis=0)}"
+                    )
+                    assert (shown[expected] == (252, 255, 164, 255)).all(), what
+                    assert (shown[~expected] == (0, 0, 4, 255)).all(), what
                     n_lit += int(expected.any())
     assert n_lit >= 2 * len(NORMALISATIONS)  # the letterbox hides some
 
@@ -452,6 +455,7 @@ KEYS = [
     ("]", {"step": 2}),
     ("[", {"step": 1}),
     ("[", {"step": 0}),
+    ("]", {"step": 1}),
     ("h", {"head": "max"}),
     ("h", {"head": 0}),
     ("H", {"head": "max"}),
@@ -505,7 +509,7 @@ def test_it_plays_every_frame_and_pauses(pages, url):
     )
     page.keyboard.press("Space")
     page.get_by_role("button", name="Pause").wait_for()
-    drawn(page, frame=10)
+    until(page, lambda: int(drawn(page)["frame"]) >= 10, "frame 10 was drawn")
     page.keyboard.press("Space")
     page.get_by_role("button", name="Play").wait_for()
     paused = int(drawn(page)["frame"])
@@ -516,7 +520,7 @@ def test_it_plays_every_frame_and_pauses(pages, url):
     page.get_by_role("button", name="Play").wait_for()
     assert page.evaluate("frames_") == list(range(4, 30))
     page.get_by_role("button", name="Play").click()  # at the end it begins anew
-    drawn(page, frame=2)
+    until(page, lambda: 2 <= int(drawn(page)["frame"]) < 29, "it plays again")
     page.get_by_role("button", name="Pause").click()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 import xarray as xr
@@ -247,3 +248,46 @@ def test_real_episodes_verify_and_every_picture_is_drawn(synchronous, asynchrono
     files = {file.name for file in write_report([first], [second], tmp_path / "report")}
     assert {"comparison.png", "comparison.mp4", "report.md"} <= files
     assert count_frames(tmp_path / "report" / "comparison.mp4") == N_STEPS
+
+
+@pytest.mark.browser
+def test_the_explorer_shows_what_was_recorded(asynchronous, pages):
+    """In the browser: the run's table, each camera's exact frames and exactly the stored maps, the prompt."""
+    folder, _ = asynchronous
+    episode = open_run(folder)[1]
+    data = episode.arrays
+    with pages.serving(folder) as address:
+        page = pages.open(address, wait=False)
+        page.locator(".episodes img").nth(2).wait_for()
+        browser.until(
+            page,
+            lambda: page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)"),
+            "the thumbnails are there",
+        )
+        page.get_by_text("Random weights: these maps mean nothing").wait_for()
+        page.get_by_role("link", name="episode 1").click()
+        browser.drawn(page, frame=0)
+        frames = {
+            camera: list(read_frames(video, size_px=episode.image_size_px(camera)))
+            for camera, video in episode.videos.items()
+        }
+        page.get_by_role("slider", name="Opacity").fill("0")
+        for frame in (0, N_STEPS - 1, 5):
+            page.get_by_role("slider", name="Frame").fill(str(frame))
+            browser.drawn(page, frame=frame)
+            for camera, shown in frames.items():
+                browser.assert_frames(page, shown, camera.rpartition(".")[2], frame)
+            where = {"frame": frame, "query": "executed"}
+            end = browser.colour_end([data], "share", **where)
+            browser.assert_shows(page, data, end, "share", **where)
+        page.evaluate("document.activeElement.blur()")  # the slider has the arrows until then
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("h")
+        last = int(data.all_layer[-1])
+        browser.drawn(page, frame=5, layer=last - 1, head="max")
+        where = {"frame": 5, "query": "executed", "layer": last - 1, "head": "max"}
+        browser.assert_shows(page, data, browser.colour_end([data], "share", **where), "share", **where)
+        labels = page.locator("#words .bar-label").all_inner_texts()
+        assert labels[: len(episode.task.split())] == episode.task.split()
+        page.locator("#words button.token", has_text=labels[0]).first.hover()
+        page.get_by_text(f"what “{labels[0]}” looks at").wait_for()

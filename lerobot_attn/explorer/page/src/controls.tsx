@@ -249,11 +249,15 @@ const LONGEST_WAIT_MS = 1000; // where an export lacks many frames
 export function play(model: EpisodeModel, onEnd: () => void): () => void {
   const fps = model.facts.value?.fps || 20;
   let due = performance.now();
+  let seen: number | undefined;
   let request = requestAnimationFrame(tick);
   function tick(now: number) {
     request = requestAnimationFrame(tick);
     // The next frame waits until the last one is on the screen: playing shows every frame.
-    if (now < due || model.shown.value?.frame !== model.frameShown()) return;
+    const frame = model.shown.value?.frame;
+    const isOnScreen = frame === seen;
+    seen = frame;
+    if (now < due || !isOnScreen || frame !== model.frameShown()) return;
     if (model.frameShown() >= model.lastFrame.value) return onEnd();
     const frames = model.frames.value;
     const next = frames.at(frames.placeOf(model.frameShown()) + 1);
@@ -266,11 +270,12 @@ export function play(model: EpisodeModel, onEnd: () => void): () => void {
 
 /** Say on the document what has been drawn, for whoever waits for it. */
 export function announceDrawn(model: EpisodeModel): () => void {
-  return effect(() => {
+  let request = 0;
+  const stop = effect(() => {
     const shown = model.shown.value;
     const isPainted = model.isPainted.value || !model.views.value.length;
     if (!shown || !isPainted) return;
-    document.documentElement.dataset["drawn"] = [
+    const drawn = [
       model.id,
       shown.frame,
       shown.step,
@@ -280,5 +285,12 @@ export function announceDrawn(model: EpisodeModel): () => void {
       state.normalisation.value,
       shown.row ? shown.row.query : "executed",
     ].join("/");
+    // The canvases are painted in the next animation frame, for which they have asked before.
+    cancelAnimationFrame(request);
+    request = requestAnimationFrame(() => (document.documentElement.dataset["drawn"] = drawn));
   });
+  return () => {
+    stop();
+    cancelAnimationFrame(request);
+  };
 }

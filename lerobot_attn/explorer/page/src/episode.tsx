@@ -136,24 +136,29 @@ export function EpisodePage(props: {
           ),
       )}
       {facts && !facts.n_inferences && <p class="note">Nothing is recorded yet.</p>}
-      <Controls model={first} />
-      <div class={second ? "sides two" : "sides"}>
-        {both.map((model, i) => (
-          <Side key={model.id} model={model} end={end} isSecond={i > 0} isCompared={second !== null} />
-        ))}
-      </div>
-      <footer>
-        <Transport model={first} isPlaying={stop.value !== null} toggle={toggle} />
-        {both.map((model, i) => (
-          <TimelinePanel
-            key={model.id}
-            model={model}
-            label={i ? "Timeline of the second episode" : "Timeline"}
-            isSecond={i > 0}
-            onSeek={i ? other.seek : (frame) => (state.frame.value = frame)}
-          />
-        ))}
-      </footer>
+      {!facts && !first.problem.value && <p class="note">Loading …</p>}
+      {facts && (
+        <>
+          <Controls model={first} />
+          <div class={second ? "sides two" : "sides"}>
+            {both.map((model, i) => (
+              <Side key={model.id} model={model} end={end} isSecond={i > 0} isCompared={second !== null} />
+            ))}
+          </div>
+          <footer>
+            <Transport model={first} isPlaying={stop.value !== null} toggle={toggle} />
+            {both.map((model, i) => (
+              <TimelinePanel
+                key={model.id}
+                model={model}
+                label={i ? "Timeline of the second episode" : "Timeline"}
+                isSecond={i > 0}
+                onSeek={i ? other.seek : (frame) => (state.frame.value = frame)}
+              />
+            ))}
+          </footer>
+        </>
+      )}
       {help.value && <Help onClose={() => (help.value = false)} />}
       {state.tour.value > 0 && <Tour model={first} />}
     </main>

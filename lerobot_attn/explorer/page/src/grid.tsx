@@ -17,13 +17,21 @@ interface Cell {
   row: number;
 }
 
+/** Pixels of so many maps side by side. */
+const extent = (n: number, nPatches: number) => n * (nPatches + GAP) - GAP;
+
+/** A canvas keeps its place from before it is painted: what lies below does not jump. */
+function shape([nColumns, nRows]: [number, number], { geometry }: CameraView) {
+  return { aspectRatio: `${extent(nColumns, geometry.grid_columns)} / ${extent(nRows, geometry.grid_rows)}` };
+}
+
 /** Paint maps side by side. With "frame" each has its own range; otherwise they share one. */
 function paintCells(canvas: HTMLCanvasElement, cells: Cell[], view: CameraView): void {
   const { grid_rows: height, grid_columns: width } = view.geometry;
   const nColumns = Math.max(...cells.map((cell) => cell.column)) + 1;
   const nRows = Math.max(...cells.map((cell) => cell.row)) + 1;
-  canvas.width = nColumns * (width + GAP) - GAP;
-  canvas.height = nRows * (height + GAP) - GAP;
+  canvas.width = extent(nColumns, width);
+  canvas.height = extent(nRows, height);
   const image = new ImageData(canvas.width, canvas.height);
   const normalisation = state.normalisation.value;
   const end = rangeEnd(
@@ -144,6 +152,7 @@ export function HeadGrid({ model }: { model: EpisodeModel }) {
             ref={canvas}
             role="img"
             data-kind="heads"
+            style={shape(size, view)}
             aria-label={`Maps of ${facts.mean_layers.length} layers and ${facts.heads.length} heads, ${across}`}
           />
           <Chosen
@@ -205,7 +214,13 @@ export function StepStrip({ model }: { model: EpisodeModel }) {
             state.step.value = facts.denoise_steps[place(event, ...size)[0]]!;
           }}
         >
-          <canvas ref={canvas} role="img" data-kind="steps" aria-label={`Maps of ${size[0]} denoise steps`} />
+          <canvas
+            ref={canvas}
+            role="img"
+            data-kind="steps"
+            style={shape(size, view)}
+            aria-label={`Maps of ${size[0]} denoise steps`}
+          />
           <Chosen of={size} column={Math.max(0, facts.denoise_steps.indexOf(model.step.value))} row={0} />
         </div>
         <div class="column-labels" aria-hidden="true">
