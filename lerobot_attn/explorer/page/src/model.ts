@@ -85,6 +85,7 @@ export class EpisodeModel {
   // What an inference's frames share stays the same object: who reads these is not drawn anew each frame.
   readonly means = computed(() => this.shown.value?.means ?? null);
   readonly tokens = computed(() => this.shown.value?.tokens ?? null);
+  private readonly isOpened = computed(() => this.shown.value !== null || this.problem.value !== null);
   private readonly row = computed(() => this.shown.value?.row ?? null);
 
   /** (key) of the chosen layer and head, and whether it is an action token's own row. */
@@ -318,7 +319,8 @@ export class EpisodeModel {
   private loadShares(): (() => void) | void {
     const facts = this.facts.value;
     const where = { layer: this.layer.value, head: this.head.value, step: this.step.value };
-    if (!facts || !facts.n_inferences) return;
+    // The first view comes first.
+    if (!facts || !facts.n_inferences || !this.isOpened.value) return;
     const key = this.key;
     const asked = JSON.stringify(where);
     const old = untracked(() => this.shares.value) as (Shares & { asked?: string }) | null;
