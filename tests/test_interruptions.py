@@ -10,7 +10,10 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import cloudpickle
 import gymnasium as gym
@@ -18,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import scripted
-from forked import PATIENCE_S, STOCK, Forked, run_lerobot_eval
+from forked import PATIENCE_S, Forked
 from test_recording import evaluate, make_policy, scripted_adapter  # noqa: F401
 from test_slow_disk import slow_down_disk
 
@@ -229,26 +232,38 @@ def test_what_was_raised_is_what_is_shown(tmp_path, scripted_adapter, where):  #
 
 @pytest.mark.libero
 def test_ctrl_c_on_the_real_simulation(demo_checkpoint, tmp_path):
+    log = tmp_path / "log"
     store = tmp_path / "out/attention/libero_object_0/episode_00000.zarr"
-    arguments = [
-        f"--policy.path={demo_checkpoint}",
-        "--policy.device=cpu",
-        "--policy.n_action_steps=1",
-        "--env.type=libero",
-        "--env.task=libero_object",
-        "--env.task_ids=[0]",
-        "--eval.n_episodes=1",
-        "--eval.batch_size=1",
-        f"--output_dir={tmp_path / 'out'}",
-        "--eval.save_attention_maps=true",
-    ]
-    with Forked(run_lerobot_eval, tmp_path, STOCK, argv=arguments) as process:
-        while not store_holds(store, 2):
-            assert psutil.pid_exists(process.pid), process.log[-4000:]
-            time.sleep(0.1)
-        process.interrupt()
-        assert process.wait() == -signal.SIGINT
-    said = process.log  # which ends with EGL's complaints about its own end
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                str(Path(sys.executable).parent / "lerobot-eval"),
+                f"--policy.path={demo_checkpoint}",
+                "--policy.device=cpu",
+                "--policy.n_action_steps=1",
+                "--env.type=libero",
+                "--env.task=libero_object",
+                "--env.task_ids=[0]",
+                "--eval.n_episodes=1",
+                "--eval.batch_size=1",
+                f"--output_dir={tmp_path / 'out'}",
+                "--eval.save_attention_maps=true",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            while not store_holds(store, 2):
+                assert process.poll() is None, log.read_text()[-4000:]
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(5 * PATIENCE_S) == -signal.SIGINT
+        finally:
+            process.kill()
+            process.wait()
+    said = log.read_text()  # which ends with EGL's complaints about its own end
     assert "\nKeyboardInterrupt\n" in said
     assert "During handling of the above exception" not in said
     episode = open_episode(store)
