@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # First, so that no other fixture starts a simulation that cannot run.
             item.fixturenames[:] = ["libero_ready", *(n for n in item.fixturenames if n != "libero_ready")]
         if item.get_closest_marker("browser"):
-            # On busy cores a browser may be slower than any patience. What is wrong is wrong each time; earlier
-            # failures are shown as RERUN.
+            # On busy cores a browser may be slower than any patience. What is wrong is wrong each time;
+            # earlier failures are shown as RERUN.
             item.add_marker(pytest.mark.flaky(reruns=2))
 
 
