@@ -224,6 +224,7 @@ def measure(path: Path, chromium: str, runs: int, *, quick: bool) -> Times:
             times.keep("from the command to the server", [server.start_ms])
             page, ms = open_page(browser, f"{server.url}?frame={middle}")
             times.keep(f"first view{suffix}", [ms])
+            times.keep(f"from the command to the first view{suffix}", [server.start_ms + ms])
             page.wait_for_timeout(1000)
             yield page
             page.context.close()

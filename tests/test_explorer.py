@@ -345,6 +345,12 @@ def test_a_store_that_is_removed_damaged_or_replaced(tmp_path):
         replaced = client.get(at + "/timeline")
         assert replaced.status_code == 404
         assert "replaced" in replaced.json()["error"]
+        # Whoever wants whatever is there now says so, and must ask again.
+        latest = f"/api/episodes/{episode['id']}/latest"
+        assert client.get(latest + "/timeline").status_code == 200
+        means = client.get(latest + "/inferences/0/means/0")
+        assert means.status_code == 200
+        assert means.headers["Cache-Control"] == "no-cache"
 
         (path / "zarr.json").write_text("{")
         answer = client.get("/api/run").json()
@@ -697,7 +703,7 @@ class Served:
     """The command `lerobot-attn view` in a process of its own."""
 
     def __init__(self, *arguments):
-        command = [sys.executable, "-m", "lerobot_attn.cli", "view", *map(str, arguments), "--no-browser"]
+        command = [sys.executable, "-m", "lerobot_attn.cli", "view", "--no-browser", *map(str, arguments)]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -789,6 +795,19 @@ def test_small_answers_do_not_wait(tmp_path):
     status, _ = served.stop()
     assert status == 0
     assert np.median(seconds[30:]) < 0.03
+
+
+def test_view_opens_the_browser(tmp_path, monkeypatch):
+    write_episode(tmp_path / TASK / "episode_00000.zarr", 2)
+    opened = tmp_path / "opened"
+    monkeypatch.setenv("BROWSER", f"sh -c 'echo %s > {opened}'")
+    served = Served(tmp_path, "--port", 0, "--browser")
+    deadline = time.monotonic() + 20
+    while not (opened.exists() and opened.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert opened.read_text().strip() == served.url
+    status, _ = served.stop()
+    assert status == 0
 
 
 def test_an_open_page_does_not_hold_the_server_up(tmp_path):

@@ -286,20 +286,34 @@ def test_who_looks_at_a_patch(pages, url, run):
 def test_a_word_shows_what_it_looks_at(pages, url, run):
     page = pages.open(f"{url}?episode={FIRST}&frame=4")
     data = stored(run, FIRST).arrays
+    cameras = analysis.camera_names(data)
     before = canvas(page, "image", "raw")
     words = data.attrs["task"].split()
-    for word in (3, 6):
-        expected = {
-            name: analysis.text_to_image(data, word, name, frame=4) for name in analysis.camera_names(data)
-        }
-        page.locator("#words button.token", has_text=words[word]).first.hover()
-        page.get_by_text(f"what “{words[word]}” looks at").wait_for()
-        for name, heatmap in expected.items():
+
+    def is_shown(word, frame):
+        for name in cameras:
             _, geometry, _ = analysis.camera_geometry(data, name)
+            heatmap = analysis.text_to_image(data, word, name, frame=frame)
             lit = analysis.on_camera_pixels(heatmap.values, geometry) > 0
             shown = canvas(page, name.rpartition(".")[2], "raw")
-            assert ((shown[..., :3] != (0, 0, 4)).any(axis=-1) == lit).all()
-        assert any(heatmap.values.any() for heatmap in expected.values())
+            if ((shown[..., :3] != (0, 0, 4)).any(axis=-1) != lit).any():
+                return False
+        return True
+
+    for word in (3, 6):
+        assert any(analysis.text_to_image(data, word, name, frame=4).values.any() for name in cameras)
+        page.locator("#words button.token", has_text=words[word]).first.hover()
+        until(page, lambda word=word: is_shown(word, 4), f"word {word} shows what it looks at")
+        page.get_by_text(f"what “{words[word]}” looks at").wait_for()
+    # The pointer stays where it is while inferences come and go.
+    with page.expect_request("**/inferences/2/prefix/**"):
+        for _ in range(3):
+            page.keyboard.press("ArrowRight")
+    until(page, lambda: is_shown(6, 7), "the word shows what it looks at in the next inference")
+    page.get_by_text(f"what “{words[6]}” looks at").wait_for()
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
+    drawn(page, frame=4)
     page.mouse.move(1, 1)
     until(page, lambda: (canvas(page, "image", "raw") == before).all(), "the map of the actions is back")
     page.locator("#words button.token").nth(3).focus()  # without a mouse

@@ -38,6 +38,7 @@ POLL_S = 0.5  # how often the library is looked at for whoever listens to its ev
 _LOOK_S = 0.5  # what is spent on reading stores before one answers: thousands take a while
 _KEEP_ALIVE_S = 15.0
 _IMMUTABLE = "private, max-age=31536000, immutable"
+_LATEST = "latest"  # as a version: whatever is in the episode's place
 _ASK_AGAIN = "no-cache"  # keep it, but ask whether it changed
 _MISSING_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lerobot-attn</title>
 <p>This installation has no page: it comes from sources in which the page was not built.
@@ -216,7 +217,8 @@ class _Explorer:
             silent_s += pause_s
 
     def _episode(self, request: Request) -> Episode:
-        return self._library.episode(request.path_params["id"], request.path_params["version"])
+        version = request.path_params["version"]
+        return self._library.episode(request.path_params["id"], None if version == _LATEST else version)
 
     def _slab(
         self, request: Request, slab: Callable[..., tuple[bytes, tuple[int, ...]]], *names: str
@@ -279,6 +281,7 @@ def _answer(
 ) -> Response:
     """Answer, or say that what the browser has is still right."""
     etag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
+    immutable = immutable and request.path_params.get("version") != _LATEST
     kept = {"ETag": etag, "Cache-Control": _IMMUTABLE if immutable else _ASK_AGAIN, **(headers or {})}
     asked = request.headers.get("if-none-match", "")
     if etag in (tag.strip().removeprefix("W/") for tag in asked.split(",")):

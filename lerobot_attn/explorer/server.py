@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8123
 _TRIED_PORTS = 20
+_LOOK_S = 0.2  # what is spent on reading a run's stores before the server answers
 
 
 def serve(
@@ -35,7 +36,7 @@ def serve(
         path: an episode, a task's folder, or a run's output folder.
         host: address to listen at; by default this machine alone can reach it.
         port: its port; by default the first free one from 8123 on.
-        open_browser: open the page once the server answers.
+        open_browser: open the page.
 
     Raises:
         StoreError: no episode at the path.
@@ -56,9 +57,12 @@ def serve(
     app = create_app(library, hosts=None if local else ["*"])
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
-    threading.Thread(target=_warm_up, args=(library,), daemon=True).start()
     with listener, contextlib.suppress(KeyboardInterrupt):
-        _Server(app, config, lambda: _announce(url, open_browser)).run(sockets=[listener])
+        if open_browser:
+            # It starts while the first view is read; its request waits in the listener's queue.
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+        _warm_up(library)
+        _Server(app, config, lambda: _announce(url)).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -80,18 +84,19 @@ class _Server(uvicorn.Server):
 
 
 def _warm_up(library: Library) -> None:
-    """Read what a first view reads: the libraries that do it are loaded while the browser starts."""
+    """Read what a first view reads, which loads the libraries that do it.
+
+    On a thread beside the server it would take turns with the first answers, and both would end later.
+    """
     # A damaged episode is told to whoever asks for it.
     with contextlib.suppress(Exception):
-        episode = library.episode(library.look().summaries[0].id)
+        episode = library.episode(library.look(_LOOK_S).summaries[0].id)
         payloads.mean_slab(episode, 0, payloads.facts(episode)["denoise_steps"][-1])
         payloads.tokens(episode, 0)
 
 
-def _announce(url: str, open_browser: bool) -> None:
+def _announce(url: str) -> None:
     print(f"The explorer is at {url} (Ctrl-C ends it)", flush=True)
-    if open_browser:
-        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
@@ -106,6 +111,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, tried))
+            listener.listen()
             return listener
         except OSError as error:
             listener.close()

@@ -186,7 +186,7 @@ function CompareWith({ run, own }: { run: Run; own: string }) {
   const name = (row: EpisodeRow) => `${episodeName(row)} (${outcome(row)})`;
   return (
     <>
-      <label class="inline">
+      <label class={state.compared.value ? "inline wide" : "inline"}>
         Compare{" "}
         <select
           value={state.compared.value}

@@ -107,6 +107,8 @@ export class EpisodeModel {
   private readonly stops: (() => void)[] = [];
   private request = 0;
   private delivered = 0;
+  /** The word that a person points at, whether or not its view is here yet. */
+  private pointedAt: number | null = null;
 
   constructor(
     private readonly source: Source,
@@ -183,6 +185,7 @@ export class EpisodeModel {
 
   /** What the tokens of a word look at in the prefix, on average over tokens and heads. */
   async showWord(group: number | null): Promise<void> {
+    this.pointedAt = group;
     const { facts, shown } = { facts: this.facts.value, shown: this.shown.value };
     const layer = facts?.prefix_layers.at(-1);
     if (group === null || !facts || !shown || layer === undefined) {
@@ -194,6 +197,8 @@ export class EpisodeModel {
       const slabs = await Promise.all(
         keys.map((key) => this.source.prefix(this.key, shown.inference, layer, key)),
       );
+      // Meanwhile the pointer may have left, or the next inference have come, which asks for itself.
+      if (this.pointedAt !== group || this.shown.value?.inference !== shown.inference) return;
       const attention = new Float32Array(facts.n_keys);
       for (const slab of slabs) {
         pick({ shape: [1, ...slab.shape], values: slab.values }, 0, this.headIndex.value).forEach(
@@ -214,8 +219,10 @@ export class EpisodeModel {
 
   private async open(): Promise<void> {
     await this.attempt(async () => {
-      const facts = await this.source.facts(this.id);
-      const timeline = await this.source.timeline({ id: this.id, version: facts.version });
+      const [facts, timeline] = await Promise.all([
+        this.source.facts(this.id),
+        this.source.timeline({ id: this.id, version: "latest" }),
+      ]);
       batch(() => {
         this.shares.value = this.ranges.value = this.steps.value = null;
         this.facts.value = facts;
@@ -251,11 +258,16 @@ export class EpisodeModel {
       ]);
       if (request < this.delivered || this.request === Infinity) return; // a later one was faster
       this.delivered = request;
+      const isSameInference = untracked(() => this.shown.value)?.inference === inference;
       batch(() => {
-        this.word.value = null;
+        if (!isSameInference) this.word.value = null;
         this.shown.value = { frame, inference, step, means, row, tokens, chunk, pictures };
       });
-      if (request === this.request) this.prefetch(timeline, frame, step, old !== null && frame < old.frame);
+      if (!isSameInference && this.pointedAt !== null) void this.showWord(this.pointedAt);
+      if (request !== this.request) return;
+      // The first view comes first.
+      if (old === null) afterPaint(() => this.prefetch(timeline, frame, step, false));
+      else this.prefetch(timeline, frame, step, frame < old.frame);
     });
   }
 
@@ -391,6 +403,11 @@ export function sharedEnd(models: EpisodeModel[], normalisation: Normalisation):
     normalisation,
     models.flatMap((model) => model.episodeEnds()),
   );
+}
+
+/** Call once what has just changed is on the screen. */
+function afterPaint(action: () => void): void {
+  requestAnimationFrame(() => setTimeout(action));
 }
 
 export function message(error: unknown): string {
