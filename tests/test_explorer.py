@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -19,17 +21,21 @@ import pytest
 import uvicorn
 import xarray as xr
 import zarr
-from test_store import frame_rows, inference_rows, make_writer, write_episode
+from test_store import LAYOUT, frame_rows, inference_rows, make_writer, write_episode
 
-from lerobot_attn import analysis, open_episode
+from lerobot_attn import analysis, open_episode, open_run
 from lerobot_attn.analysis.compare import compare_overall
 from lerobot_attn.analysis.spatial import episode_ranges
 from lerobot_attn.errors import StoreError
 from lerobot_attn.explorer import app as app_module
+from lerobot_attn.explorer import library as library_module
 from lerobot_attn.explorer import payloads
 from lerobot_attn.explorer.app import create_app
-from lerobot_attn.explorer.library import Library
+from lerobot_attn.explorer.library import Library, NotThereError, version_of
 from lerobot_attn.layout import ImageGeometry
+from lerobot_attn.store.files import first_link
+from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.schema import BY_NAME
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
 from lerobot_attn.video import VideoWriter, read_frames
 
@@ -234,6 +240,74 @@ def test_committed_answers_are_immutable_and_growing_ones_are_asked_for_again(cl
         assert not again.content
 
 
+def test_pictures_are_immutable_under_their_videos_version_alone(plain, tmp_path):
+    shutil.copytree(plain.parent, tmp_path / TASK)
+    with client_of(tmp_path) as client:
+        episode = client.get("/api/run").json()["episodes"][0]
+
+        def version():
+            facts = client.get(f"/api/episodes/{episode['id']}").json()
+            return next(c["video_version"] for c in facts["cameras"] if c["name"] == episode["camera"])
+
+        at = f"/api/episodes/{episode['id']}/{episode['version']}/cameras/{episode['camera']}/frames/0.jpg"
+        before = version()
+        assert re.fullmatch("[0-9a-f]{8}", before)
+
+        def immutable(query):
+            return "immutable" in client.get(at + query).headers["cache-control"]
+
+        assert [immutable(query) for query in (f"?v={before}", "?v=0", "?v=", "")] == [
+            True,
+            False,
+            False,
+            False,
+        ]
+        latest = at.replace(episode["version"], "latest")
+        assert client.get(f"{latest}?v={before}").headers["cache-control"] == "no-cache"
+        video = open_episode(tmp_path / TASK / f"{episode['id'].split(':')[1]}.zarr").videos[
+            episode["camera"]
+        ]
+        old = client.get(at).content
+        found = video.stat()
+        replace_video(video, (48, 64))
+        os.utime(video, ns=(found.st_atime_ns, found.st_mtime_ns))  # of the same age, as a copy may be
+        assert client.get(at).content != old
+        assert version() != before
+        assert [immutable(f"?v={v}") for v in (before, version())] == [False, True]
+        video.unlink()
+        assert version() is None
+
+
+def replace_video(video, size_px):
+    video.unlink()
+    writer = VideoWriter(video, fps=20, size_px=size_px)
+    for shade in (10, 90, 200):
+        writer.write(np.full((*size_px, 3), shade, np.uint8))
+    writer.close()
+
+
+def test_another_version_of_the_package_has_other_addresses(plain, monkeypatch):
+    episode = open_episode(plain)
+    before = version_of(episode)
+    assert version_of(episode) == before
+    monkeypatch.setattr(library_module, "__version__", "999.0")
+    assert version_of(episode) != before
+
+
+def test_the_page_is_asked_for_again_and_its_assets_are_kept(run, tmp_path):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "index.html").write_text("the page")
+    (tmp_path / "assets" / "index-abc.js").write_text("the script")
+    with client_of(run, static=tmp_path) as client:
+        for path, immutable in (("/", False), ("/index.html", False), ("/assets/index-abc.js", True)):
+            answer = client.get(path)
+            assert ("immutable" in answer.headers["cache-control"]) is immutable, path
+            assert ("no-cache" in answer.headers["cache-control"]) is not immutable, path
+            again = client.get(path, headers={"If-None-Match": answer.headers["etag"]})
+            assert again.status_code == 304
+            assert again.headers["cache-control"] == answer.headers["cache-control"]
+
+
 def test_json_is_compressed_and_maps_are_not(client, address):
     zipped = {"Accept-Encoding": "gzip"}
     assert client.get(f"{address}/timeline", headers=zipped).headers["content-encoding"] == "gzip"
@@ -250,6 +324,9 @@ def test_json_is_compressed_and_maps_are_not(client, address):
         "/inferences/99/tokens",
         "/inferences/99999999999999999999999/means/0",
         "/inferences/-1/means/0",
+        f"/inferences/{'9' * 5000}/means/0",
+        f"/inferences/0/maps/0/{'9' * 5000}",
+        f"/ranges/{'1' * 10}",
         "/shares?layer=77",
         "/shares?layer=nonsense",
         "/shares?first=-3",
@@ -307,6 +384,130 @@ def test_links_out_of_the_folder_are_not_served(run, tmp_path):
     with client_of(tmp_path / "run") as client:
         assert [e["id"] for e in client.get("/api/run").json()["episodes"]] == [f"{TASK}:episode_00000"]
         assert client.get(f"/api/episodes/{TASK}:episode_00007").status_code == 404
+
+
+def edit_attributes(path, **attributes):
+    """Change a store's attributes; NaN and Infinity are what Python's JSON reads, too."""
+    metadata = json.loads((path / "zarr.json").read_text())
+    metadata["attributes"] |= attributes
+    (path / "zarr.json").write_text(json.dumps(metadata))
+
+
+def test_numbers_that_json_does_not_know_hide_nothing(tmp_path):
+    path = tmp_path / TASK / "episode_00000.zarr"
+    write_episode(path, 1)
+    write_episode(path.with_name("episode_00001.zarr"), 1)
+    nan, inf = float("nan"), float("inf")
+    videos = {"cam": {"path": "episode_00000.cam.mp4", "fps": inf}}
+    odd = {"episode_index": nan, "task_id": -inf, "seed": nan, "task_group": [nan], "videos": videos}
+    edit_attributes(path, policy={"n_layers": inf, "n_heads": nan}, **odd)
+    with client_of(tmp_path) as client:
+        answer = client.get("/api/run")
+        assert answer.status_code == 200
+        first, second = answer.json()["episodes"]
+        assert (first["episode"], first["task_id"], first["task_group"]) == (None, None, None)
+        assert second["n_inferences"] == 1
+        facts = client.get(f"/api/episodes/{first['id']}").json()
+        names = ("episode", "task_id", "task_group", "seed", "n_layers", "n_heads")
+        assert [facts[name] for name in names] == [None] * 6
+        assert facts["fps"] == 20
+
+
+def test_odd_stores_are_listed_with_what_is_wrong_and_hide_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / TASK
+    write_episode(folder / "episode_00000.zarr", 1)
+    (folder / "episode_00001.zarr").symlink_to("episode_00001.zarr")
+    write_episode(folder / "episode_00002.zarr", 1)
+    write_episode(folder / "episode_00003.zarr", 1)
+    layout = LAYOUT.to_dict()
+    layout["segments"] = [[]]
+    edit_attributes(folder / "episode_00003.zarr", layout=layout)
+    stored_bytes, is_away = Episode.stored_bytes, True
+
+    def failing(episode):
+        if is_away and episode.path.stem == "episode_00002":
+            raise OSError(5, "Input/output error")
+        return stored_bytes(episode)
+
+    monkeypatch.setattr(Episode, "stored_bytes", failing)
+    monkeypatch.setattr(library_module, "_RETRY_S", 0)
+    with client_of(tmp_path) as client:
+        answer = client.get("/api/run").json()
+        assert [e["id"] for e in answer["episodes"]] == [f"{TASK}:episode_00000"]
+        away, damaged, loop = answer["damaged"]
+        assert "episode_00002.zarr: cannot be read: [Errno 5] Input/output error" in away
+        assert "episode_00003.zarr: its token layout is damaged" in damaged
+        assert "episode_00001.zarr: cannot be followed: Symlink loop" in loop
+        assert not any("\n" in line for line in answer["damaged"])
+        assert client.get(f"/api/episodes/{TASK}:episode_00001").status_code == 404
+        is_away = False  # what may pass by itself is tried again
+        assert len(client.get("/api/run").json()["episodes"]) == 2
+
+
+def test_a_store_with_a_link_in_it_is_not_served(tmp_path):
+    path = tmp_path / "run" / TASK / "episode_00000.zarr"
+    write_episode(path, 2)
+    secret = tmp_path / "secret"
+    chunk = path / "token_id" / "c" / "0" / "0"
+    with client_of(tmp_path / "run") as client:
+        (episode,) = client.get("/api/run").json()["episodes"]
+        shutil.move(chunk, secret)
+        chunk.symlink_to(secret)
+        edit_attributes(path)  # as a commit does
+        answer = client.get(f"/api/episodes/{episode['id']}/latest/inferences/0/tokens")
+        assert answer.status_code == 422
+        assert "token_id/c/0/0 is a link, expected plain files" in answer.json()["error"]
+        run = client.get("/api/run").json()
+        assert run["episodes"] == []
+        assert "is a link" in run["damaged"][0]
+
+
+def test_a_store_that_a_link_has_replaced_is_not_served(tmp_path):
+    path = tmp_path / "run" / TASK / "episode_00000.zarr"
+    write_episode(path, 2)
+    library = Library(tmp_path / "run", rescan_s=1000)
+    (summary,) = library.look().summaries
+    assert library.episode(summary.id).n_inferences == 2
+    moved = tmp_path / "episode_00000.zarr"
+    shutil.move(path, moved)
+    path.symlink_to(moved)
+    with pytest.raises(NotThereError, match="is a link out of the served folder"):
+        library.episode(summary.id, summary.version)
+
+
+def test_links_are_looked_for_in_no_time(tmp_path):
+    for index in range(20):
+        folder = tmp_path / "array" / "c" / str(index)
+        folder.mkdir(parents=True)
+        for number in range(20):
+            (folder / str(number)).touch()
+    first_link(tmp_path)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert first_link(tmp_path) is None
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.01
+
+
+def test_a_video_that_a_link_has_replaced_is_not_served(plain, tmp_path):
+    task = tmp_path / "run" / TASK
+    shutil.copytree(plain.parent, task)
+    with client_of(tmp_path / "run") as client:
+        episode = client.get("/api/run").json()["episodes"][0]
+        at = f"/api/episodes/{episode['id']}/{episode['version']}/cameras/{episode['camera']}"
+        video = open_episode(task / f"{episode['id'].split(':')[1]}.zarr").videos[episode["camera"]]
+        paths = (f"{at}.mp4", f"{at}/frames/0.jpg")
+        for path in paths:
+            assert client.get(path).status_code == 200
+        shutil.move(video, tmp_path / "elsewhere.mp4")
+        for path in paths:
+            gone = client.get(path)
+            assert gone.status_code == 404, path
+            assert str(tmp_path) not in gone.text
+        video.symlink_to(tmp_path / "elsewhere.mp4")
+        for path in paths:
+            assert client.get(path).status_code == 404, path
 
 
 def test_another_host_is_refused(client):
@@ -377,9 +578,44 @@ def test_what_is_committed_while_one_looks_is_there_at_once(tmp_path):
             writer.append_frames(frame_rows(rng, index))
             writer.commit()
             slab = values(client.get(f"{at}/inferences/{index}/means/0"))
-            np.testing.assert_array_equal(slab, rows["suffix_attention_mean"][0])
+            np.testing.assert_array_equal(slab[:4], rows["suffix_attention_mean"][0])
+            of_full = rows["suffix_attention"][0, ..., :2, :].astype(np.float32).mean(axis=2)
+            np.testing.assert_array_equal(slab[4:], of_full.astype(np.float16))
             assert len(client.get(f"{at}/shares?first={index}").json()["share"]) == 1
             assert client.get("/api/run").json()["episodes"][0]["n_inferences"] == index + 1
+
+
+def test_who_asks_for_an_episode_does_not_wait_for_a_listing(tmp_path, monkeypatch):
+    write_episode(tmp_path / TASK / "episode_00000.zarr", 1)
+    library = Library(tmp_path, rescan_s=0)
+    (summary,) = library.look().summaries
+    library._rescan_s = 1000
+    may_end, scans = threading.Event(), []
+
+    def slow(path):
+        scans.append(path)
+        assert may_end.wait(30)
+        return open_run(path)
+
+    monkeypatch.setattr(library_module, "open_run", slow)
+    monkeypatch.setattr(library_module, "_RESCAN_S", 0)
+
+    def ask():
+        with contextlib.suppress(NotThereError):
+            library.episode("unknown")
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    while not scans:
+        time.sleep(0.01)
+    assert library.episode(summary.id).n_inferences == 1  # while the other's listing goes on
+    assert not may_end.is_set()
+    may_end.set()
+    asker.join(30)
+    monkeypatch.setattr(library_module, "_RESCAN_S", 1000)
+    for _ in range(20):
+        ask()
+    assert len(scans) == 1
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -542,6 +778,144 @@ def test_an_episode_without_suffix_attention_is_listed_and_says_what_it_lacks(pl
             answer = client.get(at + path)
             assert answer.status_code == 404, path
             assert "suffix" in answer.json()["error"]
+
+
+def damage(path, inference):
+    """Damage one inference's stored means."""
+    shard = path / "suffix_attention_mean" / "c" / str(inference)
+    for file in [shard] if shard.is_file() else shard.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0" * 100)
+
+
+@pytest.mark.parametrize("block", [2, 32])
+def test_what_a_damaged_chunk_holds_is_missing_and_nothing_else(plain, tmp_path, monkeypatch, block):
+    monkeypatch.setattr(payloads, "_BLOCK", block)
+    path = tmp_path / TASK / plain.name
+    shutil.copytree(plain, path)
+    damage(path, 1)
+    gone = with_missing_maps(plain, tmp_path / "missing.zarr", [(1, layer) for layer in range(4)])
+    expected = open_episode(gone)
+    with client_of(tmp_path) as client:
+        (episode,) = client.get("/api/run").json()["episodes"]
+        at = f"/api/episodes/{episode['id']}/{episode['version']}"
+        assert [client.get(f"{at}/inferences/{i}/means/2").status_code for i in (0, 1, 2)] == [200, 422, 200]
+        shares, ranges = client.get(f"{at}/shares"), client.get(f"{at}/ranges/2")
+        assert (shares.status_code, ranges.status_code) == (200, 200)
+        alone = client.get(f"{at}/shares?first={episode['n_inferences'] - 1}")
+        assert None not in alone.json()["effective_tokens"]
+    assert shares.json() == payloads.shares(expected, 0, layer="mean", denoise_step=-1, head="mean")
+    assert ranges.json() == payloads.ranges(expected, 2)
+    assert set(shares.json()["share"][1]) == {None}
+    is_missing = [number is None for number in shares.json()["effective_tokens"]]
+    assert is_missing == [index == 1 for index in range(episode["n_inferences"])]
+
+
+@pytest.fixture(scope="module")
+def few_means(plain, tmp_path_factory):
+    """An episode with stored means of layers 0 and 3, and full maps of 2 and 3."""
+    path = tmp_path_factory.mktemp("few") / TASK / plain.name
+    shutil.copytree(plain, path)
+    with xr.open_zarr(plain, consolidated=True) as dataset:
+        stored = dataset["suffix_attention_mean"].isel(all_layer=[0, 3]).load()
+    metadata = json.loads((path / "zarr.json").read_text())
+    for name, values in (("suffix_attention_mean", stored.values), ("all_layer", np.array([0, 3], np.int32))):
+        shutil.rmtree(path / name)
+        zarr.create_array(path / name, data=values, dimension_names=BY_NAME[name].dims)
+        metadata["consolidated_metadata"]["metadata"][name] = json.loads(
+            (path / name / "zarr.json").read_text()
+        )
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    return path
+
+
+def test_layers_with_full_maps_alone_have_means_too(few_means, plain):
+    executed = slice(*open_episode(plain).attributes["executed_queries"])
+    data = open_episode(plain).arrays
+    stored = data["suffix_attention_mean"].values[:, 2].astype(np.float32)
+    of_2 = data["suffix_attention"].values[:, 2, 0, :, executed].astype(np.float32).mean(axis=2)
+    expected = np.stack([stored[:, 0], of_2, stored[:, 3]], axis=1)
+    with client_of(few_means.parents[1]) as client:
+        (episode,) = client.get("/api/run").json()["episodes"]
+        at = f"/api/episodes/{episode['id']}/{episode['version']}"
+        facts = client.get(f"/api/episodes/{episode['id']}").json()
+        assert (facts["mean_layers"], facts["layers"]) == ([0, 2, 3], [2, 3])
+        for inference in range(len(expected)):
+            slab = values(client.get(f"{at}/inferences/{inference}/means/2"))
+            np.testing.assert_array_equal(slab, expected[inference].astype(np.float16))
+        ranges = client.get(f"{at}/ranges/2").json()
+        shares = {
+            (layer, head): client.get(f"{at}/shares?layer={layer}&head={head}&denoise_step=2").json()
+            for layer in (0, 2, 3, "mean")
+            for head in (1, "mean", "max")
+        }
+    assert ranges["layers"] == [0, 2, 3, "mean"]
+    camera, _, segment = analysis.camera_geometry(data)
+    layers = np.concatenate([expected, expected.mean(axis=1, keepdims=True)], axis=1)
+    every = np.concatenate([layers, layers.mean(2, keepdims=True), layers.max(2, keepdims=True)], axis=2)
+    patches = every[..., segment.start : segment.stop]
+    ends = np.percentile(patches.astype(np.float64), payloads.CLIP, axis=(0, 3))
+    np.testing.assert_allclose(ranges["ranges"][camera], ends, rtol=1e-5)
+    for (layer, head), answer in shares.items():
+        place = (ranges["layers"].index(layer), ranges["heads"].index(head))
+        of_camera = patches[:, *place].sum(axis=-1)
+        found = np.array(answer["share"])[:, answer["modalities"].index(camera)]
+        np.testing.assert_allclose(found, of_camera, rtol=1e-5, err_msg=f"{layer}, {head}")
+
+
+def test_an_episode_with_prefix_maps_alone_still_shows_its_cameras_and_words(tmp_path):
+    path = write_planted_episode(tmp_path, SyntheticPlan(prefix_layers=(1,)))
+    metadata = json.loads((path / "zarr.json").read_text())
+    for name in ("suffix_attention", "suffix_attention_mean", "layer", "all_layer"):
+        shutil.rmtree(path / name)
+        del metadata["consolidated_metadata"]["metadata"][name]
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    with client_of(tmp_path) as client:
+        (episode,) = client.get("/api/run").json()["episodes"]
+        at = f"/api/episodes/{episode['id']}/{episode['version']}"
+        facts = client.get(f"/api/episodes/{episode['id']}").json()
+        assert (facts["mean_layers"], facts["layers"], facts["prefix_layers"]) == ([], [], [1])
+        for lacking in ("/inferences/0/means/2", "/ranges/2", "/shares"):
+            answer = client.get(at + lacking)
+            assert answer.status_code == 404, lacking
+            assert "suffix" in answer.json()["error"]
+        picture = f"/cameras/{episode['camera']}/frames/0.jpg"
+        for there in ("/timeline", "/inferences/0/tokens", "/inferences/0/actions", picture):
+            assert client.get(at + there).status_code == 200, there
+        assert values(client.get(at + "/inferences/0/prefix/1/5")).ndim == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["observation.images.image", "observation.images.wrist"], ["image", "wrist"]),
+        (
+            ["observation.images.left.rgb", "observation.images.right.rgb", "observation.images.wrist"],
+            ["left.rgb", "right.rgb", "wrist"],
+        ),
+        (["a.left.rgb", "b.left.rgb"], ["a.left.rgb", "b.left.rgb"]),
+        (["rgb", "left.rgb", "a.left.rgb"], ["rgb", "left.rgb", "a.left.rgb"]),
+        (["cam"], ["cam"]),
+    ],
+)
+def test_labels_tell_cameras_apart(names, labels):
+    assert list(payloads.camera_labels(names).values()) == labels
+
+
+def test_cameras_whose_names_end_alike_have_labels_of_their_own(tmp_path):
+    names = ("observation.images.left.rgb", "observation.images.right.rgb")
+    for index, success in enumerate([True, False]):
+        plan = SyntheticPlan(
+            image_px=dict.fromkeys(names, (48, 64)), episode_index=index, success=success, videos=False
+        )
+        write_planted_episode(tmp_path, plan)
+    with client_of(tmp_path) as client:
+        episode = client.get("/api/run").json()["episodes"][0]
+        facts = client.get(f"/api/episodes/{episode['id']}").json()
+        groups = client.get("/api/groups").json()
+    labels = {camera["name"]: camera["label"] for camera in facts["cameras"]}
+    assert [labels[name] for name in names] == ["left.rgb", "right.rgb"]
+    assert [row["label"] for row in groups["rows"]][:2] == ["left.rgb", "right.rgb"]
 
 
 @pytest.fixture(scope="module")
@@ -780,6 +1154,52 @@ def test_events_bring_what_the_run_did_not_tell(tmp_path, monkeypatch):
     assert told == {f"{TASK}:episode_{index:05d}" for index in range(6)}
 
 
+def test_events_tell_when_only_the_damaged_ones_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(app_module, "POLL_S", 0.01)
+    folder = tmp_path / TASK
+    for index in range(2):
+        write_episode(folder / f"episode_{index:05d}.zarr", 1)
+    with (
+        client_of(tmp_path) as client,
+        urllib.request.urlopen(f"http://127.0.0.1:{client.port}/api/events", timeout=20) as events,
+    ):
+
+        def news():
+            line = b""
+            while not line.startswith(b'data: {"changed'):
+                line = events.readline()
+            return json.loads(line[5:])
+
+        assert events.readline() == b"event: ready\n"
+        (folder / "episode_00001.zarr" / "zarr.json").write_text("{")
+        told = news()
+        assert (told["changed"], told["removed"]) == ([], [f"{TASK}:episode_00001"])
+        (line,) = told["damaged"]
+        assert "episode_00001.zarr" in line
+        (folder / "episode_00001.zarr" / "zarr.json").write_text("[]")
+        told = news()
+        assert (told["changed"], told["removed"]) == ([], [])
+        assert told["damaged"] != [line]
+        edit_attributes(folder / "episode_00000.zarr", episode_index=float("nan"))
+        (changed,) = news()["changed"]
+        assert changed["episode"] is None
+        assert client.get("/api/run").json()["damaged"] == told["damaged"]
+
+
+def test_a_loopback_address_of_ones_own_choice_is_answered(tmp_path):
+    write_episode(tmp_path / TASK / "episode_00000.zarr", 1)
+    served = Served(tmp_path, "--port", 0, "--host", "127.0.0.2")
+    try:
+        assert served.url.startswith("http://127.0.0.2:")
+        with urllib.request.urlopen(served.url + "api/run", timeout=20) as answer:
+            assert answer.status == 200
+        other = urllib.request.Request(served.url + "api/run", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(other, timeout=20)
+    finally:
+        served.stop()
+
+
 def test_small_answers_do_not_wait(tmp_path):
     """Sent in two parts over a connection that is kept, an answer once took 40 ms (Nagle's algorithm)."""
     write_episode(tmp_path / TASK / "episode_00000.zarr", 2)
@@ -878,11 +1298,14 @@ def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
             "frame": 1,
         }
         n_json = 0
+        facts = client.get(f"/api/episodes/{episode['id']}").json()
+        video_version = next(c for c in facts["cameras"] if c["name"] == episode["camera"])["video_version"]
         for address, text in documented().items():
             if address == "/api/events":
                 continue
             prefix = {"layer": 1, "query": 5} if "/prefix/" in address else {}
-            answer = client.get(address.format(**values_of | prefix))
+            path = address.format(**values_of | prefix)
+            answer = client.get(f"{path}?v={video_version}" if path.endswith(".jpg") else path)
             assert answer.status_code == 200, address
             cached = answer.headers["cache-control"]
             assert ("`immutable`" in text) == ("immutable" in cached), address

@@ -167,6 +167,21 @@ def test_the_file_holds_what_the_store_holds(episode, page, tmp_path, choice):
             assert error[frame] < 3
 
 
+def test_layers_with_full_maps_alone_are_in_the_file(page, tmp_path):
+    write_episode(tmp_path / "episode_00000.zarr")  # means of layers 0 to 3, full maps of 16 and 17
+    episode = open_episode(tmp_path / "episode_00000.zarr")
+    settings = ExportSettings(layers="3,16", denoise_steps=9)
+    data = Document(export_html(episode, tmp_path / "page.html", settings, page=page).path).data
+    assert data["facts"]["mean_layers"] == [3, 16]
+    store = episode.arrays
+    np.testing.assert_array_equal(
+        means_of(data)[:, 0, 0], store["suffix_attention_mean"].sel(all_layer=3, denoise_step=9)
+    )
+    full = store["suffix_attention"].sel(layer=16, denoise_step=9).isel(query=slice(0, 2)).values
+    mean = full.astype(np.float32).mean(axis=2).astype(np.float16)
+    np.testing.assert_array_equal(means_of(data)[:, 0, 1], mean)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

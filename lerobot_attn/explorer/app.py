@@ -18,6 +18,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -31,12 +32,13 @@ from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, fi
 from lerobot_attn.explorer import payloads
 from lerobot_attn.explorer.document import page_folder
 from lerobot_attn.explorer.library import Library, NotThereError, Summary, version_of
-from lerobot_attn.explorer.pictures import FramePictures
+from lerobot_attn.explorer.pictures import FramePictures, video_version
 from lerobot_attn.store.reader import Episode
 
 POLL_S = 0.5  # how often the library is looked at for whoever listens to its events
 _LOOK_S = 0.5  # what is spent on reading stores before one answers: thousands take a while
 _KEEP_ALIVE_S = 15.0
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _IMMUTABLE = "private, max-age=31536000, immutable"
 _LATEST = "latest"  # as a version: whatever is in the episode's place
 _ASK_AGAIN = "no-cache"  # keep it, but ask whether it changed
@@ -44,6 +46,21 @@ _MISSING_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>l
 <p>This installation has no page: it comes from sources in which the page was not built.
 <p>Run <code>scripts/build_explorer.sh</code> there, install again, and start <code>lerobot-attn view</code>
 again. Until then, the data is at <a href="api/run">api/run</a>."""
+
+
+class _NumberConvertor(Convertor[int]):
+    """A number in a path, short enough for Python to read: longer ones are no request."""
+
+    regex = "[0-9]{1,9}"
+
+    def convert(self, value: str) -> int:
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        return str(value)
+
+
+register_url_convertor("number", _NumberConvertor())
 
 
 def create_app(library: Library, *, hosts: list[str] | None = None, static: Path | None = None) -> Starlette:
@@ -62,7 +79,7 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
         return Route(path, endpoint, methods=["GET"], middleware=zipped if zip_ else None)
 
     episode = "/api/episodes/{id}/{version}"
-    at = episode + "/inferences/{inference:int}"
+    at = episode + "/inferences/{inference:number}"
     routes: list[Route | Mount] = [
         get("/api/run", explorer.run, zip_=True),
         get("/api/groups", explorer.groups, zip_=True),
@@ -70,18 +87,18 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
         get("/api/episodes/{id}", explorer.facts, zip_=True),
         get(episode + "/timeline", explorer.timeline, zip_=True),
         get(episode + "/shares", explorer.shares, zip_=True),
-        get(episode + "/ranges/{denoise_step:int}", explorer.ranges, zip_=True),
+        get(episode + "/ranges/{denoise_step:number}", explorer.ranges, zip_=True),
         get(at + "/tokens", explorer.tokens, zip_=True),
         get(at + "/actions", explorer.actions, zip_=True),
-        get(at + "/means/{denoise_step:int}", explorer.means),
-        get(at + "/maps/{denoise_step:int}/{layer:int}", explorer.maps),
-        get(at + "/prefix/{layer:int}/{query:int}", explorer.prefix),
-        get(episode + "/cameras/{camera}/frames/{frame:int}.jpg", explorer.frame),
+        get(at + "/means/{denoise_step:number}", explorer.means),
+        get(at + "/maps/{denoise_step:number}/{layer:number}", explorer.maps),
+        get(at + "/prefix/{layer:number}/{query:number}", explorer.prefix),
+        get(episode + "/cameras/{camera}/frames/{frame:number}.jpg", explorer.frame),
         get(episode + "/cameras/{camera}.mp4", explorer.video),
         Route("/api/{rest:path}", _no_such_request),
         _page(static),
     ]
-    allowed = ["127.0.0.1", "localhost", "[::1]"] if hosts is None else hosts
+    allowed = list(LOOPBACK_NAMES) if hosts is None else hosts
     app = Starlette(
         routes=routes,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)],
@@ -172,16 +189,25 @@ class _Explorer:
 
     def frame(self, request: Request) -> Response:
         episode, camera = self._episode(request), request.path_params["camera"]
-        frame, video = request.path_params["frame"], _video(episode, camera)
+        frame, video = request.path_params["frame"], self._library.video(episode, camera)
+        version = video_version(video)
         if frame >= max(1, episode.n_frames):
             raise NotThereError(f"frame {frame} does not exist: the episode has {episode.n_frames}")
         picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
-        return _answer(request, picture, "image/jpeg", immutable=True)
+        # A video can be replaced, or grow, while its recording stays the same, and while it is decoded.
+        asked = request.query_params.get("v")
+        immutable = asked is not None and asked == version == video_version(video)
+        return _answer(request, picture, "image/jpeg", immutable=immutable)
 
     def video(self, request: Request) -> Response:
-        episode = self._episode(request)
-        video = _video(episode, request.path_params["camera"])
-        return FileResponse(video, media_type="video/mp4", headers={"Cache-Control": _ASK_AGAIN})
+        camera = request.path_params["camera"]
+        video = self._library.video(self._episode(request), camera)
+        try:
+            found = video.stat()
+        except OSError as error:
+            raise NotThereError(f"the video of camera {camera!r} was removed") from error
+        headers = {"Cache-Control": _ASK_AGAIN}
+        return FileResponse(video, media_type="video/mp4", headers=headers, stat_result=found)
 
     async def events(self, request: Request) -> Response:
         """Tell of every episode that is new, has grown or is gone, as server-sent events."""
@@ -191,26 +217,28 @@ class _Explorer:
 
     async def _changes(self, request: Request) -> AsyncIterator[str]:
         told: dict[str, dict[str, Any]] = {}
-        n_unread: int | None = None  # nothing is told yet
+        others: tuple[int, list[str]] | None = None  # nothing is told yet
         silent_s = 0.0
         while not (request.app.state.is_closing or await request.is_disconnected()):
             started = time.monotonic()
             found = await run_in_threadpool(self._library.look, _LOOK_S)
             now = {summary.id: summary.to_dict() for summary in found.summaries}
-            if n_unread is None:
+            others_now = (found.n_unread, found.problems)
+            if others is None:
                 # Who asks for the run from here on will miss nothing.
                 yield "event: ready\ndata: {}\n\n"
             else:
                 changed = [facts for id_, facts in now.items() if told.get(id_) != facts]
                 removed = [id_ for id_ in told if id_ not in now]
-                if changed or removed or n_unread != found.n_unread:
-                    news = {"changed": changed, "removed": removed, "n_unread": found.n_unread}
-                    yield f"data: {json.dumps(news)}\n\n"
+                if changed or removed or others != others_now:
+                    news = {"changed": changed, "removed": removed}
+                    news |= {"n_unread": found.n_unread, "damaged": found.problems}
+                    yield f"data: {json.dumps(news, allow_nan=False)}\n\n"
                     silent_s = 0.0
                 elif silent_s >= _KEEP_ALIVE_S:
                     yield ": here\n\n"
                     silent_s = 0.0
-            told, n_unread = now, found.n_unread
+            told, others = now, others_now
             # Looking at thousands of stores must leave most of the time for answers.
             pause_s = max(POLL_S, time.monotonic() - started)
             await asyncio.sleep(pause_s)
@@ -257,13 +285,6 @@ def _read[**P, R](episode: Episode, read: Callable[..., R], *args: Any, **where:
         raise
     except Exception as error:
         raise StoreError(f"{episode.path.name}: cannot be read: {first_line(error)}") from error
-
-
-def _video(episode: Episode, camera: str) -> Path:
-    video = episode.videos.get(camera)
-    if video is None:
-        raise NotThereError(f"this episode has no video of camera {camera!r}")
-    return video
 
 
 def _json(request: Request, value: Any, *, immutable: bool = False) -> Response:
@@ -328,5 +349,16 @@ def _no_such_request(request: Request) -> Response:
 def _page(static: Path | None) -> Mount | Route:
     folder = static or page_folder()
     if not (folder / "index.html").is_file():
-        return Route("/", lambda request: Response(_MISSING_PAGE, media_type="text/html"))
-    return Mount("/", StaticFiles(directory=folder, html=True))
+        headers = {"Cache-Control": _ASK_AGAIN}
+        return Route("/", lambda request: Response(_MISSING_PAGE, media_type="text/html", headers=headers))
+    return Mount("/", _PageFiles(directory=folder, html=True))
+
+
+class _PageFiles(StaticFiles):
+    """The built page: files in `assets` have a hash of themselves in their names, others do not."""
+
+    def file_response(self, full_path: Any, *args: Any, **options: Any) -> Response:
+        response = super().file_response(full_path, *args, **options)
+        hashed = Path(full_path).parent.name == "assets"
+        response.headers["Cache-Control"] = _IMMUTABLE if hashed else _ASK_AGAIN
+        return response

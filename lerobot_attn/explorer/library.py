@@ -6,6 +6,7 @@ file system by polling, which works on network file systems too. Safe to use fro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import threading
@@ -16,11 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lerobot_attn.errors import StoreError
+from lerobot_attn import __version__
+from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
+from lerobot_attn.explorer.payloads import plain
+from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode, open_episode, open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
 _MAX_OPEN = 32  # episodes whose dataset is kept open
+_RESCAN_S = (
+    0.5  # between two listings that unknown ids ask for: each takes a fifth of a second for 2,000 stores
+)
+_RETRY_S = 2.0  # until a store is read again that the file system could not read
 
 
 class NotThereError(LookupError):
@@ -60,13 +68,32 @@ class Listing(NamedTuple):
     n_unread: int
 
 
+type _Signature = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class _Known:
     """What was read of a store when its metadata had this signature."""
 
-    signature: tuple[int, int, int]
+    signature: _Signature
     summary: Summary | None
     problem: str | None  # why it could not be opened
+    retry_at: float = math.inf  # on the monotonic clock, for what may pass by itself
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What a listing of the folder found.
+
+    Attributes:
+        started_at: on the monotonic clock.
+        stores: id → folder, in the order of the paths.
+        problems: of those that are not served, one line each.
+    """
+
+    started_at: float
+    stores: Mapping[str, Path]
+    problems: list[str]
 
 
 class Library:
@@ -85,12 +112,14 @@ class Library:
         open_run(self.path)  # say at once what is wrong with the path
         self._root = self.path.resolve()
         self._rescan_s = rescan_s
-        self._scanned_at = -float("inf")
-        self._stores: dict[str, Path] = {}
+        self._scan = _Scan(-math.inf, {}, [])
         self._known: dict[str, _Known] = {}
-        self._open: OrderedDict[str, tuple[tuple[int, int, int], Episode]] = OrderedDict()
-        self._lock = threading.RLock()
-        self._looking = threading.Lock()  # held while stores are read, which others need not wait for
+        self._open: OrderedDict[str, tuple[_Signature, Episode]] = OrderedDict()
+        # Each is held for what is slow, which those who need no more than what is known do not wait for.
+        self._looking = threading.Lock()
+        self._scanning = threading.Lock()
+        self._opening = threading.Lock()
+        self._lock = threading.Lock()  # held for what takes no time
 
     @property
     def name(self) -> str:
@@ -110,27 +139,25 @@ class Library:
                 next time. One at least is read, so that looking again and again comes to an end.
         """
         with self._looking:
-            with self._lock:
-                self._rescan()
-                stores, known = dict(self._stores), dict(self._known)
+            scan = self._rescan(self._rescan_s)
+            known = {id_: found for id_, found in self._known.items() if id_ in scan.stores}
             end = time.monotonic() + budget_s
             n_read = n_unread = 0
-            for id_, path in stores.items():
+            for id_, path in scan.stores.items():
                 signature = _signature(path)
                 if signature is None:
                     known.pop(id_, None)
-                elif id_ not in known or known[id_].signature != signature:
+                elif _is_stale(known.get(id_), signature):
                     if n_read and time.monotonic() > end:
                         n_unread += id_ not in known
                         continue
-                    known[id_] = _read(id_, path, signature)
+                    known[id_] = self._read(id_, path, signature)
                     n_read += 1
-            with self._lock:
-                self._known = known
-        found = [known[id_] for id_ in stores if id_ in known]
+            self._known = known
+        found = [known[id_] for id_ in scan.stores if id_ in known]
         return Listing(
             [one.summary for one in found if one.summary is not None],
-            [one.problem for one in found if one.problem is not None],
+            [*(one.problem for one in found if one.problem is not None), *scan.problems],
             n_unread,
         )
 
@@ -142,45 +169,137 @@ class Library:
             version: of the same; None takes whatever is there.
 
         Raises:
-            NotThereError: no such episode, it was removed, or another has taken its place.
-            StoreError: it is damaged.
+            NotThereError: no such episode, it was removed, or another, or a link to elsewhere, has taken its
+                place.
+            StoreError: it is damaged, or a part of it is a link.
         """
-        with self._lock:
-            if id_ not in self._stores:
-                self._rescan(force=True)
-            path = self._stores.get(id_)
-            if path is None:
-                raise NotThereError(f"there is no episode {id_!r} here")
-            signature = _signature(path)
-            if signature is None:
+        path = self._scan.stores.get(id_) or self._rescan(min(self._rescan_s, _RESCAN_S)).stores.get(id_)
+        if path is None:
+            raise NotThereError(f"there is no episode {id_!r} here")
+        signature = _signature(path)
+        if signature is None:
+            with self._lock:
                 self._open.pop(id_, None)
-                raise NotThereError(f"episode {id_} was removed while it was open")
-            held = self._open.get(id_)
-            if held is None or held[0] != signature:
-                held = (signature, open_episode(path))
-                self._open[id_] = held
-            self._open.move_to_end(id_)
-            while len(self._open) > _MAX_OPEN:
-                self._open.popitem(last=False)
-        episode = held[1]
+            raise NotThereError(f"episode {id_} was removed while it was open")
+        refusal = self._refusal(path)
+        if refusal is not None:
+            raise NotThereError(f"episode {id_} {refusal}")
+        episode = self._held(id_, signature)
+        if episode is None:
+            with self._opening:
+                episode = self._held(id_, signature) or self._opened(path)  # it may be open by now
+                self._hold(id_, signature, episode)
         if version is not None and version != version_of(episode):
             raise NotThereError(f"episode {id_} was replaced by another recording; load the page anew")
         return episode
 
-    def _rescan(self, *, force: bool = False) -> None:
-        now = time.monotonic()
-        if not force and now - self._scanned_at < self._rescan_s:
-            return
-        self._scanned_at = now
+    def video(self, episode: Episode, camera: str) -> Path:
+        """Return a camera's video; looks at its path anew, for a link may have taken the file's place.
+
+        Args:
+            episode: from `episode`.
+            camera: its full name.
+
+        Raises:
+            NotThereError: the episode has none, or no longer.
+        """
+        video, folder = episode.videos.get(camera), episode.path.parent
+        # Beside an episode that is served alone lies what its folder holds, which is not under the root.
+        if video is not None and (self.is_episode or self._refusal(folder) is None):
+            with contextlib.suppress(OSError, RuntimeError):  # a loop of links
+                if video.is_file() and video.resolve().parent == folder.resolve():
+                    return video
+        raise NotThereError(f"this episode has no video of camera {camera!r}")
+
+    def _held(self, id_: str, signature: _Signature) -> Episode | None:
+        with self._lock:
+            held = self._open.get(id_)
+            if held is None or held[0] != signature:
+                return None
+            self._open.move_to_end(id_)
+            return held[1]
+
+    def _hold(self, id_: str, signature: _Signature, episode: Episode) -> None:
+        with self._lock:
+            self._open[id_] = (signature, episode)
+            self._open.move_to_end(id_)
+            while len(self._open) > _MAX_OPEN:
+                self._open.popitem(last=False)
+
+    def _opened(self, path: Path) -> Episode:
+        """Open a store that lies here with all its parts.
+
+        Raises:
+            StoreError: it is damaged, a part of it is a link, or it cannot be read.
+        """
         try:
-            stores = open_run(self.path).stores
-        except StoreError:  # the folder has become empty, or is gone
-            stores = ()
-        # A link out of the folder would serve what nobody offered.
-        self._stores = {
-            self._id(store): store for store in stores if store.resolve().is_relative_to(self._root)
-        }
-        self._known = {id_: known for id_, known in self._known.items() if id_ in self._stores}
+            # Looked for whenever a store is opened: once a commit while it is recorded, once otherwise. A
+            # link that is put into a store between two commits is not seen, nor is a hard link ever.
+            link = first_link(path)
+            if link is not None:
+                raise StoreError(
+                    f"{path}: {link.relative_to(path)} is a link, expected plain files; not served; put what "
+                    "it leads to in its place"
+                )
+            episode = open_episode(path)
+            version_of(episode)
+        except LerobotAttnError:
+            raise
+        except Exception as error:  # of files that vanish, and of attributes that are anything
+            raise StoreError(f"{path}: cannot be read: {first_line(error)}") from error
+        return episode
+
+    def _read(self, id_: str, path: Path, signature: _Signature) -> _Known:
+        """Return a store's row, or why it has none: one odd store must not hide the others."""
+        retry_at = math.inf
+        try:
+            refusal = self._refusal(path)
+            if refusal is not None:
+                raise StoreError(f"{path}: {refusal}")
+            return _Known(signature, summary_of(id_, self._opened(path)), None)
+        except LerobotAttnError as error:
+            problem = first_line(error)
+            passes = isinstance(error.__cause__, OSError)
+        except Exception as error:
+            problem = f"{path}: cannot be read: {first_line(error)}"
+            passes = isinstance(error, OSError)
+        if passes:
+            retry_at = time.monotonic() + _RETRY_S
+        return _Known(signature, None, problem, retry_at)
+
+    def _refusal(self, path: Path) -> str | None:
+        """Return why a path is not served: it leads to where nobody offered anything. None if it is."""
+        try:
+            if path.resolve().is_relative_to(self._root):
+                return None
+        except (OSError, RuntimeError) as error:
+            return f"cannot be followed: {first_line(error)}; expected a folder; not served"
+        return "is a link out of the served folder, expected a folder in it; not served; serve its own folder"
+
+    def _rescan(self, max_age_s: float) -> _Scan:
+        """List the folder, unless that was done so many seconds ago or later."""
+        with self._scanning:
+            started_at = time.monotonic()
+            if started_at - self._scan.started_at < max_age_s:
+                return self._scan
+            stores: dict[str, Path] = {}
+            problems = []
+            for store in self._find():
+                refusal = self._refusal(store)
+                if refusal is None:
+                    stores[self._id(store)] = store
+                else:
+                    problems.append(f"{store}: {refusal}")
+            self._scan = _Scan(started_at, stores, problems)
+            return self._scan
+
+    def _find(self) -> tuple[Path, ...]:
+        if self.is_episode:
+            return (self.path,)
+        try:
+            return open_run(self.path).stores
+        except OSError:  # the folder has become empty, is gone, or cannot be listed
+            return ()
 
     def _id(self, store: Path) -> str:
         """Return the store's path below the root, in one segment of a URL."""
@@ -193,29 +312,39 @@ def summary_of(id_: str, episode: Episode) -> Summary:
     """Return an episode's row in the run's table; looks at the size of each of its files."""
     attributes = episode.attributes
     facts = {
-        "task_group": attributes.get("task_group"),
-        "task_id": attributes.get("task_id"),
-        "episode": attributes.get("episode_index"),
+        "task_group": plain(attributes.get("task_group")),
+        "task_id": plain(attributes.get("task_id")),
+        "episode": plain(attributes.get("episode_index")),
         "task": episode.task,
         "success": episode.success,
         "complete": episode.is_complete,
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,
         "random_weights": episode.has_random_weights,
-        "stored_bytes": episode.stored_bytes(),
+        "stored_bytes": _stored_bytes(episode),
         "camera": next(iter(episode.videos), None),
     }
     return Summary(id_, version_of(episode), facts)
 
 
 def version_of(episode: Episode) -> str:
-    """Return what tells this recording from another one in its place, however far it has grown."""
+    """Return what tells this recording from another one in its place, however far it has grown.
+
+    The package's version is in it: what another one answered is not what this one answers.
+    """
     attributes = episode.attributes
     told = [attributes.get(name) for name in ("created", "task", "seed", "episode_index")]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr([__version__, *told]).encode()).hexdigest()[:12]
 
 
-def _signature(store: Path) -> tuple[int, int, int] | None:
+def _stored_bytes(episode: Episode) -> int:
+    try:
+        return episode.stored_bytes()
+    except FileNotFoundError:  # its recording renamed a file between two looks at it
+        return episode.stored_bytes()
+
+
+def _signature(store: Path) -> _Signature | None:
     """Return what changes with every commit, for each one replaces the metadata; None if it is gone."""
     try:
         found = (store / METADATA).stat()
@@ -224,8 +353,5 @@ def _signature(store: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _read(id_: str, path: Path, signature: tuple[int, int, int]) -> _Known:
-    try:
-        return _Known(signature, summary_of(id_, open_episode(path)), None)
-    except StoreError as error:
-        return _Known(signature, None, str(error))
+def _is_stale(known: _Known | None, signature: _Signature) -> bool:
+    return known is None or known.signature != signature or time.monotonic() >= known.retry_at

