@@ -26,6 +26,8 @@ export interface Camera {
   /** null for an empty camera, whose tokens are masked. */
   geometry: Geometry | null;
   has_video: boolean;
+  /** Changes with the video's file. */
+  video_version: string | null;
 }
 
 export interface EpisodeRow {
@@ -75,7 +77,7 @@ export interface Facts {
   n_keys: number;
   first_action_query: number;
   executed_queries: [number, number];
-  /** Layers whose means over the executed actions are stored. */
+  /** Layers whose means over the executed actions can be shown: stored ones, and those of full maps. */
   mean_layers: number[];
   /** Layers whose full maps are stored. */
   layers: number[];
@@ -178,6 +180,7 @@ export interface Slab {
 export interface Changes {
   changed: EpisodeRow[];
   removed: string[];
+  damaged: string[];
   n_unread: number;
 }
 

@@ -195,13 +195,15 @@ function next<T>(labels: T[], current: T, by: number, wrap = false): T {
   return labels[Math.min(Math.max(place, 0), labels.length - 1)] ?? current;
 }
 
+const MOVES = /^(Arrow\w+|Home|End|Page\w+)$/;
+
 /** Whether a key belongs to the control that has the focus. */
 function isTaken(event: KeyboardEvent): boolean {
   const target = event.target as HTMLElement;
   if (event.ctrlKey || event.metaKey || event.altKey) return true;
   if (target.closest("dialog")) return true;
-  if (target instanceof HTMLInputElement && target.type === "range") return /^Arrow/.test(event.key);
-  if (target instanceof HTMLSelectElement) return /^Arrow|^[\w ]$/.test(event.key);
+  if (target instanceof HTMLInputElement && target.type === "range") return MOVES.test(event.key);
+  if (target instanceof HTMLSelectElement) return MOVES.test(event.key) || /^[\w ]$/.test(event.key);
   if (target instanceof HTMLButtonElement || target instanceof HTMLAnchorElement) return event.key === " ";
   return target.matches("input, textarea, summary");
 }
@@ -257,7 +259,9 @@ export function play(model: EpisodeModel, onEnd: () => void): () => void {
     const frame = model.shown.value?.frame;
     const isOnScreen = frame === seen;
     seen = frame;
-    if (now < due || !isOnScreen || frame !== model.frameShown()) return;
+    // One that cannot be loaded is passed over.
+    const isHere = [frame, model.failedFrame.value].includes(model.frameShown());
+    if (now < due || !isOnScreen || !isHere) return;
     if (model.frameShown() >= model.lastFrame.value) return onEnd();
     const frames = model.frames.value;
     const next = frames.at(frames.placeOf(model.frameShown()) + 1);

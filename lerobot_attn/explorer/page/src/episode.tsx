@@ -50,7 +50,8 @@ export function EpisodePage(props: {
   const { run, source, growing, models } = props;
   const first = useModel(source, state.episode.value, state.frame, models)!;
   const other = useMemo(() => otherFrame(first), [first]);
-  const second = useModel(source, state.compared.value, other.wanted, models);
+  const compared = state.compared.value === first.id ? "" : state.compared.value;
+  const second = useModel(source, compared, other.wanted, models);
   other.model.value = second;
   const both = second ? [first, second] : [first];
   const end = useComputed(() =>
@@ -142,7 +143,13 @@ export function EpisodePage(props: {
           <Controls model={first} />
           <div class={second ? "sides two" : "sides"}>
             {both.map((model, i) => (
-              <Side key={model.id} model={model} end={end} isSecond={i > 0} isCompared={second !== null} />
+              <Side
+                key={`${model.id} ${model.facts.value?.version}`}
+                model={model}
+                end={end}
+                isSecond={i > 0}
+                isCompared={second !== null}
+              />
             ))}
           </div>
           <footer>
@@ -169,9 +176,9 @@ export function EpisodePage(props: {
 function otherFrame(first: EpisodeModel) {
   const model = signal<EpisodeModel | null>(null);
   const wanted = computed(() => {
-    const frame = first.frameShown();
-    if (state.lock.value === "frame" || !first.lastFrame.value) return frame;
-    return Math.round((frame / first.lastFrame.value) * (model.value?.lastFrame.value ?? 0));
+    // Of two that are as long as they are, each ends where it does.
+    if (state.lock.value === "frame" || !first.lastFrame.value) return first.wanted.value;
+    return Math.round((first.frameShown() / first.lastFrame.value) * (model.value?.lastFrame.value ?? 0));
   });
   /** Move the first episode to the frame that goes with one of the second's. */
   const seek = (frame: number) => {
@@ -181,6 +188,8 @@ function otherFrame(first: EpisodeModel) {
   };
   return { model, wanted, seek };
 }
+
+const MOST_OFFERED = 500; // a list of thousands is of no use
 
 function CompareWith({ run, own }: { run: Run; own: string }) {
   const name = (row: EpisodeRow) => `${episodeName(row)} (${outcome(row)})`;
@@ -195,7 +204,7 @@ function CompareWith({ run, own }: { run: Run; own: string }) {
           <option value="">with nothing</option>
           {run.episodes
             .filter((row) => row.id !== own)
-            .slice(0, 500)
+            .filter((row, place) => place < MOST_OFFERED || row.id === state.compared.value)
             .map((row) => (
               <option key={row.id} value={row.id} selected={row.id === state.compared.value}>
                 {name(row)}

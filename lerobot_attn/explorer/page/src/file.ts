@@ -15,7 +15,7 @@ import {
 import { decodeFloat16 } from "./float16";
 import { CLIP, effectiveNumber, percentile, pick, sumByGroup } from "./heat";
 import { cameraViews, modalitiesOf, modalityOfKey } from "./layout";
-import { Cache, type EpisodeId, type Source, type Where } from "./source";
+import { Cache, pixelBytes, type EpisodeId, type Source, type Video, type Where } from "./source";
 
 export interface Embedded {
   row: EpisodeRow;
@@ -55,7 +55,7 @@ async function unzip(zipped: Uint8Array<ArrayBuffer>): Promise<ArrayBuffer> {
 export class FileSource implements Source {
   readonly live = false;
   private values: Promise<Float32Array> | null = null;
-  private readonly decoded = new Cache<ImageBitmap>(120);
+  private readonly decoded = new Cache<ImageBitmap>(150e6, pixelBytes);
 
   constructor(private readonly data: Embedded) {}
 
@@ -130,10 +130,10 @@ export class FileSource implements Source {
     return found;
   }
 
-  picture(_: EpisodeId, camera: string, frame: number): Promise<ImageBitmap> {
-    const picture = this.data.pictures[camera]?.[frame];
+  picture(_: EpisodeId, { name }: Video, frame: number): Promise<ImageBitmap> {
+    const picture = this.data.pictures[name]?.[frame];
     if (!picture) return Promise.reject(notHere(`frame ${frame}`));
-    return this.decoded.get(`${camera} ${frame}`, () =>
+    return this.decoded.get(`${name} ${frame}`, () =>
       createImageBitmap(new Blob([decodeBase64(picture)], { type: "image/jpeg" })),
     );
   }

@@ -1,5 +1,7 @@
 /** What there is of an episode's frames, layers and heads; an exported page may hold a part of them. */
 
+import type { Facts, HeadChoice } from "./api";
+
 /** The frames that can be shown: every one of an episode, or those that an export kept. */
 export class Frames {
   /**
@@ -50,7 +52,21 @@ export function inWords(what: string, labels: readonly number[], total: number |
   return `${what}${labels.length === 1 ? "" : "s"} ${listed}`;
 }
 
+/** A chosen head as people write it: "head 3", "mean of all heads", "largest of heads 0–3". */
+export function headInWords(head: HeadChoice, { heads, n_heads }: Pick<Facts, "heads" | "n_heads">): string {
+  if (typeof head === "number") return `head ${head}`;
+  return `${head === "mean" ? "mean" : "largest"} of ${inWords("head", heads, n_heads)}`;
+}
+
 /** Whether these are all that the policy has, as far as is known. */
 export function isAll(labels: readonly number[], total: number | null): boolean {
   return total === null || labels.length >= total;
+}
+
+/** Order of episodes' ids as the server has it: that of their paths, folder by folder. */
+export function byPath(a: string, b: string): number {
+  const [left, right] = [a.split(":"), b.split(":")];
+  const place = left.findIndex((part, i) => part !== right[i]);
+  if (place < 0) return left.length - right.length;
+  return right[place] === undefined || left[place]! > right[place] ? 1 : -1;
 }

@@ -8,6 +8,7 @@ import { embedded, FileSource } from "./file";
 import { message, type EpisodeModel } from "./model";
 import { RunPage } from "./run";
 import { ServerSource, type Source } from "./source";
+import { byPath } from "./labels";
 import * as state from "./state";
 import "./style.css";
 
@@ -30,7 +31,7 @@ async function loadRun(source: Source): Promise<void> {
   }
 }
 
-function follow({ changed, removed, n_unread }: Changes): void {
+function follow({ changed, removed, damaged, n_unread }: Changes): void {
   const known = new Set(run.value?.episodes.map((row) => row.id));
   if (run.value) {
     const news = new Map(changed.map((row) => [row.id, row]));
@@ -41,14 +42,22 @@ function follow({ changed, removed, n_unread }: Changes): void {
         news.delete(row.id);
         return found;
       });
-    const episodes = [...kept, ...news.values()].sort((a, b) => (a.id < b.id ? -1 : a.id > b.id ? 1 : 0));
-    run.value = { ...run.value, episodes, n_unread };
+    const episodes = [...kept, ...news.values()].sort((a, b) => byPath(a.id, b.id));
+    run.value = { ...run.value, episodes, damaged, n_unread };
   }
   for (const row of changed) if (known.has(row.id)) noteGrowth(row);
   for (const model of models) {
     const row = changed.find((found) => found.id === model.id);
-    if (row) void model.changed(row);
-    if (removed.includes(model.id)) model.removed();
+    if (row || removed.includes(model.id)) void model.follow(row);
+  }
+}
+
+/** Whatever has happened while there was no connection is in the run's table. */
+async function catchUp(source: Source): Promise<void> {
+  await loadRun(source);
+  for (const model of models) {
+    const row = run.value?.episodes.find((found) => found.id === model.id);
+    if (row || !run.value?.n_unread) void model.follow(row);
   }
 }
 
@@ -99,8 +108,7 @@ const data = embedded();
 const source: Source = data ? new FileSource(data) : new ServerSource();
 state.followAddress();
 source.watch(follow, (isConnected) => {
-  // Whatever happened before is in the run's table.
-  if (isConnected) void loadRun(source);
+  if (isConnected) void catchUp(source);
   connected.value = isConnected;
 });
 void loadRun(source);

@@ -5,6 +5,7 @@ import {
   ApiError,
   type ActionChunk,
   type Choice,
+  type HeadChoice,
   type EpisodeRow,
   type Facts,
   type Ranges,
@@ -21,6 +22,8 @@ import * as state from "./state";
 
 /** Everything of one frame, which belongs together: it changes as a whole, when all of it is here. */
 export interface Shown {
+  /** Of the recording, as the facts have it. */
+  version: string;
   frame: number;
   inference: number;
   step: number;
@@ -34,6 +37,17 @@ export interface Shown {
   pictures: Map<string, ImageBitmap>;
 }
 
+/** What is loaded by itself, and can fail by itself. */
+type Loaded = "episode" | "frame" | "shares" | "ranges" | "steps" | "word" | "map";
+
+interface Word {
+  group: number;
+  /** (key) */
+  attention: Float32Array;
+  layer: number;
+  head: HeadChoice;
+}
+
 export interface Heat {
   view: CameraView;
   /** (row × column) in the unit of the normalisation. */
@@ -45,24 +59,40 @@ export interface Heat {
 const PREFETCH_FRAMES = 12;
 const SHARES_SETTLE_MS = 120;
 const STEPS_SETTLE_MS = 150;
+const RANGES_SETTLE_MS = 150;
+const RANGES_GROW_MS = 5000; // of an episode that grows: each time all of it is read
+
+/** Where something that is loaded for one denoise step and so many inferences stands. */
+interface StepRanges {
+  n_inferences: number;
+  asked_ms: number;
+  ranges: Ranges;
+}
 
 export class EpisodeModel {
   readonly facts = signal<Facts | null>(null);
   readonly timeline = signal<Timeline | null>(null);
-  readonly shares = signal<Shares | null>(null);
-  readonly ranges = signal<Ranges | null>(null);
+  readonly shares = signal<(Shares & { asked: string }) | null>(null);
   readonly shown = signal<Shown | null>(null);
   /** Means of every denoise step of the shown inference, once they are here. */
   readonly steps = signal<{ inference: number; slabs: Slab[] } | null>(null);
   /** Whether the cameras' canvases are there and were painted. */
   readonly isPainted = signal(false);
-  /** What went wrong last, in a sentence; null once something has worked again. */
-  readonly problem = signal<string | null>(null);
-  /** A word whose view of the images is shown instead, in the prefix. */
-  readonly word = signal<{ group: number; attention: Float32Array; layer: number } | null>(null);
+  /** What went wrong, by what was loaded, in a sentence each; until the same has worked again. */
+  private readonly problems = signal<ReadonlyMap<Loaded, string>>(new Map());
+  readonly problem = computed(() => [...this.problems.value.values()][0] ?? null);
+  /** The wanted frame, if it could not be loaded. */
+  readonly failedFrame = signal<number | null>(null);
+  /** A word whose view of the images is shown instead, in the prefix, at the chosen head. */
+  readonly word = signal<Word | null>(null);
 
   readonly views = computed(() => (this.facts.value ? cameraViews(this.facts.value) : []));
-  readonly frames = computed(() => new Frames(this.facts.value?.n_frames ?? 0, this.facts.value?.frames));
+  readonly frames = computed(() => {
+    const [facts, timeline] = [this.facts.value, this.timeline.value];
+    // The two are asked for at once, and a commit may come between their answers.
+    const n = Math.min(facts?.n_frames ?? 0, timeline?.frame_inference.length ?? 0);
+    return new Frames(n, facts?.frames);
+  });
   readonly lastFrame = computed(() => this.frames.value.last);
   readonly step = computed(() => nearestLabel(this.facts.value?.denoise_steps ?? [], state.step.value));
   readonly layer = computed<Choice>(() =>
@@ -105,8 +135,18 @@ export class EpisodeModel {
   });
 
   private readonly stops: (() => void)[] = [];
+  /** Where the colour range ends, of the chosen denoise step; may lack what has grown since. */
+  readonly ranges = computed(() => this.rangesOfStep.value.get(this.step.value)?.ranges ?? null);
+  private readonly rangesOfStep = signal<ReadonlyMap<number, StepRanges>>(new Map());
+  /** Which shares are wanted. */
+  private readonly sharesAsked = computed(() =>
+    JSON.stringify([this.facts.value?.version, this.layer.value, this.head.value, this.step.value]),
+  );
+
+  private isDisposed = false;
   private request = 0;
   private delivered = 0;
+  private refreshes = 0;
   /** The word that a person points at, whether or not its view is here yet. */
   private pointedAt: number | null = null;
 
@@ -116,18 +156,19 @@ export class EpisodeModel {
     /** The frame that is wanted; may be beyond the last. */
     readonly wanted: ReadonlySignal<number>,
   ) {
-    void this.open();
+    void this.refresh();
     this.stops.push(
       effect(() => this.loadShown()),
       effect(() => this.loadShares()),
       effect(() => this.loadRanges()),
       effect(() => this.loadSteps()),
+      effect(() => this.followHead()),
     );
   }
 
   dispose(): void {
     for (const stop of this.stops) stop();
-    this.request = Infinity;
+    this.isDisposed = true;
   }
 
   get key(): EpisodeId {
@@ -161,29 +202,21 @@ export class EpisodeModel {
     return this.views.value.map((view) => ranges.ranges[view.camera.name]?.[layer]?.[head] ?? 0);
   }
 
-  /** The server says that the episode has changed. */
-  async changed(row: EpisodeRow): Promise<void> {
-    const before = this.facts.value;
-    if (!before || row.version !== before.version) return this.open();
-    const follows = this.wanted.value >= this.lastFrame.value && before.n_inferences > 0;
-    await this.attempt(async () => {
-      const [facts, timeline] = await Promise.all([
-        this.source.facts(this.id),
-        this.source.timeline(this.key),
-      ]);
-      batch(() => {
-        this.facts.value = facts;
-        this.timeline.value = timeline;
-        if (follows && this.wanted === state.frame) state.frame.value = this.lastFrame.value;
-      });
-    });
+  /**
+   * Take what the server has now, if it differs from what is here.
+   *
+   * @param row of the run's table; none if the server has no such episode, or none that can be opened
+   */
+  async follow(row: EpisodeRow | undefined): Promise<void> {
+    const [facts, failed] = [this.facts.value, this.problems.value.has("episode")];
+    if (!facts && !failed) return; // it is being loaded
+    if (!row && failed) return; // that is said already
+    const told = ["version", "n_frames", "n_inferences", "complete", "success"] as const;
+    if (row && facts && !failed && told.every((name) => row[name] === facts[name])) return;
+    await this.refresh();
   }
 
-  removed(): void {
-    this.problem.value = "This episode's store is gone. What was loaded is still shown.";
-  }
-
-  /** What the tokens of a word look at in the prefix, on average over tokens and heads. */
+  /** What a word looks at in the prefix, at the chosen head, on average over the word's tokens. */
   async showWord(group: number | null): Promise<void> {
     this.pointedAt = group;
     const { facts, shown } = { facts: this.facts.value, shown: this.shown.value };
@@ -193,42 +226,62 @@ export class EpisodeModel {
       return;
     }
     const keys = shown.tokens.group_of_key.flatMap((found, key) => (found === group ? [key] : []));
-    await this.attempt(async () => {
+    const head = this.head.value;
+    await this.attempt("word", async () => {
       const slabs = await Promise.all(
         keys.map((key) => this.source.prefix(this.key, shown.inference, layer, key)),
       );
-      // Meanwhile the pointer may have left, or the next inference have come, which asks for itself.
-      if (this.pointedAt !== group || this.shown.value?.inference !== shown.inference) return;
+      // Meanwhile the pointer may have left, or another head or inference be chosen, which asks for itself.
+      const isWanted = this.pointedAt === group && this.head.value === head;
+      if (!isWanted || this.shown.value?.inference !== shown.inference) return;
       const attention = new Float32Array(facts.n_keys);
       for (const slab of slabs) {
         pick({ shape: [1, ...slab.shape], values: slab.values }, 0, this.headIndex.value).forEach(
           (value, key) => (attention[key]! += value / slabs.length),
         );
       }
-      this.word.value = { group, attention, layer };
+      this.word.value = { group, attention, layer, head };
     });
   }
 
-  /** The full map of the shown frame, (head, query, key): of the chosen layer or the last one that has it. */
+  /** Full map of the shown frame, (head, query, key): of the chosen layer or the last that has it; null if none. */
   async fullMap(): Promise<{ slab: Slab; layer: number } | null> {
     const [facts, shown, chosen] = [this.facts.value, this.shown.value, this.layer.value];
     if (!facts || !shown || !facts.layers.length) return null;
     const layer = facts.layers.find((label) => label === chosen) ?? facts.layers.at(-1)!;
-    return { slab: await this.source.map(this.key, shown.inference, shown.step, layer), layer };
+    let slab: Slab | null = null;
+    await this.attempt("map", async () => {
+      slab = await this.source.map(this.key, shown.inference, shown.step, layer);
+    });
+    return slab && { slab, layer };
   }
 
-  private async open(): Promise<void> {
-    await this.attempt(async () => {
+  /** Take facts and timeline as they are now; of another recording in the same place nothing is kept. */
+  private async refresh(): Promise<void> {
+    const call = ++this.refreshes;
+    await this.attempt("episode", async () => {
       const [facts, timeline] = await Promise.all([
         this.source.facts(this.id),
         this.source.timeline({ id: this.id, version: "latest" }),
       ]);
+      if (call !== this.refreshes || this.isDisposed) return;
+      const old = this.facts.value;
+      const isSame = old?.version === facts.version;
+      const follows = isSame && old.n_inferences > 0 && this.wanted.value >= this.lastFrame.value;
       batch(() => {
-        this.shares.value = this.ranges.value = this.steps.value = null;
+        if (!isSame) this.forget();
         this.facts.value = facts;
         this.timeline.value = timeline;
+        if (follows && this.wanted === state.frame) state.frame.value = this.lastFrame.value;
       });
     });
+  }
+
+  private forget(): void {
+    this.delivered = ++this.request;
+    this.shown.value = this.shares.value = this.steps.value = this.word.value = null;
+    this.rangesOfStep.value = new Map();
+    this.isPainted.value = false;
   }
 
   private loadShown(): void {
@@ -239,16 +292,16 @@ export class EpisodeModel {
     if (!facts || !timeline || !facts.n_inferences) return;
     const inference = timeline.frame_inference[frame] ?? 0;
     const old = untracked(() => this.shown.value);
-    if (
-      old?.frame === frame &&
-      old.inference === inference &&
-      old.step === step &&
-      !old.row &&
-      layer === null
-    )
-      return;
+    const wanted = { version: facts.version, frame, inference, step };
+    const isShown =
+      old && (["version", "frame", "inference", "step"] as const).every((name) => old[name] === wanted[name]);
+    // A video may be finished after its frame was shown.
+    const lacksPicture = this.views.value.some(
+      ({ camera }) => camera.has_video && !old?.pictures.has(camera.name),
+    );
+    if (isShown && !lacksPicture && !old.row && layer === null) return;
     const request = ++this.request;
-    void this.attempt(async () => {
+    const load = async () => {
       const [means, row, tokens, chunk, pictures] = await Promise.all([
         this.source.means(this.key, inference, step),
         this.loadRow(facts, timeline, frame, inference, step, layer, query),
@@ -256,18 +309,22 @@ export class EpisodeModel {
         this.source.actions(this.key, inference),
         this.loadPictures(frame),
       ]);
-      if (request < this.delivered || this.request === Infinity) return; // a later one was faster
+      if (request < this.delivered || this.isDisposed) return; // a later one was faster
       this.delivered = request;
       const isSameInference = untracked(() => this.shown.value)?.inference === inference;
       batch(() => {
         if (!isSameInference) this.word.value = null;
-        this.shown.value = { frame, inference, step, means, row, tokens, chunk, pictures };
+        this.failedFrame.value = null;
+        this.shown.value = { ...wanted, means, row, tokens, chunk, pictures };
       });
       if (!isSameInference && this.pointedAt !== null) void this.showWord(this.pointedAt);
       if (request !== this.request) return;
       // The first view comes first.
       if (old === null) afterPaint(() => this.prefetch(timeline, frame, step, false));
       else this.prefetch(timeline, frame, step, frame < old.frame);
+    };
+    void this.attempt("frame", load).then((hasWorked) => {
+      if (!hasWorked && request === this.request) this.failedFrame.value = frame;
     });
   }
 
@@ -296,7 +353,7 @@ export class EpisodeModel {
       untracked(() => this.views.value).map(async ({ camera }) => {
         if (!camera.has_video) return;
         try {
-          found.set(camera.name, await this.source.picture(this.key, camera.name, frame));
+          found.set(camera.name, await this.source.picture(this.key, camera, frame));
         } catch (error) {
           // Attention is shown without its picture: while it is recorded, a video has no frames yet.
           if (!(error instanceof ApiError) || error.status === 0) throw error;
@@ -322,7 +379,7 @@ export class EpisodeModel {
       for (let ahead = 1; camera.has_video && ahead <= PREFETCH_FRAMES; ahead++) {
         for (const next of [place + ahead, place - ahead]) {
           if (next < 0 || next >= frames.length || (next < place !== isBackwards && ahead > 3)) continue;
-          this.source.picture(this.key, camera.name, frames.at(next)).catch(ignore);
+          this.source.picture(this.key, camera, frames.at(next)).catch(ignore);
         }
       }
     }
@@ -331,53 +388,64 @@ export class EpisodeModel {
   private loadShares(): (() => void) | void {
     const facts = this.facts.value;
     const where = { layer: this.layer.value, head: this.head.value, step: this.step.value };
+    const asked = this.sharesAsked.value;
     // The first view comes first.
     if (!facts || !facts.n_inferences || !this.isOpened.value) return;
     const key = this.key;
-    const asked = JSON.stringify(where);
-    const old = untracked(() => this.shares.value) as (Shares & { asked?: string }) | null;
+    const old = untracked(() => this.shares.value);
     const known = old?.asked === asked ? old : null;
     if (known && known.share.length === facts.n_inferences) return;
     const timer = setTimeout(() => {
-      void this.attempt(async () => {
+      void this.attempt("shares", async () => {
         const first = known?.share.length ?? 0;
-        const found = await this.source.shares(key, first, where);
+        let found = await this.source.shares(key, first, where);
         // An incomplete episode's later inferences may bring a modality that the earlier ones lack.
         const fits = known && String(known.modalities) === String(found.modalities);
-        if (first && !fits) {
-          this.shares.value = { ...(await this.source.shares(key, 0, where)), asked } as Shares;
-          return;
-        }
-        this.shares.value = {
-          ...found,
-          first: 0,
-          share: [...(known?.share ?? []), ...found.share],
-          effective_tokens: [...(known?.effective_tokens ?? []), ...found.effective_tokens],
-          asked,
-        } as Shares;
+        if (first && !fits) found = await this.source.shares(key, 0, where);
+        const before = fits ? known : null;
+        const share = [...(before?.share ?? []), ...found.share];
+        const effective_tokens = [...(before?.effective_tokens ?? []), ...found.effective_tokens];
+        const present = this.shares.value;
+        const isOld = present?.asked === asked && present.share.length > share.length;
+        if (asked !== this.sharesAsked.value || isOld) return; // a later one was faster
+        this.shares.value = { modalities: found.modalities, first: 0, share, effective_tokens, asked };
       });
     }, SHARES_SETTLE_MS);
     return () => clearTimeout(timer);
   }
 
-  private loadRanges(): void {
+  private loadRanges(): (() => void) | void {
     const facts = this.facts.value;
     if (!facts || !facts.n_inferences || state.normalisation.value !== "episode") return;
     const [key, step] = [this.key, this.step.value];
-    void this.attempt(async () => {
-      this.ranges.value = await this.source.ranges(key, step);
-    });
+    const known = untracked(() => this.rangesOfStep.value.get(step));
+    if (known?.n_inferences === facts.n_inferences) return;
+    const wait = known ? known.asked_ms + RANGES_GROW_MS - performance.now() : 0;
+    const timer = setTimeout(
+      () => {
+        void this.attempt("ranges", async () => {
+          const asked_ms = performance.now();
+          const ranges = await this.source.ranges(key, step);
+          if (key.version !== this.key.version || this.isDisposed) return;
+          const found = { n_inferences: facts.n_inferences, asked_ms, ranges };
+          this.rangesOfStep.value = new Map(this.rangesOfStep.value).set(step, found);
+        });
+      },
+      Math.max(RANGES_SETTLE_MS, wait),
+    );
+    return () => clearTimeout(timer);
   }
 
   private loadSteps(): (() => void) | void {
     const [facts, shown] = [this.facts.value, this.shown.value];
     if (!facts || !shown || untracked(() => this.steps.value)?.inference === shown.inference) return;
     const timer = setTimeout(() => {
-      void this.attempt(async () => {
+      void this.attempt("steps", async () => {
         const slabs = await Promise.all(
           facts.denoise_steps.map((step) => this.source.means(this.key, shown.inference, step)),
         );
-        if (this.shown.value?.inference === shown.inference) {
+        const now = this.shown.value;
+        if (now?.inference === shown.inference && now.version === shown.version) {
           this.steps.value = { inference: shown.inference, slabs };
         }
       });
@@ -385,13 +453,29 @@ export class EpisodeModel {
     return () => clearTimeout(timer);
   }
 
-  private async attempt(action: () => Promise<void>): Promise<void> {
+  /** A word that is pointed at is shown at the head that is chosen meanwhile. */
+  private followHead(): void {
+    const head = this.head.value;
+    untracked(() => {
+      if (this.pointedAt !== null && this.word.value?.head !== head) void this.showWord(this.pointedAt);
+    });
+  }
+
+  /** Load something; returns whether it has worked. What went wrong is said on the page. */
+  private async attempt(what: Loaded, load: () => Promise<void>): Promise<boolean> {
+    let problem: string | null = null;
     try {
-      await action();
-      if (this.request !== Infinity) this.problem.value = null;
+      await load();
     } catch (error) {
-      if (this.request !== Infinity) this.problem.value = message(error);
+      problem = message(error);
+      if (what === "episode" && this.facts.value) problem = `${problem}. What was loaded is still shown.`;
     }
+    if (this.isDisposed || problem === (this.problems.value.get(what) ?? null)) return problem === null;
+    const problems = new Map(this.problems.value);
+    if (problem === null) problems.delete(what);
+    else problems.set(what, problem);
+    this.problems.value = problems;
+    return problem === null;
   }
 }
 
@@ -401,7 +485,8 @@ export function sharedEnd(models: EpisodeModel[], normalisation: Normalisation):
   return rangeEnd(
     shown,
     normalisation,
-    models.flatMap((model) => model.episodeEnds()),
+    // A word's view belongs to the prefix, whose range is another.
+    models.flatMap((model) => (model.word.value ? [] : model.episodeEnds())),
   );
 }
 

@@ -28,20 +28,17 @@ export function PatchPanel({ model }: { model: EpisodeModel }) {
     const [facts, shown] = [model.facts.value, model.shown.value];
     const [label, row, column] = splitPatch(state.patch.value);
     const view = model.views.value.find(({ camera }) => camera.label === label);
-    const head = model.headIndex.value;
+    const [head, layer] = [model.headIndex.value, model.layer.value];
     tokens.value = null;
     if (!facts || !shown || !view || !facts.layers.length) return;
     const key = view.segment.start + row * view.geometry.grid_columns + column;
     const timer = setTimeout(() => {
-      model.fullMap().then(
-        (map) => {
-          if (!map || model.shown.value !== shown) return;
-          const values = [...columnOf(map.slab, key, head)].slice(facts.first_action_query);
-          const rows = most(values.map((share, action) => ({ label: `action ${action}`, share })));
-          tokens.value = { layer: map.layer, rows };
-        },
-        () => {}, // the model says what is wrong
-      );
+      void model.fullMap().then((map) => {
+        if (!map || model.shown.value !== shown || model.layer.value !== layer) return;
+        const values = [...columnOf(map.slab, key, head)].slice(facts.first_action_query);
+        const rows = most(values.map((share, action) => ({ label: `action ${action}`, share })));
+        tokens.value = { layer: map.layer, rows };
+      });
     }, 60);
     return () => clearTimeout(timer);
   });

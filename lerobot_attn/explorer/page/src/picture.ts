@@ -1,7 +1,7 @@
 /** The view as a PNG: the cameras as they are shown, and a caption that says what they show. */
 
 import { NORMALISATIONS, type Normalisation } from "./heat";
-import { inWords } from "./labels";
+import { headInWords, inWords } from "./labels";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -23,11 +23,7 @@ export function caption(model: EpisodeModel): string[] {
     model.layer.value === "mean"
       ? `mean of ${inWords("layer", facts.mean_layers, facts.n_layers)}`
       : `layer ${model.layer.value}`;
-  const heads = inWords("head", facts.heads, facts.n_heads);
-  const head =
-    typeof model.head.value === "number"
-      ? `head ${model.head.value}`
-      : `${model.head.value === "mean" ? "mean" : "largest"} of ${heads}`;
+  const head = headInWords(model.head.value, facts);
   const query = shown.row
     ? `action ${shown.row.query - facts.first_action_query}`
     : `mean of executed actions ${facts.executed_queries[0] - facts.first_action_query}–${facts.executed_queries[1] - 1 - facts.first_action_query}`;
@@ -35,7 +31,7 @@ export function caption(model: EpisodeModel): string[] {
   return [
     `${facts.task_group ?? ""} ${facts.task_id ?? ""} · episode ${facts.episode ?? "?"} · ${facts.task}`,
     word
-      ? `frame ${shown.frame} · what “${shown.tokens.groups[word.group]?.label}” looks at in the prefix, layer ${word.layer} · ${UNITS[state.normalisation.value]}`
+      ? `frame ${shown.frame} · what “${shown.tokens.groups[word.group]?.label}” looks at in the prefix, layer ${word.layer}, ${headInWords(word.head, facts)} · ${UNITS[state.normalisation.value]}`
       : `frame ${shown.frame} · ${layer} · ${head} · denoise step ${shown.step} · ${query} · ${UNITS[state.normalisation.value]}`,
     ...(facts.random_weights ? ["random weights: the maps mean nothing"] : []),
   ];

@@ -33,6 +33,10 @@ function counted(n: number, one: string, many = `${one}s`): string {
   return `${n} ${n === 1 ? one : many}`;
 }
 
+/** Whether a click is meant for this page, not for another tab or window. */
+const isPlain = (event: MouseEvent) =>
+  !(event.ctrlKey || event.metaKey || event.shiftKey || event.altKey || event.button);
+
 function isWanted(row: EpisodeRow): boolean {
   const wanted = state.filter.value;
   if (wanted !== "all" && outcome(row) !== wanted) return false;
@@ -125,10 +129,11 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
         </thead>
         <tbody>
           {shown.map((row) => (
-            <tr key={row.id} onClick={() => open(row)}>
+            <tr key={row.id} onClick={(event) => isPlain(event) && open(row)}>
               <td>
                 {row.camera !== null && row.n_frames > 0 && (
                   <img
+                    key={`${row.version} ${row.n_frames} ${row.complete}`}
                     src={source.pictureUrl(row, row.camera, Math.floor(row.n_frames / 2))}
                     alt=""
                     loading="lazy"
@@ -142,7 +147,7 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
                 <a
                   href={`?episode=${encodeURIComponent(row.id).replaceAll("%3A", ":")}`}
                   onClick={(event) => {
-                    if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+                    if (!isPlain(event)) return;
                     event.preventDefault();
                     event.stopPropagation();
                     open(row);

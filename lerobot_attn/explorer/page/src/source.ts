@@ -3,6 +3,7 @@
 import {
   ApiError,
   type ActionChunk,
+  type Camera,
   type Changes,
   type Choice,
   type Facts,
@@ -22,6 +23,8 @@ export interface EpisodeId {
   version: string;
 }
 
+export type Video = Pick<Camera, "name" | "video_version">;
+
 export interface Source {
   /** Whether there is a server behind it, which can be asked for more. */
   readonly live: boolean;
@@ -39,7 +42,7 @@ export interface Source {
   map(episode: EpisodeId, inference: number, step: number, layer: number): Promise<Slab>;
   /** (head, prefix key): what one prefix token attends to. */
   prefix(episode: EpisodeId, inference: number, layer: number, query: number): Promise<Slab>;
-  picture(episode: EpisodeId, camera: string, frame: number): Promise<ImageBitmap>;
+  picture(episode: EpisodeId, camera: Video, frame: number): Promise<ImageBitmap>;
   pictureUrl(episode: EpisodeId, camera: string, frame: number): string;
   videoUrl(episode: EpisodeId, camera: string): string | null;
   /**
@@ -57,30 +60,54 @@ export interface Where {
 
 /** The latest answers, by address; an answer that failed is asked for again. */
 export class Cache<T> {
-  private readonly entries = new Map<string, Promise<T>>();
+  private readonly entries = new Map<string, { answer: Promise<T>; weight: number }>();
+  private weight = 0;
 
+  /**
+   * @param limit of the weight of all answers
+   * @param weigh of an answer once it is there; by default 1
+   */
   constructor(
-    private readonly size: number,
-    private readonly drop: (value: T) => void = () => {},
+    private readonly limit: number,
+    private readonly weigh: (value: T) => number = () => 1,
   ) {}
 
   get(key: string, make: () => Promise<T>): Promise<T> {
-    let found = this.entries.get(key);
-    if (found) {
+    const known = this.entries.get(key);
+    if (known) {
       this.entries.delete(key);
-    } else {
-      found = make();
-      found.catch(() => this.entries.delete(key));
-      for (const [old, value] of this.entries) {
-        if (this.entries.size < this.size) break;
-        this.entries.delete(old);
-        value.then(this.drop, () => {});
-      }
+      this.entries.set(key, known);
+      return known.answer;
     }
-    this.entries.set(key, found);
-    return found;
+    const entry = { answer: make(), weight: 0 };
+    this.entries.set(key, entry);
+    entry.answer.then(
+      (value) => {
+        if (this.entries.get(key) !== entry) return;
+        entry.weight = this.weigh(value);
+        this.weight += entry.weight;
+        this.trim();
+      },
+      () => {
+        if (this.entries.get(key) === entry) this.entries.delete(key);
+      },
+    );
+    return entry.answer;
+  }
+
+  /** Drop what was not used for longest; an answer that is still on its way stays. */
+  private trim(): void {
+    for (const [key, { weight }] of this.entries) {
+      if (this.weight <= this.limit || this.entries.size === 1) break;
+      if (!weight) continue;
+      this.entries.delete(key);
+      this.weight -= weight;
+    }
   }
 }
+
+/** Bytes of a picture's pixels. */
+export const pixelBytes = (picture: ImageBitmap) => 4 * picture.width * picture.height;
 
 async function ask(address: string): Promise<Response> {
   let response: Response;
@@ -114,7 +141,7 @@ export class ServerSource implements Source {
   private readonly maps = new Cache<Slab>(12);
   private readonly facts_ = new Cache<unknown>(400);
   // Not closed when dropped: one may still be shown. The browser frees it with the last reference.
-  private readonly pictures = new Cache<ImageBitmap>(240);
+  private readonly pictures = new Cache<ImageBitmap>(150e6, pixelBytes);
 
   run = () => json<Run>("api/run");
   groups = () => json<Groups>("api/groups");
@@ -147,8 +174,8 @@ export class ServerSource implements Source {
     return this.slabs.get(address, () => slab(address));
   }
 
-  picture(episode: EpisodeId, camera: string, frame: number): Promise<ImageBitmap> {
-    const address = this.pictureUrl(episode, camera, frame);
+  picture(episode: EpisodeId, camera: Video, frame: number): Promise<ImageBitmap> {
+    const address = `${this.pictureUrl(episode, camera.name, frame)}?v=${camera.video_version}`;
     return this.pictures.get(address, async () => createImageBitmap(await (await ask(address)).blob()));
   }
 
@@ -160,12 +187,24 @@ export class ServerSource implements Source {
     return `${base(episode)}/cameras/${encodeURIComponent(camera)}.mp4`;
   }
 
+  /** A page that nobody sees does not listen: a browser has six connections to a server, for all its tabs. */
   watch(onChange: (changes: Changes) => void, onConnection: (connected: boolean) => void): () => void {
-    const events = new EventSource("api/events");
-    events.addEventListener("ready", () => onConnection(true));
-    events.onerror = () => onConnection(false);
-    events.onmessage = (event: MessageEvent<string>) => onChange(JSON.parse(event.data) as Changes);
-    return () => events.close();
+    let events: EventSource | null = null;
+    const listen = () => {
+      events?.close();
+      events = null;
+      if (document.hidden) return;
+      events = new EventSource("api/events");
+      events.addEventListener("ready", () => onConnection(true));
+      events.onerror = () => onConnection(false);
+      events.onmessage = (event: MessageEvent<string>) => onChange(JSON.parse(event.data) as Changes);
+    };
+    document.addEventListener("visibilitychange", listen);
+    listen();
+    return () => {
+      document.removeEventListener("visibilitychange", listen);
+      events?.close();
+    };
   }
 
   private kept<T>(address: string): Promise<T> {

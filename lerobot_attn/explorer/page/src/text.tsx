@@ -2,6 +2,7 @@
 
 import type { Tokens } from "./api";
 import { percent, sumByGroup } from "./heat";
+import { headInWords } from "./labels";
 import { modalitiesOf, modalityColour, modalityLabel, modalityOfKey } from "./layout";
 import type { EpisodeModel } from "./model";
 
@@ -72,7 +73,8 @@ export function Sentence({ model }: { model: EpisodeModel }) {
       </p>
       {word && (
         <p class="note" role="status">
-          The cameras show what “{groups[word.group]?.label}” looks at in the prefix, layer {word.layer}.
+          The cameras show what “{groups[word.group]?.label}” looks at in the prefix, layer {word.layer},{" "}
+          {headInWords(word.head, facts)}.
         </p>
       )}
       <div class="bar-columns">

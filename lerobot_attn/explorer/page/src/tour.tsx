@@ -19,6 +19,12 @@ const part = (facts: Facts, share: number) => Math.round(Math.max(0, facts.n_fra
 const labels = (model: EpisodeModel) => model.views.value.map(({ camera }) => camera.label);
 const isWrist = (label: string) => /wrist|hand|image2|gripper/i.test(label);
 
+/** The state's part in the input, which is digits in the prompt, a token of its own, or nothing. */
+function stateInWords({ segments, state_dims }: Facts): string {
+  if (segments.some((segment) => segment.kind === "state")) return ", a token for the robot's state";
+  return state_dims.length ? ", the robot's state written as digits" : "";
+}
+
 function overview(facts: Facts): void {
   batch(() => {
     state.frame.value = part(facts, 0.25);
@@ -44,7 +50,7 @@ export const STOPS: Stop[] = [
     title: "What the policy was given",
     at: "shares",
     text: (facts) =>
-      `Its input is a row of ${facts.n_keys} tokens: patches of ${facts.cameras.filter((camera) => camera.geometry).length} cameras, the words of the task, the robot's state written as digits, fixed words around them, and the ${facts.n_queries} action tokens themselves. The bar shows how one map divides its attention among them. Check: how much is left for the images at all? A bright patch may be the largest share of very little.`,
+      `Its input is a row of ${facts.n_keys} tokens: patches of ${facts.cameras.filter((camera) => camera.geometry).length} cameras, the words of the task${stateInWords(facts)}, fixed words around them, and the ${facts.n_queries} action tokens themselves. The bar shows how one map divides its attention among them. Check: how much is left for the images at all? A bright patch may be the largest share of very little.`,
     show: (_, facts) => {
       overview(facts);
       state.normalisation.value = "share";
@@ -61,7 +67,7 @@ export const STOPS: Stop[] = [
     title: "Heads divide the labour, perhaps",
     at: "heads",
     text: (facts) =>
-      `Each small map is one head of one layer, layers from left to right. Click one to see it large. Look for heads that follow an object, heads that stay on one patch whatever happens, and heads that spread evenly. Then move to another frame: does a head still do what you thought? Here is layer ${facts.mean_layers.at(-1)}, head ${facts.heads[0]}.`,
+      `Each small map is one head of one layer, numbered at the edges. Click one to see it large. Look for heads that follow an object, heads that stay on one patch whatever happens, and heads that spread evenly. Then move to another frame: does a head still do what you thought? Here is layer ${facts.mean_layers.at(-1)}, head ${facts.heads[0]}.`,
     show: (_, facts) => {
       overview(facts);
       batch(() => {

@@ -81,7 +81,9 @@ describe("an exported episode", async () => {
     await expect(source.map()).rejects.toThrow("does not hold full maps");
     await expect(source.prefix()).rejects.toThrow("does not hold the prefix");
     await expect(source.groups()).rejects.toThrow("does not hold other episodes");
-    await expect(source.picture(ID, "images.front", 3)).rejects.toThrow("does not hold frame 3");
+    await expect(source.picture(ID, { name: "images.front", video_version: null }, 3)).rejects.toThrow(
+      "does not hold frame 3",
+    );
   });
 
   it("gives shares of what is there, and null of what is not", async () => {

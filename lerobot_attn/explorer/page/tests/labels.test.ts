@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { Frames, inWords, isAll } from "../src/labels";
+import { byPath, Frames, headInWords, inWords, isAll } from "../src/labels";
 
 describe("all frames of an episode", () => {
   const frames = new Frames(5);
@@ -54,4 +54,34 @@ describe("labels in words", () => {
   it("knows when they are all", () => {
     expect([isAll([0, 1], 2), isAll([1], 2), isAll([1], null)]).toEqual([true, false, true]);
   });
+});
+
+it.each([
+  [2, "head 2"],
+  ["mean", "mean of all heads"],
+  ["max", "largest of all heads"],
+] as const)("says head %s in words", (head, expected) => {
+  expect(headInWords(head, { heads: [0, 1, 2], n_heads: 3 })).toBe(expected);
+});
+
+it("says of how many heads a mean is", () => {
+  expect(headInWords("mean", { heads: [0, 1, 5], n_heads: 8 })).toBe("mean of heads 0–1, 5");
+});
+
+it("orders episodes as their folders are, not as their ids", () => {
+  const ids = [
+    "a:task_1:episode_1",
+    "a:task_10:episode_0",
+    "a:task_1:episode_0",
+    "a:task_1",
+    "a:task_2:episode_0",
+  ];
+  expect([...ids].sort(byPath)).toEqual([
+    "a:task_1",
+    "a:task_1:episode_0",
+    "a:task_1:episode_1",
+    "a:task_10:episode_0",
+    "a:task_2:episode_0",
+  ]);
+  expect(byPath("a:b", "a:b")).toBe(0);
 });

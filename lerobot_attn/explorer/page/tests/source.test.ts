@@ -1,17 +1,16 @@
 import { describe, expect, it } from "vitest";
 import { Cache } from "../src/source";
 
-/** A cache that notes what is made and what is dropped. */
-function noted(size: number) {
+/** A cache that notes what is made. */
+function noted(limit: number, weigh?: (value: string) => number) {
   const made: string[] = [];
-  const dropped: string[] = [];
-  const cache = new Cache<string>(size, (value) => dropped.push(value));
+  const cache = new Cache<string>(limit, weigh);
   const get = (key: string) =>
     cache.get(key, async () => {
       made.push(key);
       return key.toUpperCase();
     });
-  return { made, dropped, get };
+  return { made, get };
 }
 
 describe("Cache", () => {
@@ -22,16 +21,20 @@ describe("Cache", () => {
   });
 
   it("drops what was not used for longest", async () => {
-    const { made, dropped, get } = noted(3);
-    for (const key of ["a", "b", "c", "a", "d"]) await get(key);
-    expect(dropped).toEqual(["B"]);
-    await get("a");
-    await get("c");
-    await get("d");
+    const { made, get } = noted(3);
+    for (const key of ["a", "b", "c", "a", "d", "a", "c", "d"]) await get(key);
     expect(made).toEqual(["a", "b", "c", "d"]);
     await get("b");
-    expect(made).toEqual(["a", "b", "c", "d", "b"]);
-    expect(dropped).toEqual(["B", "A"]);
+    await get("a");
+    expect(made).toEqual(["a", "b", "c", "d", "b", "a"]);
+  });
+
+  it("is limited by what its answers weigh, and keeps the last one however heavy", async () => {
+    const { made, get } = noted(4, (value) => value.length);
+    for (const key of ["aa", "bb", "cc", "aa"]) await get(key);
+    expect(made).toEqual(["aa", "bb", "cc", "aa"]);
+    for (const key of ["dddddd", "dddddd", "cc", "cc"]) await get(key);
+    expect(made.slice(4)).toEqual(["dddddd", "cc"]);
   });
 
   it("asks again for an answer that failed", async () => {
