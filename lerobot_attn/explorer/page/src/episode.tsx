@@ -176,7 +176,7 @@ export function EpisodePage(props: {
 function otherFrame(first: EpisodeModel) {
   const model = signal<EpisodeModel | null>(null);
   const wanted = computed(() => {
-    // Of two that are as long as they are, each ends where it does.
+    // Bounded by each episode for itself: one may be longer than the other.
     if (state.lock.value === "frame" || !first.lastFrame.value) return first.wanted.value;
     return Math.round((first.frameShown() / first.lastFrame.value) * (model.value?.lastFrame.value ?? 0));
   });

@@ -62,8 +62,9 @@ const STEPS_SETTLE_MS = 150;
 const RANGES_SETTLE_MS = 150;
 const RANGES_GROW_MS = 5000; // of an episode that grows: each time all of it is read
 
-/** Where something that is loaded for one denoise step and so many inferences stands. */
+/** Ranges of one denoise step. */
 interface StepRanges {
+  /** That there were when they were asked for. */
   n_inferences: number;
   asked_ms: number;
   ranges: Ranges;
@@ -134,7 +135,6 @@ export class EpisodeModel {
     return attention ? this.heatsOf(attention, state.normalisation.value) : [];
   });
 
-  private readonly stops: (() => void)[] = [];
   /** Where the colour range ends, of the chosen denoise step; may lack what has grown since. */
   readonly ranges = computed(() => this.rangesOfStep.value.get(this.step.value)?.ranges ?? null);
   private readonly rangesOfStep = signal<ReadonlyMap<number, StepRanges>>(new Map());
@@ -143,6 +143,7 @@ export class EpisodeModel {
     JSON.stringify([this.facts.value?.version, this.layer.value, this.head.value, this.step.value]),
   );
 
+  private readonly stops: (() => void)[] = [];
   private isDisposed = false;
   private request = 0;
   private delivered = 0;
