@@ -158,6 +158,17 @@ class Times:
         """Note a round."""
         self.rounds.setdefault(what, []).append(ms)
 
+    def summary(self) -> dict[str, list[dict[str, float]]]:
+        """Return what each round says of each question."""
+        percents = {"median": 50, "p95": 95, "largest": 100}
+        return {
+            what: [
+                {name: round(percentile(ms, percent), 2) for name, percent in percents.items()}
+                for ms in rounds
+            ]
+            for what, rounds in self.rounds.items()
+        }
+
     def results(self, what: str, at_most: float | None) -> list[Result]:
         """Return the median, and the p95, which the target is of, with the rounds' own as its spread."""
         rounds = self.rounds[what]
@@ -318,7 +329,7 @@ def main() -> int:
         times = measure(path, parsed.chromium, parsed.runs, quick=parsed.quick)
         with Server(path) as server:
             memory_mb = request_many(server, n_requests)
-    details = {"ms": times.rounds, "resident_mb": {"warm": memory_mb[0], "end": memory_mb[1]}}
+    details = {"ms": times.summary(), "resident_mb": {"warm": memory_mb[0], "end": memory_mb[1]}}
     how = "made-up softmax numbers" if parsed.episode is None else f"episode {parsed.episode.name}"
     results = claims(times, memory_mb, n_requests)
     return finish("explorer", results, parsed, how=how, before=before, details=details)
