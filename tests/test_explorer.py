@@ -863,13 +863,17 @@ def test_layers_with_full_maps_alone_have_means_too(few_means, plain):
         np.testing.assert_allclose(found, of_camera, rtol=1e-5, err_msg=f"{layer}, {head}")
 
 
-def test_an_episode_with_prefix_maps_alone_still_shows_its_cameras_and_words(tmp_path):
-    path = write_planted_episode(tmp_path, SyntheticPlan(prefix_layers=(1,)))
+def without_suffix(path):
+    """Leave a store nothing but its prefix maps."""
     metadata = json.loads((path / "zarr.json").read_text())
     for name in ("suffix_attention", "suffix_attention_mean", "layer", "all_layer"):
         shutil.rmtree(path / name)
         del metadata["consolidated_metadata"]["metadata"][name]
     (path / "zarr.json").write_text(json.dumps(metadata))
+
+
+def test_an_episode_with_prefix_maps_alone_still_shows_its_cameras_and_words(tmp_path):
+    without_suffix(write_planted_episode(tmp_path, SyntheticPlan(prefix_layers=(1,))))
     with client_of(tmp_path) as client:
         (episode,) = client.get("/api/run").json()["episodes"]
         at = f"/api/episodes/{episode['id']}/{episode['version']}"

@@ -22,7 +22,7 @@ from browser import (
 )
 from PIL import Image
 from test_benchmarks import load
-from test_explorer import client_of
+from test_explorer import client_of, without_suffix
 from test_explorer_build import PAGE
 from test_store import frame_rows, inference_rows, make_writer, write_episode
 
@@ -322,6 +322,29 @@ def test_a_word_shows_what_it_looks_at(pages, url, run):
     until(page, lambda: (canvas(page, "image", "raw") == before).all(), "the map of the actions is back")
     page.locator("#words button.token").nth(3).focus()  # without a mouse
     page.get_by_text("looks at in the prefix").wait_for()
+
+
+def test_words_are_shown_without_any_map_of_the_actions(pages, tmp_path):
+    path = write_planted_episode(tmp_path, SyntheticPlan(prefix_layers=(3,)))
+    data = open_episode(path).arrays
+    word = data.attrs["task"].split()[3]
+    heatmap = analysis.text_to_image(data, 3, "observation.images.image", frame=4)
+    _, geometry, _ = analysis.camera_geometry(data, "observation.images.image")
+    lit = analysis.on_camera_pixels(heatmap.values, geometry) > 0
+    without_suffix(path)
+    with pages.serving(path) as address:
+        page = pages.open(f"{address}?frame=4&norm=image")
+        page.get_by_text("No attention of the action tokens was recorded").wait_for()
+        page.get_by_text("this map is missing").first.wait_for()
+        assert page.locator(".timeline canvas").count() == 2  # reward, and when the policy was asked
+        page.locator("#words button.token", has_text=word).first.hover()
+        until(
+            page,
+            lambda: (((canvas(page, "image", "raw")[..., :3] != (0, 0, 4)).any(axis=-1)) == lit).all(),
+            "the word shows what it looks at",
+        )
+        page.wait_for_load_state("networkidle")
+        assert page.get_by_role("alert").count() == 0
 
 
 # Two episodes

@@ -59,19 +59,21 @@ export function Controls({ model }: { model: EpisodeModel }) {
     state.query.value !== "executed" && !(typeof layer === "number" && facts.layers.includes(layer));
   return (
     <section class="controls" aria-label="What to look at">
-      <Select
-        label="Layer"
-        keys="↑ ↓"
-        value={String(layer)}
-        options={[
-          ...numbers(
-            facts.mean_layers,
-            (label) => `${label}${facts.layers.includes(label) ? " (full maps)" : ""}`,
-          ),
-          { value: "mean", name: `mean ${ofLayers}` },
-        ]}
-        onChange={(value) => (state.layer.value = chosen<"mean">(value))}
-      />
+      {facts.mean_layers.length > 0 && (
+        <Select
+          label="Layer"
+          keys="↑ ↓"
+          value={String(layer)}
+          options={[
+            ...numbers(
+              facts.mean_layers,
+              (label) => `${label}${facts.layers.includes(label) ? " (full maps)" : ""}`,
+            ),
+            { value: "mean", name: `mean ${ofLayers}` },
+          ]}
+          onChange={(value) => (state.layer.value = chosen<"mean">(value))}
+        />
+      )}
       <Select
         label="Head"
         keys="h"

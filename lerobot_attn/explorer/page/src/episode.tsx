@@ -137,6 +137,12 @@ export function EpisodePage(props: {
           ),
       )}
       {facts && !facts.n_inferences && <p class="note">Nothing is recorded yet.</p>}
+      {facts && facts.n_inferences > 0 && !facts.mean_layers.length && (
+        <p class="note">
+          No attention of the action tokens was recorded
+          {facts.prefix_layers.length > 0 && ": hover a word to see what it looks at in the prefix"}.
+        </p>
+      )}
       {!facts && !first.problem.value && <p class="note">Loading …</p>}
       {facts && (
         <>

@@ -195,7 +195,7 @@ export function StepStrip({ model }: { model: EpisodeModel }) {
     paintCells(canvas.current, cells, view);
   });
 
-  if (!facts || !view) return null;
+  if (!facts || !view || !facts.mean_layers.length) return null;
   const size: [number, number] = [facts.denoise_steps.length, 1];
   const isStale = model.steps.value?.inference !== model.shown.value?.inference;
   return (

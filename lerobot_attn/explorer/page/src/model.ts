@@ -138,6 +138,7 @@ export class EpisodeModel {
   /** Where the colour range ends, of the chosen denoise step; may lack what has grown since. */
   readonly ranges = computed(() => this.rangesOfStep.value.get(this.step.value)?.ranges ?? null);
   private readonly rangesOfStep = signal<ReadonlyMap<number, StepRanges>>(new Map());
+  private readonly hasMeans = computed(() => Boolean(this.facts.value?.mean_layers.length));
   /** Which shares are wanted. */
   private readonly sharesAsked = computed(() =>
     JSON.stringify([this.facts.value?.version, this.layer.value, this.head.value, this.step.value]),
@@ -304,7 +305,7 @@ export class EpisodeModel {
     const request = ++this.request;
     const load = async () => {
       const [means, row, tokens, chunk, pictures] = await Promise.all([
-        this.source.means(this.key, inference, step),
+        this.loadMeans(facts, inference, step),
         this.loadRow(facts, timeline, frame, inference, step, layer, query),
         this.source.tokens(this.key, inference),
         this.source.actions(this.key, inference),
@@ -327,6 +328,14 @@ export class EpisodeModel {
     void this.attempt("frame", load).then((hasWorked) => {
       if (!hasWorked && request === this.request) this.failedFrame.value = frame;
     });
+  }
+
+  /** Means of an inference; of a recording without suffix maps, whose words may look at images, missing ones. */
+  private loadMeans(facts: Facts, inference: number, step: number): Promise<Slab> {
+    if (facts.mean_layers.length) return this.source.means(this.key, inference, step);
+    const shape = [1, Math.max(1, facts.heads.length), facts.n_keys];
+    const values = new Float32Array(shape.reduce((product, length) => product * length)).fill(NaN);
+    return Promise.resolve({ shape, values });
   }
 
   private async loadRow(
@@ -370,7 +379,7 @@ export class EpisodeModel {
     const inference = timeline.frame_inference[frame] ?? 0;
     for (const next of [inference + 1, inference - 1]) {
       if (next < 0 || next >= timeline.inference_frame.length) continue;
-      this.source.means(this.key, next, step).catch(ignore);
+      if (this.hasMeans.value) this.source.means(this.key, next, step).catch(ignore);
       this.source.tokens(this.key, next).catch(ignore);
       this.source.actions(this.key, next).catch(ignore);
     }
@@ -391,7 +400,7 @@ export class EpisodeModel {
     const where = { layer: this.layer.value, head: this.head.value, step: this.step.value };
     const asked = this.sharesAsked.value;
     // The first view comes first.
-    if (!facts || !facts.n_inferences || !this.isOpened.value) return;
+    if (!facts || !facts.n_inferences || !this.hasMeans.value || !this.isOpened.value) return;
     const key = this.key;
     const old = untracked(() => this.shares.value);
     const known = old?.asked === asked ? old : null;
@@ -417,7 +426,8 @@ export class EpisodeModel {
 
   private loadRanges(): (() => void) | void {
     const facts = this.facts.value;
-    if (!facts || !facts.n_inferences || state.normalisation.value !== "episode") return;
+    if (!facts || !facts.n_inferences || !this.hasMeans.value) return;
+    if (state.normalisation.value !== "episode") return;
     const [key, step] = [this.key, this.step.value];
     const known = untracked(() => this.rangesOfStep.value.get(step));
     if (known?.n_inferences === facts.n_inferences) return;
@@ -439,7 +449,8 @@ export class EpisodeModel {
 
   private loadSteps(): (() => void) | void {
     const [facts, shown] = [this.facts.value, this.shown.value];
-    if (!facts || !shown || untracked(() => this.steps.value)?.inference === shown.inference) return;
+    if (!facts || !shown || !this.hasMeans.value) return;
+    if (untracked(() => this.steps.value)?.inference === shown.inference) return;
     const timer = setTimeout(() => {
       void this.attempt("steps", async () => {
         const slabs = await Promise.all(

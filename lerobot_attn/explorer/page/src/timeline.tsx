@@ -51,6 +51,7 @@ function boundaries(table: Table): (u: uPlot) => void {
   };
 }
 
+const NO_SHARES: Shares = { first: 0, modalities: [], share: [], effective_tokens: [] };
 const FONT = "11px system-ui, sans-serif";
 
 interface Plan {
@@ -167,7 +168,8 @@ export function TimelinePanel(props: {
   }, []);
 
   useSignalEffect(() => {
-    const [facts, shares, table] = [model.facts.value, model.shares.value, model.timeline.value];
+    const [facts, table] = [model.facts.value, model.timeline.value];
+    const shares = model.shares.value ?? (facts?.mean_layers.length ? null : NO_SHARES);
     if (!facts || !shares || !table || !width.value) return;
     plots.current.forEach((plot) => plot.destroy());
     const colour = ink(sharesRef.current!);
