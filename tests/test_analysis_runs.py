@@ -271,7 +271,7 @@ def test_memory_does_not_grow_with_the_episode(short_and_long, by, monkeypatch):
     assert slab > 300_000
     peak_bytes(short, by)  # what is imported and cached once
     growth = peak_bytes(long, by) - peak_bytes(short, by)
-    # Of 16 more inferences only the tables of tokens stay, some ten kilobytes each: less than half a slab in all.
+    # Of 16 more inferences only the tables of tokens stay, some ten kilobytes each.
     assert growth < slab / 2
     monkeypatch.setattr(runs_module, "_BLOCK_BYTES", 10**9)
     whole = peak_bytes(long, by) - peak_bytes(short, by)
