@@ -25,9 +25,8 @@ from lerobot_attn.store.reader import Episode, open_episode, open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
 _MAX_OPEN = 32  # episodes whose dataset is kept open
-_RESCAN_S = (
-    0.5  # between two listings that unknown ids ask for: each takes a fifth of a second for 2,000 stores
-)
+# Between two listings that unknown ids ask for: each takes a fifth of a second for 2,000 stores.
+_RESCAN_S = 0.5
 _RETRY_S = 2.0  # until a store is read again that the file system could not read
 
 

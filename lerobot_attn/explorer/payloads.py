@@ -409,8 +409,14 @@ def action_chunk(episode: Episode, inference: int) -> dict[str, Any]:
 
 def _mean_layers(data: xr.Dataset) -> list[int]:
     """Return the layers whose means over the executed actions can be had: stored ones, and of full maps."""
+    _, stored = stored_layers(data)
+    return sorted([*stored, *_added_layers(data)])
+
+
+def _added_layers(data: xr.Dataset) -> list[int]:
+    """Return the layers that have full maps but no stored means."""
     full, stored = stored_layers(data)
-    return sorted([*stored, *(layer for layer in full if layer not in stored)])
+    return [layer for layer in full if layer not in stored]
 
 
 def _means(episode: Episode, inferences: slice, step: int) -> NDArray[np.floating[Any]]:
@@ -421,7 +427,7 @@ def _means(episode: Episode, inferences: slice, step: int) -> NDArray[np.floatin
     means: list[NDArray[np.floating[Any]]] = []
     if stored:
         means.append(data[MEANS].isel(at).values)
-    added = [layer for layer in full if layer not in stored]
+    added = _added_layers(data)
     for layer in added:  # one at a time, for a full map is large
         maps = data[RAW].isel(at | {"layer": full.index(layer), "query": executed_queries(data)})
         mean = maps.astype(np.float32).mean("query", skipna=False).values
@@ -440,8 +446,8 @@ def _executed_attention(
     The mean of layers is of all of `_mean_layers`, where `attention` takes either stored means or full maps.
     """
     where: dict[str, Any] = {"inference": "all", "denoise_step": denoise_step, "query": "executed"}
-    full, stored = stored_layers(data)
-    added = [layer for layer in full if layer not in stored]
+    _, stored = stored_layers(data)
+    added = _added_layers(data)
     if layer != "mean" or not (stored and added):
         return attention(data, layer=layer, head=head, **where)  # type: ignore[arg-type]
     every_head: int | Literal["all"] = head if isinstance(head, int) else "all"

@@ -15,7 +15,7 @@ import {
 import { decodeFloat16 } from "./float16";
 import { CLIP, effectiveNumber, percentile, pick, sumByGroup } from "./heat";
 import { cameraViews, modalitiesOf, modalityOfKey } from "./layout";
-import { Cache, pixelBytes, type EpisodeId, type Source, type Video, type Where } from "./source";
+import { pictureCache, type EpisodeId, type Source, type Video, type Where } from "./source";
 
 export interface Embedded {
   row: EpisodeRow;
@@ -55,7 +55,7 @@ async function unzip(zipped: Uint8Array<ArrayBuffer>): Promise<ArrayBuffer> {
 export class FileSource implements Source {
   readonly live = false;
   private values: Promise<Float32Array> | null = null;
-  private readonly decoded = new Cache<ImageBitmap>(150e6, pixelBytes);
+  private readonly decoded = pictureCache();
 
   constructor(private readonly data: Embedded) {}
 

@@ -106,8 +106,9 @@ export class Cache<T> {
   }
 }
 
-/** Bytes of a picture's pixels. */
-export const pixelBytes = (picture: ImageBitmap) => 4 * picture.width * picture.height;
+/** Pictures, of 150 MB of pixels at most. One is not closed when dropped: it may still be shown. */
+export const pictureCache = () =>
+  new Cache<ImageBitmap>(150e6, (picture) => 4 * picture.width * picture.height);
 
 async function ask(address: string): Promise<Response> {
   let response: Response;
@@ -140,8 +141,7 @@ export class ServerSource implements Source {
   private readonly slabs = new Cache<Slab>(64);
   private readonly maps = new Cache<Slab>(12);
   private readonly facts_ = new Cache<unknown>(400);
-  // Not closed when dropped: one may still be shown. The browser frees it with the last reference.
-  private readonly pictures = new Cache<ImageBitmap>(150e6, pixelBytes);
+  private readonly pictures = pictureCache();
 
   run = () => json<Run>("api/run");
   groups = () => json<Groups>("api/groups");
