@@ -114,7 +114,7 @@ def plot(
         str | None, typer.Option(help="Frames, as 12 or 0,40,80 or 0-9, or all. Default: the middle one.")
     ] = None,
     cameras: Annotated[
-        str | None, typer.Option(help="Cameras, by the last part of the name. Default: all.")
+        str | None, typer.Option(help="Cameras, by the end of the name. Default: all.")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers, as -1 or 0,8,17 or 0-17, all or mean. Default: full maps.")
@@ -183,7 +183,7 @@ def overlay(
         Path | None, typer.Option("--output", "-o", help="MP4 or GIF file. Default: overlay.mp4")
     ] = None,
     camera: Annotated[
-        str | None, typer.Option(help="Camera, by the last part of its name, or all. Default: the first.")
+        str | None, typer.Option(help="Camera, by the end of its name, or all. Default: the first.")
     ] = None,
     layer: Layer = None,
     denoise_step: Step = None,
@@ -333,7 +333,7 @@ def compare(
     query: Query = None,
     camera: Annotated[
         str | None,
-        typer.Option(help="Camera of the images, by the last part of its name. Default: first."),
+        typer.Option(help="Camera of the images, by the end of its name. Default: first."),
     ] = None,
     normalisation: Normalisation = None,
     leave_out: LeaveOut = None,

@@ -6,7 +6,7 @@ the live policy; the store carries it as JSON; analysis reads it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
@@ -108,6 +108,22 @@ class Camera:
         return self.geometry is None
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return each name's short form: its shortest dotted end that no other of the names has.
+
+    "images.left.rgb", "images.right.rgb", "images.wrist" → "left.rgb", "right.rgb", "wrist". A name that is
+    the end of another one stays whole.
+    """
+    parts = {name: name.split(".") for name in names}
+
+    def short(name: str, own: list[str]) -> str:
+        others = [other for other_name, other in parts.items() if other_name != name]
+        ends = (own[-n:] for n in range(1, len(own)))
+        return ".".join(next((end for end in ends if all(o[-len(end) :] != end for o in others)), own))
+
+    return {name: short(name, own) for name, own in parts.items()}
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of key tokens `start … stop - 1` of one kind.
@@ -159,6 +175,11 @@ class TokenLayout:
     def n_queries(self) -> int:
         """Number of query tokens of the suffix pass."""
         return self.n_keys - self.prefix_len
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """Each camera's name and its short form, which tells it apart from the others."""
+        return short_names(camera.name for camera in self.cameras)
 
     @property
     def language(self) -> Segment:

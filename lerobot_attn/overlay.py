@@ -28,7 +28,7 @@ from lerobot_attn.analysis.select import RAW, frames_of
 from lerobot_attn.analysis.sinks import keys_to_leave_out
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Normalisation, by_camera, percentile_of
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap, short
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap
 from lerobot_attn.figures.look import OneMapSettings
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.settings import check_numbers, check_one_map, check_ranges
@@ -379,7 +379,9 @@ class _Film:
         if attrs["source"] == RAW and settings.query == "frame":
             query = f"action {_ACTION}"
         return [
-            short(self._views[0].camera) if one_camera else f"{len(self._views)} cameras",
+            self._episode.layout.short_names[self._views[0].camera]
+            if one_camera
+            else f"{len(self._views)} cameras",
             f"frame {_FRAME}/{self._episode.n_frames}",
             attrs["layer"],
             attrs["denoise_step"],
@@ -438,8 +440,9 @@ class _Film:
         canvas = Image.new("RGB", (width, height + height % 2), _BACKGROUND)
         draw = ImageDraw.Draw(canvas)
         if label_px:
+            names = self._episode.layout.short_names
             for view, place in zip(views, self._places, strict=True):
-                (label, *_) = _break([short(view.camera)], " ", small, cell_px)
+                (label, *_) = _break([names[view.camera]], " ", small, cell_px)
                 draw.text((place.left, place.top - label_px), label, _WHITE, small)
         y = bottom + 5
         for line, colour in [*((line, _GREY) for line in footer), *((line, _AMBER) for line in warning)]:

@@ -32,7 +32,7 @@ from lerobot_attn.analysis.spatial import (
 )
 from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, short
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption
 from lerobot_attn.figures.look import LookSettings
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.settings import check_ranges, is_number
@@ -53,7 +53,7 @@ class PlotSettings(LookSettings):
     query: Any = None
     # Frames: a number, a list, or 'all'. Default: the middle frame; every frame for evolution and timeline.
     frames: Any = None
-    # Cameras, by name or the last part of it. Default: all that showed an image.
+    # Cameras, by name or the end of it. Default: all that showed an image.
     cameras: Any = None
     # Layers: a number (negative from the last), a list, 'all' or 'mean'. Default: those with full maps.
     layers: Any = None
@@ -165,7 +165,7 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
                 titles = [f"{panels} of {word}s"]
             groups.append(
                 figures.Group(
-                    f"{short(name)}, frame {frame}",
+                    f"{episode.layout.short_names[name]}, frame {frame}",
                     image,
                     [figures.Panel(pixel, title) for pixel, title in zip(pixels, titles, strict=True)],
                 )
@@ -214,7 +214,7 @@ def _combined(episode: Episode, settings: PlotSettings) -> Figure:
         name, geometry, _ = analysis.camera_geometry(data, camera)
         (image,) = camera_frames(episode, name, [frame])
         pixels = on_image(heatmaps[name], geometry, image, settings)
-        groups.append(figures.Group(short(name), image, [figures.Panel(pixels, "")]))
+        groups.append(figures.Group(episode.layout.short_names[name], image, [figures.Panel(pixels, "")]))
     vmax, clipped = _range(data, [*heatmaps.values()], cameras, settings, where)
     return figures.combined_figure(
         groups,
@@ -296,7 +296,7 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
         by_word = heat if "token" in heat.dims else heat.expand_dims("token")
         pixels = on_image(by_word, geometry, image, settings)
         panels = [figures.Panel(pixel, f"“{label}”") for pixel, label in zip(pixels, labels, strict=True)]
-        groups.append(figures.Group(f"{short(name)}, frame {frame}", image, panels))
+        groups.append(figures.Group(f"{episode.layout.short_names[name]}, frame {frame}", image, panels))
     shares = cross_modal(data, **where)
     facts = _caption(episode, found.attrs, settings, [frame], image=False)
     vmax, clipped = colour_range(maps, settings.normalisation, clip=settings.clip, episode_ends=ends)

@@ -25,8 +25,9 @@ from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.sinks import keys_to_leave_out
 from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, Normalisation, colour_range
 from lerobot_attn.errors import ConfigError, SelectionError
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, short
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption
 from lerobot_attn.figures.look import OneMapSettings
+from lerobot_attn.layout import short_names
 from lerobot_attn.overlay import OverlaySettings, overlay_frames
 from lerobot_attn.plot import camera_frames, on_image
 from lerobot_attn.settings import check_choice, check_ranges
@@ -112,7 +113,7 @@ def compare_groups(
     sharpness = found["sharpness"].sel(quantity="effective_number")
     tables = [overall_table(found[name]) for name in ("overall shares", "overall tokens")]
     tables[0] = tables[0][tables[0]["name"] != "padding"].assign(kind=lambda t: t["name"])
-    tables[0]["name"] = tables[0]["name"].map(short)
+    tables[0]["name"] = tables[0]["name"].map(short_names(tables[0]["name"]))
     overall = pd.concat(tables, ignore_index=True)
     overall.attrs["interval"] = tables[1].attrs["interval"]
     return Comparison(found["shares"], sharpness, overall, found["heatmap"])
@@ -273,7 +274,7 @@ def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figu
     for index, (frame, image) in enumerate(zip(frames, camera_frames(episode, camera, frames), strict=True)):
         pixels = on_image(heat[index], geometry, image, settings)
         panels.append(figures.Panel(pixels, f"{name}, frame {frame}", image))
-    label = f"{name}: {short(camera)}"
+    label = f"{name}: {episode.layout.short_names[camera]}"
     assert panels[0].image is not None
     return figures.Group(label, panels[0].image, panels), heat
 
@@ -339,7 +340,8 @@ def _caption(
     chosen = found.shares.attrs
     facts = [f"A: {_side(a)}", f"B: {_side(b)}"]
     facts += [str(chosen.get(name, "")) for name in ("layer", "denoise_step", "head", "query", "left_out")]
-    facts += [f"camera {short(analysis.camera_geometry(a[0].arrays, settings.camera)[0])}"]
+    camera, *_ = analysis.camera_geometry(a[0].arrays, settings.camera)
+    facts += [f"camera {a[0].layout.short_names[camera]}"]
     facts += [f"aligned by {settings.align}", f"intervals: {found.overall.attrs['interval']}"]
     facts += [_only(found.overall, "a", "A"), _only(found.overall, "b", "B")]
     return Caption(facts, RANDOM_WEIGHTS if any(e.has_random_weights for e in (*a, *b)) else "")

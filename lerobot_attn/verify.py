@@ -27,7 +27,7 @@ from rich.text import Text
 from lerobot_attn import analysis
 from lerobot_attn.analysis.select import MEANS, RAW, Where, executed_queries
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_figure, short, styled
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_figure, styled
 from lerobot_attn.figures.canvas import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
@@ -226,7 +226,7 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
     geometries = [analysis.camera_geometry(data, camera)[1] for camera in cameras]
     panel_in = (width_in - 0.7) / 3
     heights = [panel_in * g.height_px / g.width_px + 0.2 for _ in frames for g in geometries]
-    attrs = heats[0].attrs
+    attrs, short = heats[0].attrs, episode.layout.short_names
     facts = [
         f"{episode.path.parent.name}/{episode.path.stem}{'' if episode.is_complete else ', incomplete'}",
         *(attrs[name] for name in ("layer", "denoise_step", "head", "query")),
@@ -250,9 +250,9 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
                 view, analysis.on_camera_pixels(heat, geometries[index], size_px=(height, width))
             )
         panels = (
-            (f"inference {inferences[number]}, frame {frame}: {short(camera)}", view, "no camera video"),
+            (f"inference {inferences[number]}, frame {frame}: {short[camera]}", view, "no camera video"),
             (f"evaluation's MP4, frame {frame}", film, "no evaluation MP4"),
-            (f"{short(camera)} with attention, frame {frame}", over, without),
+            (f"{short[camera]} with attention, frame {frame}", over, without),
         )
         for column, (title, image, missing) in enumerate(panels):
             axes = figure.add_subplot(grid[row, column])
@@ -342,7 +342,7 @@ def _frame_counts(episode: Episode) -> list[Check]:
     cameras = [camera.name for camera in episode.layout.cameras if not camera.is_empty]
     checks = []
     for camera in cameras:
-        name = f"frames of {short(camera)}"
+        name = f"frames of {episode.layout.short_names[camera]}"
         if camera in episode.videos:
             checks.append(_frame_count(name, episode.videos[camera], episode))
         elif camera in episode.attributes.get("videos", {}):
@@ -407,7 +407,7 @@ def _frame_table(episode: Episode) -> Check:
 
 
 def _layout(episode: Episode) -> Check:
-    data, layout = episode.arrays, episode.layout
+    data, layout, short = episode.arrays, episode.layout, episode.layout.short_names
     wrong = []
     images = [segment for segment in layout.segments if segment.kind == "image"]
     if len(images) != len(layout.cameras):
@@ -418,20 +418,20 @@ def _layout(episode: Episode) -> Check:
             continue
         if len(segment) != geometry.grid_rows * geometry.grid_columns:
             wrong.append(
-                f"{short(camera.name)} has {len(segment)} keys, its grid "
+                f"{short[camera.name]} has {len(segment)} keys, its grid "
                 f"{geometry.grid_rows} x {geometry.grid_columns}"
             )
         if (
             geometry.pad_top_px + geometry.resized_height_px > geometry.input_height_px
             or geometry.pad_left_px + geometry.resized_width_px > geometry.input_width_px
         ):
-            wrong.append(f"{short(camera.name)}'s image reaches beyond the policy's input")
+            wrong.append(f"{short[camera.name]}'s image reaches beyond the policy's input")
         video = episode.attributes.get("videos", {}).get(camera.name)
         if isinstance(video, dict):
             size = (video.get("height_px"), video.get("width_px"))
             if size != (geometry.height_px, geometry.width_px):
                 image = (geometry.height_px, geometry.width_px)
-                wrong.append(f"{short(camera.name)}'s video is {size}, its image {image}")
+                wrong.append(f"{short[camera.name]}'s video is {size}, its image {image}")
     rows, columns = layout.key_patch()
     for name, expected in (
         ("key_camera", layout.key_camera()),
@@ -449,7 +449,7 @@ def _layout(episode: Episode) -> Check:
     if wrong:
         return Check("layout", False, "; ".join(dict.fromkeys(wrong)))
     cameras = ", ".join(
-        f"{short(c.name)} {c.geometry.grid_rows} x {c.geometry.grid_columns}"
+        f"{short[c.name]} {c.geometry.grid_rows} x {c.geometry.grid_columns}"
         for c in layout.cameras
         if c.geometry is not None
     )
@@ -560,11 +560,12 @@ def _against_eval_video(episode: Episode, ticks: _Ticks) -> list[Check]:
         return [Check(name, None, "the videos hold no frames to compare") for name in names]
     best = min(matches, key=lambda match: match.best)
     turned = min(matches, key=lambda match: match.turned)
-    found = f"{short(best.camera)} differs by {best.best:.2f} of 255 a pixel"
+    short = episode.layout.short_names
+    found = f"{short[best.camera]} differs by {best.best:.2f} of 255 a pixel"
     if best.best > _SAME_IMAGE:
         hint = "; an environment may film another view than the policy's"
         if turned.turned <= _SAME_IMAGE:
-            hint = f"; {short(turned.camera)} turned by 180° differs by {turned.turned:.2f}"
+            hint = f"; {short[turned.camera]} turned by 180° differs by {turned.turned:.2f}"
         view = Check(names[0], False, f"no camera's view: {found}, expected at most {_SAME_IMAGE:g}{hint}")
         return [view, Check(names[1], None, "no camera shows what the evaluation filmed")]
     return [Check(names[0], True, found), _timing(names[1], best)]

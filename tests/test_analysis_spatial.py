@@ -367,6 +367,14 @@ def test_a_full_name_wins_over_the_end_of_another():
     assert camera_geometry(data, "left")[2].start == 1
 
 
+def test_a_camera_is_found_by_any_dotted_end_of_its_name():
+    data = layout_only("a.left.rgb", "a.right.rgb")
+    assert camera_geometry(data, "right.rgb")[0] == "a.right.rgb"
+    for not_an_end in ("ght.rgb", "right", "rgb"):
+        with pytest.raises(SelectionError):
+            camera_geometry(data, not_an_end)
+
+
 def test_the_first_camera_is_the_first_that_showed_something():
     data = layout_only("a.empty", "a.left", "a.right", empty=("a.empty",))
     assert camera_names(data) == ["a.left", "a.right"]

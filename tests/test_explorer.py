@@ -889,23 +889,6 @@ def test_an_episode_with_prefix_maps_alone_still_shows_its_cameras_and_words(tmp
         assert values(client.get(at + "/inferences/0/prefix/1/5")).ndim == 2
 
 
-@pytest.mark.parametrize(
-    ("names", "labels"),
-    [
-        (["observation.images.image", "observation.images.wrist"], ["image", "wrist"]),
-        (
-            ["observation.images.left.rgb", "observation.images.right.rgb", "observation.images.wrist"],
-            ["left.rgb", "right.rgb", "wrist"],
-        ),
-        (["a.left.rgb", "b.left.rgb"], ["a.left.rgb", "b.left.rgb"]),
-        (["rgb", "left.rgb", "a.left.rgb"], ["rgb", "left.rgb", "a.left.rgb"]),
-        (["cam"], ["cam"]),
-    ],
-)
-def test_labels_tell_cameras_apart(names, labels):
-    assert list(payloads.camera_labels(names).values()) == labels
-
-
 def test_cameras_whose_names_end_alike_have_labels_of_their_own(tmp_path):
     names = ("observation.images.left.rgb", "observation.images.right.rgb")
     for index, success in enumerate([True, False]):

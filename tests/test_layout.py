@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from lerobot_attn.layout import Camera, ImageGeometry, Kind, Segment, TextSpan, TokenLayout, label_text
+from lerobot_attn.layout import (
+    Camera,
+    ImageGeometry,
+    Kind,
+    Segment,
+    TextSpan,
+    TokenLayout,
+    label_text,
+    short_names,
+)
 
 SIZES = [(224, 224), (256, 256), (360, 360), (480, 640), (640, 480), (97, 331), (720, 1280)]
 
@@ -133,3 +142,20 @@ def test_label_text_merges_tokens_of_a_word_and_of_a_number():
 def test_label_text_without_spans_is_plain_text():
     labels = label_text(["a", "b", ""], np.array([True, True, False]), None)
     assert labels.kind.tolist() == [Kind.TEXT, Kind.TEXT, Kind.PADDING]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["observation.images.image", "observation.images.wrist"], ["image", "wrist"]),
+        (
+            ["observation.images.left.rgb", "observation.images.right.rgb", "observation.images.wrist"],
+            ["left.rgb", "right.rgb", "wrist"],
+        ),
+        (["a.left.rgb", "b.left.rgb"], ["a.left.rgb", "b.left.rgb"]),
+        (["rgb", "left.rgb", "a.left.rgb"], ["rgb", "left.rgb", "a.left.rgb"]),
+        (["cam"], ["cam"]),
+    ],
+)
+def test_short_names_tell_cameras_apart(names, labels):
+    assert list(short_names(names).values()) == labels

@@ -16,6 +16,7 @@ from lerobot_attn import analysis
 from lerobot_attn.errors import ConfigError, SelectionError, StoreError
 from lerobot_attn.figures import save_figure
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
+from lerobot_attn.overlay import OverlaySettings, _Film
 from lerobot_attn.plot import KINDS, PlotSettings, plot
 from lerobot_attn.store.reader import open_episode
 from lerobot_attn.synthetic import (
@@ -189,6 +190,21 @@ def test_combined_shares_are_the_planted_ones(plan, episode):
     assert set(found) == set(expected)
     for name, share in expected.items():
         assert found[name] == pytest.approx(share, abs=0.1), name
+
+
+def test_cameras_whose_names_end_alike_are_told_apart(tmp_path):
+    shapes = {"observation.images.left.rgb": (48, 64), "observation.images.right.rgb": (48, 64)}
+    episode = open_episode(write_planted_episode(tmp_path, SyntheticPlan(image_px=shapes)))
+    labels = {"left.rgb", "right.rgb"}
+    combined = plot(episode, "combined", PlotSettings(frames=6))
+    assert labels <= {axes.get_title() for axes in combined.axes}
+    assert any(labels <= set(bar_widths(axes)) for axes in combined.axes)
+    bands = plot(episode, "timeline").axes[0].collections
+    assert labels <= {band.get_label() for band in bands}
+    ((title, *_),) = heatmaps(plot(episode, "image", PlotSettings(frames=6, cameras="right.rgb", layers=2)))
+    assert title == "layer 2"
+    film = _Film(episode, OverlaySettings(camera="right.rgb"))
+    assert film._header_parts()[0] == "right.rgb"
 
 
 def test_timeline_is_the_planted_one(plan, episode):

@@ -167,7 +167,7 @@ def compare(
         b: likewise.
         measure: "modality_share", "token_attention", "sharpness", "stability" (all as for `summarise` by
             frame), "image_heatmap", or a function or `Measure`.
-        camera: whose heatmap, by its name or the last part of it; the first one by default.
+        camera: whose heatmap, by its name or the end of it; the first one by default.
         align: "phase" or "frame".
         n_phases: parts of an episode.
         confidence: of the intervals, 0 to 1.

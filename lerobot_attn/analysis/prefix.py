@@ -123,7 +123,7 @@ def text_to_image(
     Args:
         dataset: an episode's.
         word: its text (any case) or its number from 0; without one, every word of the task.
-        camera: its name or the last part of it; the first one by default.
+        camera: its name or the end of it; the first one by default.
         where: what to look at, see `PrefixWhere`.
 
     Returns:
@@ -169,7 +169,7 @@ def image_to_text(
 
     Args:
         dataset: an episode's.
-        camera: its name or the last part of it; the first one by default.
+        camera: its name or the end of it; the first one by default.
         where: what to look at, see `PrefixWhere`.
 
     Returns:

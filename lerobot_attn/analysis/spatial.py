@@ -39,7 +39,7 @@ def camera_names(dataset: xr.Dataset) -> list[str]:
 
 
 def camera_geometry(dataset: xr.Dataset, camera: str | None = None) -> tuple[str, ImageGeometry, Segment]:
-    """Find a camera by its name or the last part of it; without a name, the first one.
+    """Find a camera by its name or the end of it; without a name, the first one.
 
     Returns:
         Its full name, its geometry and its keys.
@@ -53,7 +53,7 @@ def camera_geometry(dataset: xr.Dataset, camera: str | None = None) -> tuple[str
     images = [segment for segment in layout.segments if segment.kind == "image"]
     name = names[0] if camera is None else camera
     found = [c for c in layout.cameras if c.name == name]
-    found = found or [c for c in layout.cameras if c.name.rpartition(".")[2] == name]
+    found = found or [c for c in layout.cameras if c.name.endswith(f".{name}")]
     if len(found) != 1 or found[0].geometry is None:
         why = "does not exist" if not found else "is ambiguous" if len(found) > 1 else "showed no image"
         raise SelectionError(f"camera {camera!r} {why}; the episode's are {', '.join(names)}")
@@ -74,7 +74,7 @@ def image_heatmap(
 
     Args:
         dataset: an episode's.
-        camera: its name or the last part of it; the first one by default.
+        camera: its name or the end of it; the first one by default.
         normalisation: "share" of all attention; share of the attention on this "image"; relative to the
             largest patch of the map ("frame"); or "episode": shares of all attention whose colour range is
             that of every frame of the episode, so that frames compare.
@@ -116,7 +116,7 @@ def by_camera(
     Args:
         dataset: an episode's.
         array: (…, key) of `attention`.
-        cameras: their names or the last parts of them; by default all that showed an image.
+        cameras: their names or the ends of them; by default all that showed an image.
         normalisation: as for `image_heatmap`; "episode" has the values of "share".
 
     Returns:

@@ -7,7 +7,7 @@ head, camera or normalisation asks for nothing more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from lerobot_attn.analysis.select import MEANS, RAW, attention, executed_queries
 from lerobot_attn.analysis.tokens import by_modality, token_groups
 from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError
 from lerobot_attn.explorer.pictures import video_version
-from lerobot_attn.layout import Kind
+from lerobot_attn.layout import Kind, short_names
 from lerobot_attn.store.reader import Episode
 
 PREFIX = "prefix_attention"
@@ -77,26 +77,8 @@ def plain(value: Any) -> str | int | float | None:
     return value if isinstance(value, str | int) else None
 
 
-def camera_labels(names: Iterable[str]) -> dict[str, str]:
-    """Return each camera's label: the shortest dotted end of its name that no other one's name has.
-
-    "images.left.rgb", "images.right.rgb", "images.wrist" → "left.rgb", "right.rgb", "wrist". A name that is
-    the end of another one is its own label.
-    """
-    parts = {name: name.split(".") for name in names}
-
-    def label(name: str) -> str:
-        own = parts.pop(name)
-        ends = (own[-n:] for n in range(1, len(own)))
-        found = next((end for end in ends if all(other[-len(end) :] != end for other in parts.values())), own)
-        parts[name] = own
-        return ".".join(found)
-
-    return {name: label(name) for name in list(parts)}
-
-
 def _cameras(episode: Episode) -> list[dict[str, Any]]:
-    labels = camera_labels(camera.name for camera in episode.layout.cameras)
+    labels = episode.layout.short_names
     found = []
     for camera in episode.layout.cameras:
         video = episode.videos.get(camera.name)
@@ -381,7 +363,7 @@ def groups(episodes: Sequence[Episode]) -> dict[str, Any]:
 def _compared(episodes: Sequence[Episode]) -> dict[str, Any]:
     split = split_by_success(episodes)
     table = compare_overall(split.failures, split.successes, query="executed")
-    labels = camera_labels(camera.name for episode in episodes for camera in episode.layout.cameras)
+    labels = short_names(camera.name for episode in episodes for camera in episode.layout.cameras)
     columns = {"failure": "a", "success": "b", "difference": "difference", "low": "low", "high": "high"}
     rows = [
         {"label": labels.get(str(row["name"]), str(row["name"]))}

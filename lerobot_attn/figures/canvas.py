@@ -187,11 +187,6 @@ def is_missing(values: ArrayLike) -> bool:
     return found.size > 0 and not np.isfinite(found).any()
 
 
-def short(camera: str) -> str:
-    """Return the last part of a camera's name."""
-    return camera.rpartition(".")[2]
-
-
 def check_format(path: str | Path) -> Path:
     """Return a path whose suffix is one that figures are written in.
 

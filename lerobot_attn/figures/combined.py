@@ -15,11 +15,11 @@ from lerobot_attn.figures.canvas import (
     modality_colors,
     new_figure,
     say_missing,
-    short,
     styled,
 )
 from lerobot_attn.figures.images import Group, draw_overlay
 from lerobot_attn.figures.text import sentence_places, shade_sentence, token_bars
+from lerobot_attn.layout import short_names
 
 
 @styled
@@ -80,7 +80,7 @@ def combined_figure(
         if np.isfinite(value):
             left.text(value, place, f" {value:.1f}", va="center", fontsize=6)
     say_missing(left, heights)
-    left.set_yticks(range(len(names)), [short(name) for name in names])
+    left.set_yticks(range(len(names)), list(short_names(names).values()))
     left.set_xlim(0, 1.2 * largest(heights) or 1)
     left.invert_yaxis()
     left.set_xlabel("share of all attention, %")

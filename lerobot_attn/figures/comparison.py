@@ -19,10 +19,10 @@ from lerobot_attn.figures.canvas import (
     largest,
     modality_colors,
     new_figure,
-    short,
     styled,
 )
 from lerobot_attn.figures.images import Group, draw_overlay
+from lerobot_attn.layout import short_names
 
 # Blue and vermilion of Okabe and Ito: told apart by colour-blind readers, and in grey by the dashes.
 _COLORS = ("#0072B2", "#D55E00")
@@ -100,8 +100,9 @@ def comparison_figure(
     elif len(means):
         _draw_means(figure, parts[0], means, names, unit, cmap)
     grid = parts[len(heights) - 2].subgridspec(rows, columns)
-    every = [(short(name), shares.sel(modality=name), 100.0, "%") for name in drawn]
-    every += [(f"{short(c)}: effective patches", sharpness.sel(camera=c), 1.0, "") for c in cameras]
+    labels = short_names([*drawn, *cameras])
+    every = [(labels[name], shares.sel(modality=name), 100.0, "%") for name in drawn]
+    every += [(f"{labels[c]}: effective patches", sharpness.sel(camera=c), 1.0, "") for c in cameras]
     first: Axes | None = None
     for index, (title, part, factor, _) in enumerate(every):
         axes = figure.add_subplot(grid[index // columns, index % columns])

@@ -15,8 +15,9 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.figures.canvas import Caption, colorbar, colormap, largest, new_figure, short, styled
+from lerobot_attn.figures.canvas import Caption, colorbar, colormap, largest, new_figure, styled
 from lerobot_attn.figures.matrices import draw_matrix
+from lerobot_attn.layout import short_names
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def cross_modal_figure(
         ConfigError: unknown colour map, or nothing to draw.
     """
     rows, columns = _rows(groups, columns, width_in)
-    names = [[short(str(name)) for name in shares[dim].values] for dim in ("from_modality", "to_modality")]
+    names = [
+        list(short_names(map(str, shares[dim].values)).values()) for dim in ("from_modality", "to_modality")
+    ]
     images_in, matrix_in = sum(row.height_in for row in rows), 0.6 + 0.22 * len(names[0])
     figure = new_figure(width_in, images_in + matrix_in, caption)
     parts = figure.add_gridspec(2, 1, height_ratios=[images_in, matrix_in])

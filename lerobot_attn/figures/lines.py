@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lerobot_attn.figures.canvas import Caption, largest, modality_colors, new_figure, short, styled
+from lerobot_attn.figures.canvas import Caption, largest, modality_colors, new_figure, styled
+from lerobot_attn.layout import short_names
 
 
 @styled
@@ -102,7 +103,7 @@ def draw_shares(axes: Axes, places: NDArray[Any], shares: xr.DataArray, *, bars:
     Places whose shares are missing (NaN) stay blank.
     """
     names = [str(name) for name in shares["modality"].values]
-    colors = modality_colors(names)
+    colors, labels = modality_colors(names), short_names(names)
     base = np.zeros(len(places))
     for index, name in enumerate(names):
         values = 100 * shares.values[:, index]
@@ -110,14 +111,14 @@ def draw_shares(axes: Axes, places: NDArray[Any], shares: xr.DataArray, *, bars:
             continue
         below, base = base, base + values
         if bars:
-            axes.bar(places, values, bottom=below, width=0.9, color=colors[name], label=short(name))
+            axes.bar(places, values, bottom=below, width=0.9, color=colors[name], label=labels[name])
         else:
             axes.fill_between(
                 _ends(places),
                 np.repeat(below, 2),
                 np.repeat(base, 2),
                 color=colors[name],
-                label=short(name),
+                label=labels[name],
                 linewidth=0,
             )
 

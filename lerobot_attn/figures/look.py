@@ -66,7 +66,7 @@ class LookSettings:
 class OneMapSettings(LookSettings):
     """Settings of what shows one map of each frame: layer, step and head are each one number or a mean."""
 
-    # Camera, by name or the last part of it. Default: the first.
+    # Camera, by name or the end of it. Default: the first.
     camera: str | None = None
     # Layer: a number (negative from the last) or 'mean'.
     layer: int | Literal["mean"] = -1
