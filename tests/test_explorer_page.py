@@ -374,6 +374,48 @@ def test_compared_episodes_are_at_the_same_frame_or_phase(pages, url, run, lock,
     assert_shows(page, data[1], end, "share", frame=other_frame, side=1, **where)
 
 
+def test_locked_by_frame_the_playhead_goes_on_to_the_longer_episodes_end(pages, url, run):
+    page = pages.open(f"{url}?episode={FIRST}&compare={LONG}&lock=frame&frame=3")
+    sides = page.locator(".side")
+    sides.nth(1).get_by_text("frame 3 ·").wait_for()
+    last = stored(run, FIRST).n_frames - 1
+    page.keyboard.press("End")
+    sides.nth(1).get_by_text("frame 29 ·").wait_for()
+    sides.nth(0).get_by_text(f"frame {last} ·").wait_for()
+    page.get_by_text("frame 29 of 29").wait_for()
+    seek(page, 26)
+    sides.nth(1).get_by_text("frame 26 ·").wait_for()
+    page.locator("h1").click()
+    page.keyboard.press("ArrowRight")
+    sides.nth(1).get_by_text("frame 27 ·").wait_for()
+    page.get_by_role("button", name="Play").click()
+    sides.nth(1).get_by_text("frame 29 ·").wait_for()
+    page.get_by_role("button", name="Play").wait_for()  # it has ended by itself
+    choose(page, "at the same", "phase")
+    page.get_by_text(f"frame {last} of {last}").wait_for()
+    sides.nth(1).get_by_text("frame 29 ·").wait_for()
+
+
+def test_any_of_many_episodes_can_be_compared_with(pages, tmp_path):
+    one = write_planted_episode(tmp_path / "out", SyntheticPlan(n_frames=6, videos=False))
+    for index in range(1, 230):
+        shutil.copytree(one, one.with_name(f"episode_{index:05}.zarr"))
+    first, wanted = ("attention:synthetic_0:episode_" + number for number in ("00000", "00225"))
+    with pages.serving(tmp_path / "out") as address:
+        page = pages.open(f"{address}?episode={first}")
+        offered = page.get_by_role("combobox", name=re.compile("^Compare")).locator("option")
+        until(page, lambda: "first 200 of 229" in offered.last.text_content(), "not all are offered")
+        page.get_by_role("searchbox", name="Find episodes").fill("success _0022")
+        until(page, lambda: offered.count() == 11, "those that were found are offered")
+        choose(page, "Compare", wanted)
+        page.locator(f'.side[data-episode="{wanted}"]').get_by_text("of all attention").first.wait_for()
+        page.get_by_role("searchbox", name="Find episodes").fill("no such episode")
+        until(page, lambda: offered.count() == 2, "the chosen one stays")
+        until(page, lambda: said(page).get("compare") == wanted, "the address says so")
+        last = page.get_by_role("button", name="Help").bounding_box()
+        assert last["x"] + last["width"] <= page.viewport_size["width"]
+
+
 def test_a_drag_through_the_timeline_seeks(pages, url):
     page = pages.open(f"{url}?episode={LONG}&compare={SECOND}&lock=phase")
     plots = page.locator(".timeline .plots")
@@ -465,7 +507,7 @@ def test_a_link_to_the_run_reproduces_its_filters(pages, url):
     assert controls(page) == before
     page.get_by_role("combobox", name="Show").select_option("success")
     page.get_by_text("No episode is like that").wait_for()
-    page.get_by_role("searchbox", name="Find").fill("")
+    page.get_by_role("searchbox", name="Find episodes").fill("")
     until(page, lambda: page.locator(".episodes tbody tr").count() == 2, "the successes are there")
     until(page, lambda: said(page) == {"show": "success"}, "the address says so")
 

@@ -1,6 +1,6 @@
 /** Native controls for everything that is chosen, and the keys that do the same. */
 
-import { effect } from "@preact/signals";
+import { effect, type ReadonlySignal } from "@preact/signals";
 import { COLOUR_MAPS, type ColourMap } from "./colormaps";
 import { NORMALISATIONS, type Normalisation } from "./heat";
 import { isAll } from "./labels";
@@ -210,15 +210,20 @@ function isTaken(event: KeyboardEvent): boolean {
   return target.matches("input, textarea, summary");
 }
 
-/** Follow the keys of the explorer; returns how to stop. */
-export function followKeys(model: EpisodeModel, toggle: () => void, help: () => void): () => void {
+/** Follow the keys of the explorer, frames being those of `longest`; returns how to stop. */
+export function followKeys(
+  model: EpisodeModel,
+  longest: ReadonlySignal<EpisodeModel>,
+  toggle: () => void,
+  help: () => void,
+): () => void {
   const onKey = (event: KeyboardEvent) => {
     if (isTaken(event)) return;
     const facts = model.facts.value;
     if (!facts) return;
     const by = event.shiftKey ? 10 : 1;
-    const frames = model.frames.value;
-    const place = frames.placeOf(model.frameShown());
+    const frames = longest.value.frames.value;
+    const place = frames.placeOf(longest.value.frameShown());
     const seek = (place: number) => (state.frame.value = frames.at(place));
     const actions: Record<string, () => void> = {
       " ": toggle,
@@ -250,13 +255,14 @@ export function followKeys(model: EpisodeModel, toggle: () => void, help: () => 
 const LONGEST_WAIT_MS = 1000; // where an export lacks many frames
 
 /** Play at the episode's own speed, as fast as frames can be shown; returns how to stop. */
-export function play(model: EpisodeModel, onEnd: () => void): () => void {
-  const fps = model.facts.value?.fps || 20;
+export function play(longest: ReadonlySignal<EpisodeModel>, onEnd: () => void): () => void {
+  const fps = longest.value.facts.value?.fps || 20;
   let due = performance.now();
   let seen: number | undefined;
   let request = requestAnimationFrame(tick);
   function tick(now: number) {
     request = requestAnimationFrame(tick);
+    const model = longest.value;
     // The next frame waits until the last one is on the screen: playing shows every frame.
     const frame = model.shown.value?.frame;
     const isOnScreen = frame === seen;

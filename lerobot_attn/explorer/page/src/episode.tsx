@@ -20,7 +20,7 @@ import { Help } from "./help";
 import { EpisodeModel, sharedEnd } from "./model";
 import { PatchPanel } from "./patch";
 import { download } from "./picture";
-import { episodeName, outcome, RandomWeights } from "./run";
+import { episodeName, holds, outcome, RandomWeights } from "./run";
 import type { Source } from "./source";
 import * as state from "./state";
 import { Sentence, ShareBar } from "./text";
@@ -66,14 +66,15 @@ export function EpisodePage(props: {
       stop.value = null;
       return;
     }
-    if (first.frameShown() >= first.lastFrame.value) state.frame.value = 0;
-    stop.value = play(first, () => {
+    const longest = other.longest.peek();
+    if (longest.frameShown() >= longest.lastFrame.value) state.frame.value = 0;
+    stop.value = play(other.longest, () => {
       stop.peek()?.();
       stop.value = null;
     });
   };
   useEffect(() => {
-    const stops = [followKeys(first, toggle, () => (help.value = true)), announceDrawn(first)];
+    const stops = [followKeys(first, other.longest, toggle, () => (help.value = true)), announceDrawn(first)];
     return () => {
       stops.forEach((done) => done());
       stop.peek()?.();
@@ -116,15 +117,17 @@ export function EpisodePage(props: {
         )}
         <span class="spacer" />
         {run && run.episodes.length > 1 && <CompareWith run={run} own={first.id} />}
-        <button type="button" onClick={() => (state.tour.value = 1)}>
-          Tour
-        </button>
-        <button type="button" onClick={() => download(both)}>
-          Save PNG
-        </button>
-        <button type="button" onClick={() => (help.value = true)}>
-          Help <kbd>?</kbd>
-        </button>
+        <span class="buttons">
+          <button type="button" onClick={() => (state.tour.value = 1)}>
+            Tour
+          </button>
+          <button type="button" onClick={() => download(both)}>
+            Save PNG
+          </button>
+          <button type="button" onClick={() => (help.value = true)}>
+            Help <kbd>?</kbd>
+          </button>
+        </span>
       </header>
       {facts?.random_weights && <RandomWeights />}
       {facts?.excerpt && <p class="note">{facts.excerpt}</p>}
@@ -159,7 +162,7 @@ export function EpisodePage(props: {
             ))}
           </div>
           <footer>
-            <Transport model={first} isPlaying={stop.value !== null} toggle={toggle} />
+            <Transport model={other.longest.value} isPlaying={stop.value !== null} toggle={toggle} />
             {both.map((model, i) => (
               <TimelinePanel
                 key={model.id}
@@ -178,7 +181,7 @@ export function EpisodePage(props: {
   );
 }
 
-/** The frame of the compared episode that goes with the first one's. */
+/** The frame of the compared episode that goes with the first one's, and where the playhead can go. */
 function otherFrame(first: EpisodeModel) {
   const model = signal<EpisodeModel | null>(null);
   const wanted = computed(() => {
@@ -192,15 +195,37 @@ function otherFrame(first: EpisodeModel) {
     const isPhase = state.lock.value === "phase" && last > 0;
     state.frame.value = isPhase ? Math.round((frame / last) * first.lastFrame.value) : frame;
   };
-  return { model, wanted, seek };
+  /** Whose frames the playhead goes through: locked by frame, the longer episode's. */
+  const longest = computed(() => {
+    const second = state.lock.value === "frame" ? model.value : null;
+    return second && second.lastFrame.value > first.lastFrame.value ? second : first;
+  });
+  return { model, wanted, seek, longest };
 }
 
-const MOST_OFFERED = 500; // a list of thousands is of no use
+const MOST_OFFERED = 200; // a list of thousands is of no use
 
 function CompareWith({ run, own }: { run: Run; own: string }) {
+  const search = useSignal("");
   const name = (row: EpisodeRow) => `${episodeName(row)} (${outcome(row)})`;
+  const others = run.episodes.filter((row) => row.id !== own);
+  const found = others.filter((row) => holds(row, search.value));
+  const offered = found.slice(0, MOST_OFFERED);
+  const chosen = others.find((row) => row.id === state.compared.value);
+  if (chosen && !offered.includes(chosen)) offered.unshift(chosen);
   return (
     <>
+      {others.length > MOST_OFFERED && (
+        <input
+          class="inline"
+          type="search"
+          size={13}
+          aria-label="Find episodes to compare with"
+          placeholder="find episodes"
+          value={search.value}
+          onInput={(event) => (search.value = event.currentTarget.value)}
+        />
+      )}
       <label class={state.compared.value ? "inline wide" : "inline"}>
         Compare{" "}
         <select
@@ -208,14 +233,16 @@ function CompareWith({ run, own }: { run: Run; own: string }) {
           onChange={(event) => (state.compared.value = event.currentTarget.value)}
         >
           <option value="">with nothing</option>
-          {run.episodes
-            .filter((row) => row.id !== own)
-            .filter((row, place) => place < MOST_OFFERED || row.id === state.compared.value)
-            .map((row) => (
-              <option key={row.id} value={row.id} selected={row.id === state.compared.value}>
-                {name(row)}
-              </option>
-            ))}
+          {offered.map((row) => (
+            <option key={row.id} value={row.id} selected={row === chosen}>
+              {name(row)}
+            </option>
+          ))}
+          {found.length > MOST_OFFERED && (
+            <option disabled>
+              first {MOST_OFFERED} of {found.length}: find others by words
+            </option>
+          )}
         </select>
       </label>
       {state.compared.value && (

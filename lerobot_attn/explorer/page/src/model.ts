@@ -274,7 +274,9 @@ export class EpisodeModel {
         if (!isSame) this.forget();
         this.facts.value = facts;
         this.timeline.value = timeline;
-        if (follows && this.wanted === state.frame) state.frame.value = this.lastFrame.value;
+        // One beyond the last belongs to a longer episode beside this one.
+        if (follows && this.wanted === state.frame)
+          state.frame.value = Math.max(state.frame.value, this.lastFrame.value);
       });
     });
   }

@@ -37,12 +37,16 @@ function counted(n: number, one: string, many = `${one}s`): string {
 const isPlain = (event: MouseEvent) =>
   !(event.ctrlKey || event.metaKey || event.shiftKey || event.altKey || event.button);
 
+/** Whether an episode's name, task, id or outcome holds each word of a search. */
+export function holds(row: EpisodeRow, search: string): boolean {
+  const words = search.toLowerCase().split(/\s+/).filter(Boolean);
+  const text = `${episodeName(row)} ${row.task} ${row.id} ${outcome(row)}`.toLowerCase();
+  return words.every((word) => text.includes(word));
+}
+
 function isWanted(row: EpisodeRow): boolean {
   const wanted = state.filter.value;
-  if (wanted !== "all" && outcome(row) !== wanted) return false;
-  const words = state.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = `${episodeName(row)} ${row.task} ${row.id}`.toLowerCase();
-  return words.every((word) => text.includes(word));
+  return (wanted === "all" || outcome(row) === wanted) && holds(row, state.search.value);
 }
 
 export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<string> }) {

@@ -178,6 +178,16 @@ describe("an episode that changes", () => {
     expect(model.shares.value!.share).toHaveLength(4);
   });
 
+  it("leaves the playhead where a longer episode beside it is looked at", async () => {
+    await opened();
+    state.frame.value = 20;
+    server.nInferences = 3;
+    await model.follow(server.row);
+    expect(state.frame.value).toBe(20);
+    await pass();
+    expect(model.shown.value).toMatchObject({ frame: 5, inference: 2 });
+  });
+
   it("does not show a frame before the timeline tells of it", async () => {
     await opened();
     state.frame.value = model.lastFrame.value;
