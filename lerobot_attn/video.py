@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,33 @@ Frame = NDArray[np.uint8]  # (height, width, 3), RGB
 def find_encoder() -> None:
     """Find ffmpeg; a second call costs nothing.
 
-    imageio-ffmpeg tries it out in a process that a Ctrl-C would end along with this one, and would then take
-    it for missing. Called before a recording begins, the search is over when Ctrl-C may come.
+    imageio-ffmpeg tries it out in a process; one that was ended by a Ctrl-C would be taken for missing.
 
     Raises:
         StoreError: there is none.
     """
     try:
-        imageio_ffmpeg.get_ffmpeg_exe()
+        with _ctrl_c_kept_away():
+            imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise StoreError(f"no video encoder: {error}") from error
+
+
+@contextmanager
+def _ctrl_c_kept_away() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all of its processes, from those that are started here.
+
+    imageio-ffmpeg moves its processes out of the terminal's reach by Python code that they run first: a
+    Ctrl-C that comes then would end them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where it uses other means
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class VideoWriter:
@@ -68,7 +87,8 @@ class VideoWriter:
                 *("-movflags", "+faststart"),
             ],
         )
-        self._process.send(None)
+        with _ctrl_c_kept_away():
+            self._process.send(None)
 
     def write(self, frame: Frame) -> None:
         """Append a frame.

@@ -1,5 +1,8 @@
 """Videos: exact frame counts, true colours, odd sizes."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -27,6 +30,31 @@ def test_wrong_frame_is_refused(tmp_path):
     with pytest.raises(StoreError, match="got a frame of shape"):
         writer.write(np.zeros((64, 32, 3), np.uint8))
     writer.close()
+
+
+INTERRUPTED_FORK = """
+import os, signal, sys
+import numpy as np
+from lerobot_attn.video import VideoWriter
+
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+writer = VideoWriter(sys.argv[1], fps=10, size_px=(64, 64))
+for _ in range(12):
+    writer.write(np.zeros((64, 64, 3), np.uint8))
+writer.close()
+os.kill(os.getpid(), signal.SIGINT)  # is heard again
+"""
+
+
+def test_ctrl_c_while_the_encoder_is_started(tmp_path):
+    path = tmp_path / "video.mp4"
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_FORK, path], capture_output=True, text=True, check=False
+    )
+    assert count_frames(path) == 12
+    assert done.stderr.count("KeyboardInterrupt") == 1, done.stderr
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_missing_video(tmp_path):
