@@ -21,7 +21,7 @@ from policies import Player, full_size_policy, infer, observation, tiny_policy
 
 from lerobot_attn.capture import InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.store.background import BackgroundWriter
+from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.store.reader import Episode, open_episode
 
 

@@ -30,8 +30,8 @@ from policies import Player, infer, observation, tiny_policy
 
 from lerobot_attn.capture import capture_attention
 from lerobot_attn.config import AttentionConfig
+from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.sizes import folder_bytes
-from lerobot_attn.store.background import BackgroundWriter
 from lerobot_attn.store.reader import open_run
 
 SUPER_LINEAR = 1.1

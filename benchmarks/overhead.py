@@ -34,7 +34,7 @@ from policies import Player, captures, infer, observation, tiny_policy
 
 from lerobot_attn.capture import capture_attention
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.store.background import BackgroundWriter
+from lerobot_attn.recording.background import BackgroundWriter
 
 OFF = "without capture"
 AT_MOST = 1.05
@@ -145,7 +145,7 @@ class Rollouts:
         from lerobot.utils.random_utils import set_seed
 
         from lerobot_attn.plugin import recording
-        from lerobot_attn.run import RunRecorder
+        from lerobot_attn.recording.run import RunRecorder
 
         def run() -> None:
             folder = self._folder / str(next(self._count))

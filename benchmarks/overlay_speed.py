@@ -19,8 +19,8 @@ from common import arguments, finish, machine, median, timed
 
 from lerobot_attn.overlay import OverlaySettings, overlay_frames, write_overlay
 from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.video import VideoWriter, count_frames, read_frames
 from lerobot_attn.synthetic import SyntheticPlan, write_softmax_episode
-from lerobot_attn.video import VideoWriter, count_frames, read_frames
 
 AT_LEAST_FRAMES_PER_S = 60.0
 N_FRAMES, N_FRAMES_QUICK = 280, 10

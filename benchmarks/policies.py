@@ -25,8 +25,8 @@ from lerobot_attn.capture import AttentionCapture, InferenceRecord
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
 from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
-from lerobot_attn.recorder import EpisodeJob, EpisodePlan, RolloutRecorder
-from lerobot_attn.store.background import BackgroundWriter
+from lerobot_attn.recording.background import BackgroundWriter
+from lerobot_attn.recording.rollout import EpisodeJob, EpisodePlan, RolloutRecorder
 
 CAMERAS = ("observation.images.image", "observation.images.image2")
 IMAGE_PX = 360

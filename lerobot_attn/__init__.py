@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttentionConfig": "lerobot_attn.config",
-    "AttentionPolicy": "lerobot_attn.wrapper",
+    "AttentionPolicy": "lerobot_attn.capture.policy",
     "capture_attention": "lerobot_attn.capture",
     "open_episode": "lerobot_attn.store.reader",
     "open_run": "lerobot_attn.store.reader",
@@ -23,9 +23,9 @@ __all__ = ["AttentionConfig", "AttentionPolicy", "capture_attention", "open_epis
 
 if TYPE_CHECKING:
     from lerobot_attn.capture import capture_attention
+    from lerobot_attn.capture.policy import AttentionPolicy
     from lerobot_attn.config import AttentionConfig
     from lerobot_attn.store.reader import open_episode, open_run
-    from lerobot_attn.wrapper import AttentionPolicy
 
 
 def __getattr__(name: str) -> Any:

@@ -473,7 +473,7 @@ def demo_policy(
 @app.command()
 def doctor() -> None:
     """Check Python, torch, LeRobot's patch points, the GL backend, LIBERO's files and the disk."""
-    from lerobot_attn.doctor import print_report, run_checks
+    from lerobot_attn.machine.doctor import print_report, run_checks
 
     raise typer.Exit(print_report(run_checks(), Console()))
 
@@ -486,7 +486,7 @@ def setup_libero(
     ] = None,
 ) -> None:
     """Write LIBERO's config file, which it would otherwise ask for on stdin, and put its assets in place."""
-    from lerobot_attn.libero import install_assets, write_libero_config
+    from lerobot_attn.machine.libero import install_assets, write_libero_config
 
     print(f"LIBERO config: {write_libero_config()}")
     if assets is not None:

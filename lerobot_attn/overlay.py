@@ -33,7 +33,7 @@ from lerobot_attn.figures.look import OneMapSettings
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.settings import check_numbers, check_one_map, check_ranges
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import Frame, VideoWriter, count_frames, read_frames
+from lerobot_attn.store.video import Frame, VideoWriter, count_frames, read_frames
 
 Progress = Callable[[int, int], None]
 

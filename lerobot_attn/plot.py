@@ -37,7 +37,7 @@ from lerobot_attn.figures.look import LookSettings
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.settings import check_ranges, is_number
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import Frame, read_frames
+from lerobot_attn.store.video import Frame, read_frames
 
 _MOST_GROUPS = 40  # images in one figure
 _RANGES = {"width": (2, 30), "columns": (2, 40), "dpi": (30, 1200)}

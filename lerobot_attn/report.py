@@ -32,7 +32,7 @@ from lerobot_attn.overlay import OverlaySettings, overlay_frames
 from lerobot_attn.plot import camera_frames, on_image
 from lerobot_attn.settings import check_choice, check_ranges
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import Frame, VideoWriter
+from lerobot_attn.store.video import Frame, VideoWriter
 
 Progress = Callable[[int, int], None]
 _STRIP = 5  # phases of an episode that are shown as images

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, Segment, TextSpan, TokenLayout, label_text
 from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.store.video import Frame, VideoWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
-from lerobot_attn.video import Frame, VideoWriter
 
 _PATCH_SHARE = (
     0.75  # of a camera's attention that lies on the planted patch; the rest is even over the others

@@ -42,7 +42,7 @@ from lerobot_attn.store.damage import (
     was_cut,
 )
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import Frame, count_frames, read_frames
+from lerobot_attn.store.video import Frame, count_frames, read_frames
 
 _SHIFTS = (-2, -1, 0, 1, 2)
 # Two encodings of one image differ by 1 to 3 of 255; another camera, or a turned one, by 20 to 80.

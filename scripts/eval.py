@@ -14,7 +14,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from lerobot_attn.errors import LerobotAttnError
-from lerobot_attn.launch import eval_arguments, launch_eval
+from lerobot_attn.plugin.launch import eval_arguments, launch_eval
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval")

@@ -122,7 +122,7 @@ if [ -n "${LIBERO_ASSETS:-}" ]; then
 else
     run lerobot-attn setup-libero </dev/null
 fi
-if python -c 'import sys; from lerobot_attn.libero import assets_state; sys.exit(not assets_state().complete)' \
+if python -c 'import sys; from lerobot_attn.machine.libero import assets_state; sys.exit(not assets_state().complete)' \
     </dev/null; then
     echo "The assets are complete."
 else

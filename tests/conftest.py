@@ -42,7 +42,7 @@ def libero_ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.fail(f"{REQUIRE_LIBERO}=1, but {reason}", pytrace=False)
         pytest.skip(reason)
 
-    from lerobot_attn.libero import assets_state, config_path, write_libero_config
+    from lerobot_attn.machine.libero import assets_state, config_path, write_libero_config
 
     if not config_path().exists():
         # Of the whole session, child processes too; the person's own folder stays as it is.
@@ -95,8 +95,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _why_libero_cannot_run() -> str:
     import importlib.util
 
-    from lerobot_attn.doctor import check_rendering
-    from lerobot_attn.libero import assets_state
+    from lerobot_attn.machine.doctor import check_rendering
+    from lerobot_attn.machine.libero import assets_state
 
     if importlib.util.find_spec("libero") is None:
         return "libero is not installed; pip install 'lerobot_policy_attn[eval]'"

@@ -642,7 +642,7 @@ def test_no_repair_while_a_recording_goes_on(path):
     file_of(path, "suffix_attention", 1).unlink()
     folder = path.parents[1]
     code = (
-        "import sys, pathlib\nfrom lerobot_attn.run_folder import RunFolder\n"
+        "import sys, pathlib\nfrom lerobot_attn.recording.folder import RunFolder\n"
         "with RunFolder(pathlib.Path(sys.argv[1]), 'skip').claim():\n"
         "    print('held', flush=True)\n    input()"
     )

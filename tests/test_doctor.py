@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lerobot_attn import doctor
-from lerobot_attn.doctor import Check, check_rendering, print_report, run_checks
-from lerobot_attn.libero import ASSET_FOLDERS, config_path
+from lerobot_attn.machine import doctor
+from lerobot_attn.machine.doctor import Check, check_rendering, print_report, run_checks
+from lerobot_attn.machine.libero import ASSET_FOLDERS, config_path
 
 NAMES = ["Python", "torch", "LeRobot", "rendering", "LIBERO config", "LIBERO assets", "ffmpeg", "disk space"]
 
@@ -82,7 +82,7 @@ import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in HIDDEN else find_spec(name, package)
 from rich.console import Console
-from lerobot_attn.doctor import print_report, run_checks
+from lerobot_attn.machine.doctor import print_report, run_checks
 sys.exit(print_report(run_checks(), Console()))
 """
 
@@ -115,7 +115,7 @@ def test_with_the_base_install_only_every_line_is_there_with_its_remedy(home: Pa
 
 def test_importing_doctor_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'lerobot', 'libero', 'mujoco', 'imageio_ffmpeg', 'lerobot_attn.plugin'}"
-    code = f"import sys, lerobot_attn.doctor; print({heavy} & set(sys.modules))"
+    code = f"import sys, lerobot_attn.machine.doctor; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -202,7 +202,7 @@ def test_libero_config_missing_damaged_stale_and_right(home: Path) -> None:
     pytest.importorskip("mujoco")
     if not doctor._installed("libero"):
         pytest.skip("libero is not installed")
-    from lerobot_attn.libero import write_libero_config
+    from lerobot_attn.machine.libero import write_libero_config
 
     check = doctor._check_libero_config("config")
     assert (check.status, check.remedy) == ("failed", "lerobot-attn setup-libero")

@@ -36,8 +36,8 @@ from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.schema import BY_NAME
+from lerobot_attn.store.video import VideoWriter, read_frames
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
-from lerobot_attn.video import VideoWriter, read_frames
 
 TASK = "synthetic_0"
 

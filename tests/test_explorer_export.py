@@ -25,8 +25,8 @@ from lerobot_attn.explorer import payloads
 from lerobot_attn.explorer.document import single_document
 from lerobot_attn.explorer.export import ELEMENT, ExportSettings, export_html
 from lerobot_attn.explorer.library import Library
+from lerobot_attn.store.video import read_frames
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
-from lerobot_attn.video import read_frames
 
 IMAGE, WRIST = "observation.images.image", "observation.images.wrist"
 PLAN = SyntheticPlan(n_frames=20, n_executed=3, task='say "</script><!--<script>" & pick <b>it</b> up')

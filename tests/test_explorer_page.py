@@ -27,8 +27,8 @@ from test_explorer_build import PAGE
 from test_store import frame_rows, inference_rows, make_writer, write_episode
 
 from lerobot_attn import analysis, open_episode
+from lerobot_attn.store.video import read_frames
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
-from lerobot_attn.video import read_frames
 
 pytestmark = pytest.mark.browser
 

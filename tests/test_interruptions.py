@@ -27,7 +27,7 @@ from test_slow_disk import slow_down_disk
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.store.reader import open_episode, open_run
-from lerobot_attn.video import count_frames
+from lerobot_attn.store.video import count_frames
 
 N_FRAMES = 1000  # more than any test waits for
 

@@ -9,7 +9,7 @@ import pytest
 
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.launch import eval_arguments
+from lerobot_attn.plugin.launch import eval_arguments
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs" / "capture").glob("*.yaml"))

@@ -20,8 +20,8 @@ from lerobot_attn.overlay import OverlaySettings, write_overlay
 from lerobot_attn.plot import KINDS, plot
 from lerobot_attn.report import write_report
 from lerobot_attn.store.reader import open_run
+from lerobot_attn.store.video import count_frames, read_frames
 from lerobot_attn.verify import contact_sheet, verify_episode
-from lerobot_attn.video import count_frames, read_frames
 
 pytestmark = pytest.mark.libero
 

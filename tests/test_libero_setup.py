@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lerobot_attn import libero
 from lerobot_attn.errors import SetupError
-from lerobot_attn.libero import (
+from lerobot_attn.machine import libero
+from lerobot_attn.machine.libero import (
     ASSET_FOLDERS,
     assets_state,
     config_path,
@@ -124,7 +124,7 @@ def test_a_config_folder_that_cannot_be_made_is_one_line(
 
 
 def test_the_module_loads_neither_torch_nor_libero() -> None:
-    code = "import sys, lerobot_attn.libero; print({'torch', 'libero', 'lerobot'} & set(sys.modules))"
+    code = "import sys, lerobot_attn.machine.libero; print({'torch', 'libero', 'lerobot'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -19,8 +19,8 @@ from lerobot_attn.inspection import describe_episode, render_episode, segment_ma
 from lerobot_attn.overlay import _MISSING, OverlaySettings, _Film, overlay_frames
 from lerobot_attn.plot import KINDS, PlotSettings, plot
 from lerobot_attn.report import CompareSettings, compare_groups, comparison_figure
+from lerobot_attn.store.video import read_frames
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
-from lerobot_attn.video import read_frames
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 

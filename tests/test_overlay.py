@@ -17,8 +17,8 @@ from lerobot_attn.figures.canvas import colormap
 from lerobot_attn.overlay import ColourScale, OverlaySettings, overlay_frames, write_overlay
 from lerobot_attn.settings import load_settings
 from lerobot_attn.store.reader import open_episode
+from lerobot_attn.store.video import VideoWriter, count_frames, read_frames
 from lerobot_attn.synthetic import SyntheticPlan, planted_patch, write_planted_episode
-from lerobot_attn.video import VideoWriter, count_frames, read_frames
 
 CAMERA = "observation.images.image"
 PLAN = SyntheticPlan(n_frames=8, image_px={CAMERA: (96, 96), "observation.images.wrist": (96, 128)})

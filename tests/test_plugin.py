@@ -156,7 +156,7 @@ def test_the_same_yaml_serves_every_way(tmp_path):
     config = AttentionConfig.from_yaml(path)
     import draccus
 
-    from lerobot_attn.options import AttentionEvalConfig
+    from lerobot_attn.plugin.options import AttentionEvalConfig
 
     for argv in (["--eval.attention", str(path)], [f"--eval.attention={path}"]):
         expanded = plugin.expand_attention_file(["--seed=1", *argv, "--eval.attention.level=5"])
@@ -172,7 +172,7 @@ def test_attention_file_needs_a_name():
 
 
 def test_plain_eval_config_is_lerobots_own_class():
-    from lerobot_attn.options import AttentionEvalConfig, plain_eval_config
+    from lerobot_attn.plugin.options import AttentionEvalConfig, plain_eval_config
 
     plain = plain_eval_config(AttentionEvalConfig(n_episodes=7, batch_size=0))
     assert type(plain) is EvalConfig

@@ -27,12 +27,12 @@ from lerobot_attn.capture import HostCopies  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, StoreError  # noqa: E402
 from lerobot_attn.policies import ADAPTERS  # noqa: E402
-from lerobot_attn.recorder import EpisodeJob  # noqa: E402
-from lerobot_attn.run import RunRecorder  # noqa: E402
-from lerobot_attn.store.background import BackgroundWriter  # noqa: E402
+from lerobot_attn.recording.background import BackgroundWriter  # noqa: E402
+from lerobot_attn.recording.rollout import EpisodeJob  # noqa: E402
+from lerobot_attn.recording.run import RunRecorder  # noqa: E402
 from lerobot_attn.store.reader import open_episode, open_run  # noqa: E402
+from lerobot_attn.store.video import read_frames  # noqa: E402
 from lerobot_attn.store.writer import EpisodeWriter  # noqa: E402
-from lerobot_attn.video import read_frames  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -313,7 +313,7 @@ def test_a_second_interrupt_closes_the_store_without_what_was_queued(tmp_path, m
     envs.step = interrupted(step, lambda: envs.envs[0].unwrapped._t == 20)
     monkeypatch.setattr(BackgroundWriter, "flush", interrupted(flush, lambda: n_interrupts == 1))
     monkeypatch.setattr(EpisodeJob, "append", lambda *args: (append(*args), time.sleep(0.2)))
-    monkeypatch.setattr("lerobot_attn.run._GRACE_S", 60)
+    monkeypatch.setattr("lerobot_attn.recording.run._GRACE_S", 60)
     with pytest.raises(KeyboardInterrupt) as raised:
         evaluate(tmp_path, {0: envs}, policy=make_policy(n_action_steps=1))
     assert raised.value.__context__ is None
@@ -467,7 +467,7 @@ def test_a_slow_writer_makes_the_policy_wait(tmp_path, monkeypatch):
         original(self, rows)
 
     monkeypatch.setattr(EpisodeWriter, "append_inference", slow)
-    monkeypatch.setattr("lerobot_attn.run.BackgroundWriter", lambda n: BackgroundWriter(200_000))
+    monkeypatch.setattr("lerobot_attn.recording.run.BackgroundWriter", lambda n: BackgroundWriter(200_000))
     info, _ = evaluate(
         tmp_path, {0: scripted.make_envs((20,))}, policy=make_policy(n_action_steps=1), layers="all"
     )
@@ -498,8 +498,8 @@ def test_what_waits_to_be_written_never_exceeds_the_queue(
             return tensor
 
     append, show = EpisodeJob.append, EpisodeJob.show
-    monkeypatch.setattr("lerobot_attn.capture.HostCopies", Watched)
-    monkeypatch.setattr("lerobot_attn.recorder.HostCopies", Watched)
+    monkeypatch.setattr("lerobot_attn.capture.session.HostCopies", Watched)
+    monkeypatch.setattr("lerobot_attn.recording.rollout.HostCopies", Watched)
     monkeypatch.setattr(EpisodeJob, "append", lambda *args: (time.sleep(0.01), append(*args)))
     monkeypatch.setattr(EpisodeJob, "show", lambda *args: (time.sleep(0.005), show(*args)))
     envs = {0: scripted.make_envs(lengths, size=size)}

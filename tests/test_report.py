@@ -14,8 +14,8 @@ from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
 from lerobot_attn.report import CompareSettings, compare_groups, comparison_figure, side_by_side, write_report
 from lerobot_attn.store.reader import open_episode, open_run
+from lerobot_attn.store.video import count_frames
 from lerobot_attn.synthetic import SyntheticPlan, planted_shares, write_planted_episode
-from lerobot_attn.video import count_frames
 
 FIRST = "observation.images.image"
 PLAN = SyntheticPlan(n_frames=20, n_executed=4)

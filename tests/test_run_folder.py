@@ -12,7 +12,7 @@ from test_recording import evaluate, scripted_adapter  # noqa: F401
 
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError, StoreError
-from lerobot_attn.run_folder import RunFolder
+from lerobot_attn.recording.folder import RunFolder
 from lerobot_attn.store.reader import open_episode, open_run
 
 TASK = 3
@@ -116,7 +116,7 @@ def test_two_runs_at_once_and_a_killed_one(tmp_path):
         """
         import sys, time
         from pathlib import Path
-        from lerobot_attn.run_folder import RunFolder
+        from lerobot_attn.recording.folder import RunFolder
 
         with RunFolder(Path(sys.argv[1]), "skip").claim():
             print("claimed", flush=True)

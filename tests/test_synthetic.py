@@ -7,6 +7,7 @@ from lerobot_attn import open_episode, open_run
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Kind
 from lerobot_attn.store.schema import ARRAYS
+from lerobot_attn.store.video import count_frames, read_frames
 from lerobot_attn.synthetic import (
     SyntheticPlan,
     planted_patch,
@@ -15,7 +16,6 @@ from lerobot_attn.synthetic import (
     write_planted_episode,
     write_softmax_episode,
 )
-from lerobot_attn.video import count_frames, read_frames
 
 SMALL = {"grid": (4, 4), "n_frames": 5, "n_text": 60, "videos": False}
 PLANS = {

@@ -16,9 +16,9 @@ from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
 from lerobot_attn.store.damage import find_damage
 from lerobot_attn.store.reader import open_episode
+from lerobot_attn.store.video import VideoWriter
 from lerobot_attn.synthetic import SyntheticPlan, camera_frames, write_planted_episode
 from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
-from lerobot_attn.video import VideoWriter
 
 CAMERA = "observation.images.image"
 PLAN = SyntheticPlan(n_frames=14, image_px={CAMERA: (96, 96), "observation.images.wrist": (96, 128)})

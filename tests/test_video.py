@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lerobot_attn.errors import StoreError
-from lerobot_attn.video import VideoWriter, count_frames, read_frames
+from lerobot_attn.store.video import VideoWriter, count_frames, read_frames
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 96), (65, 63)])
@@ -35,7 +35,7 @@ def test_wrong_frame_is_refused(tmp_path):
 INTERRUPTED_FORK = """
 import os, signal, sys
 import numpy as np
-from lerobot_attn.video import VideoWriter
+from lerobot_attn.store.video import VideoWriter
 
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

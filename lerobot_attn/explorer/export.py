@@ -31,7 +31,7 @@ from lerobot_attn.explorer.pictures import jpeg
 from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.video import read_frames
+from lerobot_attn.store.video import read_frames
 
 Progress = Callable[[int, int], None]
 

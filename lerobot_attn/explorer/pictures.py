@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lerobot_attn.errors import StoreError
-from lerobot_attn.video import Frame, read_frames
+from lerobot_attn.store.video import Frame, read_frames
 
 # Frames that are kept on the way to a wanted one; one further ahead is sooner found from the video's start.
 _BLOCK = 32

@@ -30,7 +30,7 @@ import zarr
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
-from lerobot_attn.run_folder import LOCK, RunFolder
+from lerobot_attn.recording.folder import LOCK, RunFolder
 from lerobot_attn.store.damage import (
     REPAIRED,
     UNFINISHED_CHUNK,

@@ -3,7 +3,7 @@
 The rows of an inference are written first; then one atomic replacement of the group's `zarr.json`, which
 carries the consolidated metadata of every array, makes them exist. A process killed in between leaves a store
 that holds every inference committed before. Knows neither torch nor LeRobot, and no thread: see
-`lerobot_attn.store.background`.
+`lerobot_attn.recording.background`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from lerobot_attn.errors import CaptureError
 from lerobot_attn.layout import TextLabels, TokenLayout, label_text
 from lerobot_attn.policies import adapter_for
 from lerobot_attn.policies.base import ChosenSuffix, InferenceInputs, PolicyAdapter, PolicyDescription
-from lerobot_attn.text import PieceDecoder, Tokenizer
+from lerobot_attn.prompt import PieceDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
 

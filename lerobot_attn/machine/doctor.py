@@ -23,7 +23,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from lerobot_attn.libero import CONFIG_KEYS, assets_state, config_path
+from lerobot_attn.machine.libero import CONFIG_KEYS, assets_state, config_path
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 PYTHON_FLOOR = (3, 12)

@@ -22,13 +22,19 @@ import numpy as np
 from lerobot_attn.capture import AttentionCapture, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
-from lerobot_attn.recorder import DimensionNames, EpisodeJob, EpisodePlan, EpisodeResult, RolloutRecorder
-from lerobot_attn.run_folder import RunFolder
+from lerobot_attn.prompt import Tokenizer
+from lerobot_attn.recording.background import BackgroundWriter
+from lerobot_attn.recording.folder import RunFolder
+from lerobot_attn.recording.rollout import (
+    DimensionNames,
+    EpisodeJob,
+    EpisodePlan,
+    EpisodeResult,
+    RolloutRecorder,
+)
 from lerobot_attn.sizes import folder_bytes, format_bytes
-from lerobot_attn.store.background import BackgroundWriter
 from lerobot_attn.store.schema import EPISODE_SUFFIX
-from lerobot_attn.text import Tokenizer
-from lerobot_attn.video import find_encoder
+from lerobot_attn.store.video import find_encoder
 
 logger = logging.getLogger(__name__)
 

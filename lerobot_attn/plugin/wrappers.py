@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lerobot_attn.errors import ConfigError, IncompatibleLeRobotError, LerobotAttnError
 
 if TYPE_CHECKING:
-    from lerobot_attn.run import RunRecorder, TaskPlan
+    from lerobot_attn.recording.run import RunRecorder, TaskPlan
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _asks_for_attention(argv: Sequence[str]) -> bool:
 def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
     from lerobot.configs import parser
 
-    from lerobot_attn.options import AttentionEvalPipelineConfig, plain_eval_config
+    from lerobot_attn.plugin.options import AttentionEvalPipelineConfig, plain_eval_config
 
     run_original = inspect.unwrap(original)  # takes the parsed config
 
@@ -248,7 +248,7 @@ def expand_attention_file(argv: Sequence[str]) -> list[str]:
 
 def attention_options(settings: dict[str, Any]) -> list[str]:
     """Return settings as `--eval.attention.name=value` options; unset ones are left out."""
-    from lerobot_attn.launch import option_text
+    from lerobot_attn.plugin.launch import option_text
 
     return [
         f"--eval.attention.{name}={option_text(value)}"
@@ -278,7 +278,7 @@ def _start_run(cfg: Any, config: Any) -> RunRecorder:
         UnsupportedPolicyError, ConfigError, StoreError: the run cannot be recorded.
     """
     from lerobot_attn.policies import adapter_type
-    from lerobot_attn.run import RunRecorder
+    from lerobot_attn.recording.run import RunRecorder
 
     adapter_type(cfg.policy)
     if getattr(cfg.env, "max_parallel_tasks", 1) > 1:
@@ -375,8 +375,8 @@ def _wrap_run_one(original: Callable[..., Any], run: RunRecorder, *, env_type: s
 
 
 def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
-    from lerobot_attn.recorder import DimensionNames
-    from lerobot_attn.run import TaskPlan
+    from lerobot_attn.recording.rollout import DimensionNames
+    from lerobot_attn.recording.run import TaskPlan
 
     group, task_id, videos = call["task_group"], call["task_id"], call["videos_dir"]
     return TaskPlan(

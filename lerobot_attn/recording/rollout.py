@@ -24,10 +24,10 @@ from lerobot_attn.capture import HostCopies, InferenceRecord
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, StoreError
 from lerobot_attn.layout import TokenLayout
+from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.sizes import format_bytes
-from lerobot_attn.store.background import BackgroundWriter
+from lerobot_attn.store.video import VideoWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
-from lerobot_attn.video import VideoWriter
 
 logger = logging.getLogger(__name__)
 

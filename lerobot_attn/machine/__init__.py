@@ -1,0 +1,1 @@
+"""What the machine needs: LIBERO's files, a GL backend, versions that fit."""
