@@ -220,7 +220,7 @@ class MadeUpEpisode:
             coordinates=self._coordinates,
             attributes=self._attributes,
             compression=Compression(),
-            optional={"suffix_attention", "suffix_attention_mean", "state"},
+            optional={"suffix_attention", "suffix_attention_mean", "state", "reward", "success"},
         )
 
     def write(self, path: Path, make: Callable[[int], MadeUpMaps]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,11 @@ class Kind(IntEnum):
     IMAGE = 1
     TASK = 2  # a word of the instruction
     STATE = 3  # a digit of the robot's state, or a state token
-    SCAFFOLD = 4  # the prompt's fixed words: "Task:", ", State:", ";\nAction:", begin-of-sequence
+    TEMPLATE = 4  # the prompt's fixed words: "Task:", ", State:", ";\nAction:", begin-of-sequence
+    SCAFFOLD = 4  # the former name of TEMPLATE
     ACTION = 5
     TEXT = 6  # language that could not be told apart (no tokenizer, or an unknown prompt format)
+    SPECIAL = 7  # no patch, word or state: e.g. the tokens that begin and end an image
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,9 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 class Segment:
     """A run of key tokens `start … stop - 1` of one kind.
 
-    `kind` is "image", "language", "state" or "action"; `name` tells segments of a kind apart (a camera's
-    name).
+    `kind` is "image", "language", "state", "action", "special" (tokens that are none of these, such as those
+    that begin and end an image) or "padding" (slots that no query may attend to). `name` tells segments of a
+    kind apart (a camera's name).
     """
 
     kind: str
@@ -139,6 +142,17 @@ class Segment:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+# The kind of a segment's tokens; the tokens of a prompt are told apart by `label_text`.
+_SEGMENT_KINDS = {
+    "image": Kind.IMAGE,
+    "language": Kind.TEXT,
+    "state": Kind.STATE,
+    "action": Kind.ACTION,
+    "special": Kind.SPECIAL,
+    "padding": Kind.PADDING,
+}
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,54 @@ class TokenLayout:
         """Query index of the first action token: 0 unless the suffix begins with a state token."""
         return self.actions.start - self.prefix_len
 
+    @property
+    def action_queries(self) -> slice:
+        """The queries that are action tokens, in the order of the chunk."""
+        return slice(self.first_action_query, self.first_action_query + len(self.actions))
+
+    @overload
+    def query_of_action(self, action: int) -> int: ...
+    @overload
+    def query_of_action(self, action: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]: ...
+    def query_of_action(self, action: int | NDArray[np.integer[Any]]) -> int | NDArray[np.integer[Any]]:
+        """Return the suffix query of an action of the chunk.
+
+        Args:
+            action: number(s) in the chunk, from 0 also where a state token opens the suffix.
+
+        Raises:
+            IndexError: the chunk has no such action.
+        """
+        self._check_actions(action)
+        return action + self.first_action_query
+
+    @overload
+    def action_of_query(self, query: int) -> int: ...
+    @overload
+    def action_of_query(self, query: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]: ...
+    def action_of_query(self, query: int | NDArray[np.integer[Any]]) -> int | NDArray[np.integer[Any]]:
+        """Return the action of the chunk that a suffix query stands for; undoes `query_of_action`.
+
+        Args:
+            query: index or indices of action tokens among the suffix queries.
+
+        Raises:
+            IndexError: the query is no action token, e.g. the state token, or -1, which a store's
+                `frame_query` holds where an action came from no token.
+        """
+        action = query - self.first_action_query
+        self._check_actions(action)
+        return action
+
+    def _check_actions(self, action: int | NDArray[np.integer[Any]]) -> None:
+        wrong = np.atleast_1d((np.asarray(action) < 0) | (np.asarray(action) >= len(self.actions)))
+        if wrong.any():
+            number = int(np.atleast_1d(action)[wrong.argmax()])
+            raise IndexError(
+                f"action {number} does not exist: a chunk has {len(self.actions)}, expected one of "
+                f"0 to {len(self.actions) - 1}"
+            )
+
     def key_camera(self) -> NDArray[np.int8]:
         """Return (key,) int8: index into `cameras`, -1 for tokens that are no image patch."""
         result = np.full(self.n_keys, -1, np.int8)
@@ -227,8 +289,7 @@ class TokenLayout:
         Returns:
             (key,) int8 values of `Kind`.
         """
-        kinds = {"image": Kind.IMAGE, "state": Kind.STATE, "action": Kind.ACTION, "language": Kind.TEXT}
-        result = np.concatenate([np.full(len(s), kinds[s.kind], np.int8) for s in self.segments])
+        result = np.concatenate([np.full(len(s), _SEGMENT_KINDS[s.kind], np.int8) for s in self.segments])
         result[self.language.start : self.language.stop] = text_kind
         result[~key_mask] = Kind.PADDING
         return result
@@ -267,7 +328,8 @@ def _segment(values: dict[str, Any]) -> Segment:
     segment = Segment(**values)
     for name in ("start", "stop"):
         _whole(values[name], name, _MAX_KEYS)
-    _text(segment.kind, "a segment's kind")
+    if _text(segment.kind, "a segment's kind") not in _SEGMENT_KINDS:
+        raise ValueError(f"a segment's kind must be one of {', '.join(_SEGMENT_KINDS)}")
     _text(segment.name, "a segment's name")
     return segment
 
@@ -322,9 +384,9 @@ def label_text(
 
     Returns:
         For a token that touches several spans, the one it shares most characters with; tokens in no span
-        (blanks and punctuation between numbers, the fixed words) are scaffold.
+        (blanks and punctuation between numbers, the fixed words) are template.
     """
-    kind = np.where(mask, Kind.TEXT if spans is None else Kind.SCAFFOLD, Kind.PADDING).astype(np.int8)
+    kind = np.where(mask, Kind.TEXT if spans is None else Kind.TEMPLATE, Kind.PADDING).astype(np.int8)
     word, state_dim = np.full(len(pieces), -1, np.int16), np.full(len(pieces), -1, np.int16)
     position = 0
     for slot, piece in enumerate(pieces):

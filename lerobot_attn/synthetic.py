@@ -309,7 +309,7 @@ def _write(
 ) -> Path:
     path = folder / "attention" / f"{plan.task_group}_{plan.task_id}"
     path /= f"episode_{plan.episode_index:05d}{EPISODE_SUFFIX}"
-    optional = {"suffix_attention_mean", "state"}
+    optional = {"suffix_attention_mean", "state", "reward", "success"}
     optional |= {"suffix_attention"} if plan.layers else set()
     optional |= {"prefix_attention"} if plan.prefix_layers else set()
     writer = EpisodeWriter(

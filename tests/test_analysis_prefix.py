@@ -112,7 +112,7 @@ def write_small_store(
     }
     coordinates |= {"layer": np.array(layers)} if layers else {}
     coordinates |= {"prefix_layer": np.array(prefix_layers)} if prefix_layers else {}
-    optional = {"suffix_attention"} if layers else set()
+    optional = {"reward", "success"} | ({"suffix_attention"} if layers else set())
     optional |= {"prefix_attention"} if prefix_layers else set()
     fixed = {
         "task": "pick bowl",

@@ -72,7 +72,7 @@ def make_small_writer(
     coordinates |= {"layer": np.array(layers)} if layers else {}
     coordinates |= {"all_layer": np.array(mean_layers)} if mean_layers else {}
     coordinates |= {"state_dim": np.array(["shoulder", "elbow"], dtype=object)} if named_state else {}
-    optional = {"suffix_attention"} if layers else set()
+    optional = {"reward", "success"} | ({"suffix_attention"} if layers else set())
     optional |= {"suffix_attention_mean"} if mean_layers else set()
     optional |= {"state"} if named_state else set()
     fixed = {

@@ -159,3 +159,47 @@ def test_label_text_without_spans_is_plain_text():
 )
 def test_short_names_tell_cameras_apart(names, labels):
     assert list(short_names(names).values()) == labels
+
+
+def test_actions_and_suffix_queries_are_converted_in_one_place():
+    segments = (Segment("image", "cam", 0, 4), Segment("state", "state", 4, 5), Segment("action", "a", 5, 8))
+    layout = TokenLayout(segments, 4, (Camera("cam", None),))
+    assert layout.action_queries == slice(1, 4)
+    assert [layout.query_of_action(action) for action in range(3)] == [1, 2, 3]
+    assert [layout.action_of_query(query) for query in (1, 2, 3)] == [0, 1, 2]
+    assert layout.query_of_action(np.array([0, 2])).tolist() == [1, 3]
+    assert layout.action_of_query(np.array([3, 1])).tolist() == [2, 0]
+    for outside in (-1, 3, np.array([0, 3])):
+        with pytest.raises(IndexError, match="does not exist: a chunk has 3"):
+            layout.query_of_action(outside)
+    for outside in (-1, 0, 4, np.array([1, 0])):  # no token, the state token, beyond the suffix
+        with pytest.raises(IndexError, match="does not exist: a chunk has 3"):
+            layout.action_of_query(outside)
+
+
+def test_special_and_padding_segments_have_their_kinds():
+    segments = (
+        Segment("special", "image start", 0, 1),
+        Segment("image", "cam", 1, 3),
+        Segment("language", "language", 3, 4),
+        Segment("state", "state", 4, 5),
+        Segment("padding", "padding", 5, 7),
+        Segment("action", "action", 7, 8),
+    )
+    layout = TokenLayout(segments, 7, (Camera("cam", None),))
+    kinds = layout.key_kind(np.array([1, 1, 1, 1, 1, 0, 0, 1], bool), np.array([Kind.TASK], np.int8))
+    expected = [
+        Kind.SPECIAL,
+        Kind.IMAGE,
+        Kind.IMAGE,
+        Kind.TASK,
+        Kind.STATE,
+        Kind.PADDING,
+        Kind.PADDING,
+        Kind.ACTION,
+    ]
+    assert kinds.tolist() == expected
+    assert TokenLayout.from_dict(layout.to_dict()) == layout
+    odd = layout.to_dict() | {"segments": [{"kind": "smell", "name": "x", "start": 0, "stop": 1}]}
+    with pytest.raises(ValueError, match="kind must be one of"):
+        TokenLayout.from_dict(odd)

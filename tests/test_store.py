@@ -55,6 +55,8 @@ def make_writer(path, compression=None, **attributes):
         "denoise_step": np.array([0, 4, 9]),
         "layer": np.array([16, 17]),
         "all_layer": np.arange(4),
+        "layer_sees_suffix": np.array([True, False]),
+        "all_layer_sees_suffix": np.array([True, False, True, False]),
         "prefix_layer": np.array([17]),
         "head": np.array([1, 5]),
         "text_key": np.arange(4, 9),
@@ -70,7 +72,15 @@ def make_writer(path, compression=None, **attributes):
         coordinates=coordinates,
         attributes={"task": "pick", "layout": LAYOUT.to_dict(), "executed_queries": [0, 2], **attributes},
         compression=compression or Compression(),
-        optional={"suffix_attention", "suffix_attention_mean", "prefix_attention", "state"},
+        optional={
+            "suffix_attention",
+            "suffix_attention_mean",
+            "prefix_attention",
+            "state",
+            "reward",
+            "success",
+            "prompt_truncated",
+        },
     )
 
 
@@ -84,6 +94,7 @@ def inference_rows(rng, index):
         "text_word": np.array([-1, -1, 0, -1, -1]),
         "text_state_dim": np.array([-1, -1, -1, 0, -1]),
         "key_kind": np.array([1] * 4 + [4, 4, 2, 3, 4] + [5] * 5),
+        "prompt_truncated": np.bool_(index % 2),
         "inference_frame": np.int32(2 * index),
         "action_chunk": rng.random((5, 3), dtype=np.float32),
     }

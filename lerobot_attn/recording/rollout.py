@@ -580,7 +580,7 @@ class EpisodeJob:
             "key_column": columns,
             "action_dim": self._names.labels("action", sizes["action_dim"]),
         }
-        optional = set()
+        optional = {"reward", "success"}
         for array, coordinate, chosen in (
             ("suffix_attention", "layer", selection.layers),
             ("suffix_attention_mean", "all_layer", selection.mean_layers),

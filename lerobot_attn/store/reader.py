@@ -266,7 +266,7 @@ class Episode:
         return tolerance
 
     def _rows(self, dimension: str) -> int:
-        return self._shapes["inference_frame" if dimension == "inference" else "reward"][0]
+        return self._shapes["inference_frame" if dimension == "inference" else "frame_inference"][0]
 
     def _unlisted_videos(self) -> dict[str, Path]:
         found: dict[str, Path] = {}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lerobot_attn.layout import Kind
 
 SCHEMA_NAME = "lerobot-attn/episode"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: arrays of reward and success may be absent, and keys that a layer cannot see are NaN
 EPISODE_SUFFIX = ".zarr"
 METADATA = "zarr.json"  # the file in which Zarr describes a group or an array
 
@@ -121,7 +121,8 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "suffix_attention",
         _MAPS,
         "float16",
-        "attention probability of the suffix-only pass, softmax over key; rows sum to 1",
+        "attention probability of the suffix-only pass, softmax over key; rows sum to 1; keys that a layer "
+        "cannot see are NaN",
         sharded=True,
         optional=True,
         fill_value=NAN,
@@ -130,7 +131,8 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "suffix_attention_mean",
         ("inference", "denoise_step", "all_layer", "head", "key"),
         "float16",
-        "suffix attention averaged over the action tokens that are executed; sums to 1 over key",
+        "suffix attention averaged over the action tokens that are executed; sums to 1 over key; keys that "
+        "a layer cannot see are NaN",
         sharded=True,
         optional=True,
         fill_value=NAN,
@@ -153,6 +155,14 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "text_state_dim", ("inference", "text"), "int16", "which state dimension, -1 elsewhere", fill_value=-1
     ),
     ArraySpec("key_kind", ("inference", "key"), "int8", "what each key token is", flags=Kind),
+    ArraySpec(
+        "prompt_truncated",
+        ("inference",),
+        "bool",
+        "whether the prompt was longer than the policy's language slots, so that LeRobot cut its end off",
+        optional=True,
+        fill_value=False,
+    ),
     ArraySpec("inference_frame", ("inference",), "int32", "frame at which the policy was asked"),
     ArraySpec(
         "action_chunk",
@@ -161,8 +171,18 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "actions that the inference yielded, one per action token, in the policy's normalised units",
         fill_value=NAN,
     ),
-    ArraySpec("frame_inference", ("frame",), "int32", "inference whose chunk gave this frame's action"),
-    ArraySpec("frame_query", ("frame",), "int32", "query (action token) that gave this frame's action"),
+    ArraySpec(
+        "frame_inference",
+        ("frame",),
+        "int32",
+        "inference whose chunk gave this frame's action; the newest one where no single chunk gave it",
+    ),
+    ArraySpec(
+        "frame_query",
+        ("frame",),
+        "int32",
+        "query (action token) that gave this frame's action; -1 where the action is no token of a chunk",
+    ),
     ArraySpec(
         "action",
         ("frame", "action_dim"),
@@ -178,12 +198,20 @@ ARRAYS: tuple[ArraySpec, ...] = (
         optional=True,
         fill_value=NAN,
     ),
-    ArraySpec("reward", ("frame",), "float32", "reward of this frame's action", fill_value=NAN),
+    ArraySpec(
+        "reward",
+        ("frame",),
+        "float32",
+        "reward of this frame's action",
+        optional=True,
+        fill_value=NAN,
+    ),
     ArraySpec(
         "success",
         ("frame",),
         "bool",
         "whether the task was solved after this frame's action",
+        optional=True,
         fill_value=False,
     ),
     ArraySpec(
@@ -196,6 +224,20 @@ ARRAYS: tuple[ArraySpec, ...] = (
     ArraySpec("denoise_step", ("denoise_step",), "int32", "denoise step", coordinate=True),
     ArraySpec("layer", ("layer",), "int32", "layer of the action expert", coordinate=True),
     ArraySpec("all_layer", ("all_layer",), "int32", "layer of the action expert", coordinate=True),
+    ArraySpec(
+        "layer_sees_suffix",
+        ("layer",),
+        "bool",
+        "whether the layer sees the suffix's own keys; without this array every layer does",
+        coordinate=True,
+    ),
+    ArraySpec(
+        "all_layer_sees_suffix",
+        ("all_layer",),
+        "bool",
+        "whether the layer sees the suffix's own keys; without this array every layer does",
+        coordinate=True,
+    ),
     ArraySpec("prefix_layer", ("prefix_layer",), "int32", "layer of the language model", coordinate=True),
     ArraySpec("head", ("head",), "int32", "attention head", coordinate=True),
     ArraySpec("text_key", ("text",), "int32", "key index of each language slot", coordinate=True),

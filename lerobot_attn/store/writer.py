@@ -143,7 +143,7 @@ class EpisodeWriter:
     @property
     def n_frames(self) -> int:
         """Frames appended so far."""
-        return self._growing["reward"].n_rows
+        return self._growing["frame_inference"].n_rows
 
     def append_inference(self, rows: Mapping[str, NDArray[Any]]) -> None:
         """Write the arrays of the next inference; they exist after the next `commit`.
