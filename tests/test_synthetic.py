@@ -46,7 +46,9 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     data = episode.arrays
     optional = {"suffix_attention": plan.layers, "prefix_attention": plan.prefix_layers}
     missing = {name for name, layers in optional.items() if not layers}
-    coordinates = {"layer"} if not plan.layers else set()
+    missing |= {"prompt_truncated"}
+    coordinates = {"layer_sees_suffix", "all_layer_sees_suffix"}
+    coordinates |= {"layer"} if not plan.layers else set()
     coordinates |= {"prefix_layer"} if not plan.prefix_layers else set()
     assert set(data.variables) == {spec.name for spec in ARRAYS} - missing - coordinates
     masked = data.key_kind.values == Kind.PADDING

@@ -390,7 +390,7 @@ def test_absurd_sizes_do_not_allocate(path, document, case):
     [
         (("attributes",), [], "of another kind"),
         (("attributes",), None, "of another kind"),
-        (("attributes", "schema_version"), SCHEMA_VERSION + 1, "schema version 2, expected at most 1"),
+        (("attributes", "schema_version"), SCHEMA_VERSION + 1, "schema version 3, expected at most 2"),
         (("attributes", "schema_version"), True, "schema version True"),
         (("attributes", "schema_version"), "x" * 10_000, "schema version 'xxx"),
         (("attributes", "policy"), ["a"], "its policy is"),
