@@ -77,6 +77,7 @@ def test_bad_settings(overrides, message):
 def test_presets_cost_what_they_say(preset):
     pytest.importorskip("torch")
     from lerobot_attn.capture import Selection
+    from lerobot_attn.layout import Segment, TokenLayout
     from lerobot_attn.policies.base import PolicyDescription
 
     full_size = PolicyDescription(
@@ -85,9 +86,6 @@ def test_presets_cost_what_they_say(preset):
         n_prefix_layers=18,
         n_heads=8,
         n_denoise_steps=10,
-        n_queries=50,
-        n_keys=1018,
-        first_action_query=0,
         chunk_size=50,
         n_action_steps=10,
     )
@@ -95,7 +93,9 @@ def test_presets_cost_what_they_say(preset):
     assert text.startswith("# Question: ")
     said_mb = float(re.search(r"full size: ([\d.]+) MB an inference", text)[1])
     selection = Selection.resolve(AttentionConfig.from_yaml(preset), full_size)
-    assert said_mb == round(selection.bytes_per_inference(full_size) / 1e6, 1)
+    segments = (Segment("language", "prefix", 0, 968), Segment("action", "action", 968, 1018))
+    layout = TokenLayout(segments, 968, ())
+    assert said_mb == round(selection.bytes_per_inference(layout) / 1e6, 1)
 
 
 def test_the_presets_and_suites_are_there():

@@ -396,7 +396,7 @@ def _wrap_rollout(original: Callable[..., Any], run: RunRecorder) -> Callable[..
 
     @functools.wraps(original)
     def rollout(*args: Any, **kwargs: Any) -> Any:
-        from lerobot_attn.policies.base import replaced_attribute
+        from lerobot_attn.policies.taps import replaced_attribute
 
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
