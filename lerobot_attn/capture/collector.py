@@ -106,14 +106,14 @@ class Collector:
                 )
             )
         self.abandon()
+        # Of an inference that is let pass, too: a compiled graph is made for these sizes, and would be made anew
+        # if they went away.
+        layout, executed = inputs.layout, executed_queries(inputs.layout, self._policy)
+        self._n_queries, self._n_keys, self._prefix_len = layout.n_queries, layout.n_keys, layout.prefix_len
+        self._first_executed, self._stop_executed = executed.start, executed.stop
         if not self.enabled:
             return
         with self._guard():
-            layout = inputs.layout
-            self._n_queries, self._n_keys = layout.n_queries, layout.n_keys
-            self._prefix_len = layout.prefix_len
-            executed = executed_queries(layout, self._policy)
-            self._first_executed, self._stop_executed = executed.start, executed.stop
             self._copies = HostCopies()
             self._suffix: Tensor | None = None
             self._suffix_mean: Tensor | None = None

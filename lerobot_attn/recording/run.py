@@ -143,7 +143,6 @@ class RunRecorder:
         self._jobs: list[EpisodeJob] = []
         self._next_episode = 0
         self._waited_before_s = 0.0
-        self._place_told = False
         self._size_told = False
         self._n_unsized = 0  # episodes of the running rollout whose size has not been told yet
         self._recorder: RolloutRecorder | None = None
@@ -187,6 +186,8 @@ class RunRecorder:
                 "random_weights": sizes.random_weights,
             }
             self._run_folder.settle(self._attributes, self.config.to_dict())
+            if sizes.random_weights:
+                logger.warning("This policy's weights are random: its attention maps mean nothing")
             self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
             try:
                 yield
@@ -205,7 +206,6 @@ class RunRecorder:
         self._kept = []
         self._next_episode = 0
         self._waited_before_s = self._open_writer.waited_s
-        self._tell_place()
 
     def end_task(self) -> TaskSummary:
         """The task's rollouts are done: wait until all is written.
@@ -283,16 +283,6 @@ class RunRecorder:
     def _has_failed(self, job: EpisodeJob) -> bool:
         return self._open_writer.failure(job.plan.path) is not None
 
-    def _tell_place(self) -> None:
-        """Say once where the recordings go."""
-        if self._place_told:
-            return
-        self._place_told = True
-        free = format_bytes(shutil.disk_usage(self.folder).free)
-        logger.info("Attention goes to %s; %s free", self.folder, free)
-        if self._open_capture.policy.random_weights:
-            logger.warning("This policy's weights are random: its attention maps mean nothing")
-
     def _on_record(self, record: InferenceRecord) -> None:
         """Say what the run will take, once its first inference tells how many tokens there are."""
         if self._n_unsized:
@@ -307,12 +297,14 @@ class RunRecorder:
         episode_bytes = n_inferences * inference_bytes
         if not self._size_told:
             logger.info(
-                "Attention takes about %s an inference, at most about %s an episode (%d inferences of %d "
-                "frames), before compression",
+                "Attention goes to %s: about %s an inference, at most about %s an episode (%d inferences of "
+                "%d frames), before compression; %s free",
+                self.folder,
                 format_bytes(inference_bytes),
                 format_bytes(episode_bytes),
                 n_inferences,
                 task.max_steps,
+                format_bytes(shutil.disk_usage(self.folder).free),
             )
             self._size_told = True
         needed_bytes = n_episodes * episode_bytes
