@@ -106,8 +106,7 @@ class Collector:
                 )
             )
         self.abandon()
-        # Of an inference that is let pass, too: a compiled graph is made for these sizes, and would be made anew
-        # if they went away.
+        # Also of an inference that is let pass, because a compiled graph is made anew when these change.
         layout, executed = inputs.layout, executed_queries(inputs.layout, self._policy)
         self._n_queries, self._n_keys, self._prefix_len = layout.n_queries, layout.n_keys, layout.prefix_len
         self._first_executed, self._stop_executed = executed.start, executed.stop
