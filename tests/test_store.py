@@ -361,7 +361,7 @@ def damaged_shape(folder):
         (pt_file, r"is a \.pt file, expected an episode store"),
         (lerobot_dataset, "is a LeRobot dataset, expected an episode store"),
         (foreign_zarr, "is a Zarr store of another kind"),
-        (newer_schema, "schema version 2, expected at most 1; upgrade"),
+        (newer_schema, "schema version 3, expected at most 2; upgrade"),
         (damaged_json, "zarr.json is damaged"),
         (damaged_shape, "dimension inference is .* elsewhere: damaged"),
         (lambda folder: folder, "is no Zarr v3 store"),
