@@ -95,10 +95,13 @@ class Episode:
     def dataset(self) -> xr.Dataset:
         """All arrays as a lazy xarray dataset, one Dask chunk per chunk of the store.
 
+        Its selections can be written with `to_zarr` and `to_netcdf`. In its attributes, objects such as the
+        layout are JSON text, because netCDF takes no objects; `attributes` has them as objects.
+
         Raises:
             StoreError: the arrays' metadata is damaged.
         """
-        return self._open(chunks={})
+        return self._open(with_dask=True)
 
     @cached_property
     def arrays(self) -> xr.Dataset:
@@ -109,22 +112,23 @@ class Episode:
         Raises:
             StoreError: the arrays' metadata is damaged.
         """
-        return self._open(chunks=None)
+        return self._open(with_dask=False)
 
-    def _open(self, chunks: dict[str, int] | None) -> xr.Dataset:
-        import xarray as xr
+    def _open(self, *, with_dask: bool) -> xr.Dataset:
+        from lerobot_attn.store.lazy import lazy_dataset
+        from lerobot_attn.store.numbers import allowed_numbers
 
-        from lerobot_attn.store.location import Folder
-
+        # What a recording has committed since this episode was opened is for `refresh`.
+        rows = {"inference": self.n_inferences, "frame": self.n_frames}
+        cameras = self.attributes.get("layout", {}).get("cameras")
+        n_queries = self._header.shapes["action_chunk"][1]
+        allowed = allowed_numbers(
+            len(cameras) if isinstance(cameras, list) else 0, self.n_inferences, n_queries
+        )
         try:
-            opened: xr.Dataset = xr.open_zarr(
-                Folder(self.path.absolute()), consolidated=True, chunks=chunks, zarr_format=3
-            )
+            return lazy_dataset(self.path, rows, allowed, with_dask=with_dask)
         except Exception as error:  # zarr and xarray raise many kinds for damaged metadata
             raise StoreError(f"{self.path}: damaged metadata: {shortened(first_line(error))}") from error
-        # What a recording has committed since this episode was opened is for `refresh`.
-        mine = {"inference": self.n_inferences, "frame": self.n_frames}
-        return opened.isel({dim: slice(n) for dim, n in mine.items() if opened.sizes.get(dim, n) > n})
 
     def array_shape(self, name: str) -> tuple[int, ...] | None:
         """Return an array's shape without opening it, or None if the episode does not have it."""

@@ -159,4 +159,5 @@ def shown(value: Any) -> str:
 
 
 def shortened(text: str) -> str:
+    """Return a text for a message, cut off where it is long."""
     return text if len(text) <= 80 else f"{text[:77]}…"
