@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
 from lerobot_attn.explorer.payloads import plain
+from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
-from lerobot_attn.store.reader import Episode, open_episode, open_run
+from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
 _MAX_OPEN = 32  # episodes whose dataset is kept open
@@ -128,7 +130,7 @@ class Library:
     @property
     def is_episode(self) -> bool:
         """Whether the path is one episode, rather than a folder of them."""
-        return self.path.suffix == EPISODE_SUFFIX
+        return self.path.suffix == EPISODE_SUFFIX or is_store(self.path)
 
     def look(self, budget_s: float = math.inf) -> Listing:
         """Return what is there now, in the order of the paths.
