@@ -29,7 +29,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.explorer import payloads
+from lerobot_attn.explorer import facts, groups, ranges, slabs, tables
 from lerobot_attn.explorer.document import page_folder
 from lerobot_attn.explorer.library import Library, NotThereError, Summary, version_of
 from lerobot_attn.explorer.pictures import FramePictures, video_version
@@ -147,14 +147,14 @@ class _Explorer:
         for summary in summaries:
             with contextlib.suppress(NotThereError, StoreError):  # removed or damaged since one looked
                 episodes.append(self._library.episode(summary.id, summary.version))
-        return payloads.groups(episodes)
+        return groups.groups(episodes)
 
     def facts(self, request: Request) -> Response:
         episode = self._library.episode(request.path_params["id"])
-        return _json(request, {"version": version_of(episode), **_read(episode, payloads.facts)})
+        return _json(request, {"version": version_of(episode), **_read(episode, facts.facts)})
 
     def timeline(self, request: Request) -> Response:
-        return _json(request, _read(self._episode(request), payloads.timeline))
+        return _json(request, _read(self._episode(request), tables.timeline))
 
     def shares(self, request: Request) -> Response:
         first = _integer(request, "first", 0)
@@ -163,29 +163,29 @@ class _Explorer:
             "denoise_step": _integer(request, "denoise_step", -1),
             "head": _integer_or(request, "head", "mean", "max"),
         }
-        found = _read(self._episode(request), payloads.shares, first, **where)
+        found = _read(self._episode(request), tables.shares, first, **where)
         return _json(request, found)
 
     def ranges(self, request: Request) -> Response:
         step = request.path_params["denoise_step"]
-        return _json(request, _read(self._episode(request), payloads.ranges, step))
+        return _json(request, _read(self._episode(request), ranges.ranges, step))
 
     def tokens(self, request: Request) -> Response:
         inference = request.path_params["inference"]
-        return _json(request, _read(self._episode(request), payloads.tokens, inference), immutable=True)
+        return _json(request, _read(self._episode(request), tables.tokens, inference), immutable=True)
 
     def actions(self, request: Request) -> Response:
         inference = request.path_params["inference"]
-        return _json(request, _read(self._episode(request), payloads.action_chunk, inference), immutable=True)
+        return _json(request, _read(self._episode(request), tables.action_chunk, inference), immutable=True)
 
     def means(self, request: Request) -> Response:
-        return self._slab(request, payloads.mean_slab, "inference", "denoise_step")
+        return self._slab(request, slabs.mean_slab, "inference", "denoise_step")
 
     def maps(self, request: Request) -> Response:
-        return self._slab(request, payloads.map_slab, "inference", "denoise_step", "layer")
+        return self._slab(request, slabs.map_slab, "inference", "denoise_step", "layer")
 
     def prefix(self, request: Request) -> Response:
-        return self._slab(request, payloads.prefix_slab, "inference", "layer", "query")
+        return self._slab(request, slabs.prefix_slab, "inference", "layer", "query")
 
     def frame(self, request: Request) -> Response:
         episode, camera = self._episode(request), request.path_params["camera"]
@@ -248,9 +248,7 @@ class _Explorer:
         version = request.path_params["version"]
         return self._library.episode(request.path_params["id"], None if version == _LATEST else version)
 
-    def _slab(
-        self, request: Request, slab: Callable[..., tuple[bytes, tuple[int, ...]]], *names: str
-    ) -> Response:
+    def _slab(self, request: Request, slab: Callable[..., slabs.Slab], *names: str) -> Response:
         values = [request.path_params[name] for name in names]
         body, shape = _read(self._episode(request), slab, *values)
         headers = {"X-Shape": ",".join(map(str, shape))}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
-from lerobot_attn.explorer.payloads import plain
+from lerobot_attn.explorer.values import plain
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode, open_episode, open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA

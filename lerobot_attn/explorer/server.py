@@ -15,7 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.explorer import payloads
+from lerobot_attn.explorer import facts, slabs, tables
 from lerobot_attn.explorer.app import LOOPBACK_NAMES, create_app
 from lerobot_attn.explorer.library import Library
 
@@ -91,8 +91,8 @@ def _warm_up(library: Library) -> None:
     # A damaged episode is told to whoever asks for it.
     with contextlib.suppress(Exception):
         episode = library.episode(library.look(_LOOK_S).summaries[0].id)
-        payloads.mean_slab(episode, 0, payloads.facts(episode)["denoise_steps"][-1])
-        payloads.tokens(episode, 0)
+        slabs.mean_slab(episode, 0, facts.facts(episode)["denoise_steps"][-1])
+        tables.tokens(episode, 0)
 
 
 def _announce(url: str) -> None:
