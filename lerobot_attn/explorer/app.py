@@ -22,27 +22,26 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, first_line
 from lerobot_attn.explorer import facts, groups, ranges, slabs, tables
+from lerobot_attn.explorer.base_path import BasePath, guessed
 from lerobot_attn.explorer.document import page_folder
+from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, HostGate
 from lerobot_attn.explorer.library import Library, NotThereError, Summary, version_of
+from lerobot_attn.explorer.page_files import ASK_AGAIN, IMMUTABLE, PageFiles, document
 from lerobot_attn.explorer.pictures import FramePictures, video_version
 from lerobot_attn.store.reader import Episode
 
 POLL_S = 0.5  # how often the library is looked at for whoever listens to its events
 _LOOK_S = 0.5  # what is spent on reading stores before one answers: thousands take a while
 _KEEP_ALIVE_S = 15.0
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-_IMMUTABLE = "private, max-age=31536000, immutable"
 _LATEST = "latest"  # as a version: whatever is in the episode's place
-_ASK_AGAIN = "no-cache"  # keep it, but ask whether it changed
-_MISSING_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lerobot-attn</title>
+_MISSING_PAGE = b"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>lerobot-attn</title></head>
 <p>This installation has no page: it comes from sources in which the page was not built.
 <p>Run <code>scripts/build_explorer.sh</code> there, install again, and start <code>lerobot-attn view</code>
 again. Until then, the data is at <a href="api/run">api/run</a>."""
@@ -63,13 +62,16 @@ class _NumberConvertor(Convertor[int]):
 register_url_convertor("number", _NumberConvertor())
 
 
-def create_app(library: Library, *, hosts: list[str] | None = None, static: Path | None = None) -> Starlette:
+def create_app(
+    library: Library, *, hosts: list[str] | None = None, base: str = "", static: Path | None = None
+) -> Starlette:
     """Return the web application.
 
     Args:
         library: the episodes that are served.
         hosts: names by which the server may be addressed, so that a page elsewhere cannot reach it by a name
             of its own; default: this machine's loopback.
+        base: path under which a proxy shows the server and which it passes on, as `base_path` returns it.
         static: the built page; default: the one in the package.
     """
     explorer = _Explorer(library)
@@ -87,21 +89,22 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
         get("/api/episodes/{id}", explorer.facts, zip_=True),
         get(episode + "/timeline", explorer.timeline, zip_=True),
         get(episode + "/shares", explorer.shares, zip_=True),
+        get(episode + "/ranges", explorer.ranges_of_steps, zip_=True),
         get(episode + "/ranges/{denoise_step:number}", explorer.ranges, zip_=True),
         get(at + "/tokens", explorer.tokens, zip_=True),
         get(at + "/actions", explorer.actions, zip_=True),
         get(at + "/means/{denoise_step:number}", explorer.means),
         get(at + "/maps/{denoise_step:number}/{layer:number}", explorer.maps),
         get(at + "/prefix/{layer:number}/{query:number}", explorer.prefix),
-        get(episode + "/cameras/{camera}/frames/{frame:number}.jpg", explorer.frame),
-        get(episode + "/cameras/{camera}.mp4", explorer.video),
+        get(episode + "/cameras/{camera:path}/frames/{frame:number}.jpg", explorer.frame),
+        get(episode + "/cameras/{camera:path}.mp4", explorer.video),
         Route("/api/{rest:path}", _no_such_request),
         _page(static),
     ]
     allowed = list(LOOPBACK_NAMES) if hosts is None else hosts
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)],
+        middleware=[Middleware(HostGate, hosts=allowed), Middleware(BasePath, path=base)],
         exception_handlers={
             NotThereError: _refused(404),
             SelectionError: _refused(404),
@@ -170,6 +173,9 @@ class _Explorer:
         step = request.path_params["denoise_step"]
         return _json(request, _read(self._episode(request), ranges.ranges, step))
 
+    def ranges_of_steps(self, request: Request) -> Response:
+        return _json(request, _read(self._episode(request), ranges.ranges_of_steps))
+
     def tokens(self, request: Request) -> Response:
         inference = request.path_params["inference"]
         return _json(request, _read(self._episode(request), tables.tokens, inference), immutable=True)
@@ -206,14 +212,14 @@ class _Explorer:
             found = video.stat()
         except OSError as error:
             raise NotThereError(f"the video of camera {camera!r} was removed") from error
-        headers = {"Cache-Control": _ASK_AGAIN}
+        headers = {"Cache-Control": ASK_AGAIN}
         return FileResponse(video, media_type="video/mp4", headers=headers, stat_result=found)
 
     async def events(self, request: Request) -> Response:
         """Tell of every episode that is new, has grown or is gone, as server-sent events."""
-        return StreamingResponse(
-            self._changes(request), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        # nginx would otherwise keep events back until many have come together.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(self._changes(request), media_type="text/event-stream", headers=headers)
 
     async def _changes(self, request: Request) -> AsyncIterator[str]:
         told: dict[str, dict[str, Any]] = {}
@@ -301,7 +307,7 @@ def _answer(
     """Answer, or say that what the browser has is still right."""
     etag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
     immutable = immutable and request.path_params.get("version") != _LATEST
-    kept = {"ETag": etag, "Cache-Control": _IMMUTABLE if immutable else _ASK_AGAIN, **(headers or {})}
+    kept = {"ETag": etag, "Cache-Control": IMMUTABLE if immutable else ASK_AGAIN, **(headers or {})}
     asked = request.headers.get("if-none-match", "")
     if etag in (tag.strip().removeprefix("W/") for tag in asked.split(",")):
         return Response(status_code=304, headers=kept)
@@ -333,11 +339,20 @@ def _refused(status: int) -> Callable[[Request, Exception], Response]:
 
 def _http_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _problem(error.status_code, error.detail, error.headers)
+    message, base = error.detail, guessed(request.url.path)
+    if error.status_code == 404 and base is not None:
+        message = (
+            f"nothing is at {request.url.path[:200]}; behind a proxy that passes its own path on, start the "
+            f"explorer with: lerobot-attn view … --base-path {base}/"
+        )
+    return _problem(error.status_code, message, error.headers)
 
 
 def _problem(status: int, message: str, headers: Any = None) -> Response:
-    return JSONResponse({"error": message}, status, headers={**(headers or {}), "Cache-Control": "no-store"})
+    # In ASCII: a path on the disk may hold what no UTF-8 can say.
+    body = json.dumps({"error": message}, separators=(",", ":")).encode()
+    kept = {**(headers or {}), "Cache-Control": "no-store"}
+    return Response(body, status, headers=kept, media_type="application/json")
 
 
 def _no_such_request(request: Request) -> Response:
@@ -347,16 +362,5 @@ def _no_such_request(request: Request) -> Response:
 def _page(static: Path | None) -> Mount | Route:
     folder = static or page_folder()
     if not (folder / "index.html").is_file():
-        headers = {"Cache-Control": _ASK_AGAIN}
-        return Route("/", lambda request: Response(_MISSING_PAGE, media_type="text/html", headers=headers))
-    return Mount("/", _PageFiles(directory=folder, html=True))
-
-
-class _PageFiles(StaticFiles):
-    """The built page: files in `assets` have a hash of themselves in their names, others do not."""
-
-    def file_response(self, full_path: Any, *args: Any, **options: Any) -> Response:
-        response = super().file_response(full_path, *args, **options)
-        hashed = Path(full_path).parent.name == "assets"
-        response.headers["Cache-Control"] = _IMMUTABLE if hashed else _ASK_AGAIN
-        return response
+        return Route("/", lambda request: document(_MISSING_PAGE))
+    return Mount("/", PageFiles(directory=folder, html=True))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -24,6 +26,8 @@ from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode, open_episode, open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
+# ":" separates folders, "%" escapes, and names may hold bytes that are no text.
+_NOT_IN_IDS = re.compile(r"[:%\x00-\x1f\x7f\ud800-\udfff]")
 _MAX_OPEN = 32  # episodes whose dataset is kept open
 # Between two listings that unknown ids ask for: each takes a fifth of a second for 2,000 stores.
 _RESCAN_S = 0.5
@@ -108,17 +112,24 @@ class Library:
 
     def __init__(self, path: str | Path, *, rescan_s: float = 1.0):
         self.path = Path(path)
-        open_run(self.path)  # say at once what is wrong with the path
         self._root = self.path.resolve()
+        if self.path.name in ("", ".."):  # these name no folder
+            self.path = self._root
+        self._is_episode = self.path.suffix == EPISODE_SUFFIX or (self.path / METADATA).is_file()
+        # Say at once what is wrong with the path.
+        if self._is_episode:
+            open_episode(self.path)
+        else:
+            open_run(self.path)
         self._rescan_s = rescan_s
         self._scan = _Scan(-math.inf, {}, [])
         self._known: dict[str, _Known] = {}
         self._open: OrderedDict[str, tuple[_Signature, Episode]] = OrderedDict()
-        # Each is held for what is slow, which those who need no more than what is known do not wait for.
-        self._looking = threading.Lock()
-        self._scanning = threading.Lock()
-        self._opening = threading.Lock()
-        self._lock = threading.Lock()  # held for what takes no time
+        # Each of these is held while something slow is done. Whoever needs only what is known takes none.
+        self._looking = threading.Lock()  # while changed stores are read
+        self._scanning = threading.Lock()  # while the folder is listed
+        self._opening = threading.Lock()  # while a store is opened
+        self._lock = threading.Lock()  # while `_open` is looked up or changed, which takes no time
 
     @property
     def name(self) -> str:
@@ -128,7 +139,7 @@ class Library:
     @property
     def is_episode(self) -> bool:
         """Whether the path is one episode, rather than a folder of them."""
-        return self.path.suffix == EPISODE_SUFFIX
+        return self._is_episode
 
     def look(self, budget_s: float = math.inf) -> Listing:
         """Return what is there now, in the order of the paths.
@@ -301,10 +312,10 @@ class Library:
             return ()
 
     def _id(self, store: Path) -> str:
-        """Return the store's path below the root, in one segment of a URL."""
-        if self.is_episode:
-            return store.stem
-        return ":".join(store.relative_to(self.path).with_suffix("").parts)
+        """Return the store's path below the root, in one segment of a URL; no two stores have the same."""
+        below = (store.name,) if self.is_episode else store.relative_to(self.path).parts
+        *folders, name = map(_escaped, below)
+        return ":".join([*folders, name.removesuffix(EPISODE_SUFFIX)])
 
 
 def summary_of(id_: str, episode: Episode) -> Summary:
@@ -341,6 +352,11 @@ def _stored_bytes(episode: Episode) -> int:
         return episode.stored_bytes()
     except FileNotFoundError:  # its recording renamed a file between two looks at it
         return episode.stored_bytes()
+
+
+def _escaped(name: str) -> str:
+    """Return a folder's name with what an id cannot hold written as bytes, as URLs do: "a:b" → "a%3Ab"."""
+    return _NOT_IN_IDS.sub(lambda found: "".join(f"%{byte:02X}" for byte in os.fsencode(found[0])), name)
 
 
 def _signature(store: Path) -> _Signature | None:

@@ -6,9 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
-import threading
-import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -16,7 +14,10 @@ from starlette.applications import Starlette
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.explorer import facts, slabs, tables
-from lerobot_attn.explorer.app import LOOPBACK_NAMES, create_app
+from lerobot_attn.explorer.app import create_app
+from lerobot_attn.explorer.base_path import base_path as checked_base_path
+from lerobot_attn.explorer.browser import open_page
+from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, host_pattern
 from lerobot_attn.explorer.library import Library
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,13 @@ _LOOK_S = 0.2  # what is spent on reading a run's stores before the server answe
 
 
 def serve(
-    path: str | Path, *, host: str = LOOPBACK, port: int | None = None, open_browser: bool = True
+    path: str | Path,
+    *,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    open_browser: bool = True,
+    allow_hosts: Sequence[str] = (),
+    base_path: str = "",
 ) -> None:
     """Serve the explorer until it is interrupted.
 
@@ -36,12 +43,18 @@ def serve(
         path: an episode, a task's folder, or a run's output folder.
         host: address to listen at; by default this machine alone can reach it.
         port: its port; by default the first free one from 8123 on.
-        open_browser: open the page.
+        open_browser: open the page, where there is a graphical browser.
+        allow_hosts: further names by which the server may be addressed, e.g. a proxy's; "*.example.org" for
+            all that end so, "*" for any.
+        base_path: path under which a proxy shows the server, e.g. "/proxy/8123/"; only for a proxy that
+            passes its path on and does not say so in `X-Forwarded-Prefix`.
 
     Raises:
         StoreError: no episode at the path.
-        ConfigError: the address cannot be listened at.
+        ConfigError: the address cannot be listened at, or a name or path is none.
     """
+    names = [host_pattern(name) for name in allow_hosts]
+    base = checked_base_path(base_path)
     library = Library(path)
     listener = _listen(host, port)
     local = _is_loopback(host)
@@ -53,14 +66,15 @@ def serve(
             "Listening at %s: whoever can reach this machine can see these recordings; there is no password",
             host,
         )
-    # Of another host any name may be the right one.
-    app = create_app(library, hosts=[*LOOPBACK_NAMES, name] if local else ["*"])
+    # Of another host any name may be the right one, unless they were told.
+    known = [*LOOPBACK_NAMES, name, *names]
+    app = create_app(library, hosts=known if local or names else ["*"], base=base)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
     with listener, contextlib.suppress(KeyboardInterrupt):
         if open_browser:
             # It starts while the first view is read; its request waits in the listener's queue.
-            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+            open_page(url)
         _warm_up(library)
         _Server(app, config, lambda: _announce(url)).run(sockets=[listener])
 
