@@ -25,7 +25,7 @@ from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first
 from lerobot_attn.explorer import slabs, tables
 from lerobot_attn.explorer.document import Document, data_element, escaped, single_document
 from lerobot_attn.explorer.excerpt import Excerpt, as_option, choose, facts_of
-from lerobot_attn.explorer.library import summary_of
+from lerobot_attn.explorer.library import id_alone, summary_of
 from lerobot_attn.explorer.pictures import jpeg
 from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.sizes import format_bytes
@@ -229,7 +229,7 @@ def _read(episode: Episode, chosen: Excerpt, quality: int, progress: Progress | 
             progress(done, total)
 
     found: dict[str, Any] = {
-        "row": summary_of(episode.path.stem, episode).to_dict(),
+        "row": summary_of(id_alone(episode.path), episode).to_dict(),
         "facts": facts_of(episode, chosen),
         "timeline": tables.timeline(episode),
         "inferences": chosen.inferences,

@@ -113,7 +113,7 @@ class Library:
     def __init__(self, path: str | Path, *, rescan_s: float = 1.0):
         self.path = Path(path)
         self._root = self.path.resolve()
-        if self.path.name in ("", ".."):  # these name no folder
+        if not _is_name(self.path.name):
             self.path = self._root
         self._is_episode = self.path.suffix == EPISODE_SUFFIX or (self.path / METADATA).is_file()
         # Say at once what is wrong with the path.
@@ -313,9 +313,21 @@ class Library:
 
     def _id(self, store: Path) -> str:
         """Return the store's path below the root, in one segment of a URL; no two stores have the same."""
-        below = (store.name,) if self.is_episode else store.relative_to(self.path).parts
-        *folders, name = map(_escaped, below)
+        if self.is_episode:
+            return id_alone(store)
+        *folders, name = map(_escaped, store.relative_to(self.path).parts)
         return ":".join([*folders, name.removesuffix(EPISODE_SUFFIX)])
+
+
+def id_alone(store: Path) -> str:
+    """Return the id of an episode that is served, or exported, by itself."""
+    name = store.name if _is_name(store.name) else store.resolve().name
+    return _escaped(name.removesuffix(EPISODE_SUFFIX))
+
+
+def _is_name(last: str) -> bool:
+    """Return whether the last part of a path is a folder's name: that of "." and ".." is none."""
+    return last not in ("", "..")
 
 
 def summary_of(id_: str, episode: Episode) -> Summary:
