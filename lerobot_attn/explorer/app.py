@@ -36,8 +36,8 @@ from lerobot_attn.explorer.page_files import ASK_AGAIN, IMMUTABLE, PageFiles, do
 from lerobot_attn.explorer.pictures import FramePictures, video_version
 from lerobot_attn.store.reader import Episode
 
-POLL_S = 0.5  # how often the library is looked at for whoever listens to its events
-_LOOK_S = 0.5  # what is spent on reading stores before one answers: thousands take a while
+POLL_S = 0.5  # seconds between two looks at the library while somebody listens to its events
+_LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
 _KEEP_ALIVE_S = 15.0
 _LATEST = "latest"  # as a version: whatever is in the episode's place
 _MISSING_PAGE = b"""<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -114,7 +114,7 @@ def create_app(
             Exception: _refused(500),
         },
     )
-    app.state.is_closing = False  # a server that ends sets it, and the streams of events end with it
+    app.state.is_closing = False  # the server sets it when it ends, so that streams of events end too
     return app
 
 
@@ -200,7 +200,8 @@ class _Explorer:
         if frame >= max(1, episode.n_frames):
             raise NotThereError(f"frame {frame} does not exist: the episode has {episode.n_frames}")
         picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
-        # A video can be replaced, or grow, while its recording stays the same, and while it is decoded.
+        # A video can be replaced, or grow, while its recording stays the same. It is immutable only if it was
+        # the wanted version both before and after it was decoded.
         asked = request.query_params.get("v")
         immutable = asked is not None and asked == version == video_version(video)
         return _answer(request, picture, "image/jpeg", immutable=immutable)
@@ -231,7 +232,7 @@ class _Explorer:
             now = {summary.id: summary.to_dict() for summary in found.summaries}
             others_now = (found.n_unread, found.problems)
             if others is None:
-                # Who asks for the run from here on will miss nothing.
+                # Whatever changes after an answer to /api/run that follows this event will be told.
                 yield "event: ready\ndata: {}\n\n"
             else:
                 changed = [facts for id_, facts in now.items() if told.get(id_) != facts]
@@ -245,7 +246,7 @@ class _Explorer:
                     yield ": here\n\n"
                     silent_s = 0.0
             told, others = now, others_now
-            # Looking at thousands of stores must leave most of the time for answers.
+            # Looking at thousands of stores takes long; half of the time at least is left for answers.
             pause_s = max(POLL_S, time.monotonic() - started)
             await asyncio.sleep(pause_s)
             silent_s += pause_s
@@ -264,7 +265,7 @@ class _Explorer:
 class _Once:
     """The answer to a slow question, computed on a thread of its own and kept.
 
-    Who asks while it is computed waits without a thread, so that other requests have them.
+    A request that comes while it is computed waits without taking a thread, so that others find one.
     """
 
     def __init__(self) -> None:
@@ -278,7 +279,7 @@ class _Once:
         if kept is None or failed or state != self._state:
             self._state = state
             kept = self._answer = asyncio.create_task(run_in_threadpool(compute))
-        return await asyncio.shield(kept)  # others may wait for it still when this one goes away
+        return await asyncio.shield(kept)  # if this request is cancelled, others still wait for it
 
 
 def _read[**P, R](episode: Episode, read: Callable[..., R], *args: Any, **where: Any) -> R:

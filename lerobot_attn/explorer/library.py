@@ -29,9 +29,10 @@ from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 # ":" separates folders, "%" escapes, and names may hold bytes that are no text.
 _NOT_IN_IDS = re.compile(r"[:%\x00-\x1f\x7f\ud800-\udfff]")
 _MAX_OPEN = 32  # episodes whose dataset is kept open
-# Between two listings that unknown ids ask for: each takes a fifth of a second for 2,000 stores.
+# Seconds between two listings of the folder that requests for unknown ids cause, because a listing takes a
+# fifth of a second for 2,000 stores.
 _RESCAN_S = 0.5
-_RETRY_S = 2.0  # until a store is read again that the file system could not read
+_RETRY_S = 2.0  # seconds until a store is tried again that the file system could not read
 
 
 class NotThereError(LookupError):
@@ -243,8 +244,8 @@ class Library:
             StoreError: it is damaged, a part of it is a link, or it cannot be read.
         """
         try:
-            # Looked for whenever a store is opened: once a commit while it is recorded, once otherwise. A
-            # link that is put into a store between two commits is not seen, nor is a hard link ever.
+            # A store is opened once, and again after each commit while it is recorded. So a link that is put
+            # into it between two commits is not seen; a hard link never is.
             link = first_link(path)
             if link is not None:
                 raise StoreError(
@@ -255,7 +256,7 @@ class Library:
             version_of(episode)
         except LerobotAttnError:
             raise
-        except Exception as error:  # of files that vanish, and of attributes that are anything
+        except Exception as error:  # files may vanish, and a stranger's attributes may be anything
             raise StoreError(f"{path}: cannot be read: {first_line(error)}") from error
         return episode
 

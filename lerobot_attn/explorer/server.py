@@ -73,7 +73,7 @@ def serve(
     # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
     with listener, contextlib.suppress(KeyboardInterrupt):
         if open_browser:
-            # It starts while the first view is read; its request waits in the listener's queue.
+            # The browser starts while the first view is read; its request waits in the listener's queue.
             open_page(url)
         _warm_up(library)
         _Server(app, config, lambda: _announce(url)).run(sockets=[listener])
@@ -98,11 +98,11 @@ class _Server(uvicorn.Server):
 
 
 def _warm_up(library: Library) -> None:
-    """Read what a first view reads, which loads the libraries that do it.
+    """Read what a first view reads, so that the libraries for it are loaded before the first request.
 
-    On a thread beside the server it would take turns with the first answers, and both would end later.
+    Not on a thread beside the server: both would compete for one core, and the first answer would come later.
     """
-    # A damaged episode is told to whoever asks for it.
+    # A damaged episode is reported by the request that asks for it.
     with contextlib.suppress(Exception):
         episode = library.episode(library.look(_LOOK_S).summaries[0].id)
         slabs.mean_slab(episode, 0, facts.facts(episode)["denoise_steps"][-1])
@@ -119,8 +119,8 @@ def _listen(host: str, port: int | None) -> socket.socket:
     ports = range(DEFAULT_PORT, DEFAULT_PORT + _TRIED_PORTS) if port is None else [port]
     problem: OSError | None = None
     for tried in ports:
-        # With the protocol's number asyncio sends small answers at once; without it, some wait 40 ms for the
-        # browser's acknowledgement.
+        # asyncio turns off Nagle's algorithm only for sockets that carry TCP's protocol number. With the
+        # algorithm some small answers wait 40 ms for the browser's acknowledgement.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
