@@ -30,6 +30,7 @@ from lerobot_attn.errors import StoreError
 from lerobot_attn.explorer import app as app_module
 from lerobot_attn.explorer import groups as groups_module
 from lerobot_attn.explorer import library as library_module
+from lerobot_attn.explorer import means as means_module
 from lerobot_attn.explorer import ranges as ranges_module
 from lerobot_attn.explorer import slabs, tables
 from lerobot_attn.explorer.app import create_app
@@ -690,7 +691,7 @@ def plain(run):
 @pytest.mark.parametrize("block", [1, 3, 32])
 @pytest.mark.parametrize("missing", [[], [(0, 1), (2, 1)], [(i, 0) for i in range(4)]])
 def test_ranges_are_the_analysis(plain, tmp_path, monkeypatch, block, missing):
-    monkeypatch.setattr(slabs, "_BLOCK", block)
+    monkeypatch.setattr(means_module, "_BLOCK", block)
     episode = open_episode(with_missing_maps(plain, tmp_path / "episode_00000.zarr", missing))
     data = episode.arrays
     found = ranges_module.ranges(episode, 1)
@@ -719,7 +720,7 @@ def test_ranges_are_the_analysis(plain, tmp_path, monkeypatch, block, missing):
 
 def test_ranges_of_many_numbers_are_numpys(tmp_path, monkeypatch):
     """Long enough that numbers above the percentile are several, and some are dropped on the way."""
-    monkeypatch.setattr(slabs, "_BLOCK", 7)
+    monkeypatch.setattr(means_module, "_BLOCK", 7)
     plan = SyntheticPlan(n_frames=60, n_executed=1, n_denoise_steps=1, videos=False, n_heads=3)
     episode = open_episode(write_softmax_episode(tmp_path, plan))
     means = episode.arrays["suffix_attention_mean"].values[:, 0].astype(np.float32)
@@ -792,7 +793,7 @@ def damage(path, inference):
 
 @pytest.mark.parametrize("block", [2, 32])
 def test_what_a_damaged_chunk_holds_is_missing_and_nothing_else(plain, tmp_path, monkeypatch, block):
-    monkeypatch.setattr(slabs, "_BLOCK", block)
+    monkeypatch.setattr(means_module, "_BLOCK", block)
     path = tmp_path / TASK / plain.name
     shutil.copytree(plain, path)
     damage(path, 1)
@@ -1305,7 +1306,7 @@ def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
             elif "X-Shape" in answer.headers:
                 shape = re.search(r"float16 \(([^)]*)\)", text)[1].split(", ")
                 assert len(values(answer).shape) == len(shape), address
-    assert n_json == 8
+    assert n_json == 9
 
 
 def test_the_documents_example_runs_against_the_command(run, capsys):

@@ -8,8 +8,9 @@ from typing import Any
 import xarray as xr
 
 from lerobot_attn.analysis.select import RAW
+from lerobot_attn.explorer.means import mean_layers, prefix_only_layers
 from lerobot_attn.explorer.pictures import video_version
-from lerobot_attn.explorer.slabs import PREFIX, labels, mean_layers
+from lerobot_attn.explorer.slabs import PREFIX, labels
 from lerobot_attn.explorer.values import numbers, plain
 from lerobot_attn.layout import Kind
 from lerobot_attn.store.reader import Episode
@@ -21,6 +22,7 @@ def facts(episode: Episode) -> dict[str, Any]:
     """Return an episode's sizes, labels, layout and cameras."""
     data, attributes, layout = episode.arrays, episode.attributes, episode.layout
     policy = attributes.get("policy", {})
+    actions = layout.action_queries
     return {
         "task": episode.task,
         "task_group": plain(attributes.get("task_group")),
@@ -37,11 +39,14 @@ def facts(episode: Episode) -> dict[str, Any]:
         "n_heads": plain(policy.get("n_heads")),
         "n_queries": layout.n_queries,
         "n_keys": layout.n_keys,
+        "prefix_len": layout.prefix_len,
         "first_action_query": layout.first_action_query,
+        "action_queries": [actions.start, actions.stop],
         "executed_queries": attributes.get("executed_queries"),
         "mean_layers": mean_layers(data),
         "layers": labels(data, "layer", RAW),
         "prefix_layers": labels(data, "prefix_layer", PREFIX),
+        "prefix_only_layers": prefix_only_layers(data),
         "heads": labels(data, "head"),
         "denoise_steps": labels(data, "denoise_step"),
         "flow_time": numbers(data["flow_time"].values),
@@ -51,6 +56,8 @@ def facts(episode: Episode) -> dict[str, Any]:
             {"kind": s.kind, "name": s.name, "start": s.start, "stop": s.stop} for s in layout.segments
         ],
         "cameras": _cameras(episode),
+        "video_errors": _video_errors(attributes),
+        "prompt_truncated": bool(data["prompt_truncated"].any()) if "prompt_truncated" in data else False,
         "kinds": {kind.name.lower(): int(kind) for kind in Kind},
         "fps": _fps(attributes),
     }
@@ -72,6 +79,12 @@ def _cameras(episode: Episode) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _video_errors(attributes: Mapping[str, Any]) -> dict[str, str]:
+    """Return a camera's full name → why its video could not be written."""
+    errors = attributes.get("video_errors")
+    return {camera: str(why) for camera, why in errors.items()} if isinstance(errors, dict) else {}
 
 
 def _fps(attributes: Mapping[str, Any]) -> float:

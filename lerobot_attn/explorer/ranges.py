@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
-from lerobot_attn.explorer.slabs import in_blocks, labels, mean_layers, means, place_of
+from lerobot_attn.analysis.select import attention
+from lerobot_attn.explorer.means import in_blocks, mean_layers, means_dataset
+from lerobot_attn.explorer.slabs import labels, place_of
 from lerobot_attn.explorer.values import numbers
 from lerobot_attn.store.reader import Episode
 
@@ -46,8 +49,8 @@ def ranges(episode: Episode, denoise_step: int) -> dict[str, Any]:
         name: _Largest((len(layers), len(heads)), n * (keys.stop - keys.start))
         for name, keys in views.items()
     }
-    for _, found in in_blocks(n, lambda block: means(episode, block, step)):
-        every = _with_reductions(found.astype(np.float32))
+    for _, found in in_blocks(n, lambda block: means_dataset(episode.arrays, block, step)):
+        every = _with_reductions(found)
         for name, keys in views.items():
             largest[name].add(np.moveaxis(every[..., keys], 0, 2).reshape(len(layers), len(heads), -1))
     return {
@@ -80,12 +83,20 @@ def ranges_of_steps(episode: Episode) -> dict[str, Any]:
     }
 
 
-def _with_reductions(means: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Append to (inference, layer, head, key) the mean of layers, then the mean and the largest of heads."""
-    layers = np.concatenate([means, means.mean(axis=1, keepdims=True)], axis=1)
-    # As `analysis.attention` does: the mean of layers first, then heads.
-    reduced = [layers.mean(axis=2, keepdims=True), layers.max(axis=2, keepdims=True)]
-    return np.concatenate([layers, *reduced], axis=2)
+def _with_reductions(means: xr.Dataset) -> NDArray[np.float32]:
+    """Return (inference, layer, head, key): after the layers their mean, after the heads mean and largest."""
+    n_layers, n_heads, n_keys = (means.sizes[name] for name in ("all_layer", "head", "key"))
+
+    def values(layer: Literal["all", "mean"], head: Literal["all", "mean", "max"]) -> NDArray[np.float32]:
+        found = attention(means, inference="all", layer=layer, denoise_step="all", head=head)
+        shape = (-1, n_layers if layer == "all" else 1, n_heads if head == "all" else 1, n_keys)
+        return found.values.reshape(shape)
+
+    every_head: tuple[Literal["all", "mean", "max"], ...] = ("all", "mean", "max")
+    of_layers, of_mean = (
+        np.concatenate([values(layer, head) for head in every_head], axis=2) for layer in ("all", "mean")
+    )
+    return np.concatenate([of_layers, of_mean], axis=1)
 
 
 class _Largest:

@@ -1,4 +1,4 @@
-"""An episode's attention as blocks of little-endian float16, and the means over the executed actions.
+"""An episode's attention as blocks of little-endian float16.
 
 A slab holds everything that one view of a frame needs, so that changing layer, head, camera or normalisation
 asks for nothing more. Pure functions on an episode; knows no request.
@@ -6,19 +6,18 @@ asks for nothing more. Pure functions on an episode; knows no request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from lerobot_attn.analysis.select import MEANS, RAW, executed_queries, stored_layers
-from lerobot_attn.errors import LerobotAttnError, SelectionError
+from lerobot_attn.analysis.select import RAW
+from lerobot_attn.errors import SelectionError
+from lerobot_attn.explorer.means import means
 from lerobot_attn.store.reader import Episode
 
 PREFIX = "prefix_attention"
-_BLOCK = 32  # inferences that are read at once
 
 
 class Slab(NamedTuple):
@@ -43,7 +42,7 @@ def mean_slab(episode: Episode, inference: int, denoise_step: int) -> Slab:
     """
     step = place_of(episode, "denoise_step", denoise_step)
     of_inference(episode.arrays["token_id"], inference)
-    return _slab(means(episode, slice(inference, inference + 1), step)[0])
+    return _slab(means(episode.arrays, slice(inference, inference + 1), step)[0])
 
 
 def map_slab(episode: Episode, inference: int, denoise_step: int, layer: int) -> Slab:
@@ -80,65 +79,6 @@ def prefix_slab(episode: Episode, inference: int, prefix_layer: int, query: int)
         raise SelectionError(f"prefix token {query} does not exist: there are {array.sizes['prefix_query']}")
     layer = place_of(episode, "prefix_layer", prefix_layer)
     return _slab(array.isel(prefix_layer=layer, prefix_query=query).values)
-
-
-def mean_layers(data: xr.Dataset) -> list[int]:
-    """Return the layers whose means over the executed actions can be had: stored ones, and of full maps."""
-    _, stored = stored_layers(data)
-    return sorted([*stored, *added_layers(data)])
-
-
-def added_layers(data: xr.Dataset) -> list[int]:
-    """Return the layers that have full maps but no stored means."""
-    full, stored = stored_layers(data)
-    return [layer for layer in full if layer not in stored]
-
-
-def means(episode: Episode, inferences: slice, step: int) -> NDArray[np.floating[Any]]:
-    """Return (inference, layer, head, key), means over the executed actions, of the layers `mean_layers`.
-
-    Args:
-        episode: the episode.
-        inferences: their numbers.
-        step: the denoise step's place.
-
-    Raises:
-        SelectionError: the episode has no suffix attention.
-    """
-    data = episode.arrays
-    full, stored = stored_layers(data)
-    at = {"inference": inferences, "denoise_step": step}
-    parts: list[NDArray[np.floating[Any]]] = []
-    if stored:
-        parts.append(data[MEANS].isel(at).values)
-    added = added_layers(data)
-    for layer in added:  # one at a time, for a full map is large
-        maps = data[RAW].isel(at | {"layer": full.index(layer), "query": executed_queries(data)})
-        mean = maps.astype(np.float32).mean("query", skipna=False).values
-        parts.append(mean[:, None])
-    if not parts:
-        raise SelectionError("this episode was recorded without suffix attention")
-    found: NDArray[np.floating[Any]] = np.concatenate(parts, axis=1)[:, np.argsort([*stored, *added])]
-    return found
-
-
-def in_blocks[R](n: int, read: Callable[[slice], R]) -> Iterator[tuple[slice, R]]:
-    """Yield what is read of `n` inferences, and of which; those that are damaged are passed over.
-
-    Reads nothing once, where there is nothing: what was asked for may not exist.
-    """
-    blocks = [slice(first, min(first + _BLOCK, n)) for first in range(0, n, _BLOCK)] or [slice(0, 0)]
-    while blocks:
-        block = blocks.pop(0)
-        try:
-            found = read(block)
-        except LerobotAttnError:  # says what is wrong with all of them
-            raise
-        except Exception:  # whatever codecs raise for a damaged chunk
-            if block.stop - block.start > 1:
-                blocks[:0] = [slice(i, i + 1) for i in range(block.start, block.stop)]
-        else:
-            yield block, found
 
 
 def of_inference(array: xr.DataArray, inference: int) -> xr.DataArray:

@@ -5,16 +5,18 @@ Pure functions on an episode; knows no request.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from lerobot_attn.analysis.labels import from_end, policy_count, stored_labels
 from lerobot_attn.analysis.measures import sharpness
-from lerobot_attn.analysis.select import attention, stored_layers
+from lerobot_attn.analysis.select import attention
 from lerobot_attn.analysis.tokens import by_modality, token_groups
 from lerobot_attn.errors import SelectionError
-from lerobot_attn.explorer.slabs import added_layers, in_blocks, of_inference
+from lerobot_attn.explorer.means import in_blocks, mean_layers, means_dataset
+from lerobot_attn.explorer.slabs import of_inference, place_of
 from lerobot_attn.explorer.values import numbers
 from lerobot_attn.store.reader import Episode
 
@@ -29,6 +31,7 @@ def tokens(episode: Episode, inference: int) -> dict[str, Any]:
     of_inference(data["token_id"], inference)
     data = data.isel(inference=[inference])
     groups, group_of_key = token_groups(data)
+    truncated = data["prompt_truncated"].values[0] if "prompt_truncated" in data else False
     return {
         "text": [str(piece) for piece in data["token_text"].values[0]],
         "id": data["token_id"].values[0].tolist(),
@@ -39,18 +42,28 @@ def tokens(episode: Episode, inference: int) -> dict[str, Any]:
             {"kind": group.kind.name.lower(), "ordinal": group.ordinal, "label": group.label}
             for group in groups
         ],
+        "prompt_truncated": bool(truncated),
     }
 
 
 def timeline(episode: Episode) -> dict[str, Any]:
-    """Return what is stored once a frame: the executed action, state, reward, success, and where from."""
-    data = episode.arrays
+    """Return what is stored once a frame: the executed action, state, reward, success, and where from.
+
+    State, reward and success are None where the recording has none. Query and action are -1 where the frame's
+    action is no token of an inference's chunk.
+    """
+    data, actions = episode.arrays, episode.layout.action_queries
+    query = data["frame_query"].values
+    is_token = (query >= actions.start) & (query < actions.stop)
+    action = np.full(query.shape, -1)
+    action[is_token] = episode.layout.action_of_query(query[is_token])
     return {
         "inference_frame": data["inference_frame"].values.tolist(),
         "frame_inference": data["frame_inference"].values.tolist(),
-        "frame_query": data["frame_query"].values.tolist(),
-        "reward": numbers(data["reward"].values),
-        "success": data["success"].values.tolist(),
+        "frame_query": np.where(is_token, query, -1).tolist(),
+        "frame_action": action.tolist(),
+        "reward": numbers(data["reward"].values) if "reward" in data else None,
+        "success": data["success"].values.tolist() if "success" in data else None,
         "action": numbers(data["action"].values),
         "state": numbers(data["state"].values) if "state" in data else None,
     }
@@ -85,40 +98,29 @@ def shares(
     n = episode.n_inferences
     if not 0 <= first <= n:
         raise SelectionError(f"inference {first} does not exist: the episode has {n}, expected 0 to {n}")
-    data = episode.arrays.isel(inference=slice(first, n))
+    data = episode.arrays
+    step = stored_labels(data, "denoise_step", denoise_step, "n_denoise_steps")
+    place = place_of(episode, "denoise_step", step)
+    there = mean_layers(data)
+    layers = there
+    if not isinstance(layer, str):  # one layer is a part of what all of them take to read
+        last = policy_count(data, "n_layers") or max(there, default=0) + 1
+        layers = [int(number) for number in np.atleast_1d(from_end("layer", layer, last))]
 
     def read(block: slice) -> xr.DataArray:
-        part = data.isel(inference=block)
-        return _executed_attention(part, layer=layer, denoise_step=denoise_step, head=head).load()
+        inferences = slice(first + block.start, first + block.stop)
+        found = means_dataset(data, inferences, place, layers)
+        where: dict[str, Any] = {"layer": "mean" if isinstance(layer, str) else layers[0], "head": head}
+        return attention(found, inference="all", denoise_step=step, **where)
 
     rows = np.full((n - first, data.sizes["key"]), np.nan, np.float32)
     for block, found in in_blocks(n - first, read):
         rows[block] = found.transpose("inference", "key").values
     maps = xr.DataArray(rows, dims=("inference", "key"), coords={"inference": np.arange(n - first)})
-    share = by_modality(data, maps).transpose("inference", "modality")
+    share = by_modality(data.isel(inference=slice(first, n)), maps).transpose("inference", "modality")
     return {
         "first": first,
         "modalities": [str(name) for name in share["modality"].values],
         "share": numbers(share.values),
         "effective_tokens": numbers(sharpness(maps)["effective_number"].values),
     }
-
-
-def _executed_attention(
-    data: xr.Dataset, *, layer: int | str, denoise_step: int, head: int | str
-) -> xr.DataArray:
-    """Return (inference, key) of `attention`, mean over the executed actions.
-
-    The mean of layers is of all of `mean_layers`, where `attention` takes either stored means or full maps.
-    """
-    where: dict[str, Any] = {"inference": "all", "denoise_step": denoise_step, "query": "executed"}
-    _, stored = stored_layers(data)
-    added = added_layers(data)
-    if layer != "mean" or not (stored and added):
-        return attention(data, layer=layer, head=head, **where)  # type: ignore[arg-type]
-    every_head: int | Literal["all"] = head if isinstance(head, int) else "all"
-    parts = [attention(data, layer=labels, head=every_head, **where) for labels in (stored, added)]
-    mean = xr.concat(parts, "layer").mean("layer", skipna=False)
-    if head == "mean":
-        return mean.mean("head", skipna=False)
-    return mean.max("head", skipna=False) if head == "max" else mean
