@@ -49,7 +49,14 @@ def ranges(episode: Episode, denoise_step: int) -> dict[str, Any]:
         name: _Largest((len(layers), len(heads)), n * (keys.stop - keys.start))
         for name, keys in views.items()
     }
-    for _, found in in_blocks(n, lambda block: means_dataset(episode.arrays, block, step)):
+    # Cameras come first among the keys: what comes after the last of them is not averaged.
+    stop = max((keys.stop for keys in views.values()), default=0)
+
+    def read(block: slice) -> xr.Dataset:
+        found = means_dataset(episode.arrays, block, step).isel(key=slice(stop))
+        return found.astype(np.float32)  # once, for it takes most of the time
+
+    for _, found in in_blocks(n, read):
         every = _with_reductions(found)
         for name, keys in views.items():
             largest[name].add(np.moveaxis(every[..., keys], 0, 2).reshape(len(layers), len(heads), -1))
