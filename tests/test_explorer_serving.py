@@ -19,7 +19,8 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 import pytest
-from test_explorer import TASK, client_of
+from browser import drawn
+from test_explorer import TASK, Served, client_of
 from test_store import write_episode
 
 from lerobot_attn.errors import ConfigError
@@ -27,6 +28,7 @@ from lerobot_attn.explorer import browser as browser_module
 from lerobot_attn.explorer.base_path import base_path
 from lerobot_attn.explorer.browser import graphical_browser, open_page
 from lerobot_attn.explorer.hosts import host_pattern
+from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
 NAME = "hub.example.org"
 
@@ -408,3 +410,61 @@ def test_opening_a_page_waits_for_nothing(desktop, monkeypatch):
     assert time.monotonic() - start < 1
     opening.join(20)
     assert time.monotonic() - start > 2.5  # it was started
+
+
+def test_view_takes_names_and_a_path(run):
+    served = Served(
+        run, "--port", 0, "--allow-host", NAME, "--allow-host", "*.lab.example", "--base-path", "/attn/"
+    )
+    try:
+        for host in (NAME, "a.lab.example", "127.0.0.1"):
+            request = urllib.request.Request(served.url + "attn/api/run", headers={"Host": host})
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                assert answer.status == 200
+        request = urllib.request.Request(served.url, headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(request, timeout=20)
+    finally:
+        served.stop()
+
+
+def test_names_that_are_told_are_the_only_ones_also_where_others_can_reach_the_server(run):
+    served = Served(run, "--port", 0, "--host", "0.0.0.0", "--allow-host", NAME)
+    try:
+        for host, status in ((NAME, 200), ("127.0.0.1", 200), ("evil.example", 400)):
+            connection = http.client.HTTPConnection(served.url.split("/")[2], timeout=20)
+            connection.request("GET", "/api/run", headers={"Host": host})
+            assert connection.getresponse().status == status, host
+            connection.close()
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--allow-host", "a b"), ("--base-path", "/api/"), ("--base-path", "/../x")]
+)
+def test_view_says_what_is_wrong_with_a_name_or_a_path(run, wrong):
+    command = [sys.executable, "-m", "lerobot_attn.cli", "view", str(run), "--no-browser", *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {wrong[0]}: got '{wrong[1]}'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.browser
+def test_the_page_itself_opens_behind_a_proxy(pages, tmp_path):
+    write_planted_episode(tmp_path, SyntheticPlan(n_frames=6))
+    under = "/user/jane/proxy/8123"
+    with (
+        client_of(tmp_path, hosts=["127.0.0.1", NAME]) as client,
+        proxied(client.port, under, strips=True) as port,
+    ):
+        at = f"http://127.0.0.1:{port}{under}"
+        for slash in ("/", ""):
+            page = pages.open(f"{at}{slash}?episode=attention:synthetic_0:episode_00000&frame=4", wait=False)
+            drawn(page, frame=4)
+            assert page.url.startswith(f"{at}/?")
+            assert page.locator("canvas[data-kind=raw]").count() == 2
+        pages.close()
+    # What was asked for beside the path, before the browser was led on.
+    pages.said = [text for text in pages.said if "404" not in text]
