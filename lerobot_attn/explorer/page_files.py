@@ -30,7 +30,7 @@ _MEDIA_TYPES = {
 # All that the page asks for is relative to its folder. Some proxies show the page at /proxy/8123 as well as
 # at /proxy/8123/. Both look the same from here, because the proxy takes its path off; but without the slash
 # the browser would ask for everything beside the proxy's path.
-_ADD_SLASH = (
+ADD_SLASH = (
     rb"<script>if(!/\/(index\.html)?$/.test(location.pathname))"
     rb'location.replace(location.pathname+"/"+location.search+location.hash)</script>'
 )
@@ -60,8 +60,8 @@ class PageFiles(StaticFiles):
 
 
 def document(html: bytes, status_code: int = 200) -> Response:
-    """Return a page whose address ends in a slash, whatever was asked for: see `_ADD_SLASH`."""
-    body = html.replace(b"<head>", b"<head>" + _ADD_SLASH, 1)
+    """Return a page whose address ends in a slash, whatever was asked for: see `ADD_SLASH`."""
+    body = html.replace(b"<head>", b"<head>" + ADD_SLASH, 1)
     etag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": ASK_AGAIN, "Content-Type": _MEDIA_TYPES[".html"]}
     return Response(body, status_code, headers=headers)
