@@ -184,6 +184,27 @@ def test_keys_that_a_layer_cannot_see_are_absent(cross_attending, tmp_path, page
     assert facts(open_episode(write_planted_episode(tmp_path / "other", PLAN)))["prefix_only_layers"] == []
 
 
+@pytest.mark.parametrize("layer", BLIND)
+@pytest.mark.parametrize("head", [0, "mean", "max"])
+def test_shares_of_what_a_layer_cannot_see_are_null(cross_attending, layer, head):
+    array = zarr.open_array(cross_attending / "suffix_attention_mean", mode="r+")
+    array[2] = np.nan
+    episode = open_episode(cross_attending)
+    found = shares(episode, 0, layer=layer, denoise_step=2, head=head)
+    rows = dict(zip(found["modalities"], np.array(found["share"], float).T, strict=True))
+    assert np.isnan(rows.pop("actions")).all()
+    is_missing = np.arange(episode.n_inferences) == 2
+    for name, row in rows.items():
+        assert (np.isnan(row) == is_missing).all(), name
+    if head != "max":
+        np.testing.assert_allclose(sum(rows.values())[~is_missing], 1, atol=2e-3)
+    effective = np.array(found["effective_tokens"], float)
+    assert (np.isnan(effective) == is_missing).all()
+    seen = shares(episode, 0, layer=2, denoise_step=2, head=head)
+    actions = np.array(seen["share"], float)[:, seen["modalities"].index("actions")]
+    assert (actions[~is_missing] > 0).all()
+
+
 def test_ranges_of_layers_that_see_the_prefix_alone_are_of_their_patches(cross_attending):
     episode = open_episode(cross_attending)
     found = ranges(episode, 2)

@@ -83,7 +83,7 @@ def shares(
 ) -> dict[str, Any]:
     """Return where attention goes in the inferences from `first` on: shares, and how many tokens it is worth.
 
-    None for an inference whose maps are missing or damaged.
+    None for an inference whose maps are missing or damaged, and for what a layer cannot see.
 
     Args:
         episode: the episode.
@@ -117,10 +117,15 @@ def shares(
     for block, found in in_blocks(n - first, read):
         rows[block] = found.transpose("inference", "key").values
     maps = xr.DataArray(rows, dims=("inference", "key"), coords={"inference": np.arange(n - first)})
-    share = by_modality(data.isel(inference=slice(first, n)), maps).transpose("inference", "modality")
+    # NaN in a row that is there is a key that the layer cannot see; in a missing row everything is NaN.
+    exists = maps.notnull()
+    visible = maps.fillna(0).where(exists.any("key"))
+    rows_of = data.isel(inference=slice(first, n))
+    is_visible = by_modality(rows_of, exists.astype(np.float32)) > 0
+    share = by_modality(rows_of, visible).where(is_visible).transpose("inference", "modality")
     return {
         "first": first,
         "modalities": [str(name) for name in share["modality"].values],
         "share": numbers(share.values),
-        "effective_tokens": numbers(sharpness(maps)["effective_number"].values),
+        "effective_tokens": numbers(sharpness(visible)["effective_number"].values),
     }
