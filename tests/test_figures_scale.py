@@ -3,6 +3,7 @@
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lerobot_attn.errors import ConfigError
@@ -52,8 +53,9 @@ def test_figures_and_overlays_paint_the_same(alpha):
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     draw_overlay(axes, image, heat, vmax=1.0, cmap="inferno", alpha=alpha)
-    figure.canvas.draw()
-    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
     painted = ColourScale(1.0, "inferno", alpha).over(image, heat).astype(int)
     assert np.abs(drawn - painted).max() <= 4
 

@@ -252,5 +252,5 @@ def test_former_names_of_settings_are_still_taken(tmp_path, cls):
         old = cls(leave_out="sinks")
     assert old == cls(exclude="sinks")
     assert old.leave_out == old.exclude == "sinks"
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="exclude"):
         assert replace(old, leave_out=(1,)).exclude == (1,)
