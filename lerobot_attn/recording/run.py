@@ -21,7 +21,7 @@ import numpy as np
 
 from lerobot_attn.capture import AttentionCapture, capture_attention
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.errors import CaptureError
+from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.folder import RunFolder
@@ -295,7 +295,7 @@ class RunRecorder:
                 format_bytes(shutil.disk_usage(self.folder).free),
             )
             if capture.policy.random_weights:
-                logger.warning("This policy's weights are random: its attention maps mean nothing")
+                logger.warning("This policy has %s", RANDOM_WEIGHTS)
             self._size_told = True
 
     def _warn_of_full_disk(self, task: TaskPlan, n_episodes: int) -> None:
