@@ -302,8 +302,6 @@ function Side(props: {
           <Cameras model={model} end={end} />
           {!isSecond && <ColourBar end={end} />}
         </section>
-        <ShareBar model={model} />
-        {!isSecond && <PatchPanel model={model} />}
       </div>
       {!isSecond && (
         <div class="panels maps">
@@ -313,7 +311,9 @@ function Side(props: {
         </div>
       )}
       <div class="panels told">
+        <ShareBar model={model} />
         <Sentence model={model} />
+        {!isSecond && <PatchPanel model={model} />}
       </div>
     </div>
   );
