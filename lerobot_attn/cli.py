@@ -393,11 +393,29 @@ def view(
         typer.Option(help="Address to listen at. Any but the default lets other machines in: no password."),
     ] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A further name by which the server may be addressed, as behind a proxy; may be repeated. "
+            "*.example.org for all that end so, * for any.",
+        ),
+    ] = None,
+    base_path: Annotated[
+        str, typer.Option(help="Path of a proxy that passes it on, as /proxy/8123/. Others need none.")
+    ] = "",
 ) -> None:
     """Serve recordings to the browser, live while they grow, until Ctrl-C."""
     from lerobot_attn.explorer.server import serve
 
-    serve(path, host=host, port=port, open_browser=browser)
+    serve(
+        path,
+        host=host,
+        port=port,
+        open_browser=browser,
+        allow_hosts=allow_host or (),
+        base_path=base_path,
+    )
 
 
 @app.command()

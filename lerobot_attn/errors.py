@@ -1,4 +1,10 @@
-"""The package's exceptions. Each message is one line: what, got, expected, remedy."""
+"""The package's exceptions, and the one warning that every door gives.
+
+Each message is one line: what, got, expected, remedy.
+"""
+
+# Said wherever maps of an untrained policy are shown: figures, overlays, tables, the explorer, the recording.
+RANDOM_WEIGHTS = "random weights: the maps mean nothing"
 
 
 class LerobotAttnError(Exception):

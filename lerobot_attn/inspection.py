@@ -18,13 +18,11 @@ from rich.text import Text
 from lerobot_attn.analysis.labels import ranges
 from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_queries
 from lerobot_attn.analysis.tokens import by_modality
-from lerobot_attn.errors import SelectionError, StoreError, first_line
+from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError, first_line
 from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.runs import Run, TableRow
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
-
-RANDOM_WEIGHTS = "The policy's weights are random: its attention maps mean nothing."
 
 
 def sampled_inferences(n_inferences: int) -> list[int]:

@@ -28,8 +28,10 @@ from lerobot_attn.analysis.select import RAW, frames_of
 from lerobot_attn.analysis.sinks import keys_to_leave_out
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Normalisation, by_camera, percentile_of
 from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, colormap
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
 from lerobot_attn.figures.look import OneMapSettings
+from lerobot_attn.figures.scale import ColourScale as ColourScale
+from lerobot_attn.figures.scale import blend
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.settings import check_numbers, check_one_map, check_ranges
 from lerobot_attn.store.reader import Episode
@@ -45,7 +47,6 @@ _DEFAULT_FPS = 20.0
 _GAP_PX = 8
 _BAR_PX = 12
 _MIN_WIDTH_PX = 240  # narrower than this no header can be read
-_MISSING = (96, 96, 96)  # no colour of the usual maps, which begin at black or dark blue
 _BACKGROUND, _WHITE, _GREY, _AMBER = (18, 18, 18), (240, 240, 240), (170, 170, 170), (255, 190, 70)
 # Stand for numbers that change from frame to frame; lines are broken for their widest.
 _FRAME, _ACTION = "\ue000", "\ue001"
@@ -104,71 +105,6 @@ class WrittenOverlay:
     def __str__(self) -> str:
         """Return the path, and the notes in parentheses."""
         return f"{self.path} ({'; '.join(self.notes)})" if self.notes else str(self.path)
-
-
-@dataclass(frozen=True)
-class ColourScale:
-    """Colours and opacities of values from 0 to `vmax`.
-
-    Opacity grows with the value's root from 0 to `alpha`, as in the figures: what is not attended to stays
-    visible as it is, and small values show. The colour alone tells the value.
-    """
-
-    vmax: float
-    colormap: str = "inferno"
-    alpha: float = 0.6
-
-    def colours(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return the colours of (…) values: (…, 3) uint8; grey where a value is missing (NaN)."""
-        colours = np.take(self._tables.colours, self._steps(values), axis=0, mode="clip")
-        missing = np.isnan(values)
-        if missing.any():
-            colours[missing] = _MISSING
-        return colours
-
-    def over(self, image: Frame, values: NDArray[np.float32]) -> Frame:
-        """Return an image (height, width, 3) uint8 with (height, width) values blended over it.
-
-        Where a value is missing (NaN) the image stays as it is.
-        """
-        return _blend(image, *self.weights(values))
-
-    def weights(self, values: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-        """Return what `_blend` wants for (…) values: two arrays (…, 3) uint16."""
-        steps = self._steps(values)
-        rest, weighted = (np.take(table, steps, axis=0, mode="clip") for table in self._tables[1:])
-        return rest, weighted
-
-    @property
-    def _tables(self) -> _Tables:
-        return _tables(self.colormap, self.alpha)
-
-    def _steps(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        scaled = np.asarray(values, np.float32) * np.float32(255 / self.vmax if self.vmax > 0 else 0)
-        # NaN becomes the step that shows nothing of the map.
-        return np.fmax(np.clip(scaled + 0.5, 0, 255), 0).astype(np.uint8)
-
-
-class _Tables(NamedTuple):
-    colours: NDArray[np.uint8]  # (256, 3) uint8
-    rest: NDArray[np.uint16]  # (256, 3) uint16: 255 less the opacity
-    weighted: NDArray[np.uint16]  # (256, 3) uint16: colour times opacity
-
-
-@lru_cache(maxsize=8)
-def _tables(name: str, alpha: float) -> _Tables:
-    values = np.linspace(0, 1, 256)
-    colours = (colormap(name)(values)[:, :3] * 255).round().astype(np.uint8)
-    opacity = (alpha * np.sqrt(values) * 255).round().astype(np.uint16)[:, None]
-    # 127 rounds the division by 255; the sum stays below 2^16.
-    return _Tables(colours, np.repeat(255 - opacity, 3, axis=1), colours * opacity + np.uint16(127))
-
-
-def _blend(image: Frame, rest: NDArray[np.uint16], weighted: NDArray[np.uint16]) -> Frame:
-    blended = image * rest
-    blended += weighted
-    blended //= 255
-    return blended.astype(np.uint8)
 
 
 def overlay_frames(
@@ -366,7 +302,7 @@ class _Film:
                 return patches.take(view.columns, axis=1, mode="clip").take(view.rows, axis=0, mode="clip")
 
             rest, weighted = self.scale.weights(heat)
-            return _blend(image, spread(rest), spread(weighted)), spread(self.scale.colours(heat))
+            return blend(image, spread(rest), spread(weighted)), spread(self.scale.colours(heat))
         pixels = analysis.on_camera_pixels(
             heat, view.geometry, size_px=view.size_px, interpolation=self._settings.interpolation
         )
@@ -499,7 +435,7 @@ def _read_maps(
     """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
     data = episode.arrays
     where = settings.where
-    where["leave_out"] = keys_to_leave_out(settings.leave_out, [episode])
+    where["leave_out"] = keys_to_leave_out(settings.exclude, [episode])
     episode_wide = settings.normalisation == "episode"
     # The episode's range is found on the way, so that no map is read twice.
     needed = np.arange(episode.n_frames) if episode_wide else np.array(frames)

@@ -107,8 +107,8 @@ def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> F
         raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
     settings = settings or PlotSettings()
     try:
-        keys = keys_to_leave_out(settings.leave_out, [episode])
-        return KINDS[kind](episode, replace(settings, leave_out=keys))
+        keys = keys_to_leave_out(settings.exclude, [episode])
+        return KINDS[kind](episode, replace(settings, exclude=keys))
     except LerobotAttnError:
         raise
     except (RuntimeError, ValueError, OSError) as error:  # what codecs raise for damaged chunks
@@ -358,7 +358,7 @@ def _where(episode: Episode, settings: PlotSettings, **changes: Unpack[Where]) -
         "denoise_step": -1 if settings.denoise_steps is None else settings.denoise_steps,
         "head": "mean" if settings.heads is None else settings.heads,
         "query": "frame" if settings.query is None else settings.query,
-        "leave_out": settings.leave_out,
+        "leave_out": settings.exclude,
     }
     return {**where, **changes}
 

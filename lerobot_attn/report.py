@@ -258,7 +258,7 @@ def write_report(
 
 def _without_sinks(a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings) -> CompareSettings:
     """Find the sinks that are to be left out, over both sides."""
-    return replace(settings, leave_out=keys_to_leave_out(settings.leave_out, (*a, *b)))
+    return replace(settings, exclude=keys_to_leave_out(settings.exclude, (*a, *b)))
 
 
 def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, xr.DataArray]:
@@ -286,7 +286,7 @@ def _overlay(settings: CompareSettings) -> OverlaySettings:
         denoise_step=settings.denoise_step,
         head=settings.head,
         query=settings.query,
-        leave_out=settings.leave_out,
+        exclude=settings.exclude,
         clip=settings.clip,
         colormap=settings.colormap,
         alpha=settings.alpha,

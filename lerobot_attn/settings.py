@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _LONGEST_RANGE = 1_000_000  # a slip of the finger must not fill the memory
+
+
+class Renaming(type):
+    """Metaclass of settings whose fields had other names: the old ones are still taken, with a warning.
+
+    A class that uses it maps old names to new ones in `renamed`; its subclasses inherit that.
+    """
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        """Make an instance; a field's former name stands for its new one, and wins if both are given."""
+        renamed: Mapping[str, str] = getattr(cls, "renamed", {})
+        for old in [name for name in options if name in renamed]:
+            message = f"{cls.__name__}: {old} is now called {renamed[old]}; the old name is deprecated"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            options[renamed[old]] = options.pop(old)
+        return super().__call__(*args, **options)
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -44,17 +61,24 @@ def from_mapping[T: DataclassInstance](cls: type[T], values: Mapping[str, Any], 
 
     Args:
         cls: the dataclass; its `__post_init__` checks the values.
-        values: by field name.
+        values: by field name; former names of fields are taken too, so old files stay good.
         where: what an error calls their source.
 
     Raises:
         ConfigError: an unknown name, or what the dataclass itself refuses.
     """
+    values = in_new_names(cls, values)
     known = [f.name for f in fields(cls)]
     unknown = sorted(set(map(str, values)) - set(known))
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(known)}")
     return cls(**values)
+
+
+def in_new_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with each former name of a field replaced by its new one, see `Renaming`."""
+    renamed: Mapping[str, str] = getattr(cls, "renamed", {})
+    return {renamed.get(name, name): value for name, value in values.items()}
 
 
 def load_settings[T: DataclassInstance](cls: type[T], file: str | Path | None = None, **options: Any) -> T:
@@ -65,6 +89,7 @@ def load_settings[T: DataclassInstance](cls: type[T], file: str | Path | None = 
     """
     values = {} if file is None else read_mapping(file)
     given = {name: value for name, value in options.items() if value is not None}
+    values, given = in_new_names(cls, values), in_new_names(cls, given)
     return from_mapping(cls, {**values, **given}, where="settings" if file is None else str(file))
 
 

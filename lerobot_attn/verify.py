@@ -28,7 +28,7 @@ from lerobot_attn import analysis
 from lerobot_attn.analysis.select import MEANS, RAW, Where, executed_queries
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_figure, styled
-from lerobot_attn.figures.canvas import colormap as check_colormap
+from lerobot_attn.figures.scale import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
 from lerobot_attn.overlay import ColourScale, Progress, resized

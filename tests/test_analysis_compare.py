@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from lerobot_attn import open_episode, open_run, synthetic
+from lerobot_attn import open_episode, open_run
 from lerobot_attn.analysis import image_heatmap, modality_share, token_attention
 from lerobot_attn.analysis.compare import (
     Aspect,
@@ -20,13 +20,13 @@ from lerobot_attn.analysis.compare import (
     split_by_success,
 )
 from lerobot_attn.errors import SelectionError, StoreError
-from lerobot_attn.synthetic import SyntheticPlan, planted_shares, write_planted_episode
+from lerobot_attn.synthetic import SyntheticPlan, planted, planted_shares, write_planted_episode
 
 TASK = "put the cup on the plate"
 SMALL = {"grid": (4, 4), "input_px": (32, 32), "n_layers": 2, "layers": (1,), "n_denoise_steps": 2}
 SMALL |= {"videos": False, "task": TASK, "n_executed": 5}
 CAMERA, WRIST = "observation.images.image", "observation.images.wrist"
-PLANTED = synthetic.planted_shares
+PLANTED = planted.planted_shares
 
 
 def plan(**changes):
@@ -45,7 +45,7 @@ def moved(amount):
 
 def write(folder, amount=0.0, **changes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "planted_shares", moved(amount))
+        patch.setattr(planted, "planted_shares", moved(amount))
         return open_episode(write_planted_episode(folder, plan(**changes)))
 
 

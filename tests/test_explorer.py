@@ -28,8 +28,11 @@ from lerobot_attn.analysis.compare import compare_overall
 from lerobot_attn.analysis.spatial import episode_ranges
 from lerobot_attn.errors import StoreError
 from lerobot_attn.explorer import app as app_module
+from lerobot_attn.explorer import groups as groups_module
 from lerobot_attn.explorer import library as library_module
-from lerobot_attn.explorer import payloads
+from lerobot_attn.explorer import means as means_module
+from lerobot_attn.explorer import ranges as ranges_module
+from lerobot_attn.explorer import slabs, tables
 from lerobot_attn.explorer.app import create_app
 from lerobot_attn.explorer.library import Library, NotThereError, version_of
 from lerobot_attn.layout import ImageGeometry
@@ -688,10 +691,10 @@ def plain(run):
 @pytest.mark.parametrize("block", [1, 3, 32])
 @pytest.mark.parametrize("missing", [[], [(0, 1), (2, 1)], [(i, 0) for i in range(4)]])
 def test_ranges_are_the_analysis(plain, tmp_path, monkeypatch, block, missing):
-    monkeypatch.setattr(payloads, "_BLOCK", block)
+    monkeypatch.setattr(means_module, "_BLOCK", block)
     episode = open_episode(with_missing_maps(plain, tmp_path / "episode_00000.zarr", missing))
     data = episode.arrays
-    found = payloads.ranges(episode, 1)
+    found = ranges_module.ranges(episode, 1)
     assert found["layers"] == [*data["all_layer"].values.tolist(), "mean"]
     assert found["heads"] == [*data["head"].values.tolist(), "mean", "max"]
     assert list(found["ranges"]) == analysis.camera_names(data)
@@ -701,7 +704,7 @@ def test_ranges_are_the_analysis(plain, tmp_path, monkeypatch, block, missing):
                 expected = episode_ranges(
                     data,
                     [camera],
-                    clip=payloads.CLIP,
+                    clip=ranges_module.CLIP,
                     inference="all",
                     layer=layer,
                     head=head,
@@ -717,16 +720,16 @@ def test_ranges_are_the_analysis(plain, tmp_path, monkeypatch, block, missing):
 
 def test_ranges_of_many_numbers_are_numpys(tmp_path, monkeypatch):
     """Long enough that numbers above the percentile are several, and some are dropped on the way."""
-    monkeypatch.setattr(payloads, "_BLOCK", 7)
+    monkeypatch.setattr(means_module, "_BLOCK", 7)
     plan = SyntheticPlan(n_frames=60, n_executed=1, n_denoise_steps=1, videos=False, n_heads=3)
     episode = open_episode(write_softmax_episode(tmp_path, plan))
     means = episode.arrays["suffix_attention_mean"].values[:, 0].astype(np.float32)
-    found = payloads.ranges(episode, 0)
+    found = ranges_module.ranges(episode, 0)
     for camera, rows in found["ranges"].items():
         _, _, segment = analysis.camera_geometry(episode.arrays, camera)
         patches = means[..., segment.start : segment.stop]
-        assert np.size(patches[:, 0, 0]) * (100 - payloads.CLIP) / 100 > 10
-        expected = np.percentile(patches.astype(np.float64), payloads.CLIP, axis=(0, 3))
+        assert np.size(patches[:, 0, 0]) * (100 - ranges_module.CLIP) / 100 > 10
+        expected = np.percentile(patches.astype(np.float64), ranges_module.CLIP, axis=(0, 3))
         np.testing.assert_allclose(np.array(rows)[:-1, :-2], expected, rtol=1e-5)
 
 
@@ -790,7 +793,7 @@ def damage(path, inference):
 
 @pytest.mark.parametrize("block", [2, 32])
 def test_what_a_damaged_chunk_holds_is_missing_and_nothing_else(plain, tmp_path, monkeypatch, block):
-    monkeypatch.setattr(payloads, "_BLOCK", block)
+    monkeypatch.setattr(means_module, "_BLOCK", block)
     path = tmp_path / TASK / plain.name
     shutil.copytree(plain, path)
     damage(path, 1)
@@ -804,8 +807,8 @@ def test_what_a_damaged_chunk_holds_is_missing_and_nothing_else(plain, tmp_path,
         assert (shares.status_code, ranges.status_code) == (200, 200)
         alone = client.get(f"{at}/shares?first={episode['n_inferences'] - 1}")
         assert None not in alone.json()["effective_tokens"]
-    assert shares.json() == payloads.shares(expected, 0, layer="mean", denoise_step=-1, head="mean")
-    assert ranges.json() == payloads.ranges(expected, 2)
+    assert shares.json() == tables.shares(expected, 0, layer="mean", denoise_step=-1, head="mean")
+    assert ranges.json() == ranges_module.ranges(expected, 2)
     assert set(shares.json()["share"][1]) == {None}
     is_missing = [number is None for number in shares.json()["effective_tokens"]]
     assert is_missing == [index == 1 for index in range(episode["n_inferences"])]
@@ -854,7 +857,7 @@ def test_layers_with_full_maps_alone_have_means_too(few_means, plain):
     layers = np.concatenate([expected, expected.mean(axis=1, keepdims=True)], axis=1)
     every = np.concatenate([layers, layers.mean(2, keepdims=True), layers.max(2, keepdims=True)], axis=2)
     patches = every[..., segment.start : segment.stop]
-    ends = np.percentile(patches.astype(np.float64), payloads.CLIP, axis=(0, 3))
+    ends = np.percentile(patches.astype(np.float64), ranges_module.CLIP, axis=(0, 3))
     np.testing.assert_allclose(ranges["ranges"][camera], ends, rtol=1e-5)
     for (layer, head), answer in shares.items():
         place = (ranges["layers"].index(layer), ranges["heads"].index(head))
@@ -946,7 +949,7 @@ def test_groups_without_an_interval_say_so(run, tmp_path):
         write_planted_episode(
             tmp_path, SyntheticPlan(episode_index=index, success=success, videos=False, n_frames=6)
         )
-    found = payloads.groups([open_episode(path) for path in sorted(tmp_path.rglob("*.zarr"))])
+    found = groups_module.groups([open_episode(path) for path in sorted(tmp_path.rglob("*.zarr"))])
     assert {(row["low"], row["high"]) for row in found["rows"]} == {(None, None)}
     assert "two of each are needed" in found["what"]
 
@@ -991,7 +994,7 @@ def test_groups_are_computed_once_and_block_nobody(mixed, tmp_path, monkeypatch)
         assert may_end.wait(30)
         return {"call": len(calls)}
 
-    monkeypatch.setattr(payloads, "groups", slow)
+    monkeypatch.setattr(groups_module, "groups", slow)
     with client_of(tmp_path) as client:
         answers = []
         askers = [
@@ -1027,7 +1030,7 @@ def test_groups_that_failed_are_computed_again(mixed, monkeypatch):
             raise found
         return found
 
-    monkeypatch.setattr(payloads, "groups", failing_once)
+    monkeypatch.setattr(groups_module, "groups", failing_once)
     with client_of(mixed) as client:
         answer = client.get("/api/groups")
         assert (answer.status_code, answer.json()) == (422, {"error": "a disk that was away"})
@@ -1303,7 +1306,7 @@ def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
             elif "X-Shape" in answer.headers:
                 shape = re.search(r"float16 \(([^)]*)\)", text)[1].split(", ")
                 assert len(values(answer).shape) == len(shape), address
-    assert n_json == 8
+    assert n_json == 9
 
 
 def test_the_documents_example_runs_against_the_command(run, capsys):
@@ -1328,7 +1331,7 @@ def test_the_documents_example_runs_against_the_command(run, capsys):
         assert float(line[21:].rstrip("%")) == pytest.approx(100 * share, abs=0.02)
 
 
-PIXEL_MAPS = Path(payloads.__file__).parent / "page" / "tests" / "pixel_maps.json"
+PIXEL_MAPS = Path(slabs.__file__).parent / "page" / "tests" / "pixel_maps.json"
 GEOMETRIES = [
     ImageGeometry.letterbox((48, 64), (224, 224), (16, 16), padding="centred"),
     ImageGeometry.letterbox((97, 61), (224, 224), (16, 16), padding="left_top"),

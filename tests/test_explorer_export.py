@@ -21,9 +21,10 @@ from lerobot_attn import open_episode
 from lerobot_attn.analysis.spatial import NORMALISATIONS
 from lerobot_attn.errors import ConfigError, SelectionError, SetupError, StoreError
 from lerobot_attn.explorer import export as export_module
-from lerobot_attn.explorer import payloads
+from lerobot_attn.explorer import tables
 from lerobot_attn.explorer.document import single_document
 from lerobot_attn.explorer.export import ELEMENT, ExportSettings, export_html
+from lerobot_attn.explorer.facts import facts as facts_of
 from lerobot_attn.explorer.library import Library
 from lerobot_attn.store.video import read_frames
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
@@ -133,7 +134,7 @@ def test_the_file_holds_what_the_store_holds(episode, page, tmp_path, choice):
     stored = store["suffix_attention_mean"].values
     np.testing.assert_array_equal(means_of(data), stored[np.ix_(inferences, steps, layers, heads)])
 
-    facts, everything = data["facts"], payloads.facts(episode)
+    facts, everything = data["facts"], facts_of(episode)
     chosen = {
         "mean_layers": layers,
         "heads": heads,
@@ -151,9 +152,9 @@ def test_the_file_holds_what_the_store_holds(episode, page, tmp_path, choice):
     assert data["row"] == summary.to_dict()
     assert facts["version"] == summary.version
 
-    assert data["timeline"] == payloads.timeline(episode)
-    assert data["tokens"] == [payloads.tokens(episode, inference) for inference in inferences]
-    assert data["actions"] == [payloads.action_chunk(episode, inference) for inference in inferences]
+    assert data["timeline"] == tables.timeline(episode)
+    assert data["tokens"] == [tables.tokens(episode, inference) for inference in inferences]
+    assert data["actions"] == [tables.action_chunk(episode, inference) for inference in inferences]
 
     assert list(data["pictures"]) == [IMAGE, WRIST]
     for camera, of_camera in data["pictures"].items():

@@ -207,6 +207,87 @@ def test_heads_and_steps_are_all_there(pages, url, run):
         assert patch == means[step, -1].astype(np.float32).mean(axis=0).argmax()
 
 
+def grid_end(page, kind):
+    """Return where the colour range of the small maps ends; None until they are painted."""
+    found = page.locator(f"canvas[data-kind={kind}]").get_attribute("data-end")
+    return None if found is None else float(found)
+
+
+def test_small_maps_keep_one_range_for_the_episode(pages, url, run):
+    """The grid of heads and the strip of denoise steps have the same colours at every frame."""
+    page = pages.open(f"{url}?episode={LONG}&norm=episode&layer=2&head=1&step=1&camera=wrist")
+    data = stored(run, LONG).arrays
+    _, _, segment = analysis.camera_geometry(data, "wrist")
+    # (inference, denoise_step, layer, head, patch)
+    means = data["suffix_attention_mean"].values[..., segment.start : segment.stop].astype(np.float32)
+    heads = max(np.percentile(means[:, 1, i, j], 99.9) for i, j in np.ndindex(means.shape[2:4]))
+    steps = max(np.percentile(means[:, i, 2, 1], 99.9) for i in range(means.shape[1]))
+    for frame in (0, 4, 17, 29):
+        seek(page, frame)
+        drawn(page, frame=frame)
+        until(page, lambda: not page.locator(".stale").count(), "the steps are there")
+        for kind, end in (("heads", heads), ("steps", steps)):
+            until(
+                page,
+                lambda kind=kind, end=end: grid_end(page, kind) == pytest.approx(float(end), rel=1e-3),
+                f"{kind} of frame {frame} end at {end}, not {grid_end(page, kind)}",
+            )
+    choose(page, "Colours show", "share")
+    until(page, lambda: grid_end(page, "heads") != pytest.approx(float(heads), rel=1e-3), "its own range")
+
+
+TASKS = [
+    "把红色方块放进碗里",
+    "ضع المكعب الأحمر في الوعاء",
+    "pick 🟥 up",
+    "one\ntwo",
+    "<b>bold</b>",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_any_instruction_is_shown_as_it_is(pages, tmp_path, task, width):
+    write_planted_episode(
+        tmp_path / "out", SyntheticPlan(task=task, n_text=len(task.encode()) + 40, videos=False)
+    )
+    with pages.serving(tmp_path / "out") as address:
+        page = pages.open(f"{address}?episode={FIRST}", viewport={"width": width, "height": 800})
+        assert " ".join(task.split()) in " ".join(page.locator("body").inner_text().split())
+        assert page.locator(".task b, .sentence b").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("family", ["smolvla", "pi0"])
+def test_the_page_shows_other_policies(pages, tmp_path, family):
+    """What a layer cannot see is said, an action is numbered by itself, and no reward or success is invented."""
+    changes = {
+        "smolvla": {"prefix_only_layers": (1, 3), "n_prefix_state": 1, "state_in_prompt": False},
+        "pi0": {"n_suffix_state": 1, "n_queries": 6, "state_in_prompt": False},
+    }[family]
+    plan = SyntheticPlan(
+        has_reward=False, has_success=False, frames_without_query=(4,), layers=(2, 3), videos=False, **changes
+    )
+    write_planted_episode(tmp_path / "out", plan)
+    with pages.serving(tmp_path / "out") as address:
+        page = pages.open(f"{address}?episode={FIRST}&frame=1&layer=3&query=2")
+        keys = page.locator(".timeline-keys").inner_text()
+        assert "reward" not in keys and "actions" in keys
+        assert page.locator(".badge.failure, .badge.success").count() == 0
+        assert "the line is action 1," in page.locator("#actions").inner_text()
+        page.get_by_text("Action token 2 alone.").wait_for()
+        assert (
+            page.locator("#shares li", has_text="actions")
+            .inner_text()
+            .endswith("not visible to this layer" if family == "smolvla" else "%")
+        )
+        assert page.get_by_text("does not see the action tokens").count() == (family == "smolvla")
+        seek(page, 4)
+        drawn(page, frame=4)
+        assert "no token of a chunk" in page.locator("#actions").inner_text()
+
+
 def shown_share(text):
     """Return the number in "4.1 %", and how far off its rounding may be."""
     number = float(text.removeprefix("< ").removesuffix("%"))

@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 from forked import STOCK, Forked, run_lerobot_eval
 
-from lerobot_attn.errors import SelectionError
+from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError
 from lerobot_attn.layout import Kind
 from lerobot_attn.overlay import OverlaySettings, write_overlay
 from lerobot_attn.plot import KINDS, plot
@@ -152,7 +152,7 @@ def test_synchronous_episodes(synchronous):
     check_views(run)
     assert [episode.attributes["seed"] for episode in run] == [1000, 1001]
     assert "Attention goes to" in log
-    assert "weights are random" in log
+    assert RANDOM_WEIGHTS in log
     assert "Attention of libero_object_0: 2 of 2 episodes saved, 6 inferences" in log
     assert run[0].task == "pick up the alphabet soup and place it in the basket"
 
@@ -220,7 +220,7 @@ def test_inspect_tells_what_is_there(synchronous):
     assert facts["attention_mass"]["padding"] == 0
     text = inspect(store)
     assert "sanity: rows sum to 1" in text
-    assert "weights are random" in text
+    assert RANDOM_WEIGHTS in text
 
 
 def test_real_episodes_verify_and_every_picture_is_drawn(synchronous, asynchronous, tmp_path):

@@ -133,7 +133,7 @@ def test_header_and_footer_say_what_is_shown(episode):
     ]
     assert film._footer_parts()[0] == "colours: share of all attention, one range for the episode"
     # Layer 0 has stored means only.
-    film = overlay_module._Film(episode, OverlaySettings(layer=0, leave_out="0,7"))
+    film = overlay_module._Film(episode, OverlaySettings(layer=0, exclude="0,7"))
     assert film._header_parts()[-1] == "mean of executed actions 0-2"
     assert {"from stored means", "2 key tokens left out"} <= set(film._footer_parts())
     film = overlay_module._Film(episode, OverlaySettings(query="mean", head=1))
@@ -143,7 +143,7 @@ def test_header_and_footer_say_what_is_shown(episode):
 def test_left_out_keys_do_not_shine(episode):
     patch = planted_patch(PLAN, 0, frame=0, layer=3, head=0, denoise_step=2)
     key = patch[0] * PLAN.grid[1] + patch[1]
-    settings = OverlaySettings(head=0, frames=0, normalisation="frame", leave_out=key)
+    settings = OverlaySettings(head=0, frames=0, normalisation="frame", exclude=key)
     (shown,) = overlay_frames(episode, settings)
     pixels = planted_pixels(PLAN, (96, 96), frame=0, layer=3, head=0, denoise_step=2)
     _, pure = views_of(shown, episode, settings)
@@ -155,7 +155,7 @@ def test_left_out_keys_do_not_shine(episode):
 @pytest.mark.parametrize("camera", ["image", "all"])
 def test_no_text_is_clipped(episode, size, camera):
     film = overlay_module._Film(
-        episode, OverlaySettings(camera=camera, size=size, layer=0, leave_out=(1, 2), clip=99)
+        episode, OverlaySettings(camera=camera, size=size, layer=0, exclude=(1, 2), clip=99)
     )
     width = film.size_px[1] - 2 * overlay_module._GAP_PX
     for line in film._header:
@@ -307,7 +307,7 @@ def test_damaged_chunk_names_the_inference(tmp_path):
         ({"frames": 8}, "frame 8 does not exist"),
         ({"frames": []}, "expected one at least"),
         ({"camera": "nose"}, "camera 'nose' does not exist"),
-        ({"leave_out": [99999]}, "key 99999 does not exist"),
+        ({"exclude": [99999]}, "key 99999 does not exist"),
     ],
 )
 def test_choices_that_the_episode_does_not_hold(episode, settings, message):
@@ -339,7 +339,7 @@ def test_choices_that_the_episode_does_not_hold(episode, settings, message):
         ({"frames": "some"}, "frames: got 'some'"),
         ({"frames": "5-2"}, "range"),
         ({"frames": [1.5]}, "frames"),
-        ({"leave_out": "sink"}, "leave_out: got 'sink'"),
+        ({"exclude": "sink"}, "exclude: got 'sink'"),
         ({"colour": "red"}, "unknown key 'colour'"),
     ],
 )
@@ -354,7 +354,7 @@ def test_settings_from_yaml(tmp_path):
     file.write_text("layer: mean\nframes: 2-4\nleave_out: [3]\nalpha: 1\n")
     settings = load_settings(OverlaySettings, file, head="1", camera="wrist")
     assert settings == OverlaySettings(
-        layer="mean", frames=(2, 3, 4), leave_out=(3,), alpha=1, head=1, camera="wrist"
+        layer="mean", frames=(2, 3, 4), exclude=(3,), alpha=1, head=1, camera="wrist"
     )
 
 

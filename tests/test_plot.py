@@ -263,7 +263,7 @@ def test_caption_is_inside_a_tight_bounding_box(episode):
 
 
 def test_caption_says_normalisation_sinks_and_fallback(plan, episode):
-    settings = PlotSettings(frames=7, layers=1, normalisation="episode", leave_out="sinks", clip=100)
+    settings = PlotSettings(frames=7, layers=1, normalisation="episode", exclude="sinks", clip=100)
     text = caption(plot(episode, "image", settings))
     assert "frame 7 (inference 2)" in text
     assert "one range for the episode" in text

@@ -153,7 +153,7 @@ def test_video_aligns_the_shorter_episode(sides, align):
 
 def test_sinks_of_both_sides_are_left_out_and_said(sides):
     a, b = sides
-    found = compare_groups(a[:1], b[:1], CompareSettings(leave_out="sinks"))
+    found = compare_groups(a[:1], b[:1], CompareSettings(exclude="sinks"))
     overall = rows(found.overall)
     # Only begin-of-sequence takes its share whatever is shown; the other scaffold gets nothing anyway.
     assert overall["scaffold", "scaffold"]["a"] == 0

@@ -1,6 +1,6 @@
 """Settings from YAML and options, and choices of labels as people write them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -197,9 +197,9 @@ def test_what_is_no_list_of_numbers(value):
         check_numbers("frames", value, "all")
 
 
-LOOKS = {"leave_out": "sinks", "normalisation": "image", "clip": 95, "colormap": "viridis", "alpha": 0.5}
+LOOKS = {"exclude": "sinks", "normalisation": "image", "clip": 95, "colormap": "viridis", "alpha": 0.5}
 LOOKS |= {"interpolation": "linear", "query": "3"}
-DEFAULTS = {"leave_out": (), "clip": 99.9, "colormap": "inferno", "interpolation": "nearest"}
+DEFAULTS = {"exclude": (), "clip": 99.9, "colormap": "inferno", "interpolation": "nearest"}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_every_picture_is_chosen_and_coloured_by_the_same_settings(tmp_path, cls
         ({"interpolation": "cubic"}, "interpolation: got 'cubic', expected nearest or linear"),
         ({"alpha": 2}, "alpha: got 2, expected a number from 0 to 1"),
         ({"clip": 20}, "clip: got 20, expected a number from 50 to 100"),
-        ({"leave_out": "sink"}, "leave_out: got 'sink', expected 'sinks', a number, a list or a range"),
+        ({"exclude": "sink"}, "exclude: got 'sink', expected 'sinks', a number, a list or a range"),
         ({"colormap": "rainbows"}, "colormap 'rainbows': unknown"),
         ({"colormap": 3}, "colormap: got 3, expected a matplotlib name"),
         ({"query": "1-"}, "got '1-', expected a number, a list"),
@@ -238,3 +238,19 @@ def test_every_picture_is_chosen_and_coloured_by_the_same_settings(tmp_path, cls
 def test_every_picture_refuses_the_same(cls, settings, message):
     with pytest.raises(ConfigError, match=message):
         cls(**settings)
+
+
+@pytest.mark.parametrize("cls", [PlotSettings, OverlaySettings, CompareSettings])
+def test_former_names_of_settings_are_still_taken(tmp_path, cls):
+    path = tmp_path / "old.yaml"
+    path.write_text("leave_out: [3, 4]\n")
+    assert load_settings(cls, path).exclude == (3, 4)
+    # An option comes on top of the file, whichever name each of them has.
+    assert load_settings(cls, path, exclude="7").exclude == (7,)
+    assert load_settings(cls, path, leave_out="7").exclude == (7,)
+    with pytest.warns(DeprecationWarning, match=f"{cls.__name__}: leave_out is now called exclude"):
+        old = cls(leave_out="sinks")
+    assert old == cls(exclude="sinks")
+    assert old.leave_out == old.exclude == "sinks"
+    with pytest.warns(DeprecationWarning, match="exclude"):
+        assert replace(old, leave_out=(1,)).exclude == (1,)

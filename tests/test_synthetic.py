@@ -1,5 +1,7 @@
 """Synthetic episodes are what recorded ones are: well-formed stores, videos beside them, masked keys at 0."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from lerobot_attn.layout import Kind
 from lerobot_attn.store.schema import ARRAYS
 from lerobot_attn.store.video import count_frames, read_frames
 from lerobot_attn.synthetic import (
+    FAMILIES,
     SyntheticPlan,
     planted_patch,
     planted_shares,
@@ -29,6 +32,7 @@ PLANS = {
     "one word": SyntheticPlan(**SMALL, task="reach"),
     "one frame": SyntheticPlan(**{**SMALL, "n_frames": 1}),
     "one head, one step": SyntheticPlan(**SMALL, n_heads=1, n_denoise_steps=1, n_layers=1, layers=(0,)),
+    **{name: dataclasses.replace(plan, videos=False) for name, plan in FAMILIES.items()},
 }
 
 
@@ -39,16 +43,19 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     (episode,) = open_run(tmp_path)
     assert episode.path == path == tmp_path / "attention" / "synthetic_0" / "episode_00000.zarr"
     assert (episode.n_frames, episode.n_inferences) == (plan.n_frames, plan.n_inferences)
-    assert (episode.is_complete, episode.success, episode.task) == (True, True, plan.task)
+    success = True if plan.has_success else None
+    assert (episode.is_complete, episode.success, episode.task) == (True, success, plan.task)
     assert episode.has_random_weights  # nobody shall take it for a policy's
     assert episode.attributes["note"] == "made up"
     assert episode.layout == plan.layout
     data = episode.arrays
     optional = {"suffix_attention": plan.layers, "prefix_attention": plan.prefix_layers}
-    missing = {name for name, layers in optional.items() if not layers}
-    missing |= {"prompt_truncated"}
-    coordinates = {"layer_sees_suffix", "all_layer_sees_suffix"}
-    coordinates |= {"layer"} if not plan.layers else set()
+    optional |= {"suffix_attention_mean": plan.has_means, "reward": plan.has_reward}
+    optional |= {"success": plan.has_success, "prompt_truncated": plan.cut_prompt}
+    missing = {name for name, is_there in optional.items() if not is_there}
+    coordinates = set() if plan.prefix_only_layers else {"layer_sees_suffix", "all_layer_sees_suffix"}
+    coordinates |= {"layer", "layer_sees_suffix"} if not plan.layers else set()
+    coordinates |= {"all_layer", "all_layer_sees_suffix"} if not plan.has_means else set()
     coordinates |= {"prefix_layer"} if not plan.prefix_layers else set()
     assert set(data.variables) == {spec.name for spec in ARRAYS} - missing - coordinates
     masked = data.key_kind.values == Kind.PADDING
@@ -56,6 +63,13 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     for name in ("suffix_attention", "suffix_attention_mean"):
         if name in data:
             maps = data[name].values.astype(np.float32)
+            # Keys that a layer cannot see are NaN: those of the suffix, and no other.
+            layers = data["layer" if name == "suffix_attention" else "all_layer"].values
+            absent = np.zeros((len(layers), plan.layout.n_keys), bool)
+            absent[np.isin(layers, plan.prefix_only_layers), plan.layout.prefix_len :] = True
+            absent = absent.reshape(len(layers), *(1,) * (maps.ndim - 4), -1)
+            assert (np.isnan(maps) == absent).all()
+            maps = np.where(absent, 0, maps)
             assert (maps >= 0).all()
             np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=tolerance)
             for inference in range(plan.n_inferences):
@@ -65,10 +79,15 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     assert not masked[:, data.key_camera.values == 0].any()
     # Every frame's action is that of its inference and query.
     chunk, inference, query = (data[n].values for n in ("action_chunk", "frame_inference", "frame_query"))
-    np.testing.assert_array_equal(data.action.values, chunk[inference, query])
     frames = np.arange(plan.n_frames)
-    np.testing.assert_array_equal(data.inference_frame.values[inference] + query, frames)
-    assert data.success.values.tolist() == [False] * (plan.n_frames - 1) + [True]
+    is_token = ~np.isin(frames, plan.frames_without_query)
+    assert ((query == -1) == ~is_token).all()
+    assert (data.action.values == chunk[inference, query]).all(axis=1).tolist() == is_token.tolist()
+    action = episode.layout.action_of_query(query[is_token])
+    np.testing.assert_array_equal(data.inference_frame.values[inference[is_token]] + action, frames[is_token])
+    assert np.isnan(chunk[:, : plan.n_suffix_state]).all()
+    if plan.has_success:
+        assert data.success.values.tolist() == [False] * (plan.n_frames - 1) + [True]
 
 
 @pytest.mark.parametrize("plan", [PLANS["default"], PLANS["two empty cameras"]])
@@ -76,6 +95,65 @@ def test_means_are_the_mean_of_the_executed_actions(tmp_path, plan):
     data = open_episode(write_planted_episode(tmp_path, plan)).arrays
     full = data.suffix_attention.values.astype(np.float32)[..., : plan.n_executed, :].mean(axis=-2)
     np.testing.assert_allclose(data.suffix_attention_mean.values[:, :, list(plan.layers)], full, atol=3e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_hold_what_was_planted(tmp_path, name):
+    """Every row of every layer: shares, the patch, the word, and what each family has besides."""
+    plan = dataclasses.replace(FAMILIES[name], videos=False, layers=(0, 1, 2, 3))
+    data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+    layout, cameras = plan.layout, list(plan.image_px)
+    kinds, words = data.key_kind.values, data.text_word.values
+    maps = data.suffix_attention.values.astype(np.float32)
+    first = layout.action_queries.start
+    for frame in range(plan.n_frames):
+        inference, action = divmod(frame, plan.n_executed)
+        for layer, head in np.ndindex(plan.n_layers, plan.n_heads):
+            row = maps[inference, 1, layer, head, layout.query_of_action(action)]
+            shares = planted_shares(plan, frame, layer)
+            assert sum(shares.values()) == pytest.approx(1)
+            for index, camera in enumerate(cameras):
+                of_camera = np.where(data.key_camera.values == index, row, 0)
+                assert of_camera.sum() == pytest.approx(shares[camera], abs=2e-3)
+                key = int(of_camera.argmax())
+                where = (int(data.key_row[key]), int(data.key_column[key]))
+                at = {"frame": frame, "layer": layer, "head": head, "denoise_step": 1}
+                assert where == planted_patch(plan, index, **at)
+            of_kind = {kind: row[kinds[inference] == kind] for kind in Kind}
+            names = {"task": Kind.TASK, "state": Kind.STATE, "template": Kind.TEMPLATE}
+            names |= {"special": Kind.SPECIAL, "action": Kind.ACTION}
+            for modality, kind in names.items():
+                if modality in shares:
+                    share = pytest.approx(shares[modality], abs=2e-3)
+                    assert np.nansum(of_kind[kind]) == share, (modality, frame, layer)
+                else:
+                    assert not len(of_kind[kind]) or np.isnan(of_kind[kind]).all(), (modality, frame, layer)
+            word = words[inference] == planted_word(plan, frame)
+            text = row[layout.language.start : layout.language.stop]
+            assert text[word].sum() >= 0.7 * shares["task"]
+            assert np.isnan(row[layout.prefix_len :]).all() == (layer in plan.prefix_only_layers)
+            if layer not in plan.prefix_only_layers:
+                own = layout.prefix_len + first + action
+                assert row[own] == pytest.approx(shares["action"], abs=1e-3)
+    if plan.cut_prompt:
+        assert data.prompt_truncated.values.all()
+        assert not (kinds == Kind.STATE).any()
+        assert (kinds == Kind.TASK).any()
+
+
+def test_families_differ_as_the_policies_do():
+    """Literal token rows of three policies: what stands where, and which queries are actions."""
+    kinds = {name: [s.kind for s in FAMILIES[name].layout.segments] for name in FAMILIES}
+    assert kinds["pi05"] == ["image", "image", "image", "language", "action"]
+    assert kinds["pi0"] == ["image", "image", "image", "language", "state", "action"]
+    assert kinds["smolvla"] == ["image", "image", "language", "state", "padding", "action"]
+    around = ["special", "image", "special"]
+    assert kinds["smolvla with special tokens"] == [*around, *around, *kinds["smolvla"][2:]]
+    assert FAMILIES["pi0"].layout.action_queries == slice(1, 6)
+    assert FAMILIES["pi0"].layout.n_queries == 6
+    assert FAMILIES["smolvla"].layout.action_queries == slice(0, 5)
+    tops = {n: FAMILIES[n].layout.cameras[1].geometry for n in ("pi05", "pi05 left-top")}
+    assert tops["pi05"].pad_top_px * 2 == tops["pi05 left-top"].pad_top_px > 0
 
 
 def test_planted_prefix_rows(tmp_path):
@@ -97,7 +175,7 @@ def test_planted_prefix_rows(tmp_path):
         for key in np.flatnonzero(np.isin(data.key_camera.values, [0, 1])):
             tokens = start + np.flatnonzero(words == data.key_row.values[key] % n_words)
             np.testing.assert_allclose(rows[..., key, tokens], 1 / len(tokens), rtol=1e-3)
-        itself = np.flatnonzero(np.isin(kinds, [Kind.SCAFFOLD, Kind.STATE]))
+        itself = np.flatnonzero(np.isin(kinds, [Kind.TEMPLATE, Kind.STATE]))
         assert (rows[..., itself, itself] == 1).all()
 
 
@@ -194,6 +272,12 @@ def test_full_size_is_pi05():
         ({"n_executed": 6}, "n_executed: got 6, expected 1 to n_queries = 5"),
         ({"n_executed": 0}, "n_executed: got 0"),
         ({"layers": (3, 4)}, r"layers: got \(3, 4\), expected 0 to 3"),
+        ({"prefix_only_layers": (4,)}, r"prefix_only_layers: got \(4,\), expected 0 to 3"),
+        (
+            {"n_suffix_state": 1, "n_executed": 5},
+            "n_executed: got 5, expected 1 to n_queries - n_suffix_state = 4",
+        ),
+        ({"layers": (), "has_means": False}, "has_means: got False, expected True, or layers"),
     ],
 )
 def test_plans_that_nothing_can_be_planted_in(changes, message):

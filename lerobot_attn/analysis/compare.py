@@ -566,12 +566,16 @@ def _check_same(arrays: Sequence[xr.DataArray], dim: str, names: Sequence[str]) 
 
 
 def _common_coords(arrays: Sequence[xr.DataArray], dim: str) -> dict[Any, Any]:
-    """Return the coordinates that all arrays have alike, without those along `dim`."""
+    """Return the coordinates that all arrays have alike, without those along `dim`.
+
+    By their own values: `equals` of a coordinate also compares the scalar ones that hang on it, such as the
+    flow time of a step, which differs between policies.
+    """
     return {
         name: coord
         for name, coord in arrays[0].coords.items()
         if dim not in coord.dims
-        and all(name in array.coords and array.coords[name].equals(coord) for array in arrays)
+        and all(name in a.coords and a.coords[name].variable.equals(coord.variable) for a in arrays)
     }
 
 

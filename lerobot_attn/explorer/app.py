@@ -22,27 +22,26 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.explorer import payloads
+from lerobot_attn.explorer import facts, groups, ranges, slabs, tables
+from lerobot_attn.explorer.base_path import BasePath, guessed
 from lerobot_attn.explorer.document import page_folder
+from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, HostGate
 from lerobot_attn.explorer.library import Library, NotThereError, Summary, version_of
+from lerobot_attn.explorer.page_files import ASK_AGAIN, IMMUTABLE, PageFiles, document
 from lerobot_attn.explorer.pictures import FramePictures, video_version
 from lerobot_attn.store.reader import Episode
 
-POLL_S = 0.5  # how often the library is looked at for whoever listens to its events
-_LOOK_S = 0.5  # what is spent on reading stores before one answers: thousands take a while
+POLL_S = 0.5  # seconds between two looks at the library while somebody listens to its events
+_LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
 _KEEP_ALIVE_S = 15.0
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-_IMMUTABLE = "private, max-age=31536000, immutable"
 _LATEST = "latest"  # as a version: whatever is in the episode's place
-_ASK_AGAIN = "no-cache"  # keep it, but ask whether it changed
-_MISSING_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lerobot-attn</title>
+_MISSING_PAGE = b"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>lerobot-attn</title></head>
 <p>This installation has no page: it comes from sources in which the page was not built.
 <p>Run <code>scripts/build_explorer.sh</code> there, install again, and start <code>lerobot-attn view</code>
 again. Until then, the data is at <a href="api/run">api/run</a>."""
@@ -63,13 +62,16 @@ class _NumberConvertor(Convertor[int]):
 register_url_convertor("number", _NumberConvertor())
 
 
-def create_app(library: Library, *, hosts: list[str] | None = None, static: Path | None = None) -> Starlette:
+def create_app(
+    library: Library, *, hosts: list[str] | None = None, base: str = "", static: Path | None = None
+) -> Starlette:
     """Return the web application.
 
     Args:
         library: the episodes that are served.
         hosts: names by which the server may be addressed, so that a page elsewhere cannot reach it by a name
             of its own; default: this machine's loopback.
+        base: path under which a proxy shows the server and which it passes on, as `base_path` returns it.
         static: the built page; default: the one in the package.
     """
     explorer = _Explorer(library)
@@ -87,21 +89,22 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
         get("/api/episodes/{id}", explorer.facts, zip_=True),
         get(episode + "/timeline", explorer.timeline, zip_=True),
         get(episode + "/shares", explorer.shares, zip_=True),
+        get(episode + "/ranges", explorer.ranges_of_steps, zip_=True),
         get(episode + "/ranges/{denoise_step:number}", explorer.ranges, zip_=True),
         get(at + "/tokens", explorer.tokens, zip_=True),
         get(at + "/actions", explorer.actions, zip_=True),
         get(at + "/means/{denoise_step:number}", explorer.means),
         get(at + "/maps/{denoise_step:number}/{layer:number}", explorer.maps),
         get(at + "/prefix/{layer:number}/{query:number}", explorer.prefix),
-        get(episode + "/cameras/{camera}/frames/{frame:number}.jpg", explorer.frame),
-        get(episode + "/cameras/{camera}.mp4", explorer.video),
+        get(episode + "/cameras/{camera:path}/frames/{frame:number}.jpg", explorer.frame),
+        get(episode + "/cameras/{camera:path}.mp4", explorer.video),
         Route("/api/{rest:path}", _no_such_request),
         _page(static),
     ]
     allowed = list(LOOPBACK_NAMES) if hosts is None else hosts
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)],
+        middleware=[Middleware(HostGate, hosts=allowed), Middleware(BasePath, path=base)],
         exception_handlers={
             NotThereError: _refused(404),
             SelectionError: _refused(404),
@@ -111,7 +114,7 @@ def create_app(library: Library, *, hosts: list[str] | None = None, static: Path
             Exception: _refused(500),
         },
     )
-    app.state.is_closing = False  # a server that ends sets it, and the streams of events end with it
+    app.state.is_closing = False  # the server sets it when it ends, so that streams of events end too
     return app
 
 
@@ -147,14 +150,14 @@ class _Explorer:
         for summary in summaries:
             with contextlib.suppress(NotThereError, StoreError):  # removed or damaged since one looked
                 episodes.append(self._library.episode(summary.id, summary.version))
-        return payloads.groups(episodes)
+        return groups.groups(episodes)
 
     def facts(self, request: Request) -> Response:
         episode = self._library.episode(request.path_params["id"])
-        return _json(request, {"version": version_of(episode), **_read(episode, payloads.facts)})
+        return _json(request, {"version": version_of(episode), **_read(episode, facts.facts)})
 
     def timeline(self, request: Request) -> Response:
-        return _json(request, _read(self._episode(request), payloads.timeline))
+        return _json(request, _read(self._episode(request), tables.timeline))
 
     def shares(self, request: Request) -> Response:
         first = _integer(request, "first", 0)
@@ -163,29 +166,32 @@ class _Explorer:
             "denoise_step": _integer(request, "denoise_step", -1),
             "head": _integer_or(request, "head", "mean", "max"),
         }
-        found = _read(self._episode(request), payloads.shares, first, **where)
+        found = _read(self._episode(request), tables.shares, first, **where)
         return _json(request, found)
 
     def ranges(self, request: Request) -> Response:
         step = request.path_params["denoise_step"]
-        return _json(request, _read(self._episode(request), payloads.ranges, step))
+        return _json(request, _read(self._episode(request), ranges.ranges, step))
+
+    def ranges_of_steps(self, request: Request) -> Response:
+        return _json(request, _read(self._episode(request), ranges.ranges_of_steps))
 
     def tokens(self, request: Request) -> Response:
         inference = request.path_params["inference"]
-        return _json(request, _read(self._episode(request), payloads.tokens, inference), immutable=True)
+        return _json(request, _read(self._episode(request), tables.tokens, inference), immutable=True)
 
     def actions(self, request: Request) -> Response:
         inference = request.path_params["inference"]
-        return _json(request, _read(self._episode(request), payloads.action_chunk, inference), immutable=True)
+        return _json(request, _read(self._episode(request), tables.action_chunk, inference), immutable=True)
 
     def means(self, request: Request) -> Response:
-        return self._slab(request, payloads.mean_slab, "inference", "denoise_step")
+        return self._slab(request, slabs.mean_slab, "inference", "denoise_step")
 
     def maps(self, request: Request) -> Response:
-        return self._slab(request, payloads.map_slab, "inference", "denoise_step", "layer")
+        return self._slab(request, slabs.map_slab, "inference", "denoise_step", "layer")
 
     def prefix(self, request: Request) -> Response:
-        return self._slab(request, payloads.prefix_slab, "inference", "layer", "query")
+        return self._slab(request, slabs.prefix_slab, "inference", "layer", "query")
 
     def frame(self, request: Request) -> Response:
         episode, camera = self._episode(request), request.path_params["camera"]
@@ -194,7 +200,8 @@ class _Explorer:
         if frame >= max(1, episode.n_frames):
             raise NotThereError(f"frame {frame} does not exist: the episode has {episode.n_frames}")
         picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
-        # A video can be replaced, or grow, while its recording stays the same, and while it is decoded.
+        # A video can be replaced, or grow, while its recording stays the same. It is immutable only if it was
+        # the wanted version both before and after it was decoded.
         asked = request.query_params.get("v")
         immutable = asked is not None and asked == version == video_version(video)
         return _answer(request, picture, "image/jpeg", immutable=immutable)
@@ -206,14 +213,14 @@ class _Explorer:
             found = video.stat()
         except OSError as error:
             raise NotThereError(f"the video of camera {camera!r} was removed") from error
-        headers = {"Cache-Control": _ASK_AGAIN}
+        headers = {"Cache-Control": ASK_AGAIN}
         return FileResponse(video, media_type="video/mp4", headers=headers, stat_result=found)
 
     async def events(self, request: Request) -> Response:
         """Tell of every episode that is new, has grown or is gone, as server-sent events."""
-        return StreamingResponse(
-            self._changes(request), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        # nginx would otherwise keep events back until many have come together.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(self._changes(request), media_type="text/event-stream", headers=headers)
 
     async def _changes(self, request: Request) -> AsyncIterator[str]:
         told: dict[str, dict[str, Any]] = {}
@@ -225,7 +232,7 @@ class _Explorer:
             now = {summary.id: summary.to_dict() for summary in found.summaries}
             others_now = (found.n_unread, found.problems)
             if others is None:
-                # Who asks for the run from here on will miss nothing.
+                # Whatever changes after an answer to /api/run that follows this event will be told.
                 yield "event: ready\ndata: {}\n\n"
             else:
                 changed = [facts for id_, facts in now.items() if told.get(id_) != facts]
@@ -239,7 +246,7 @@ class _Explorer:
                     yield ": here\n\n"
                     silent_s = 0.0
             told, others = now, others_now
-            # Looking at thousands of stores must leave most of the time for answers.
+            # Looking at thousands of stores takes long; half of the time at least is left for answers.
             pause_s = max(POLL_S, time.monotonic() - started)
             await asyncio.sleep(pause_s)
             silent_s += pause_s
@@ -248,9 +255,7 @@ class _Explorer:
         version = request.path_params["version"]
         return self._library.episode(request.path_params["id"], None if version == _LATEST else version)
 
-    def _slab(
-        self, request: Request, slab: Callable[..., tuple[bytes, tuple[int, ...]]], *names: str
-    ) -> Response:
+    def _slab(self, request: Request, slab: Callable[..., slabs.Slab], *names: str) -> Response:
         values = [request.path_params[name] for name in names]
         body, shape = _read(self._episode(request), slab, *values)
         headers = {"X-Shape": ",".join(map(str, shape))}
@@ -260,7 +265,7 @@ class _Explorer:
 class _Once:
     """The answer to a slow question, computed on a thread of its own and kept.
 
-    Who asks while it is computed waits without a thread, so that other requests have them.
+    A request that comes while it is computed waits without taking a thread, so that others find one.
     """
 
     def __init__(self) -> None:
@@ -274,7 +279,7 @@ class _Once:
         if kept is None or failed or state != self._state:
             self._state = state
             kept = self._answer = asyncio.create_task(run_in_threadpool(compute))
-        return await asyncio.shield(kept)  # others may wait for it still when this one goes away
+        return await asyncio.shield(kept)  # if this request is cancelled, others still wait for it
 
 
 def _read[**P, R](episode: Episode, read: Callable[..., R], *args: Any, **where: Any) -> R:
@@ -303,7 +308,7 @@ def _answer(
     """Answer, or say that what the browser has is still right."""
     etag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
     immutable = immutable and request.path_params.get("version") != _LATEST
-    kept = {"ETag": etag, "Cache-Control": _IMMUTABLE if immutable else _ASK_AGAIN, **(headers or {})}
+    kept = {"ETag": etag, "Cache-Control": IMMUTABLE if immutable else ASK_AGAIN, **(headers or {})}
     asked = request.headers.get("if-none-match", "")
     if etag in (tag.strip().removeprefix("W/") for tag in asked.split(",")):
         return Response(status_code=304, headers=kept)
@@ -335,11 +340,20 @@ def _refused(status: int) -> Callable[[Request, Exception], Response]:
 
 def _http_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _problem(error.status_code, error.detail, error.headers)
+    message, base = error.detail, guessed(request.url.path)
+    if error.status_code == 404 and base is not None:
+        message = (
+            f"nothing is at {request.url.path[:200]}; behind a proxy that passes its own path on, start the "
+            f"explorer with: lerobot-attn view … --base-path {base}/"
+        )
+    return _problem(error.status_code, message, error.headers)
 
 
 def _problem(status: int, message: str, headers: Any = None) -> Response:
-    return JSONResponse({"error": message}, status, headers={**(headers or {}), "Cache-Control": "no-store"})
+    # In ASCII: a path on the disk may hold what no UTF-8 can say.
+    body = json.dumps({"error": message}, separators=(",", ":")).encode()
+    kept = {**(headers or {}), "Cache-Control": "no-store"}
+    return Response(body, status, headers=kept, media_type="application/json")
 
 
 def _no_such_request(request: Request) -> Response:
@@ -349,16 +363,5 @@ def _no_such_request(request: Request) -> Response:
 def _page(static: Path | None) -> Mount | Route:
     folder = static or page_folder()
     if not (folder / "index.html").is_file():
-        headers = {"Cache-Control": _ASK_AGAIN}
-        return Route("/", lambda request: Response(_MISSING_PAGE, media_type="text/html", headers=headers))
-    return Mount("/", _PageFiles(directory=folder, html=True))
-
-
-class _PageFiles(StaticFiles):
-    """The built page: files in `assets` have a hash of themselves in their names, others do not."""
-
-    def file_response(self, full_path: Any, *args: Any, **options: Any) -> Response:
-        response = super().file_response(full_path, *args, **options)
-        hashed = Path(full_path).parent.name == "assets"
-        response.headers["Cache-Control"] = _IMMUTABLE if hashed else _ASK_AGAIN
-        return response
+        return Route("/", lambda request: document(_MISSING_PAGE))
+    return Mount("/", PageFiles(directory=folder, html=True))

@@ -55,7 +55,7 @@ def single_document(folder: Path | None = None) -> Document:
         raise SetupError(
             f"this installation has no page to export ({missing} is missing in {folder}): {_BUILD}"
         ) from error
-    # In strings, templates and patterns, the only places where a script can hold these, it is the same.
+    # A script can hold these only in strings, templates and patterns, where the escape means the same.
     script = re.sub(r"<(?=/?script|!--)", r"\\x3c", script, flags=re.IGNORECASE)
     style = style.replace("</", r"<\/")
     rules = (
@@ -80,7 +80,7 @@ def single_document(folder: Path | None = None) -> Document:
         raise SetupError(
             f"{folder / 'index.html'}: {what}, expected one script and one style sheet: {_BUILD}"
         )
-    # Last, for nothing in them is to be searched or replaced.
+    # Last, because nothing in script or style may be taken for a part of the page.
     before = before.replace("<style></style>", f"<style>{style}</style>", 1)
     before = before.replace('<script type="module"></script>', f'<script type="module">{script}</script>', 1)
     return Document(before.encode(), f"{end}{after}".encode())

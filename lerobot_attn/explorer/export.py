@@ -12,21 +12,20 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
-from lerobot_attn.analysis.labels import in_words, policy_count, ranges, stored_labels
-from lerobot_attn.analysis.select import frames_of
-from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.explorer import payloads
+from lerobot_attn.analysis.labels import ranges
+from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
+from lerobot_attn.explorer import slabs, tables
 from lerobot_attn.explorer.document import Document, data_element, escaped, single_document
-from lerobot_attn.explorer.library import summary_of, version_of
+from lerobot_attn.explorer.excerpt import Excerpt, as_option, choose, facts_of
+from lerobot_attn.explorer.library import id_alone, summary_of
 from lerobot_attn.explorer.pictures import jpeg
 from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.sizes import format_bytes
@@ -161,7 +160,13 @@ def export_html(
     _check_target(episode, path)
     document = single_document(page)
     try:
-        chosen = _choose(episode, settings)
+        chosen = choose(
+            episode,
+            layers=settings.layers,
+            heads=settings.heads,
+            denoise_steps=settings.denoise_steps,
+            frames=settings.frames,
+        )
         parts = _read(episode, chosen, settings.quality, progress)
     except LerobotAttnError:
         raise
@@ -177,24 +182,6 @@ def export_html(
         announce(contents)
     _write(path, document, parts)
     return WrittenExport(path, contents, tuple(parts.notes))
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What is exported, as the store's own labels and numbers, ascending."""
-
-    recording: dict[str, Any]  # facts of all that there is
-    layers: list[int]
-    heads: list[int]
-    steps: list[int]
-    frames: list[int]
-    inference_of: dict[int, int]  # of each of the frames
-    excerpt: str  # all of that in a sentence
-    is_every_frame: bool
-
-    @property
-    def inferences(self) -> list[int]:
-        return sorted(set(self.inference_of.values()))
 
 
 @dataclass
@@ -229,57 +216,7 @@ def _check_target(episode: Episode, path: Path) -> None:
         raise ConfigError(f"{path}: is a folder, expected a file's name")
 
 
-def _choose(episode: Episode, settings: ExportSettings) -> _Chosen:
-    data, facts = episode.arrays, payloads.facts(episode)
-    if episode.n_frames == 0:
-        raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
-    if not facts["mean_layers"]:
-        raise SelectionError(f"{episode.path}: was recorded without suffix attention; nothing to show")
-    steps = settings.denoise_steps
-    steps = facts["denoise_steps"][-1:] if steps is None else steps
-    choices = {"layer": settings.layers, "head": settings.heads, "denoise_step": steps}
-    there = xr.Dataset(
-        coords={name: facts["mean_layers" if name == "layer" else f"{name}s"] for name in choices},
-        attrs=data.attrs,
-    )
-    labels, said = [], []
-    for name, choice in choices.items():
-        found = sorted(set(stored_labels(there, name, choice, f"n_{name}s", ("all",))))
-        labels.append(found)
-        said.append(in_words(name.replace("_", " "), choice, found, policy_count(data, f"n_{name}s")))
-    frames = np.unique(np.array(frames_of(data, settings.frames), int)).tolist()
-    if not frames:
-        raise SelectionError("frames []: expected one at least")
-    inference_of = dict(zip(frames, data["frame_inference"].values[frames].tolist(), strict=True))
-    is_every_frame = len(frames) == episode.n_frames
-    said.append("all frames" if is_every_frame else _frames_in_words(frames, episode.n_frames))
-    excerpt = (
-        f"An export of {', '.join(said)}. Means, largest values and the episode's colour range are of what "
-        "is here; the maps are means over the executed actions."
-    )
-    layers, heads, steps = labels
-    return _Chosen(facts, layers, heads, steps, frames, inference_of, excerpt, is_every_frame)
-
-
-def _frames_in_words(frames: Sequence[int], n_frames: int) -> str:
-    """Say which frames: "frame 3", "frames 0-99", "every 5th of frames 0-275", "40 of 280 frames"."""
-    span = f"{frames[0]}-{frames[-1]}"
-    stride = _stride(frames)
-    if len(frames) == 1:
-        return f"frame {frames[0]}"
-    if stride is None:
-        return f"{len(frames)} of {n_frames} frames"
-    ordinal = {2: "2nd", 3: "3rd"}.get(stride, f"{stride}th")
-    return f"frames {span}" if stride == 1 else f"every {ordinal} of frames {span}"
-
-
-def _stride(frames: Sequence[int]) -> int | None:
-    """Return how far apart the frames are, if they are so evenly; 1 for a single one."""
-    apart = set(np.diff(frames).tolist())
-    return int(apart.pop()) if len(apart) == 1 else None if apart else 1
-
-
-def _read(episode: Episode, chosen: _Chosen, quality: int, progress: Progress | None) -> _Parts:
+def _read(episode: Episode, chosen: Excerpt, quality: int, progress: Progress | None) -> _Parts:
     """Read everything that the file will hold."""
     cameras = [camera.name for camera in episode.layout.cameras if camera.name in episode.videos]
     total = len(chosen.inferences) + len(cameras) * len(chosen.frames)
@@ -291,10 +228,10 @@ def _read(episode: Episode, chosen: _Chosen, quality: int, progress: Progress | 
         if progress is not None:
             progress(done, total)
 
-    tables: dict[str, Any] = {
-        "row": summary_of(episode.path.stem, episode).to_dict(),
-        "facts": _facts(episode, chosen),
-        "timeline": payloads.timeline(episode),
+    found: dict[str, Any] = {
+        "row": summary_of(id_alone(episode.path), episode).to_dict(),
+        "facts": facts_of(episode, chosen),
+        "timeline": tables.timeline(episode),
         "inferences": chosen.inferences,
         "tokens": [],
         "actions": [],
@@ -306,38 +243,21 @@ def _read(episode: Episode, chosen: _Chosen, quality: int, progress: Progress | 
     zipped = zlib.compressobj(wbits=31)  # gzip
     maps = []
     for inference in chosen.inferences:
-        tables["tokens"].append(payloads.tokens(episode, inference))
-        tables["actions"].append(payloads.action_chunk(episode, inference))
+        found["tokens"].append(tables.tokens(episode, inference))
+        found["actions"].append(tables.action_chunk(episode, inference))
         for step in chosen.steps:
-            slab, whole = payloads.mean_slab(episode, inference, step)
+            slab, whole = slabs.mean_slab(episode, inference, step)
             maps.append(zipped.compress(np.frombuffer(slab, "<f2").reshape(whole)[places].tobytes()))
         advance()
     maps.append(zipped.flush())
     sizes = (chosen.inferences, chosen.steps, chosen.layers, chosen.heads)
     shape = (*map(len, sizes), episode.layout.n_keys)
-    parts = _Parts(tables, b"".join(maps), shape, {})
+    parts = _Parts(found, b"".join(maps), shape, {})
     for camera in cameras:
         parts.pictures[camera] = _pictures(episode, camera, chosen.frames, quality, advance, parts.notes)
-    for camera in tables["facts"]["cameras"]:
+    for camera in found["facts"]["cameras"]:
         camera["has_video"] = bool(parts.pictures.get(camera["name"]))
     return parts
-
-
-def _facts(episode: Episode, chosen: _Chosen) -> dict[str, Any]:
-    facts = chosen.recording
-    flow_time = dict(zip(facts["denoise_steps"], facts["flow_time"], strict=True))
-    return {
-        "version": version_of(episode),
-        **facts,
-        "mean_layers": chosen.layers,
-        "layers": [],
-        "prefix_layers": [],
-        "heads": chosen.heads,
-        "denoise_steps": chosen.steps,
-        "flow_time": [flow_time[step] for step in chosen.steps],
-        "excerpt": chosen.excerpt,
-        **({} if chosen.is_every_frame else {"frames": chosen.frames}),
-    }
 
 
 def _places(labels: list[int], wanted: list[int]) -> list[int]:
@@ -365,7 +285,7 @@ def _pictures(
     return found
 
 
-def _contents(chosen: _Chosen, parts: _Parts, document: Document) -> Contents:
+def _contents(chosen: Excerpt, parts: _Parts, document: Document) -> Contents:
     pictures = [picture for of_camera in parts.pictures.values() for picture in of_camera.values()]
     element = data_element(ELEMENT, "")
     return Contents(
@@ -386,7 +306,7 @@ def _base64_bytes(value: bytes) -> int:
     return 4 * math.ceil(len(value) / 3)
 
 
-def _too_large(path: Path, contents: Contents, max_mb: float, chosen: _Chosen) -> ConfigError:
+def _too_large(path: Path, contents: Contents, max_mb: float, chosen: Excerpt) -> ConfigError:
     remedies = _remedies(contents, max_mb * _MB, chosen)
     listed = ", ".join(
         f"{option} {'would bring it ' if i == 0 else ''}to about {format_bytes(size)}"
@@ -399,7 +319,7 @@ def _too_large(path: Path, contents: Contents, max_mb: float, chosen: _Chosen) -
     )
 
 
-def _remedies(contents: Contents, limit: float, chosen: _Chosen) -> list[tuple[str, float]]:
+def _remedies(contents: Contents, limit: float, chosen: Excerpt) -> list[tuple[str, float]]:
     """Return options that would make the file small enough, each with about the size that it would have."""
 
     def size(*, pictures: float = 1, maps: float = 1) -> float:
@@ -418,7 +338,7 @@ def _remedies(contents: Contents, limit: float, chosen: _Chosen) -> list[tuple[s
         frames = chosen.frames[::every]
         n_inferences = len({chosen.inference_of[frame] for frame in frames})
         parts = {"pictures": len(frames) / len(chosen.frames), "maps": n_inferences / len(chosen.inferences)}
-        if fits(f"--frames {_as_option(frames, chosen.frames[-1])}", size(**parts)):
+        if fits(f"--frames {as_option(frames, chosen.frames[-1])}", size(**parts)):
             break
     for name, labels in (("layers", chosen.layers), ("heads", chosen.heads)):
         for n in range(len(labels) - 1, 0, -1):
@@ -427,12 +347,6 @@ def _remedies(contents: Contents, limit: float, chosen: _Chosen) -> list[tuple[s
     if len(chosen.steps) > 1:
         fits(f"--denoise-steps {chosen.steps[-1]}", size(maps=1 / len(chosen.steps)))
     return found
-
-
-def _as_option(frames: Sequence[int], last: int) -> str:
-    """Write frames as `--frames` takes them; evenly spaced ones as a range that may end at a later frame."""
-    stride = _stride(frames)
-    return ",".join(map(str, frames)) if stride is None else f"{frames[0]}-{last}:{stride}"
 
 
 def _counted(n: int, what: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -19,17 +21,19 @@ from typing import Any, NamedTuple
 
 from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
-from lerobot_attn.explorer.payloads import plain
-from lerobot_attn.store.attributes import is_store
+from lerobot_attn.explorer.values import plain
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
+# ":" separates folders, "%" escapes, and names may hold bytes that are no text.
+_NOT_IN_IDS = re.compile(r"[:%\x00-\x1f\x7f\ud800-\udfff]")
 _MAX_OPEN = 32  # episodes whose dataset is kept open
-# Between two listings that unknown ids ask for: each takes a fifth of a second for 2,000 stores.
+# Seconds between two listings of the folder that requests for unknown ids cause, because a listing takes a
+# fifth of a second for 2,000 stores.
 _RESCAN_S = 0.5
-_RETRY_S = 2.0  # until a store is read again that the file system could not read
+_RETRY_S = 2.0  # seconds until a store is tried again that the file system could not read
 
 
 class NotThereError(LookupError):
@@ -110,17 +114,24 @@ class Library:
 
     def __init__(self, path: str | Path, *, rescan_s: float = 1.0):
         self.path = Path(path)
-        open_run(self.path)  # say at once what is wrong with the path
         self._root = self.path.resolve()
+        if not _is_name(self.path.name):
+            self.path = self._root
+        self._is_episode = self.path.suffix == EPISODE_SUFFIX or (self.path / METADATA).is_file()
+        # Say at once what is wrong with the path.
+        if self._is_episode:
+            open_episode(self.path)
+        else:
+            open_run(self.path)
         self._rescan_s = rescan_s
         self._scan = _Scan(-math.inf, {}, [])
         self._known: dict[str, _Known] = {}
         self._open: OrderedDict[str, tuple[_Signature, Episode]] = OrderedDict()
-        # Each is held for what is slow, which those who need no more than what is known do not wait for.
-        self._looking = threading.Lock()
-        self._scanning = threading.Lock()
-        self._opening = threading.Lock()
-        self._lock = threading.Lock()  # held for what takes no time
+        # Each of these is held while something slow is done. Whoever needs only what is known takes none.
+        self._looking = threading.Lock()  # while changed stores are read
+        self._scanning = threading.Lock()  # while the folder is listed
+        self._opening = threading.Lock()  # while a store is opened
+        self._lock = threading.Lock()  # while `_open` is looked up or changed, which takes no time
 
     @property
     def name(self) -> str:
@@ -130,7 +141,7 @@ class Library:
     @property
     def is_episode(self) -> bool:
         """Whether the path is one episode, rather than a folder of them."""
-        return self.path.suffix == EPISODE_SUFFIX or is_store(self.path)
+        return self._is_episode
 
     def look(self, budget_s: float = math.inf) -> Listing:
         """Return what is there now, in the order of the paths.
@@ -234,8 +245,8 @@ class Library:
             StoreError: it is damaged, a part of it is a link, or it cannot be read.
         """
         try:
-            # Looked for whenever a store is opened: once a commit while it is recorded, once otherwise. A
-            # link that is put into a store between two commits is not seen, nor is a hard link ever.
+            # A store is opened once, and again after each commit while it is recorded. So a link that is put
+            # into it between two commits is not seen; a hard link never is.
             link = first_link(path)
             if link is not None:
                 raise StoreError(
@@ -246,7 +257,7 @@ class Library:
             version_of(episode)
         except LerobotAttnError:
             raise
-        except Exception as error:  # of files that vanish, and of attributes that are anything
+        except Exception as error:  # files may vanish, and a stranger's attributes may be anything
             raise StoreError(f"{path}: cannot be read: {first_line(error)}") from error
         return episode
 
@@ -303,10 +314,22 @@ class Library:
             return ()
 
     def _id(self, store: Path) -> str:
-        """Return the store's path below the root, in one segment of a URL."""
+        """Return the store's path below the root, in one segment of a URL; no two stores have the same."""
         if self.is_episode:
-            return store.stem
-        return ":".join(store.relative_to(self.path).with_suffix("").parts)
+            return id_alone(store)
+        *folders, name = map(_escaped, store.relative_to(self.path).parts)
+        return ":".join([*folders, name.removesuffix(EPISODE_SUFFIX)])
+
+
+def id_alone(store: Path) -> str:
+    """Return the id of an episode that is served, or exported, by itself."""
+    name = store.name if _is_name(store.name) else store.resolve().name
+    return _escaped(name.removesuffix(EPISODE_SUFFIX))
+
+
+def _is_name(last: str) -> bool:
+    """Return whether the last part of a path is a folder's name: that of "." and ".." is none."""
+    return last not in ("", "..")
 
 
 def summary_of(id_: str, episode: Episode) -> Summary:
@@ -343,6 +366,11 @@ def _stored_bytes(episode: Episode) -> int:
         return episode.stored_bytes()
     except FileNotFoundError:  # its recording renamed a file between two looks at it
         return episode.stored_bytes()
+
+
+def _escaped(name: str) -> str:
+    """Return a folder's name with what an id cannot hold written as bytes, as URLs do: "a:b" → "a%3Ab"."""
+    return _NOT_IN_IDS.sub(lambda found: "".join(f"%{byte:02X}" for byte in os.fsencode(found[0])), name)
 
 
 def _signature(store: Path) -> _Signature | None:

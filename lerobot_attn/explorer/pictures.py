@@ -1,8 +1,8 @@
 """Frames of a camera's video as JPEG, by frame number.
 
-A browser's video element cannot seek to an exact frame, so the page gets pictures. Decoding begins at the
-video's start, so decoders stay open for who goes on, and pictures are kept in memory, up to a limit, for who
-goes back.
+A browser's video element cannot seek to an exact frame, so the page gets pictures. Decoding always begins
+at the video's start. So a decoder stays open, because the next frame is likely to be asked for next, and
+pictures are kept in memory, up to a limit, because people go back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lerobot_attn.store.video import Frame, read_frames
 
 # Frames that are kept on the way to a wanted one; one further ahead is sooner found from the video's start.
 _BLOCK = 32
-_MAX_DECODERS = 4  # two episodes of two cameras side by side
+_MAX_DECODERS = 4  # enough for two episodes of two cameras side by side
 _QUALITY = 90
 
 
@@ -78,7 +78,7 @@ class FramePictures:
         found = self._held(source, frame)
         if found is None:
             decoder = self._decoder(source)
-            with decoder.lock:  # who waited may find it decoded
+            with decoder.lock:  # while this thread waited, another may have decoded the frame
                 found = self._held(source, frame) or self._decode(source, decoder, frame)
         return found
 
@@ -116,7 +116,7 @@ class FramePictures:
 
 
 class _Decoder:
-    """A video that is open at some frame. Whoever uses it holds its lock."""
+    """A video that is open at some frame. Hold its `lock` to use it."""
 
     def __init__(self, source: _Video):
         self.lock = threading.Lock()
@@ -125,7 +125,7 @@ class _Decoder:
         self._next = 0
 
     def until(self, frame: int) -> Iterator[tuple[int, Frame]]:
-        """Yield frames with their numbers up to the wanted one: those that are decoded on the way come first.
+        """Yield the frames from where the decoder is up to the wanted one, each with its number.
 
         Raises:
             StoreError: the file is no video, or has no such frame.

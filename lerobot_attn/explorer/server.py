@@ -6,17 +6,18 @@ import contextlib
 import ipaddress
 import logging
 import socket
-import threading
-import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.explorer import payloads
-from lerobot_attn.explorer.app import LOOPBACK_NAMES, create_app
+from lerobot_attn.explorer import facts, slabs, tables
+from lerobot_attn.explorer.app import create_app
+from lerobot_attn.explorer.base_path import base_path as checked_base_path
+from lerobot_attn.explorer.browser import open_page
+from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, host_pattern
 from lerobot_attn.explorer.library import Library
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,13 @@ _LOOK_S = 0.2  # what is spent on reading a run's stores before the server answe
 
 
 def serve(
-    path: str | Path, *, host: str = LOOPBACK, port: int | None = None, open_browser: bool = True
+    path: str | Path,
+    *,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    open_browser: bool = True,
+    allow_hosts: Sequence[str] = (),
+    base_path: str = "",
 ) -> None:
     """Serve the explorer until it is interrupted.
 
@@ -36,12 +43,18 @@ def serve(
         path: an episode, a task's folder, or a run's output folder.
         host: address to listen at; by default this machine alone can reach it.
         port: its port; by default the first free one from 8123 on.
-        open_browser: open the page.
+        open_browser: open the page, where there is a graphical browser.
+        allow_hosts: further names by which the server may be addressed, e.g. a proxy's; "*.example.org" for
+            all that end so, "*" for any.
+        base_path: path under which a proxy shows the server, e.g. "/proxy/8123/"; only for a proxy that
+            passes its path on and does not say so in `X-Forwarded-Prefix`.
 
     Raises:
         StoreError: no episode at the path.
-        ConfigError: the address cannot be listened at.
+        ConfigError: the address cannot be listened at, or a name or path is none.
     """
+    names = [host_pattern(name) for name in allow_hosts]
+    base = checked_base_path(base_path)
     library = Library(path)
     listener = _listen(host, port)
     local = _is_loopback(host)
@@ -53,14 +66,15 @@ def serve(
             "Listening at %s: whoever can reach this machine can see these recordings; there is no password",
             host,
         )
-    # Of another host any name may be the right one.
-    app = create_app(library, hosts=[*LOOPBACK_NAMES, name] if local else ["*"])
+    # Of another host any name may be the right one, unless they were told.
+    known = [*LOOPBACK_NAMES, name, *names]
+    app = create_app(library, hosts=known if local or names else ["*"], base=base)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
     with listener, contextlib.suppress(KeyboardInterrupt):
         if open_browser:
-            # It starts while the first view is read; its request waits in the listener's queue.
-            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+            # The browser starts while the first view is read; its request waits in the listener's queue.
+            open_page(url)
         _warm_up(library)
         _Server(app, config, lambda: _announce(url)).run(sockets=[listener])
 
@@ -84,15 +98,15 @@ class _Server(uvicorn.Server):
 
 
 def _warm_up(library: Library) -> None:
-    """Read what a first view reads, which loads the libraries that do it.
+    """Read what a first view reads, so that the libraries for it are loaded before the first request.
 
-    On a thread beside the server it would take turns with the first answers, and both would end later.
+    Not on a thread beside the server: both would compete for one core, and the first answer would come later.
     """
-    # A damaged episode is told to whoever asks for it.
+    # A damaged episode is reported by the request that asks for it.
     with contextlib.suppress(Exception):
         episode = library.episode(library.look(_LOOK_S).summaries[0].id)
-        payloads.mean_slab(episode, 0, payloads.facts(episode)["denoise_steps"][-1])
-        payloads.tokens(episode, 0)
+        slabs.mean_slab(episode, 0, facts.facts(episode)["denoise_steps"][-1])
+        tables.tokens(episode, 0)
 
 
 def _announce(url: str) -> None:
@@ -105,8 +119,8 @@ def _listen(host: str, port: int | None) -> socket.socket:
     ports = range(DEFAULT_PORT, DEFAULT_PORT + _TRIED_PORTS) if port is None else [port]
     problem: OSError | None = None
     for tried in ports:
-        # With the protocol's number asyncio sends small answers at once; without it, some wait 40 ms for the
-        # browser's acknowledgement.
+        # asyncio turns off Nagle's algorithm only for sockets that carry TCP's protocol number. With the
+        # algorithm some small answers wait 40 ms for the browser's acknowledgement.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

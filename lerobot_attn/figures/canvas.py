@@ -14,11 +14,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from lerobot_attn.errors import RANDOM_WEIGHTS as RANDOM_WEIGHTS
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.figures.scale import MISSING, colormap
 
 FORMATS = (".png", ".pdf", ".svg")
 # Letters that a paper's column can carry, in points.
@@ -53,8 +55,6 @@ _MODALITIES = {
     "actions": "#D55E00",
     "padding": "#DDDDDD",
 }
-RANDOM_WEIGHTS = "random weights: the maps mean nothing"
-MISSING = "the map is missing from the store"
 
 
 @dataclass(frozen=True)
@@ -123,20 +123,6 @@ def new_figure(width_in: float, height_in: float, caption: Caption) -> Figure:
             va="top",
         )
     return figure
-
-
-def colormap(name: str) -> Colormap:
-    """Return a colour map by its name.
-
-    Raises:
-        ConfigError: matplotlib does not know it.
-    """
-    try:
-        return mpl.colormaps[name]
-    except KeyError as error:
-        raise ConfigError(
-            f"colormap {name!r}: unknown; expected a matplotlib name, e.g. inferno, viridis, magma, cividis"
-        ) from error
 
 
 def colorbar(

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from lerobot_attn.figures.canvas import (
     Caption,
     colorbar,
-    colormap,
     largest,
     modality_colors,
     new_figure,
     styled,
 )
 from lerobot_attn.figures.images import Group, draw_overlay
+from lerobot_attn.figures.scale import colormap
 from lerobot_attn.layout import short_names
 
 # Blue and vermilion of Okabe and Ito: told apart by colour-blind readers, and in grey by the dashes.

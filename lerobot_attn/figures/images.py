@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.figures.canvas import Caption, colorbar, colormap, largest, new_figure, styled
+from lerobot_attn.figures.canvas import Caption, colorbar, largest, new_figure, styled
 from lerobot_attn.figures.matrices import draw_matrix
+from lerobot_attn.figures.scale import ColourScale, colormap
 from lerobot_attn.layout import short_names
 
 
@@ -204,13 +204,13 @@ def draw_overlay(
         cmap: a matplotlib colour map.
         alpha: opacity of the largest value.
     """
-    norm = Normalize(vmin, vmax if vmax > vmin else vmin + 1)
+    scale = ColourScale(vmax, cmap, alpha, vmin)
     axes.imshow(image)
-    missing = np.isnan(heat)
-    shown = np.asarray(norm(np.where(missing, vmin, heat)), float)
-    opacity = alpha * np.sqrt(np.clip(shown, 0, 1))
-    axes.imshow(heat, cmap=colormap(cmap), norm=norm, alpha=opacity, interpolation="nearest")
-    if missing.all():
+    # Matplotlib looks up the colour itself, so that the axes hold the values and a colour bar can be drawn.
+    axes.imshow(
+        heat, cmap=colormap(cmap), norm=scale.norm, alpha=scale.opacity(heat), interpolation="nearest"
+    )
+    if np.isnan(heat).all():
         # Or a map that is not there would look like one of no attention.
         hatch = Rectangle((0, 0), 1, 1, fill=False, linewidth=0, edgecolor="#AAAAAA", hatch="///")
         hatch.set_transform(axes.transAxes)

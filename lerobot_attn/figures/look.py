@@ -11,18 +11,25 @@ from typing import Any, ClassVar, Literal
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.spatial import NORMALISATIONS, Interpolation, Normalisation
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.figures.canvas import colormap
-from lerobot_attn.settings import check_choice, check_numbers, check_one_map, check_ranges, parse_choice
+from lerobot_attn.figures.scale import colormap
+from lerobot_attn.settings import (
+    Renaming,
+    check_choice,
+    check_numbers,
+    check_one_map,
+    check_ranges,
+    parse_choice,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookSettings:
+class LookSettings(metaclass=Renaming):
     """How maps are chosen and coloured; labels as `analysis.Where` takes them, or as text: "17", "0-99"."""
 
     # Action token: a number, 'frame' (the one executed at the frame), 'executed' or 'mean'.
     query: Any = "frame"
-    # Key tokens to leave out, e.g. attention sinks; or 'sinks' to find them first.
-    leave_out: Any = ()
+    # Key tokens to exclude, e.g. attention sinks; or 'sinks' to find them first. The rest is rescaled to 1.
+    exclude: Any = ()
     # share (of all attention), image (share within the image), frame (of the largest patch), episode (share
     # of all attention, one colour range for all frames). The range is that of what is shown with share and
     # image.
@@ -38,8 +45,10 @@ class LookSettings:
     # nearest (a patch is a square) or linear (blended between patch centres).
     interpolation: Interpolation = "nearest"
 
+    # Former names of fields.
+    renamed: ClassVar[dict[str, str]] = {"leave_out": "exclude"}
     # Fields that may be given as text.
-    _choices: ClassVar[tuple[str, ...]] = ("query", "leave_out")
+    _choices: ClassVar[tuple[str, ...]] = ("query", "exclude")
 
     def __post_init__(self) -> None:
         """Read choices given as text, and check what can be checked without an episode.
@@ -49,7 +58,7 @@ class LookSettings:
         """
         for name in self._choices:
             self._set(name, parse_choice(getattr(self, name)))
-        self._set("leave_out", check_numbers("leave_out", self.leave_out, "sinks"))
+        self._set("exclude", check_numbers("exclude", self.exclude, "sinks"))
         check_choice(self, "normalisation", NORMALISATIONS)
         if self.interpolation not in ("nearest", "linear"):
             raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
@@ -57,6 +66,11 @@ class LookSettings:
         if not isinstance(self.colormap, str):
             raise ConfigError(f"colormap: got {self.colormap!r}, expected a matplotlib name, e.g. inferno")
         colormap(self.colormap)
+
+    @property
+    def leave_out(self) -> Any:
+        """Deprecated name of `exclude`."""
+        return self.exclude
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -77,7 +91,7 @@ class OneMapSettings(LookSettings):
     # Frames per second of a video. Default: the episode's.
     fps: float | None = None
 
-    _choices: ClassVar[tuple[str, ...]] = ("query", "leave_out", "layer", "denoise_step", "head")
+    _choices: ClassVar[tuple[str, ...]] = ("query", "exclude", "layer", "denoise_step", "head")
 
     def __post_init__(self) -> None:
         """Check these too, before what all pictures share.
@@ -99,5 +113,5 @@ class OneMapSettings(LookSettings):
             "denoise_step": self.denoise_step,
             "head": self.head,
             "query": self.query,
-            "leave_out": self.leave_out,
+            "leave_out": self.exclude,
         }

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lerobot_attn.figures.canvas import Caption, colorbar, colormap, largest, new_figure, styled
+from lerobot_attn.figures.canvas import Caption, colorbar, largest, new_figure, styled
+from lerobot_attn.figures.scale import colormap
 
 
 @styled

@@ -16,10 +16,8 @@ from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
 from lerobot_attn.figures.canvas import (
-    MISSING,
     Caption,
     colorbar,
-    colormap,
     is_missing,
     largest,
     modality_colors,
@@ -27,6 +25,7 @@ from lerobot_attn.figures.canvas import (
     say_missing,
     styled,
 )
+from lerobot_attn.figures.scale import MISSING, colormap
 
 _WORD_PT, _LINE_PT = 8.0, 15.0
 _WHITE = (1.0, 1.0, 1.0, 1.0)

@@ -21,7 +21,7 @@ import numpy as np
 
 from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.errors import CaptureError
+from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
@@ -187,7 +187,7 @@ class RunRecorder:
             }
             self._run_folder.settle(self._attributes, self.config.to_dict())
             if sizes.random_weights:
-                logger.warning("This policy's weights are random: its attention maps mean nothing")
+                logger.warning("This policy has %s", RANDOM_WEIGHTS)
             self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
             try:
                 yield

@@ -2,6 +2,7 @@
 
 import { useSignalEffect } from "@preact/signals";
 import { useRef } from "preact/hooks";
+import { actionOfQuery, countActions } from "./layout";
 import type { EpisodeModel } from "./model";
 import { ink } from "./theme";
 
@@ -14,26 +15,30 @@ export function Actions({ model }: { model: EpisodeModel }) {
   useSignalEffect(() => {
     const [facts, shown, timeline] = [model.facts.value, model.shown.value, model.timeline.value];
     if (!facts || !shown || !timeline || !canvas.current) return;
-    const rows = shown.chunk.action.slice(facts.first_action_query);
+    const rows = shown.chunk.action.slice(...facts.action_queries);
+    const query = timeline.frame_query[shown.frame] ?? -1;
     draw(
       canvas.current,
       rows,
       facts.action_dims.length,
-      (timeline.frame_query[shown.frame] ?? facts.first_action_query) - facts.first_action_query,
-      facts.executed_queries.map((query) => query - facts.first_action_query) as [number, number],
+      query < 0 ? null : actionOfQuery(facts, query),
+      facts.executed_queries?.map((query) => actionOfQuery(facts, query)) as [number, number] | undefined,
     );
   });
 
   if (!facts || !shown) return null;
   const executed = timeline?.action[shown.frame];
-  const query = (timeline?.frame_query[shown.frame] ?? facts.first_action_query) - facts.first_action_query;
+  const query = timeline?.frame_query[shown.frame] ?? -1;
   return (
     <section class="panel" aria-labelledby="actions-title" id="actions">
       <h2 id="actions-title">
         Actions{" "}
         <small>
-          the chunk as the policy yielded it; the line is action {query}, executed at this frame; shaded: all
-          that are executed
+          the chunk as the policy yielded it;{" "}
+          {query < 0
+            ? "the action of this frame is no token of a chunk"
+            : `the line is action ${actionOfQuery(facts, query)}, executed at this frame`}
+          {facts.executed_queries && "; shaded: all that are executed"}
         </small>
       </h2>
       <div class="actions">
@@ -47,7 +52,7 @@ export function Actions({ model }: { model: EpisodeModel }) {
         <canvas
           ref={canvas}
           role="img"
-          aria-label={`Lines of ${facts.action_dims.length} action dimensions over ${shown.chunk.action.length} action tokens`}
+          aria-label={`Lines of ${facts.action_dims.length} action dimensions over ${countActions(facts)} action tokens`}
           style={{ height: `${facts.action_dims.length * ROW_PX}px` }}
         />
       </div>
@@ -59,8 +64,8 @@ function draw(
   canvas: HTMLCanvasElement,
   rows: (number | null)[][],
   nDims: number,
-  current: number,
-  executed: [number, number],
+  current: number | null,
+  executed: [number, number] | undefined,
 ): void {
   const ratio = devicePixelRatio || 1;
   const width = canvas.clientWidth || 300;
@@ -70,8 +75,10 @@ function draw(
   context.scale(ratio, ratio);
   const colour = ink(canvas);
   const x = (query: number) => 2 + ((width - 4) * query) / Math.max(1, rows.length - 1);
-  context.fillStyle = colour.shade;
-  context.fillRect(x(executed[0]), 0, Math.max(2, x(executed[1] - 1) - x(executed[0])), nDims * ROW_PX);
+  if (executed) {
+    context.fillStyle = colour.shade;
+    context.fillRect(x(executed[0]), 0, Math.max(2, x(executed[1] - 1) - x(executed[0])), nDims * ROW_PX);
+  }
   for (let dim = 0; dim < nDims; dim++) {
     const values = rows.map((row) => row[dim] ?? NaN);
     const there = values.filter(Number.isFinite);
@@ -98,6 +105,7 @@ function draw(
     context.stroke();
     context.lineWidth = 1;
   }
+  if (current === null) return;
   context.strokeStyle = colour.text;
   context.beginPath();
   context.moveTo(x(current), 0);

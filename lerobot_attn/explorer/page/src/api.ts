@@ -14,7 +14,7 @@ export interface Geometry {
 }
 
 export interface Segment {
-  kind: "image" | "language" | "state" | "action";
+  kind: "image" | "language" | "state" | "action" | "special" | "padding";
   name: string;
   start: number;
   stop: number;
@@ -75,13 +75,20 @@ export interface Facts {
   n_heads: number | null;
   n_queries: number;
   n_keys: number;
+  /** Keys of the prefix; the key of a suffix query is `prefix_len` plus its number. */
+  prefix_len: number;
   first_action_query: number;
-  executed_queries: [number, number];
+  /** First suffix query that is an action, and the one after the last; a state token may come before. */
+  action_queries: [number, number];
+  /** null where it is not known which are executed. */
+  executed_queries: [number, number] | null;
   /** Layers whose means over the executed actions can be shown: stored ones, and those of full maps. */
   mean_layers: number[];
   /** Layers whose full maps are stored. */
   layers: number[];
   prefix_layers: number[];
+  /** Layers that cannot see the suffix: its keys are NaN in their maps, which is neither 0 nor missing. */
+  prefix_only_layers: number[];
   heads: number[];
   denoise_steps: number[];
   flow_time: number[];
@@ -89,6 +96,10 @@ export interface Facts {
   action_dims: string[];
   segments: Segment[];
   cameras: Camera[];
+  /** Full name of a camera → why its video could not be written. */
+  video_errors: Record<string, string>;
+  /** Whether the policy cut a prompt because it did not fit. */
+  prompt_truncated: boolean;
   /** Name of a kind → its value in `Tokens.key_kind`. */
   kinds: Record<string, number>;
   fps: number;
@@ -99,7 +110,7 @@ export interface Facts {
 }
 
 export interface TokenGroup {
-  kind: "task" | "state" | "scaffold" | "text";
+  kind: "task" | "state" | "template" | "text" | "special";
   /** Which word of the task, or which dimension of the state. */
   ordinal: number;
   label: string;
@@ -115,14 +126,18 @@ export interface Tokens {
   /** Group of each key, -1 for none. */
   group_of_key: number[];
   groups: TokenGroup[];
+  /** Whether the policy cut this inference's prompt because it did not fit. */
+  prompt_truncated: boolean;
 }
 
 export interface Timeline {
   inference_frame: number[];
   frame_inference: number[];
+  /** (frame) Suffix query of the executed action; -1 where it is no token of an inference's chunk. */
   frame_query: number[];
-  reward: (number | null)[];
-  success: boolean[];
+  /** null where the recording has none, as for `success` and `state`. */
+  reward: (number | null)[] | null;
+  success: boolean[] | null;
   action: (number | null)[][];
   state: (number | null)[][] | null;
 }
@@ -130,7 +145,7 @@ export interface Timeline {
 export interface Shares {
   /** Number of the first inference. */
   first: number;
-  /** Cameras by full name, then task, state, scaffold, text, actions, padding. */
+  /** Cameras by full name, then task, state, template, text, special, actions, padding. */
   modalities: string[];
   /** (inference, modality) */
   share: (number | null)[][];
@@ -149,6 +164,12 @@ export interface Ranges {
   heads: (number | "mean" | "max")[];
   /** Full name of a camera → (layer, head). */
   ranges: Record<string, number[][]>;
+}
+
+/** Ranges of every denoise step, in the order of the facts: (denoise step, layer, head) of each camera. */
+export interface AllRanges extends Pick<Ranges, "layers" | "heads"> {
+  denoise_steps: number[];
+  ranges: Record<string, number[][][]>;
 }
 
 /** The share of attention on something, in two groups of episodes; null where there is none. */

@@ -38,6 +38,7 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
   const name = view.camera.name;
   const heat = model.heats.value.find((found) => found.view === view);
   const isChosen = model.camera.value === view;
+  const videoError = model.facts.value?.video_errors[name];
 
   useSignalEffect(() => {
     const found = model.heats.value.find((heat) => heat.view === view);
@@ -95,7 +96,13 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
       </div>
       <figcaption>
         <strong>{view.camera.label}</strong> <span>{shareText(heat)}</span>
-        {view.camera.has_video ? <VideoLink model={model} camera={name} /> : " · recorded without video"}
+        {view.camera.has_video ? (
+          <VideoLink model={model} camera={name} />
+        ) : videoError ? (
+          ` · its video could not be written: ${videoError}`
+        ) : (
+          " · recorded without video"
+        )}
       </figcaption>
     </figure>
   );

@@ -4,6 +4,7 @@ import { effect, type ReadonlySignal } from "@preact/signals";
 import { COLOUR_MAPS, type ColourMap } from "./colormaps";
 import { NORMALISATIONS, type Normalisation } from "./heat";
 import { isAll } from "./labels";
+import { actionOfQuery, countActions } from "./layout";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -50,13 +51,18 @@ const chosen = <T extends string>(value: string) => (/^-?\d+$/.test(value) ? Num
 export function Controls({ model }: { model: EpisodeModel }) {
   const facts = model.facts.value;
   if (!facts) return null;
-  const nActions = facts.n_queries - facts.first_action_query;
+  const nActions = countActions(facts);
   const shown = model.shown.value;
   const layer = model.layer.value;
   const ofLayers = isAll(facts.mean_layers, facts.n_layers) ? "of all" : "of these";
   const ofHeads = isAll(facts.heads, facts.n_heads) ? "of all" : "of these";
   const lacksMap =
     state.query.value !== "executed" && !(typeof layer === "number" && facts.layers.includes(layer));
+  const isNoToken =
+    state.query.value === "frame" &&
+    shown !== null &&
+    (model.timeline.value?.frame_query[shown.frame] ?? -1) < 0;
+  const isBlind = typeof layer === "number" && facts.prefix_only_layers.includes(layer);
   return (
     <section class="controls" aria-label="What to look at">
       {facts.mean_layers.length > 0 && (
@@ -148,9 +154,19 @@ export function Controls({ model }: { model: EpisodeModel }) {
           of the executed actions.
         </p>
       )}
+      {!lacksMap && isNoToken && (
+        <p class="note" role="status">
+          The action of this frame is no token of a chunk: this is the mean of the executed actions.
+        </p>
+      )}
+      {isBlind && (
+        <p class="note" role="status">
+          Layer {layer} does not see the action tokens.
+        </p>
+      )}
       {!lacksMap && shown?.row && (
         <p class="note" role="status">
-          Action token {shown.row.query - facts.first_action_query} alone.
+          Action token {actionOfQuery(facts, shown.row.query)} alone.
         </p>
       )}
     </section>

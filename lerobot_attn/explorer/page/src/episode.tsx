@@ -20,7 +20,7 @@ import { Help } from "./help";
 import { EpisodeModel, sharedEnd } from "./model";
 import { PatchPanel } from "./patch";
 import { download } from "./picture";
-import { episodeName, holds, outcome, RandomWeights } from "./run";
+import { episodeName, holds, Outcome, outcome, RandomWeights } from "./run";
 import type { Source } from "./source";
 import * as state from "./state";
 import { Sentence, ShareBar } from "./text";
@@ -107,11 +107,11 @@ export function EpisodePage(props: {
           <>
             <h1>{episodeName(facts)}</h1>
             {!second && (
-              <span class="task" title={facts.task}>
+              <span class="task" title={facts.task} dir="auto">
                 {facts.task}
               </span>
             )}
-            <span class={`badge ${outcome(facts)}`}>{outcome(facts)}</span>
+            <Outcome of={facts} />
             {growing.has(first.id) && <span class="badge live">live</span>}
           </>
         )}
@@ -154,6 +154,7 @@ export function EpisodePage(props: {
             {both.map((model, i) => (
               <Side
                 key={`${model.id} ${model.facts.value?.version}`}
+                first={first}
                 model={model}
                 end={end}
                 isSecond={i > 0}
@@ -207,7 +208,8 @@ const MOST_OFFERED = 200; // a list of thousands is of no use
 
 function CompareWith({ run, own }: { run: Run; own: string }) {
   const search = useSignal("");
-  const name = (row: EpisodeRow) => `${episodeName(row)} (${outcome(row)})`;
+  const name = (row: EpisodeRow) =>
+    outcome(row) === "unknown" ? episodeName(row) : `${episodeName(row)} (${outcome(row)})`;
   const others = run.episodes.filter((row) => row.id !== own);
   const found = others.filter((row) => holds(row, search.value));
   const offered = found.slice(0, MOST_OFFERED);
@@ -265,38 +267,63 @@ function CompareWith({ run, own }: { run: Run; own: string }) {
   );
 }
 
+/** What is shown of an episode where it is not what is shown of the first, whose policy may be another. */
+function differences(first: EpisodeModel, model: EpisodeModel): string {
+  const parts = [
+    ["layer", first.layer.value, model.layer.value],
+    ["head", first.head.value, model.head.value],
+    ["denoise step", first.step.value, model.step.value],
+  ];
+  return parts.map(([name, one, own]) => (one === own ? "" : ` · ${name} ${own}`)).join("");
+}
+
 function Side(props: {
+  first: EpisodeModel;
   model: EpisodeModel;
   end: ReadonlySignal<number>;
   isSecond: boolean;
   isCompared: boolean;
 }) {
-  const { model, end, isSecond, isCompared } = props;
+  const { first, model, end, isSecond, isCompared } = props;
   const facts = model.facts.value;
   return (
-    <div class="side" data-episode={model.id}>
+    <div class="side" data-episode={model.id} style={sizes(model)}>
       {isCompared && facts && (
         <h2 class="side-title">
-          {episodeName(facts)} <span class={`badge ${outcome(facts)}`}>{outcome(facts)}</span>{" "}
+          {episodeName(facts)} <Outcome of={facts} />{" "}
           <small>
-            frame {model.shown.value?.frame ?? 0} · {facts.task}
+            frame {model.shown.value?.frame ?? 0}
+            {differences(first, model)} · <bdi>{facts.task}</bdi>
           </small>
         </h2>
       )}
-      <section class="panel" id={isSecond ? "cameras-2" : "cameras"} aria-label="Cameras">
-        <Cameras model={model} end={end} />
-        {!isSecond && <ColourBar end={end} />}
-      </section>
-      <div class="panels">
-        {!isSecond && <HeadGrid model={model} />}
-        {!isSecond && <StepStrip model={model} />}
+      <div class="panels seen">
+        <section class="panel" id={isSecond ? "cameras-2" : "cameras"} aria-label="Cameras">
+          <Cameras model={model} end={end} />
+          {!isSecond && <ColourBar end={end} />}
+        </section>
+      </div>
+      {!isSecond && (
+        <div class="panels maps">
+          <HeadGrid model={model} />
+          <StepStrip model={model} />
+          <Actions model={model} />
+        </div>
+      )}
+      <div class="panels told">
         <ShareBar model={model} />
-        {!isSecond && <PatchPanel model={model} />}
         <Sentence model={model} />
-        {!isSecond && <Actions model={model} />}
+        {!isSecond && <PatchPanel model={model} />}
       </div>
     </div>
   );
+}
+
+/** For the style sheet, which makes the cameras as large as the window has room for: how many, and how tall. */
+function sizes(model: EpisodeModel): Record<string, string> {
+  const views = model.views.value;
+  const tall = views.reduce((total, { geometry }) => total + geometry.height_px / geometry.width_px, 0);
+  return { "--cameras": String(views.length), "--tall": String(tall || 1) };
 }
 
 function ColourBar({ end }: { end: ReadonlySignal<number> }) {

@@ -3,6 +3,7 @@
 import {
   ApiError,
   type ActionChunk,
+  type AllRanges,
   type EpisodeRow,
   type Facts,
   type Ranges,
@@ -14,7 +15,7 @@ import {
 } from "./api";
 import { decodeFloat16 } from "./float16";
 import { CLIP, effectiveNumber, percentile, pick, sumByGroup } from "./heat";
-import { cameraViews, modalitiesOf, modalityOfKey } from "./layout";
+import { blindOf, cameraViews, modalitiesOf, modalityOfKey } from "./layout";
 import { pictureCache, type EpisodeId, type Source, type Video, type Where } from "./source";
 
 export interface Embedded {
@@ -119,7 +120,7 @@ export class FileSource implements Source {
       for (const head of found.heads) {
         const l = typeof layer === "number" ? facts.mean_layers.indexOf(layer) : layer;
         const h = typeof head === "number" ? facts.heads.indexOf(head) : head;
-        const maps = slabs.map((slab) => pick(slab, l, h));
+        const maps = slabs.map((slab) => pick(slab, l, h, blindOf(facts)));
         for (const { camera, segment } of cameraViews(facts)) {
           const patches = maps.map((map) => map.subarray(segment.start, segment.stop));
           rows.get(camera.name)!.push(percentile(patches, CLIP));
@@ -128,6 +129,19 @@ export class FileSource implements Source {
       for (const [name, row] of rows) found.ranges[name]!.push(row);
     }
     return found;
+  }
+
+  async allRanges(episode: EpisodeId): Promise<AllRanges> {
+    const { denoise_steps } = this.data.facts;
+    const found = await Promise.all(denoise_steps.map((step) => this.ranges(episode, step)));
+    const { layers, heads, ranges } = found[0]!;
+    const names = Object.keys(ranges);
+    return {
+      denoise_steps,
+      layers,
+      heads,
+      ranges: Object.fromEntries(names.map((name) => [name, found.map((step) => step.ranges[name]!)])),
+    };
   }
 
   picture(_: EpisodeId, { name }: Video, frame: number): Promise<ImageBitmap> {
@@ -154,7 +168,7 @@ export class FileSource implements Source {
     const { facts } = this.data;
     const layer = where.layer === "mean" ? "mean" : facts.mean_layers.indexOf(where.layer);
     const head = typeof where.head === "string" ? where.head : facts.heads.indexOf(where.head);
-    return pick(await this.means(episode, inference, where.step), layer, head);
+    return pick(await this.means(episode, inference, where.step), layer, head, blindOf(facts));
   }
 }
 

@@ -3,7 +3,7 @@
 import { batch, useSignalEffect } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import type { Choice, HeadChoice, Slab } from "./api";
-import { patches, pick, rangeEnd } from "./heat";
+import { patches, pick, rangeEnd, type Blind } from "./heat";
 import type { CameraView } from "./layout";
 import type { EpisodeModel } from "./model";
 import { paintPatches } from "./paint";
@@ -25,8 +25,12 @@ function shape([nColumns, nRows]: [number, number], { geometry }: CameraView) {
   return { aspectRatio: `${extent(nColumns, geometry.grid_columns)} / ${extent(nRows, geometry.grid_rows)}` };
 }
 
-/** Paint maps side by side. With "frame" each has its own range; otherwise they share one. */
-function paintCells(canvas: HTMLCanvasElement, cells: Cell[], view: CameraView): void {
+/**
+ * Paint maps side by side. With "frame" each has its own range; otherwise they share one.
+ *
+ * @param ofEpisode where the range ends of each of these maps over the whole episode, once it is known
+ */
+function paintCells(canvas: HTMLCanvasElement, cells: Cell[], view: CameraView, ofEpisode: number[]): void {
   const { grid_rows: height, grid_columns: width } = view.geometry;
   const nColumns = Math.max(...cells.map((cell) => cell.column)) + 1;
   const nRows = Math.max(...cells.map((cell) => cell.row)) + 1;
@@ -36,8 +40,10 @@ function paintCells(canvas: HTMLCanvasElement, cells: Cell[], view: CameraView):
   const normalisation = state.normalisation.value;
   const end = rangeEnd(
     cells.map((cell) => cell.values),
-    normalisation === "episode" ? "share" : normalisation,
+    normalisation,
+    ofEpisode,
   );
+  canvas.dataset["end"] = String(end);
   for (const { values, column, row } of cells) {
     paintPatches(
       image,
@@ -52,8 +58,8 @@ function paintCells(canvas: HTMLCanvasElement, cells: Cell[], view: CameraView):
   canvas.getContext("2d")!.putImageData(image, 0, 0);
 }
 
-function cell(slab: Slab, layer: Choice, head: HeadChoice, view: CameraView) {
-  return patches(pick(slab, layer, head), view.segment, state.normalisation.value);
+function cell(slab: Slab, layer: Choice, head: HeadChoice, view: CameraView, blind?: Blind) {
+  return patches(pick(slab, layer, head, blind), view.segment, state.normalisation.value);
 }
 
 function place(event: MouseEvent, nColumns: number, nRows: number): [number, number] {
@@ -88,9 +94,9 @@ function Chosen(props: {
   );
 }
 
-/** A few maps are not blown up to the panel's width. */
+/** Maps fill their card; a few of them are not blown up to more than a camera's picture. */
 function widest(nColumns: number): string {
-  return `${nColumns * 96}px`;
+  return `${nColumns * 160}px`;
 }
 
 export function HeadGrid({ model }: { model: EpisodeModel }) {
@@ -109,7 +115,7 @@ export function HeadGrid({ model }: { model: EpisodeModel }) {
         row: isWide ? head : layer,
       })),
     );
-    if (cells.length) paintCells(canvas.current, cells, view);
+    if (cells.length) paintCells(canvas.current, cells, view, model.ranges.ofHeads(view.camera.name));
   });
 
   if (!facts || !view || !facts.mean_layers.length) return null;
@@ -188,11 +194,11 @@ export function StepStrip({ model }: { model: EpisodeModel }) {
     ];
     if (!view || !steps?.slabs.length || !canvas.current) return;
     const cells = steps.slabs.map((slab, column) => ({
-      values: cell(slab, layer, head, view),
+      values: cell(slab, layer, head, view, model.blind.value),
       column,
       row: 0,
     }));
-    paintCells(canvas.current, cells, view);
+    paintCells(canvas.current, cells, view, model.ranges.ofDenoiseSteps(view.camera.name));
   });
 
   if (!facts || !view || !facts.mean_layers.length) return null;

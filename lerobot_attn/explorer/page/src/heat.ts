@@ -1,4 +1,9 @@
-/** Attention by numbers: which map, in which unit, over which range. Pure functions; NaN is a missing map. */
+/**
+ * Attention by numbers: which map, in which unit, over which range. Pure functions.
+ *
+ * A map that is NaN at every key is missing. One that is NaN at some keys belongs to a layer that cannot see them:
+ * they are absent, which is neither 0 nor missing. `tests/means.json` holds these rules to the package's own.
+ */
 
 import type { Choice, HeadChoice, Segment, Slab } from "./api";
 
@@ -8,15 +13,22 @@ export type Normalisation = (typeof NORMALISATIONS)[number];
 /** Where the colour range ends: this percentile of the patches, as in the package's figures. */
 export const CLIP = 99.9;
 
+/** Layers of a slab, by their places, that cannot see the keys from one on. */
+export interface Blind {
+  layers: readonly number[];
+  from: number;
+}
+
 /**
- * One map of means.
+ * One map of means. A mean over layers takes for each key those that can see it; a missing map makes it missing.
  *
  * @param slab (layer, head, key)
  * @param layer index, or the mean of all; taken first
  * @param head index, or the mean or largest of all
+ * @param blind layers that cannot see the suffix, if there are any
  * @returns (key), of one layer and head a part of the slab itself
  */
-export function pick(slab: Slab, layer: Choice, head: HeadChoice): Float32Array {
+export function pick(slab: Slab, layer: Choice, head: HeadChoice, blind?: Blind): Float32Array {
   const [nLayers, nHeads, nKeys] = slab.shape as [number, number, number];
   if (typeof layer === "number" && typeof head === "number") {
     const start = (layer * nHeads + head) * nKeys;
@@ -24,16 +36,23 @@ export function pick(slab: Slab, layer: Choice, head: HeadChoice): Float32Array 
   }
   const layers = layer === "mean" ? range(nLayers) : [layer];
   const heads = typeof head === "string" ? range(nHeads) : [head];
+  const blindLayers = blind ? layers.filter((l) => blind.layers.includes(l)) : [];
+  const nSeeing = layers.length - blindLayers.length;
+  // Of layers that all are blind the keys stay NaN, as they are.
+  const stop = blind && blindLayers.length && nSeeing ? Math.min(blind.from, nKeys) : nKeys;
   const found = new Float32Array(nKeys);
   const perHead = new Float32Array(nKeys);
   heads.forEach((h, place) => {
     perHead.fill(0);
     for (const l of layers) {
       const start = (l * nHeads + h) * nKeys;
-      for (let key = 0; key < nKeys; key++) perHead[key]! += slab.values[start + key]!;
+      const isBlind = stop < nKeys && blindLayers.includes(l);
+      for (let key = 0; key < (isBlind ? stop : nKeys); key++) perHead[key]! += slab.values[start + key]!;
+      // A blind layer's map that is missing as a whole is missing at the keys that it cannot see as well.
+      if (isBlind && Number.isNaN(slab.values[start]!)) perHead.fill(NaN, stop);
     }
     for (let key = 0; key < nKeys; key++) {
-      const value = perHead[key]! / layers.length;
+      const value = perHead[key]! / (key < stop ? layers.length : nSeeing);
       if (head !== "max") found[key]! += value / heads.length;
       else if (place === 0 || value > found[key]! || Number.isNaN(value)) found[key] = value;
     }
@@ -115,23 +134,32 @@ export function percentile(arrays: Float32Array[], percent: number): number {
   return a + (b - a) * (position - low);
 }
 
-/** Sum over the keys of each group; -1 is none. */
+/** Sum over the keys of each group that exist; -1 is no group. NaN where the map is missing or none of them exists. */
 export function sumByGroup(
   attention: Float32Array,
   groupOfKey: ArrayLike<number>,
   nGroups: number,
 ): Float32Array {
   const found = new Float32Array(nGroups);
+  const [seen, absent] = [new Uint8Array(nGroups), new Uint8Array(nGroups)];
   for (let key = 0; key < attention.length; key++) {
     const group = groupOfKey[key]!;
-    if (group >= 0) found[group]! += attention[key]!;
+    if (group < 0) continue;
+    if (Number.isNaN(attention[key]!)) {
+      absent[group] = 1;
+    } else {
+      seen[group] = 1;
+      found[group]! += attention[key]!;
+    }
   }
+  for (let group = 0; group < nGroups; group++) if (absent[group] && !seen[group]) found[group] = NaN;
   return found;
 }
 
-/** 2^entropy: how many keys the attention is worth; null where it is all 0 or missing. */
+/** 2^entropy over the keys that exist: how many the attention is worth; null where it is all 0 or missing. */
 export function effectiveNumber(attention: Float32Array): number | null {
-  const total = sum(attention);
+  let total = 0;
+  for (const value of attention) if (value > 0) total += value;
   if (!(total > 0)) return null;
   let entropy = 0;
   for (const value of attention) if (value > 0) entropy -= (value / total) * Math.log2(value / total);
@@ -163,6 +191,14 @@ function scale(values: Float32Array, by: number): void {
 
 function range(n: number): number[] {
   return Array.from({ length: n }, (_, i) => i);
+}
+
+/** What is said of a share that a layer cannot have. */
+export const UNSEEN = "not visible to this layer";
+
+/** A share of a map in words; NaN is a key that its layer cannot see, or the whole map is missing. */
+export function shareOf(attention: Float32Array, share: number): string {
+  return Number.isNaN(share) && attention.some((value) => !Number.isNaN(value)) ? UNSEEN : percent(share);
 }
 
 /** A share in words: per cent with two digits that count. */

@@ -39,6 +39,18 @@ export class Frames {
   }
 }
 
+/** The label itself, or the nearest one that was recorded; negative ones count from the end. */
+export function nearestLabel(labels: number[], wanted: number): number {
+  if (!labels.length) return 0;
+  if (wanted < 0) return labels.at(Math.max(wanted, -labels.length))!;
+  return labels.reduce((best, label) => (Math.abs(label - wanted) < Math.abs(best - wanted) ? label : best));
+}
+
+/** Place of a label; a word such as "mean" stays what it is. */
+export function indexOf<T extends string>(labels: number[] | undefined, label: number | T): number | T {
+  return typeof label === "string" ? label : Math.max(0, (labels ?? []).indexOf(label));
+}
+
 /** Labels as people write them: "all layers", "layers 0–3, 17", "layer 17". */
 export function inWords(what: string, labels: readonly number[], total: number | null): string {
   if (isAll(labels, total)) return `all ${what}s`;

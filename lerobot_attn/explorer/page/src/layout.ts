@@ -1,6 +1,7 @@
 /** Which key is what, and where a patch lies on its camera's own pixels. */
 
 import type { Camera, Facts, Geometry, Segment } from "./api";
+import type { Blind } from "./heat";
 
 export interface CameraView {
   camera: Camera;
@@ -76,6 +77,29 @@ export function visiblePatches(geometry: Geometry): boolean[] {
   return rows.flatMap((row) => columns.map((column) => row && column));
 }
 
+/** Number of the action in its chunk that a suffix query is; a state token may come before the actions. */
+export function actionOfQuery(facts: Pick<Facts, "action_queries">, query: number): number {
+  return query - facts.action_queries[0];
+}
+
+/** Suffix query of an action of the chunk; null where there is no such action. */
+export function queryOfAction(facts: Pick<Facts, "action_queries">, action: number): number | null {
+  const [start, stop] = facts.action_queries;
+  return action >= 0 && start + action < stop ? start + action : null;
+}
+
+export function countActions({ action_queries: [start, stop] }: Pick<Facts, "action_queries">): number {
+  return stop - start;
+}
+
+/** The layers of a slab of means that cannot see the suffix; none where all can. */
+export function blindOf(facts: Facts): Blind | undefined {
+  const layers = facts.mean_layers.flatMap((label, place) =>
+    facts.prefix_only_layers.includes(label) ? [place] : [],
+  );
+  return layers.length ? { layers, from: facts.prefix_len } : undefined;
+}
+
 /** The short name of a modality: a camera's label, or the word itself. */
 export function modalityLabel(facts: Facts, modality: string): string {
   return facts.cameras.find((camera) => camera.name === modality)?.label ?? modality;
@@ -85,8 +109,9 @@ const CAMERA_COLOURS = ["#0072B2", "#56B4E9", "#004466", "#99D0F0"];
 const COLOURS: Record<string, string> = {
   task: "#E69F00",
   state: "#009E73",
-  scaffold: "#999999",
+  template: "#999999",
   text: "#CC79A7",
+  special: "#666666",
   actions: "#D55E00",
   padding: "#DDDDDD",
 };
@@ -116,7 +141,7 @@ export function modalityOfKey(facts: Facts, keyKind: number[], modalities: strin
 /** The modalities of an episode, in the order of the figures. */
 export function modalitiesOf(facts: Facts, keyKind: number[]): string[] {
   const present = new Set(keyKind);
-  const rest = ["task", "state", "scaffold", "text", "action", "padding"].filter((name) =>
+  const rest = ["task", "state", "template", "text", "special", "action", "padding"].filter((name) =>
     present.has(facts.kinds[name]!),
   );
   return [

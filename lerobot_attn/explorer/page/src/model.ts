@@ -8,15 +8,15 @@ import {
   type HeadChoice,
   type EpisodeRow,
   type Facts,
-  type Ranges,
   type Shares,
   type Slab,
   type Timeline,
   type Tokens,
 } from "./api";
 import { patches, pick, rangeEnd, rowOf, type Normalisation } from "./heat";
-import { Frames } from "./labels";
-import { cameraViews, type CameraView } from "./layout";
+import { Frames, indexOf, nearestLabel } from "./labels";
+import { blindOf, cameraViews, queryOfAction, type CameraView } from "./layout";
+import { EpisodeRanges } from "./ranges";
 import type { EpisodeId, Source } from "./source";
 import * as state from "./state";
 
@@ -38,7 +38,7 @@ export interface Shown {
 }
 
 /** What is loaded by itself, and can fail by itself. */
-type Loaded = "episode" | "frame" | "shares" | "ranges" | "steps" | "word" | "map";
+export type Loaded = "episode" | "frame" | "shares" | "ranges" | "all ranges" | "steps" | "word" | "map";
 
 interface Word {
   group: number;
@@ -59,16 +59,6 @@ export interface Heat {
 const PREFETCH_FRAMES = 12;
 const SHARES_SETTLE_MS = 120;
 const STEPS_SETTLE_MS = 150;
-const RANGES_SETTLE_MS = 150;
-const RANGES_GROW_MS = 5000; // of an episode that grows: each time all of it is read
-
-/** Ranges of one denoise step. */
-interface StepRanges {
-  /** That there were when they were asked for. */
-  n_inferences: number;
-  asked_ms: number;
-  ranges: Ranges;
-}
 
 export class EpisodeModel {
   readonly facts = signal<Facts | null>(null);
@@ -124,8 +114,10 @@ export class EpisodeModel {
     const [means, row] = [this.means.value, this.row.value];
     if (!means) return null;
     if (row && row.layer === this.layer.value) return pick(row.slab, 0, this.headIndex.value);
-    return pick(means, this.layerIndex.value, this.headIndex.value);
+    return pick(means, this.layerIndex.value, this.headIndex.value, this.blind.value);
   });
+  /** Layers that cannot see the suffix, by their places. */
+  readonly blind = computed(() => (this.facts.value ? blindOf(this.facts.value) : undefined));
   readonly layerIndex = computed<Choice>(() => indexOf(this.facts.value?.mean_layers, this.layer.value));
   readonly headIndex = computed(() => indexOf(this.facts.value?.heads, this.head.value));
 
@@ -135,17 +127,15 @@ export class EpisodeModel {
     return attention ? this.heatsOf(attention, state.normalisation.value) : [];
   });
 
-  /** Where the colour range ends, of the chosen denoise step; may lack what has grown since. */
-  readonly ranges = computed(() => this.rangesOfStep.value.get(this.step.value)?.ranges ?? null);
-  private readonly rangesOfStep = signal<ReadonlyMap<number, StepRanges>>(new Map());
-  private readonly hasMeans = computed(() => Boolean(this.facts.value?.mean_layers.length));
+  readonly ranges: EpisodeRanges;
+  readonly hasMeans = computed(() => Boolean(this.facts.value?.mean_layers.length));
   /** Which shares are wanted. */
   private readonly sharesAsked = computed(() =>
     JSON.stringify([this.facts.value?.version, this.layer.value, this.head.value, this.step.value]),
   );
 
   private readonly stops: (() => void)[] = [];
-  private isDisposed = false;
+  isDisposed = false;
   private request = 0;
   private delivered = 0;
   private refreshes = 0;
@@ -158,11 +148,13 @@ export class EpisodeModel {
     /** The frame that is wanted; may be beyond the last. */
     readonly wanted: ReadonlySignal<number>,
   ) {
+    this.ranges = new EpisodeRanges(this, source);
     void this.refresh();
     this.stops.push(
       effect(() => this.loadShown()),
       effect(() => this.loadShares()),
-      effect(() => this.loadRanges()),
+      effect(() => this.ranges.loadStep()),
+      effect(() => this.ranges.loadAll()),
       effect(() => this.loadSteps()),
       effect(() => this.followHead()),
     );
@@ -193,15 +185,6 @@ export class EpisodeModel {
 
   videoUrl(camera: string): string | null {
     return this.source.videoUrl(this.key, camera);
-  }
-
-  /** Where the colour range of the chosen map ends, for this episode's cameras. */
-  episodeEnds(): number[] {
-    const ranges = this.ranges.value;
-    if (!ranges) return [];
-    const layer = ranges.layers.indexOf(this.layer.value);
-    const head = ranges.heads.indexOf(this.head.value);
-    return this.views.value.map((view) => ranges.ranges[view.camera.name]?.[layer]?.[head] ?? 0);
   }
 
   /**
@@ -284,7 +267,7 @@ export class EpisodeModel {
   private forget(): void {
     this.delivered = ++this.request;
     this.shown.value = this.shares.value = this.steps.value = this.word.value = null;
-    this.rangesOfStep.value = new Map();
+    this.ranges.forget();
     this.isPainted.value = false;
   }
 
@@ -350,11 +333,8 @@ export class EpisodeModel {
     query: state.Query,
   ): Promise<Shown["row"]> {
     if (typeof layer !== "number" || query === "executed" || !facts.layers.includes(layer)) return null;
-    const wanted =
-      query === "frame"
-        ? (timeline.frame_query[frame] ?? facts.first_action_query)
-        : facts.first_action_query + query;
-    if (wanted >= facts.n_queries || wanted < 0) return null;
+    const wanted = query === "frame" ? (timeline.frame_query[frame] ?? -1) : queryOfAction(facts, query);
+    if (wanted === null || wanted < 0) return null;
     const map = await this.source.map(this.key, inference, step, layer);
     return { slab: rowOf(map, wanted), layer, query: wanted };
   }
@@ -426,29 +406,6 @@ export class EpisodeModel {
     return () => clearTimeout(timer);
   }
 
-  private loadRanges(): (() => void) | void {
-    const facts = this.facts.value;
-    if (!facts || !facts.n_inferences || !this.hasMeans.value) return;
-    if (state.normalisation.value !== "episode") return;
-    const [key, step] = [this.key, this.step.value];
-    const known = untracked(() => this.rangesOfStep.value.get(step));
-    if (known?.n_inferences === facts.n_inferences) return;
-    const wait = known ? known.asked_ms + RANGES_GROW_MS - performance.now() : 0;
-    const timer = setTimeout(
-      () => {
-        void this.attempt("ranges", async () => {
-          const asked_ms = performance.now();
-          const ranges = await this.source.ranges(key, step);
-          if (key.version !== this.key.version || this.isDisposed) return;
-          const found = { n_inferences: facts.n_inferences, asked_ms, ranges };
-          this.rangesOfStep.value = new Map(this.rangesOfStep.value).set(step, found);
-        });
-      },
-      Math.max(RANGES_SETTLE_MS, wait),
-    );
-    return () => clearTimeout(timer);
-  }
-
   private loadSteps(): (() => void) | void {
     const [facts, shown] = [this.facts.value, this.shown.value];
     if (!facts || !shown || !this.hasMeans.value) return;
@@ -476,7 +433,7 @@ export class EpisodeModel {
   }
 
   /** Load something; returns whether it has worked. What went wrong is said on the page. */
-  private async attempt(what: Loaded, load: () => Promise<void>): Promise<boolean> {
+  async attempt(what: Loaded, load: () => Promise<void>): Promise<boolean> {
     let problem: string | null = null;
     try {
       await load();
@@ -500,7 +457,7 @@ export function sharedEnd(models: EpisodeModel[], normalisation: Normalisation):
     shown,
     normalisation,
     // A word's view belongs to the prefix, whose range is another.
-    models.flatMap((model) => (model.word.value ? [] : model.episodeEnds())),
+    models.flatMap((model) => (model.word.value ? [] : model.ranges.ofChosen())),
   );
 }
 
@@ -511,15 +468,4 @@ function afterPaint(action: () => void): void {
 
 export function message(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
-}
-
-/** The label itself, or the nearest one that was recorded; negative ones count from the end. */
-function nearestLabel(labels: number[], wanted: number): number {
-  if (!labels.length) return 0;
-  if (wanted < 0) return labels.at(Math.max(wanted, -labels.length))!;
-  return labels.reduce((best, label) => (Math.abs(label - wanted) < Math.abs(best - wanted) ? label : best));
-}
-
-function indexOf<T extends string>(labels: number[] | undefined, label: number | T): number | T {
-  return typeof label === "string" ? label : Math.max(0, (labels ?? []).indexOf(label));
 }

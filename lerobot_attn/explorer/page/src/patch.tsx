@@ -35,7 +35,7 @@ export function PatchPanel({ model }: { model: EpisodeModel }) {
     const timer = setTimeout(() => {
       void model.fullMap().then((map) => {
         if (!map || model.shown.value !== shown || model.layer.value !== layer) return;
-        const values = [...columnOf(map.slab, key, head)].slice(facts.first_action_query);
+        const values = [...columnOf(map.slab, key, head)].slice(...facts.action_queries);
         const rows = most(values.map((share, action) => ({ label: `action ${action}`, share })));
         tokens.value = { layer: map.layer, rows };
       });
@@ -74,7 +74,7 @@ export function PatchPanel({ model }: { model: EpisodeModel }) {
   const share = model.attention.value?.[key];
   const colour = "var(--accent)";
   return (
-    <section class="panel" id="patch" aria-labelledby="patch-title">
+    <section class="panel asked" id="patch" aria-labelledby="patch-title">
       <h2 id="patch-title">
         Who looks at this patch? <small>{isThere && `${percent(share)} of the chosen map`}</small>
       </h2>

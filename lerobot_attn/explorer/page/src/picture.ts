@@ -1,7 +1,9 @@
 /** The view as a PNG: the cameras as they are shown, and a caption that says what they show. */
 
+import type { Facts } from "./api";
 import { NORMALISATIONS, type Normalisation } from "./heat";
 import { headInWords, inWords } from "./labels";
+import { actionOfQuery } from "./layout";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -25,8 +27,8 @@ export function caption(model: EpisodeModel): string[] {
       : `layer ${model.layer.value}`;
   const head = headInWords(model.head.value, facts);
   const query = shown.row
-    ? `action ${shown.row.query - facts.first_action_query}`
-    : `mean of executed actions ${facts.executed_queries[0] - facts.first_action_query}–${facts.executed_queries[1] - 1 - facts.first_action_query}`;
+    ? `action ${actionOfQuery(facts, shown.row.query)}`
+    : `mean of executed actions${executedInWords(facts)}`;
   const word = model.word.value;
   return [
     `${facts.task_group ?? ""} ${facts.task_id ?? ""} · episode ${facts.episode ?? "?"} · ${facts.task}`,
@@ -35,6 +37,13 @@ export function caption(model: EpisodeModel): string[] {
       : `frame ${shown.frame} · ${layer} · ${head} · denoise step ${shown.step} · ${query} · ${UNITS[state.normalisation.value]}`,
     ...(facts.random_weights ? ["random weights: the maps mean nothing"] : []),
   ];
+}
+
+/** " 0–9", or nothing where it is not known which are executed. */
+function executedInWords(facts: Facts): string {
+  if (!facts.executed_queries) return "";
+  const [start, stop] = facts.executed_queries;
+  return ` ${actionOfQuery(facts, start)}–${actionOfQuery(facts, stop - 1)}`;
 }
 
 /** Draw everything that the cameras show onto one canvas. */

@@ -21,6 +21,12 @@ export function outcome(row: { success: boolean | null; complete: boolean }): st
   return row.success === null ? "unknown" : row.success ? "success" : "failure";
 }
 
+/** A badge; none where the recording does not know of success. */
+export function Outcome({ of }: { of: { success: boolean | null; complete: boolean } }) {
+  const found = outcome(of);
+  return found === "unknown" ? null : <span class={`badge ${found}`}>{found}</span>;
+}
+
 export function episodeName(row: {
   task_group: string | null;
   task_id: number | null;
@@ -66,8 +72,9 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
       <header class="bar">
         <h1>{run.name}</h1>
         <span class="note">
-          {counted(run.episodes.length, "episode")}, {counted(count("success"), "success", "successes")},{" "}
-          {counted(count("failure"), "failure")}
+          {counted(run.episodes.length, "episode")}
+          {count("success") + count("failure") > 0 &&
+            `, ${counted(count("success"), "success", "successes")}, ${counted(count("failure"), "failure")}`}
           {count("incomplete") > 0 && `, ${count("incomplete")} incomplete`}
         </span>
         {growing.size > 0 && <span class="badge live">live</span>}
@@ -160,10 +167,9 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
                   {episodeName(row)}
                 </a>
               </td>
-              <td>{row.task}</td>
+              <td dir="auto">{row.task}</td>
               <td>
-                <span class={`badge ${outcome(row)}`}>{outcome(row)}</span>{" "}
-                {growing.has(row.id) && <span class="badge live">live</span>}
+                <Outcome of={row} /> {growing.has(row.id) && <span class="badge live">live</span>}
               </td>
               <td class="number">{row.n_frames}</td>
               <td class="number">{row.n_inferences}</td>

@@ -3,6 +3,7 @@
 import {
   ApiError,
   type ActionChunk,
+  type AllRanges,
   type Camera,
   type Changes,
   type Choice,
@@ -34,6 +35,7 @@ export interface Source {
   timeline(episode: EpisodeId): Promise<Timeline>;
   shares(episode: EpisodeId, first: number, where: Where): Promise<Shares>;
   ranges(episode: EpisodeId, step: number): Promise<Ranges>;
+  allRanges(episode: EpisodeId): Promise<AllRanges>;
   tokens(episode: EpisodeId, inference: number): Promise<Tokens>;
   actions(episode: EpisodeId, inference: number): Promise<ActionChunk>;
   /** (layer, head, key): means over the executed actions. */
@@ -154,6 +156,7 @@ export class ServerSource implements Source {
     );
 
   ranges = (episode: EpisodeId, step: number) => json<Ranges>(`${base(episode)}/ranges/${step}`);
+  allRanges = (episode: EpisodeId) => json<AllRanges>(`${base(episode)}/ranges`);
   tokens = (episode: EpisodeId, inference: number) =>
     this.kept<Tokens>(`${base(episode)}/inferences/${inference}/tokens`);
   actions = (episode: EpisodeId, inference: number) =>

@@ -1,17 +1,20 @@
 /** Attention on the prompt: the sentence, its words and the numbers of the state; and shares of everything. */
 
 import type { Tokens } from "./api";
-import { percent, sumByGroup } from "./heat";
+import { percent, shareOf, sumByGroup } from "./heat";
 import { headInWords } from "./labels";
 import { modalitiesOf, modalityColour, modalityLabel, modalityOfKey } from "./layout";
 import type { EpisodeModel } from "./model";
+
+/** Whether tokens are the prompt's frame rather than what it says. */
+const isRest = (kind: string) => kind === "template" || kind === "special";
 
 interface Run {
   group: number;
   text: string;
 }
 
-/** The prompt's tokens, joined where they belong to one word, number or run of scaffold. */
+/** The prompt's tokens, joined where they belong to one word, number or run of the template. */
 function runs(tokens: Tokens): Run[] {
   const found: Run[] = [];
   tokens.key.forEach((key, slot) => {
@@ -30,7 +33,7 @@ export function Sentence({ model }: { model: EpisodeModel }) {
   const { groups, group_of_key } = tokens;
   if (!groups.length) return <p class="note">This policy got no language tokens.</p>;
   const shares = sumByGroup(attention, group_of_key, groups.length);
-  const most = Math.max(...groups.map((group, i) => (group.kind === "scaffold" ? 0 : shares[i]!)));
+  const most = Math.max(...groups.map((group, i) => (isRest(group.kind) ? 0 : shares[i]! || 0)));
   const hasPrefix = facts.prefix_layers.length > 0;
   const word = model.word.value;
   return (
@@ -38,13 +41,17 @@ export function Sentence({ model }: { model: EpisodeModel }) {
       <h2 id="words-title">
         Words and state <small>what the policy was told, shaded by attention</small>
       </h2>
-      <p class="sentence">
+      {tokens.prompt_truncated && (
+        <p class="note">The prompt was cut because it did not fit: its end is not among the tokens.</p>
+      )}
+      {!facts.task.trim() && <p class="note">The instruction is empty.</p>}
+      <p class="sentence" dir="auto">
         {runs(tokens).map(({ group, text }, i) => {
           const { kind, label } = groups[group]!;
           const share = shares[group]!;
-          const style = { "--shade": kind === "scaffold" ? 0 : Math.sqrt(share / (most || 1)) || 0 };
-          const title = `${label}: ${percent(share)} of all attention`;
-          if (!hasPrefix || kind === "scaffold") {
+          const style = { "--shade": isRest(kind) ? 0 : Math.sqrt(share / (most || 1)) || 0 };
+          const title = `${label}: ${shareOf(attention, share)} of all attention`;
+          if (!hasPrefix || isRest(kind)) {
             return (
               <span key={i} class={`token ${kind}`} style={style} title={title}>
                 {text}
@@ -78,16 +85,34 @@ export function Sentence({ model }: { model: EpisodeModel }) {
         </p>
       )}
       <div class="bar-columns">
-        <GroupBars title="Words" model={model} kinds={["task", "text"]} shares={shares} />
-        <GroupBars title="State" model={model} kinds={["state"]} shares={shares} />
-        <GroupBars title="Rest of the prompt" model={model} kinds={["scaffold"]} shares={shares} />
+        <GroupBars
+          title="Words"
+          model={model}
+          kinds={["task", "text"]}
+          attention={attention}
+          shares={shares}
+        />
+        <GroupBars title="State" model={model} kinds={["state"]} attention={attention} shares={shares} />
+        <GroupBars
+          title="Rest of the prompt"
+          model={model}
+          kinds={["template", "special"]}
+          attention={attention}
+          shares={shares}
+        />
       </div>
     </section>
   );
 }
 
-function GroupBars(props: { title: string; model: EpisodeModel; kinds: string[]; shares: Float32Array }) {
-  const { title, model, kinds, shares } = props;
+function GroupBars(props: {
+  title: string;
+  model: EpisodeModel;
+  kinds: string[];
+  attention: Float32Array;
+  shares: Float32Array;
+}) {
+  const { title, model, kinds, attention, shares } = props;
   const shown = model.shown.value;
   const facts = model.facts.value;
   if (!shown || !facts) return null;
@@ -103,6 +128,7 @@ function GroupBars(props: { title: string; model: EpisodeModel; kinds: string[];
         rows={chosen.map((group) => ({
           label: group.label,
           share: group.share,
+          said: shareOf(attention, group.share),
           colour: modalityColour(facts, group.kind),
           note: group.kind === "state" ? value(values?.[group.ordinal]) : "",
         }))}
@@ -118,18 +144,20 @@ function value(number: number | null | undefined): string {
 interface BarRow {
   label: string;
   share: number;
+  /** The share in words, where they are others than per cent. */
+  said?: string;
   colour: string;
   note?: string;
 }
 
 /** Bars of shares, relative to the largest of them. */
 export function Bars({ rows, wide = false }: { rows: BarRow[]; wide?: boolean }) {
-  const most = Math.max(...rows.map((row) => row.share), 1e-9);
+  const most = Math.max(...rows.map((row) => row.share || 0), 1e-9);
   return (
     <ul class={wide ? "bars wide" : "bars"}>
       {rows.map((row, i) => (
         <li key={i}>
-          <span class="bar-label" title={row.label}>
+          <span class="bar-label" title={row.label} dir="auto">
             {row.label}
           </span>
           <span class="bar-track">
@@ -138,7 +166,7 @@ export function Bars({ rows, wide = false }: { rows: BarRow[]; wide?: boolean })
               style={{ width: `${(100 * row.share) / most || 0}%`, background: row.colour }}
             />
           </span>
-          <span class="bar-value">{percent(row.share)}</span>
+          <span class="bar-value">{row.said ?? percent(row.share)}</span>
           {row.note && <span class="bar-note">{row.note}</span>}
         </li>
       ))}
@@ -169,7 +197,7 @@ export function ShareBar({ model }: { model: EpisodeModel }) {
         {rows.map((row) => (
           <li key={row.name}>
             <span class="swatch" style={{ background: row.colour }} />
-            {modalityLabel(facts, row.name)} <strong>{percent(row.share)}</strong>
+            {modalityLabel(facts, row.name)} <strong>{shareOf(attention, row.share)}</strong>
           </li>
         ))}
       </ul>

@@ -5,7 +5,7 @@ import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import type { Facts, Shares, Timeline as Table } from "./api";
-import { modalityColour } from "./layout";
+import { modalityColour, modalityLabel } from "./layout";
 import type { EpisodeModel } from "./model";
 import { ink, type Ink } from "./theme";
 
@@ -119,22 +119,22 @@ function sharesPlan(facts: Facts, shares: Shares, table: Table, isAlone: boolean
 function linesPlan(colour: Ink, shares: Shares, table: Table): Plan {
   const effective = perFrame(table, (inference) => shares.effective_tokens[inference]);
   const line = { width: 1.5, paths: steps, points: { show: false } };
-  const rewards = table.reward.filter((value) => value !== null);
+  const rewards = (table.reward ?? []).filter((value) => value !== null);
   const [low, high] = [Math.min(0, ...rewards), Math.max(1, ...rewards)];
   return {
     height: LINES_PX,
     series: [
       { ...line, scale: "tokens", stroke: colour.accent },
-      { ...line, scale: "reward", stroke: colour.text, dash: [4, 3] },
+      ...(table.reward ? [{ ...line, scale: "reward", stroke: colour.text, dash: [4, 3] }] : []),
     ],
-    data: [effective, table.reward],
+    data: table.reward ? [effective, table.reward] : [effective],
     scales: {
       tokens: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] },
       reward: { range: [low, high * 1.1] },
     },
     axes: [
       { scale: "tokens", space: 20 },
-      { scale: "reward", side: 1, space: 20 },
+      ...(table.reward ? [{ scale: "reward", side: 1, space: 20 }] : []),
     ],
     numbered: true,
   };
@@ -196,20 +196,32 @@ export function TimelinePanel(props: {
     onSeek(model.frames.value.nearest(frame));
   };
 
-  const succeeded = model.timeline.value?.success.indexOf(true) ?? -1;
+  const succeeded = model.timeline.value?.success?.indexOf(true) ?? -1;
+  const [facts, modalities] = [model.facts.value, model.shares.value?.modalities];
   return (
     <section class="timeline" aria-label={label}>
       {!isSecond && (
         <div class="timeline-keys" aria-hidden="true">
           <span>
-            <b>shares</b> of attention
+            <b>shares</b> of attention:
           </span>
+          {facts &&
+            modalities
+              ?.filter((name) => name !== "padding")
+              .map((name) => (
+                <span key={name}>
+                  <i class="swatch" style={{ background: modalityColour(facts, name) }} />{" "}
+                  {modalityLabel(facts, name)}
+                </span>
+              ))}
           <span>
             <i class="line accent" /> tokens it is worth (2^entropy)
           </span>
-          <span>
-            <i class="line dashed" /> reward
-          </span>
+          {model.timeline.value?.reward && (
+            <span>
+              <i class="line dashed" /> reward
+            </span>
+          )}
           <span>thin lines: the policy was asked</span>
           {succeeded >= 0 && <span>success at frame {succeeded}</span>}
         </div>

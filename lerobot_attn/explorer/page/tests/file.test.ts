@@ -29,6 +29,7 @@ async function embedded(change: (bits: Uint16Array) => void = () => {}): Promise
       n_keys: 4,
       mean_layers: [3, 7],
       heads: [2],
+      prefix_only_layers: [],
       denoise_steps: [0, 9],
       segments: [
         { kind: "image", name: "images.front", start: 0, stop: 2 },

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import type { Segment, Slab } from "../src/api";
+import type { Choice, HeadChoice, Segment, Slab } from "../src/api";
 import {
   columnOf,
   effectiveNumber,
@@ -10,8 +10,10 @@ import {
   pick,
   rangeEnd,
   rowOf,
+  shareOf,
   sumByGroup,
 } from "../src/heat";
+import means from "./means.json";
 
 const floats = (...values: number[]) => Float32Array.from(values);
 
@@ -62,6 +64,23 @@ describe("pick", () => {
 
   it("the largest head is that of negative numbers too", () => {
     expect([...pick({ shape: [1, 2, 2], values: floats(-3, -1, -2, -5) }, 0, "max")]).toEqual([-2, -1]);
+  });
+});
+
+describe("the package's own means", () => {
+  it.each(means)("$name, layer $layer, head $head", ({ shape, values, blind, from, layer, head, mean }) => {
+    const slab = { shape, values: Float32Array.from(values, (value) => value ?? NaN) };
+    const found = pick(
+      slab,
+      layer as Choice,
+      head as HeadChoice,
+      blind.length ? { layers: blind, from } : undefined,
+    );
+    const expected = mean.map((value) => value ?? NaN);
+    expect([...found].map(Number.isNaN)).toEqual(expected.map(Number.isNaN));
+    found.forEach((value, key) => {
+      if (!Number.isNaN(value)) expect(value).toBeCloseTo(expected[key]!, 6);
+    });
   });
 });
 
@@ -138,12 +157,22 @@ describe("sums", () => {
     expect([...sumByGroup(floats(1, 2, 4, 8), [1, -1, 0, 1], 3)]).toEqual([4, 9, 0]);
   });
 
+  it("adds the keys that a layer sees, and tells what it cannot see from what is missing", () => {
+    const [seen, blind] = [floats(1, 2, NaN, NaN), floats(NaN, NaN, NaN, NaN)];
+    expect([...sumByGroup(seen, [0, 0, 0, 1], 3)]).toEqual([3, NaN, 0]);
+    expect([...sumByGroup(blind, [0, 0, 0, 1], 2)]).toEqual([NaN, NaN]);
+    expect(shareOf(seen, NaN)).toBe("not visible to this layer");
+    expect(shareOf(blind, NaN)).toBe("missing");
+    expect(shareOf(seen, 0.5)).toBe("50 %");
+  });
+
   it("counts how many keys attention is worth", () => {
     expect(effectiveNumber(floats(0.25, 0.25, 0.25, 0.25))).toBeCloseTo(4, 10);
     expect(effectiveNumber(floats(0, 1, 0))).toBe(1);
     expect(effectiveNumber(floats(2, 2))).toBeCloseTo(2, 10); // whatever it sums to
     expect(effectiveNumber(floats(0, 0))).toBeNull();
-    expect(effectiveNumber(floats(NaN, 1))).toBeNull();
+    expect(effectiveNumber(floats(NaN, NaN))).toBeNull();
+    expect(effectiveNumber(floats(NaN, 1, 1))).toBeCloseTo(2, 10); // a key that the layer cannot see
   });
 
   it.each([

@@ -29,7 +29,7 @@ const facts = {
     { name: "images.wrist", label: "wrist", geometry: { ...geometry }, has_video: false },
     { name: "images.empty", label: "empty", geometry: null, has_video: false },
   ],
-  kinds: { padding: 0, image: 1, task: 2, state: 3, scaffold: 4, action: 5, text: 6 },
+  kinds: { padding: 0, image: 1, task: 2, state: 3, template: 4, action: 5, text: 6 },
 } as unknown as Facts;
 const keyKind = [1, 1, 1, 1, 0, 0, 4, 2, 2, 3, 0, 5, 5];
 
@@ -72,7 +72,7 @@ describe("cameras and keys", () => {
       "images.wrist",
       "task",
       "state",
-      "scaffold",
+      "template",
       "actions",
       "padding",
     ]);
@@ -90,7 +90,7 @@ describe("cameras and keys", () => {
       "images.wrist",
       "padding",
       "padding",
-      "scaffold",
+      "template",
       "task",
       "task",
       "state",

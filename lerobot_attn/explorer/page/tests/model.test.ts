@@ -63,6 +63,10 @@ class Server {
       n_keys: 6,
       n_queries: 4,
       first_action_query: 0,
+      prefix_len: 6,
+      action_queries: [0, 4],
+      prefix_only_layers: [],
+      video_errors: {},
       segments: [
         { kind: "image", name: CAMERA.name, start: 0, stop: 4 },
         { kind: "language", name: "language", start: 4, stop: 6 },
@@ -110,6 +114,13 @@ class Server {
           layers: [0, 1, "mean"],
           heads: [0, 1, "mean", "max"],
           ranges: { [CAMERA.name]: new Array(3).fill(new Array(4).fill(step + 1)) },
+        }),
+      allRanges: () =>
+        this.answer("all ranges", {
+          denoise_steps: [0, 1],
+          layers: [0, 1, "mean"],
+          heads: [0, 1, "mean", "max"],
+          ranges: { [CAMERA.name]: [3, 5].map((end) => new Array(3).fill(new Array(4).fill(end))) },
         }),
       videoUrl: () => null,
     } as unknown as Source;
@@ -278,13 +289,13 @@ describe("answers that come late", () => {
     server.delayMs = (what) => (what === "ranges 0" ? 800 : 0);
     state.step.value = 0;
     await pass(300);
-    expect(model.episodeEnds()).toEqual([]);
+    expect(model.ranges.ofChosen()).toEqual([]);
     state.step.value = 1;
     await pass(3000);
     expect(server.asked).toContain("ranges 0");
-    expect(model.episodeEnds()).toEqual([2]);
+    expect(model.ranges.ofChosen()).toEqual([2]);
     state.step.value = 0; // came meanwhile, and is kept
-    expect(model.episodeEnds()).toEqual([1]);
+    expect(model.ranges.ofChosen()).toEqual([1]);
   });
 
   it("of ranges are not asked for with every commit", async () => {
@@ -308,6 +319,26 @@ describe("answers that come late", () => {
     await pass();
     await asked;
     expect(model.word.value).toBeNull();
+  });
+});
+
+describe("one range for the episode", () => {
+  it("is not asked for where each frame has its own", async () => {
+    await opened();
+    expect(server.asked.filter((what) => what.includes("ranges"))).toEqual([]);
+    expect(model.ranges.ofHeads(CAMERA.name)).toEqual([]);
+    expect(model.ranges.ofDenoiseSteps(CAMERA.name)).toEqual([]);
+  });
+
+  it("is that of every single head in the grid, and of every denoise step in the strip", async () => {
+    state.normalisation.value = "episode";
+    await opened();
+    expect(model.ranges.ofHeads(CAMERA.name)).toEqual([2, 2, 2, 2]);
+    expect(model.ranges.ofDenoiseSteps(CAMERA.name)).toEqual([3, 5]);
+    expect(model.ranges.ofHeads("no such camera")).toEqual([]);
+    state.frame.value = 3;
+    await pass();
+    expect(server.asked.filter((what) => what === "all ranges")).toHaveLength(1);
   });
 });
 

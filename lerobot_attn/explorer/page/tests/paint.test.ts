@@ -2,7 +2,9 @@ import { describe, expect, it } from "vitest";
 import { colourTable } from "../src/colormaps";
 import { pixelMap } from "../src/layout";
 import { paintHeat, paintPatches } from "../src/paint";
+import type { ColourMap } from "../src/colormaps";
 import fromPython from "./pixel_maps.json";
+import scales from "./colour_scale.json";
 
 /** What a browser's ImageData is to these functions. */
 function image(width: number, height: number): ImageData {
@@ -63,6 +65,22 @@ describe("paintHeat", () => {
     paintHeat(target, values, pixelMap(geometry), geometry.grid_columns, 1, "inferno", "opaque");
     expect(new Set(new Uint32Array(target.data.buffer)).size).toBe(1);
     expect(pixel(target, 0, 0)).toEqual([...darkest!, 255]);
+  });
+});
+
+describe("the package's colour scale", () => {
+  it.each(scales)("$colormap, opacity $alpha, up to $vmax", ({ colormap, alpha, vmax, values, rgba }) => {
+    const n = values.length;
+    const target = image(n, 1);
+    const map = { width: n, height: 1, rows: new Uint16Array(1), columns: Uint16Array.from(values.keys()) };
+    const there = Float32Array.from(values, (value) => value ?? NaN);
+    paintHeat(target, there, map, n, vmax, colormap as ColourMap, alpha ?? "opaque");
+    rgba.forEach((expected, x) => {
+      const found = pixel(target, x, 0);
+      expect([x, found[3]]).toEqual([x, expected[3]]);
+      // Blended between 52 of the map's colours, a channel is up to 4 off.
+      for (let c = 0; c < 3; c++) expect(Math.abs(found[c]! - expected[c]!)).toBeLessThanOrEqual(4);
+    });
   });
 });
 

@@ -1,0 +1,100 @@
+"""An episode's facts: all that the page must know of it before it draws, as plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import xarray as xr
+
+from lerobot_attn.analysis.select import RAW
+from lerobot_attn.explorer.means import mean_layers, prefix_only_layers
+from lerobot_attn.explorer.pictures import video_version
+from lerobot_attn.explorer.slabs import PREFIX, labels
+from lerobot_attn.explorer.values import numbers, plain
+from lerobot_attn.layout import Kind
+from lerobot_attn.store.reader import Episode
+
+_DEFAULT_FPS = 20.0  # of an episode without videos: LIBERO's
+
+
+def facts(episode: Episode) -> dict[str, Any]:
+    """Return an episode's sizes, labels, layout and cameras."""
+    data, attributes, layout = episode.arrays, episode.attributes, episode.layout
+    policy = attributes.get("policy", {})
+    actions = layout.action_queries
+    return {
+        "task": episode.task,
+        "task_group": plain(attributes.get("task_group")),
+        "task_id": plain(attributes.get("task_id")),
+        "episode": plain(attributes.get("episode_index")),
+        "seed": plain(attributes.get("seed")),
+        "success": episode.success,
+        "complete": episode.is_complete,
+        "random_weights": episode.has_random_weights,
+        "policy": plain(policy.get("type")),
+        "n_frames": episode.n_frames,
+        "n_inferences": episode.n_inferences,
+        "n_layers": plain(policy.get("n_layers")),
+        "n_heads": plain(policy.get("n_heads")),
+        "n_queries": layout.n_queries,
+        "n_keys": layout.n_keys,
+        "prefix_len": layout.prefix_len,
+        "first_action_query": layout.first_action_query,
+        "action_queries": [actions.start, actions.stop],
+        "executed_queries": attributes.get("executed_queries"),
+        "mean_layers": mean_layers(data),
+        "layers": labels(data, "layer", RAW),
+        "prefix_layers": labels(data, "prefix_layer", PREFIX),
+        "prefix_only_layers": prefix_only_layers(data),
+        "heads": labels(data, "head"),
+        "denoise_steps": labels(data, "denoise_step"),
+        "flow_time": numbers(data["flow_time"].values),
+        "state_dims": _names(data, "state_dim"),
+        "action_dims": _names(data, "action_dim"),
+        "segments": [
+            {"kind": s.kind, "name": s.name, "start": s.start, "stop": s.stop} for s in layout.segments
+        ],
+        "cameras": _cameras(episode),
+        "video_errors": _video_errors(attributes),
+        "prompt_truncated": bool(data["prompt_truncated"].any()) if "prompt_truncated" in data else False,
+        "kinds": {kind.name.lower(): int(kind) for kind in Kind},
+        "fps": _fps(attributes),
+    }
+
+
+def _cameras(episode: Episode) -> list[dict[str, Any]]:
+    short = episode.layout.short_names
+    found = []
+    for camera in episode.layout.cameras:
+        video = episode.videos.get(camera.name)
+        version = None if video is None else video_version(video)
+        found.append(
+            {
+                "name": camera.name,
+                "label": short[camera.name],
+                "geometry": None if camera.geometry is None else vars(camera.geometry),
+                "has_video": version is not None,
+                "video_version": version,
+            }
+        )
+    return found
+
+
+def _video_errors(attributes: Mapping[str, Any]) -> dict[str, str]:
+    """Return a camera's full name → why its video could not be written."""
+    errors = attributes.get("video_errors")
+    return {camera: str(why) for camera, why in errors.items()} if isinstance(errors, dict) else {}
+
+
+def _fps(attributes: Mapping[str, Any]) -> float:
+    """Return the frames a second that the first video says; a number that can be divided by."""
+    for video in (attributes.get("videos") or {}).values():
+        fps = plain(video.get("fps")) if isinstance(video, dict) else None
+        if isinstance(fps, int | float) and not isinstance(fps, bool) and fps > 0:
+            return fps
+    return _DEFAULT_FPS
+
+
+def _names(data: xr.Dataset, dimension: str) -> list[str]:
+    return [str(name) for name in data[dimension].values] if dimension in data.coords else []
