@@ -5,8 +5,8 @@
     python benchmarks/readme_table.py --check    # exit status 1 where one differs
 
 What is rewritten stands between two markers, each on a line of its own: `<!-- benchmarks -->` and
-`<!-- /benchmarks -->` around the table in docs/benchmarks.md, `figures` around README's best ones, both made of
-benchmarks/results, and `schema` around the table in docs/store.md. Runs no benchmark.
+`<!-- /benchmarks -->` around the table in docs/benchmarks.md, `figures` around README's best ones (both made
+of benchmarks/results), and `schema` around the table in docs/store.md. Runs no benchmark.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Result, number, shown, target
+from common import RESULTS, Result, shown, target
 
 from lerobot_attn.store.schema import schema_table
 
@@ -104,16 +104,16 @@ def figures(documents: list[dict[str, Any]]) -> str:
     overlay = found("overlay_speed", "overlay of 280 full-size frames")
     anew = found("read", "one heatmap, store opened anew")
     lines = [
-        f"**Size.** An episode of 145 steps takes {shown(stored).split(' (')[0]}, lossless: "
+        f"**Size.** An episode of 145 steps takes {stored.value:.0f} MB, lossless: "
         f"{ORIGINAL_BYTES / store_bytes:.0f} times less than the 2.8 GB that the original implementation "
-        f"reports (suffix-only maps, one `.pt` an action), {number(against_float32.value)} times less than "
-        f"the same two layers in float32 `.pt` files, {number(against_float16.value)} times less than in "
-        f"float16, and {number(once.value)} times less than float32 with each tensor saved once.",
+        f"reports (suffix-only maps, one `.pt` an action), {against_float32.value:.2g} times less than the "
+        f"same two layers in float32 `.pt` files, {against_float16.value:.2g} times less than in float16, "
+        f"and {once.value:.2g} times less than float32 with each tensor saved once.",
         f"**Recording.** A LIBERO rollout of 40 frames takes {shown(rollout)} the time it takes without, on "
         "two CPU cores with the demo policy. On a GPU it is not measured yet.",
-        f"**Looking.** A heatmap from a store that is opened anew takes {number(anew.value)} ms, the "
-        f"explorer's next frame {number(frame.value)} ms (95th percentile), and an overlay is drawn at "
-        f"{number(overlay.value)} frames a second.",
+        f"**Looking.** A heatmap from a store that is opened anew takes {anew.value:.2g} ms, the explorer's "
+        f"next frame {frame.value:.2g} ms (95th percentile), and an overlay is drawn at {overlay.value:.0f} "
+        "frames a second.",
     ]
     return "\n".join(textwrap.fill(f"- {line}", 120, subsequent_indent="  ") for line in lines)
 

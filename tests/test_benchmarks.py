@@ -162,10 +162,10 @@ def test_a_way_that_loses_precision_is_noticed(monkeypatch):
 
 
 def test_made_up_maps_are_attention(monkeypatch):
-    common = load("common", monkeypatch)
+    made_up = load("made_up", monkeypatch)
     from lerobot_attn.synthetic import SyntheticPlan
 
-    episode = common.MadeUpEpisode(SyntheticPlan())
+    episode = made_up.MadeUpEpisode(SyntheticPlan())
     maps = episode.maps(1)
     assert maps.full.sum(axis=-1) == pytest.approx(1, abs=1e-5)
     assert maps.means.sum(axis=-1) == pytest.approx(1, abs=1e-5)
