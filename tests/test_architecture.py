@@ -1,8 +1,12 @@
 """The house: who may import whom. CONTRIBUTING claims it, and these tests hold it."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -315,6 +319,47 @@ def test_no_module_is_long_without_a_reason_in_its_docstring(name):
     if len(text.splitlines()) > MOST_LINES:
         docstring = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
         assert REASON in docstring, f"{len(text.splitlines())} lines; split it, or write '{REASON} …'"
+
+
+# What an install brings
+
+
+def bare(requirement: str) -> str:
+    """The distribution's name of a requirement such as "imageio[ffmpeg]>=2.36"."""
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def requirements() -> tuple[set[str], set[str]]:
+    """What the base install brings, and what the extra that runs evaluations adds."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = {bare(one) for one in project["dependencies"]}
+    return base, {bare(one) for one in project["optional-dependencies"]["eval"]}
+
+
+@functools.cache
+def homes() -> dict[str, list[str]]:
+    return {**packages_distributions(), "imageio_ffmpeg": ["imageio"]}  # its extra brings it
+
+
+def distributions_of(name: str) -> set[str]:
+    """What else than Python and this package a module imports when it runs, by distribution."""
+    tops = {used.module.split(".")[0] for used in IMPORTS[name] if not used.typing_only}
+    others = tops - set(sys.stdlib_module_names) - {"lerobot_attn"}
+    return {bare(home) for top in others for home in homes().get(top, [top])}
+
+
+def test_reading_and_looking_import_only_what_the_base_install_brings():
+    base, _ = requirements()
+    for name in filter(is_framework_free, MODULES):
+        assert distributions_of(name) <= base, name
+
+
+def test_what_the_base_install_brings_is_needed_to_read_or_look():
+    base, extra = requirements()
+    assert not base & extra
+    assert "hydra-core" in extra
+    needed = {home for name in filter(is_framework_free, MODULES) for home in distributions_of(name)}
+    assert base - needed == set()
 
 
 # What an import costs
