@@ -1,0 +1,40 @@
+"""README's example of one's own loop runs as it is printed, with the demo policy."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lerobot")
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("## Record your own loop")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+
+
+def observation(seed=0):
+    """What a robot with two cameras gives, as LeRobot's preprocessor takes it."""
+    noise = torch.Generator().manual_seed(seed)
+    return {
+        "observation.images.image": torch.rand(1, 3, 96, 96, generator=noise),
+        "observation.images.image2": torch.rand(1, 3, 96, 96, generator=noise),
+        "observation.state": torch.rand(1, 8, generator=noise),
+        "task": ["pick up the soup"],
+    }
+
+
+def test_maps_are_taken_as_arrays(demo_policy):
+    policy, preprocess, _ = demo_policy(num_inference_steps=2)
+    (block,) = (block for block in BLOCKS if "capture_attention" in block)
+    names = {"policy": policy, "batch": preprocess(observation())}
+    exec(compile(block, "README.md", "exec"), names)
+    suffix = names["record"].suffix_attention
+    assert suffix.ndim == 6
+    assert suffix.sum(axis=-1) == pytest.approx(1, abs=2e-3)
+    assert set(names["policy"].get_attention_maps(last_n_layers=2)[0]) == {
+        "time",
+        "prefix_len",
+        "suffix_len",
+        "attention_weights",
+    }
