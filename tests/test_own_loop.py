@@ -1,4 +1,4 @@
-"""README's example of one's own loop runs as it is printed, with the demo policy."""
+"""Examples of one's own loop, in README and docs, run as they are printed, with the demo policy."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ pytest.importorskip("lerobot")
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("## Record your own loop")[1].split("\n## ")[0]
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", SECTION + RECIPES, re.MULTILINE | re.DOTALL)
 
 
 def observation(seed=0):
@@ -26,7 +27,7 @@ def observation(seed=0):
 
 def test_maps_are_taken_as_arrays(demo_policy):
     policy, preprocess, _ = demo_policy(num_inference_steps=2)
-    (block,) = (block for block in BLOCKS if "capture_attention" in block)
+    (block,) = (block for block in BLOCKS if "AttentionPolicy" in block)
     names = {"policy": policy, "batch": preprocess(observation())}
     exec(compile(block, "README.md", "exec"), names)
     suffix = names["record"].suffix_attention
@@ -38,3 +39,15 @@ def test_maps_are_taken_as_arrays(demo_policy):
         "suffix_len",
         "attention_weights",
     }
+
+
+def test_a_probe_blocks_a_camera(demo_policy):
+    policy, preprocess, _ = demo_policy(num_inference_steps=2)
+    (block,) = (block for block in BLOCKS if "probes=" in block)
+    noise = torch.randn(1, policy.config.chunk_size, policy.config.max_action_dim)
+    names = {"policy": policy, "batch": preprocess(observation()), "noise": noise}
+    exec(compile(block, "recipes.md", "exec"), names)
+    (record,) = names["capture"].drain()
+    assert not record.suffix_attention[..., : len(record.layout.segments[0])].any()
+    assert record.suffix_attention.sum(axis=-1) == pytest.approx(1, abs=2e-3)
+    assert (names["blind"] - names["seeing"]).abs().max() > 0
