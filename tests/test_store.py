@@ -13,9 +13,12 @@ import pytest
 import xarray as xr
 import zarr
 
+from lerobot_attn.cli import main
 from lerobot_attn.errors import StoreError
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
+from lerobot_attn.store.damage import find_damage
 from lerobot_attn.store.reader import open_episode, open_run
+from lerobot_attn.store.repair import repair
 from lerobot_attn.store.schema import ARRAYS, DIMENSIONS, SCHEMA_VERSION, schema_table
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 
@@ -498,9 +501,15 @@ def test_a_failed_append_grows_no_array(tmp_path, monkeypatch):
     assert data.token_id.values[:, 0].tolist() == [0, 1]
 
 
-def test_a_store_by_another_name_is_opened_by_every_door(tmp_path):
-    from lerobot_attn.cli import main
+def command(monkeypatch, *arguments):
+    """Run the command line; return its exit status."""
+    monkeypatch.setattr("sys.argv", ["lerobot-attn", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
 
+
+def test_a_store_by_another_name_is_opened_by_every_door(tmp_path, monkeypatch):
     write_episode(tmp_path / "episode_00000.zarr")
     path = (tmp_path / "episode_00000.zarr").rename(tmp_path / "my favourite")
     assert open_episode(path).n_inferences == 3
@@ -508,8 +517,9 @@ def test_a_store_by_another_name_is_opened_by_every_door(tmp_path):
     assert run.is_episode
     assert run.stores == (path,)
     assert [episode.path for episode in run] == [path]
-    for arguments in (["inspect"], ["inspect", "--json"], ["verify", "--repair", "--dry-run"]):
-        assert main([arguments[0], str(path), *arguments[1:]]) in (0, 1)
+    assert command(monkeypatch, "inspect", path) == 0
+    assert command(monkeypatch, "inspect", path, "--json") == 0
+    assert command(monkeypatch, "verify", path, "--repair", "--dry-run", "--output", tmp_path / "s.png") == 0
 
 
 def test_a_damaged_store_by_another_name_says_what_is_wrong(tmp_path):
@@ -519,11 +529,7 @@ def test_a_damaged_store_by_another_name_says_what_is_wrong(tmp_path):
         open_run(tmp_path / "mine")
 
 
-def test_a_read_only_file_system_is_read(tmp_path):
-    from lerobot_attn.cli import main
-    from lerobot_attn.store.damage import find_damage
-    from lerobot_attn.store.repair import repair
-
+def test_a_read_only_file_system_is_read(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     store = tmp_path / "disk" / "task_0" / "episode_00000.zarr"
 
@@ -543,7 +549,7 @@ def test_a_read_only_file_system_is_read(tmp_path):
         assert episode.dataset["suffix_attention"].values.shape[0] == episode.n_inferences
         assert find_damage(store).is_sound
         assert repair(store, dry_run=True)[0].changes_nothing
-        assert main(["inspect", str(store)]) == 0
+        assert command(monkeypatch, "inspect", store) == 0
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 

@@ -161,9 +161,9 @@ def count_frames(path: Path) -> int:
     return sum(1 for _ in _decode(path))
 
 
-def _url(path: Path) -> str:
+def _url(path: str | Path) -> str:
     """Return a path as ffmpeg takes it literally: `run:a/x.mp4` would name a protocol, `-x.mp4` an option."""
-    return f"file:{path.absolute()}"
+    return f"file:{Path(path).absolute()}"
 
 
 def _decode(path: Path) -> Iterator[av.VideoFrame]:
