@@ -22,7 +22,7 @@ NAMES = [
     *("[1]", "*", "{}", "~", "$HOME", "-o", "x.zarr"),
 ]
 PLAN = SyntheticPlan(
-    n_frames=12, n_queries=6, n_executed=6, n_denoise_steps=2, n_layers=2, layers=(1,), grid=(2, 2), n_text=24
+    n_frames=12, n_queries=6, n_executed=6, n_denoise_steps=2, n_layers=2, layers=(1,), grid=(2, 2), n_text=40
 )
 
 
