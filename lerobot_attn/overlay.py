@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,10 +34,9 @@ from lerobot_attn.figures.scale import ColourScale as ColourScale
 from lerobot_attn.figures.scale import blend
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.settings import check_numbers, check_one_map, check_ranges
+from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.video import Frame, VideoWriter, count_frames, read_frames
-
-Progress = Callable[[int, int], None]
 
 FORMATS = (".mp4", ".gif")
 _GIF_FPS = 10.0  # frames beyond are left out: a README's clip has to stay small

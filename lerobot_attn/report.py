@@ -8,7 +8,7 @@ The numbers are those of `analysis.compare`; the drawing is in `figures`, the vi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ from lerobot_attn.layout import short_names
 from lerobot_attn.overlay import OverlaySettings, overlay_frames
 from lerobot_attn.plot import camera_frames, on_image
 from lerobot_attn.settings import check_choice, check_ranges
+from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.video import Frame, VideoWriter
 
-Progress = Callable[[int, int], None]
 _STRIP = 5  # phases of an episode that are shown as images
 _RANGES = {"width": (2, 30), "dpi": (30, 1200)}
 

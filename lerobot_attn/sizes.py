@@ -1,8 +1,14 @@
-"""Sizes of folders, counted and written for people. Knows nothing of what lies in them."""
+"""How large and how far: sizes of folders in words, and the type of a progress report.
+
+Knows nothing of what lies in a folder or of what progresses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+Progress = Callable[[int, int], None]  # called as `progress(done, total)`
 
 
 def folder_bytes(folder: Path) -> int:

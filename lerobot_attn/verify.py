@@ -31,14 +31,15 @@ from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, colorbar, new_f
 from lerobot_attn.figures.scale import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
-from lerobot_attn.overlay import ColourScale, Progress, resized
+from lerobot_attn.overlay import ColourScale, resized
 from lerobot_attn.settings import check_one_map, check_ranges, parse_choice
+from lerobot_attn.sizes import Progress
+from lerobot_attn.store.chunks import stored_arrays
 from lerobot_attn.store.damage import (
     Damage,
     find_damage,
     is_missing,
     missing_chunks,
-    stored_arrays,
     was_cut,
 )
 from lerobot_attn.store.reader import Episode

@@ -20,9 +20,11 @@ from test_inspection import run_cli
 
 from lerobot_attn import analysis
 from lerobot_attn.errors import StoreError
-from lerobot_attn.store.damage import find_damage, stored_arrays
-from lerobot_attn.store.reader import open_episode, open_run
+from lerobot_attn.store.chunks import stored_arrays
+from lerobot_attn.store.damage import find_damage
+from lerobot_attn.store.reader import open_episode
 from lerobot_attn.store.repair import repair
+from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import ARRAYS, SCHEMA_VERSION
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
@@ -370,6 +372,14 @@ def test_rows_that_contradict_others(long_episode, tmp_path, name, row, value, l
     assert (done.n_inferences[1], done.n_frames[1]) == left
     assert find_damage(path).is_sound
     assert repair(path)[0].changes_nothing
+
+
+def test_an_action_that_is_no_token_of_a_chunk_is_no_damage(long_episode, tmp_path):
+    path = shutil.copytree(long_episode, tmp_path / long_episode.name)
+    zarr.open_array(path / "frame_query", mode="r+")[5:9] = -1
+    assert find_damage(path).is_sound
+    assert repair(path)[0].changes_nothing
+    assert open_episode(path).arrays["frame_query"][5:9].values.tolist() == [-1] * 4
 
 
 def test_counts_that_contradict_the_arrays(path):

@@ -32,7 +32,6 @@ from lerobot_attn.analysis.runs import (
     AnyMeasure,
     Labels,
     Measure,
-    Progress,
     Source,
     check_whole_episode,
     find_measure,
@@ -48,6 +47,7 @@ from lerobot_attn.analysis.runs import (
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.spatial import by_camera, camera_names, image_heatmap
 from lerobot_attn.errors import SelectionError, StoreError, first_line
+from lerobot_attn.sizes import Progress
 
 Align = Literal["phase", "frame"]
 Axis = Literal["phase", "frame", "whole"]

@@ -37,9 +37,9 @@ from lerobot_attn.analysis.select import MEANS, RAW, Where, attention
 from lerobot_attn.analysis.spatial import camera_geometry, camera_names
 from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import SelectionError
+from lerobot_attn.sizes import Progress
 
 By = Literal["inference", "frame"]
-Progress = Callable[[int, int], None]
 
 _MAPS = (RAW, MEANS, "prefix_attention")
 _BLOCK_BYTES = 8_000_000  # where the maps of an inference are smaller: blocks of a few would be slow

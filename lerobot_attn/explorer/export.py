@@ -28,11 +28,9 @@ from lerobot_attn.explorer.excerpt import Excerpt, as_option, choose, facts_of
 from lerobot_attn.explorer.library import id_alone, summary_of
 from lerobot_attn.explorer.pictures import jpeg
 from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
-from lerobot_attn.sizes import format_bytes
+from lerobot_attn.sizes import Progress, format_bytes
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.video import read_frames
-
-Progress = Callable[[int, int], None]
 
 ELEMENT = "lerobot-attn-episode"
 FORMATS = (".html", ".htm")

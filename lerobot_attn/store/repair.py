@@ -9,6 +9,9 @@ damaged chunk cannot say so (token ids, which inference gave a frame's action, â
 that came after it is cut off: nothing is guessed. Both are listed in the group's attribute `repaired`. What
 is not damaged stays as it is, bit for bit.
 
+Why by chunk, and not by cutting before the first damage: one flipped byte in the first inference's map would
+cost the whole episode, though every other map is whole. Most of a store is maps, so most damage falls there.
+
 Each file is written beside the old one and renamed, and each step leaves a store that opens; a repair that
 was killed is finished by the next one.
 """
@@ -30,17 +33,15 @@ import zarr
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.sizes import Progress
+from lerobot_attn.store.chunks import Grid, StoredArray, stored_arrays
 from lerobot_attn.store.damage import (
     REPAIRED,
     UNFINISHED_CHUNK,
     Damage,
-    Grid,
-    Progress,
-    StoredArray,
     find_damage,
     is_ahead,
     leftovers,
-    stored_arrays,
 )
 from lerobot_attn.store.files import first_link, replace_json
 from lerobot_attn.store.lock import LOCK, claim_folder
