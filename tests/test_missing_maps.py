@@ -15,8 +15,10 @@ from lerobot_attn.analysis import runs as runs_module
 from lerobot_attn.analysis.compare import Aspect, compare_each
 from lerobot_attn.analysis.spatial import NORMALISATIONS
 from lerobot_attn.figures.canvas import MISSING
+from lerobot_attn.figures.scale import MISSING_RGB
 from lerobot_attn.inspection import describe_episode, render_episode, segment_mass
-from lerobot_attn.overlay import _MISSING, OverlaySettings, _Film, overlay_frames
+from lerobot_attn.overlay import OverlaySettings, overlay_frames
+from lerobot_attn.overlay.film import Film
 from lerobot_attn.plot import KINDS, PlotSettings, plot
 from lerobot_attn.report import CompareSettings, compare_groups, comparison_figure
 from lerobot_attn.store.video import read_frames
@@ -287,24 +289,24 @@ def test_the_timeline_of_a_single_missing_frame_is_blank(tmp_path):
 @pytest.mark.parametrize("normalisation", list(NORMALISATIONS))
 def test_an_overlay_leaves_the_image_alone_and_says_so(whole, holed, interpolation, normalisation):
     settings = OverlaySettings(interpolation=interpolation, normalisation=normalisation, layer=LAYER)
-    film = _Film(holed, settings)
+    film = Film(holed, settings)
     (place,), (view,) = film._places, film._views
     rows = slice(place.top, place.top + view.size_px[0])
     images = read_frames(holed.videos[CAMERA], size_px=view.size_px)
-    same_range = film.scale == _Film(whole, settings).scale
+    same_range = film.scale == Film(whole, settings).scale
     for frame, (shown, other, image) in enumerate(
         zip(overlay_frames(holed, settings), overlay_frames(whole, settings), images, strict=True)
     ):
         left, right = (shown[rows, start : start + view.size_px[1]] for start in (place.left, place.right))
         if frame in FRAMES:
             np.testing.assert_array_equal(left, image)
-            assert (right == _MISSING).all()
+            assert (right == MISSING_RGB).all()
         else:
             assert (left != image).any()
             if same_range:
                 np.testing.assert_array_equal(shown[rows], other[rows])
     assert "grey: not in the store" in film._footer_parts()
-    assert "grey: not in the store" not in _Film(whole, settings)._footer_parts()
+    assert "grey: not in the store" not in Film(whole, settings)._footer_parts()
 
 
 def test_an_overlay_of_nothing_is_drawn(empty):

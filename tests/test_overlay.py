@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from test_inspection import run_cli
 
-import lerobot_attn.overlay as overlay_module
+import lerobot_attn.overlay.film as film_module
 from lerobot_attn.errors import ConfigError, SelectionError, StoreError
 from lerobot_attn.figures.canvas import colormap
 from lerobot_attn.overlay import ColourScale, OverlaySettings, overlay_frames, write_overlay
@@ -42,7 +42,7 @@ def planted_pixels(plan, size_px, **where):
 
 @lru_cache
 def film_of(episode, settings):
-    return overlay_module._Film(episode, settings)
+    return film_module.Film(episode, settings)
 
 
 def views_of(frame, episode, settings, camera=0):
@@ -105,9 +105,9 @@ def test_all_cameras_have_their_own_maps(episode):
 def test_a_frame_shows_the_action_executed_at_it(episode, monkeypatch):
     """Query and frame belong together: the map changes from frame to frame within an inference."""
     numbers = []
-    original = overlay_module._number
+    original = film_module.number_picture
     monkeypatch.setattr(
-        overlay_module, "_number", lambda value, *rest: numbers.append(value) or original(value, *rest)
+        film_module, "number_picture", lambda value, *rest: numbers.append(value) or original(value, *rest)
     )
     settings = OverlaySettings(head=0, normalisation="frame", alpha=1.0)
     by_frame = list(overlay_frames(episode, settings))
@@ -122,7 +122,7 @@ def test_a_frame_shows_the_action_executed_at_it(episode, monkeypatch):
 
 
 def test_header_and_footer_say_what_is_shown(episode):
-    film = overlay_module._Film(episode, OverlaySettings())
+    film = film_module.Film(episode, OverlaySettings())
     assert film._header_parts() == [
         "image",
         "frame \ue000/8",
@@ -133,10 +133,10 @@ def test_header_and_footer_say_what_is_shown(episode):
     ]
     assert film._footer_parts()[0] == "colours: share of all attention, one range for the episode"
     # Layer 0 has stored means only.
-    film = overlay_module._Film(episode, OverlaySettings(layer=0, exclude="0,7"))
+    film = film_module.Film(episode, OverlaySettings(layer=0, exclude="0,7"))
     assert film._header_parts()[-1] == "mean of executed actions 0-2"
     assert {"from stored means", "2 key tokens left out"} <= set(film._footer_parts())
-    film = overlay_module._Film(episode, OverlaySettings(query="mean", head=1))
+    film = film_module.Film(episode, OverlaySettings(query="mean", head=1))
     assert film._header_parts()[-2:] == ["head 1", "mean of all actions"]
 
 
@@ -154,10 +154,10 @@ def test_left_out_keys_do_not_shine(episode):
 @pytest.mark.parametrize("size", [None, 48, 224, 360])
 @pytest.mark.parametrize("camera", ["image", "all"])
 def test_no_text_is_clipped(episode, size, camera):
-    film = overlay_module._Film(
+    film = film_module.Film(
         episode, OverlaySettings(camera=camera, size=size, layer=0, exclude=(1, 2), clip=99)
     )
-    width = film.size_px[1] - 2 * overlay_module._GAP_PX
+    width = film.size_px[1] - 2 * film_module._GAP_PX
     for line in film._header:
         text = line.replace("\ue000", "8").replace("\ue001", "2")
         assert film._font.getlength(text) <= width
@@ -165,13 +165,13 @@ def test_no_text_is_clipped(episode, size, camera):
     assert words == " ".join(film._header_parts()).split()
     # Nothing but background in the last columns and rows.
     frame = next(film.draw(film.frames))
-    assert (frame[:, -2:] == overlay_module._BACKGROUND).all()
-    assert (frame[-2:] == overlay_module._BACKGROUND).all()
+    assert (frame[:, -2:] == film_module.BACKGROUND).all()
+    assert (frame[-2:] == film_module.BACKGROUND).all()
 
 
 def test_a_word_longer_than_a_line_is_broken():
-    font = overlay_module._font(12)
-    lines = overlay_module._break(["observation_images_agentview_left" * 3, "b"], " | ", font, 150)
+    font = film_module.font_of(12)
+    lines = film_module.broken(["observation_images_agentview_left" * 3, "b"], " | ", font, 150)
     assert "".join(lines).removesuffix(" | b") == "observation_images_agentview_left" * 3
     assert all(font.getlength(line) <= 150 for line in lines)
 
@@ -383,7 +383,7 @@ def test_the_episodes_own_files_are_safe(episode, tmp_path):
 def test_nothing_half_written_is_left(episode, tmp_path, monkeypatch, suffix, failure):
     path = tmp_path / f"overlay{suffix}"
     path.write_text("what was there before")
-    original = overlay_module._Film.draw
+    original = film_module.Film.draw
 
     def failing(self, frames, progress=None):
         for number, frame in enumerate(original(self, frames, progress)):
@@ -391,7 +391,7 @@ def test_nothing_half_written_is_left(episode, tmp_path, monkeypatch, suffix, fa
                 raise failure("in the middle")
             yield frame
 
-    monkeypatch.setattr(overlay_module._Film, "draw", failing)
+    monkeypatch.setattr(film_module.Film, "draw", failing)
     with pytest.raises(failure):
         write_overlay(episode, path, progress=lambda done, total: None)
     assert path.read_text() == "what was there before"

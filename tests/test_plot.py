@@ -16,7 +16,8 @@ from lerobot_attn import analysis
 from lerobot_attn.errors import ConfigError, SelectionError, StoreError
 from lerobot_attn.figures import save_figure
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
-from lerobot_attn.overlay import OverlaySettings, _Film
+from lerobot_attn.overlay import OverlaySettings
+from lerobot_attn.overlay.film import Film
 from lerobot_attn.plot import KINDS, PlotSettings, plot
 from lerobot_attn.store.reader import open_episode
 from lerobot_attn.synthetic import (
@@ -203,7 +204,7 @@ def test_cameras_whose_names_end_alike_are_told_apart(tmp_path):
     assert labels <= {band.get_label() for band in bands}
     ((title, *_),) = heatmaps(plot(episode, "image", PlotSettings(frames=6, cameras="right.rgb", layers=2)))
     assert title == "layer 2"
-    film = _Film(episode, OverlaySettings(camera="right.rgb"))
+    film = Film(episode, OverlaySettings(camera="right.rgb"))
     assert film._header_parts()[0] == "right.rgb"
 
 

@@ -1,49 +1,37 @@
-"""The `lerobot-attn` command. Each command parses its options and makes one call into the package."""
+"""Commands that look at what was recorded: inspect, plot, overlay, verify, compare."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.status import Status
 
-from lerobot_attn import __version__
-from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError
+from lerobot_attn.cli.app import app
+from lerobot_attn.cli.messages import progress_bar, status
+from lerobot_attn.cli.options import (
+    Alpha,
+    Clip,
+    ColorMap,
+    EpisodePath,
+    Exclude,
+    Head,
+    Interpolation,
+    Layer,
+    LeaveOut,
+    Normalisation,
+    Query,
+    SettingsFile,
+    Step,
+)
+from lerobot_attn.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from lerobot_attn.store.reader import Episode
     from lerobot_attn.store.runs import Run
-
-app = typer.Typer(
-    name="lerobot-attn",
-    help="See what a vision-language-action policy attends to.\n\n"
-    "Record with: lerobot-eval --eval.save_attention_maps=true …",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -64,37 +52,6 @@ def inspect(
         return
     render = inspection.render_episode if run.is_episode else inspection.render_run
     Console().print(render(facts))
-
-
-EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr.")]
-SettingsFile = Annotated[
-    Path | None, typer.Option("--settings", help="Read settings from this YAML file; options come on top.")
-]
-Layer = Annotated[str | None, typer.Option(help="Layer: a number (negative from the last) or mean.")]
-Step = Annotated[str | None, typer.Option(help="Denoise step: a number (negative from the last) or mean.")]
-Head = Annotated[str | None, typer.Option(help="Head: a number, mean or max.")]
-Query = Annotated[
-    str | None,
-    typer.Option(help="Action token: a number, frame (the one executed at the frame), executed or mean."),
-]
-Normalisation = Annotated[
-    str | None,
-    typer.Option(
-        help="share of all attention, share within the image, frame (of its largest patch), or episode (one "
-        "range for all frames)."
-    ),
-]
-LeaveOut = Annotated[
-    str | None, typer.Option(help="Key tokens to leave out, as 0,4; or sinks, to find attention sinks first.")
-]
-ColorMap = Annotated[str | None, typer.Option("--colormap", help="A matplotlib colour map.")]
-Alpha = Annotated[float | None, typer.Option(help="Opacity of the largest value, 0 to 1.")]
-Clip = Annotated[
-    float | None, typer.Option(help="Percentile of the patches at which colours end; 100 is the largest.")
-]
-Interpolation = Annotated[
-    str | None, typer.Option(help="nearest (a patch is a square) or linear (blended between patch centres).")
-]
 
 
 @app.command()
@@ -129,6 +86,7 @@ def plot(
     word: Annotated[
         str | None, typer.Option(help="For cross-modal: a word of the task, or its number. Default: all.")
     ] = None,
+    exclude: Exclude = None,
     leave_out: LeaveOut = None,
     clip: Clip = None,
     color_map: ColorMap = None,
@@ -159,6 +117,7 @@ def plot(
         query=query,
         normalisation=normalisation,
         word=word,
+        exclude=exclude,
         leave_out=leave_out,
         clip=clip,
         colormap=color_map,
@@ -169,7 +128,7 @@ def plot(
         dpi=dpi,
     )
     path = check_format(output or Path(f"{kind}.png"))
-    with _status(f"Drawing {kind}"):
+    with status(f"Drawing {kind}"):
         figure = draw(open_episode(episode), kind, chosen)
         save_figure(figure, path, dpi=chosen.dpi)
     print(f"Wrote {path}")
@@ -189,6 +148,7 @@ def overlay(
     head: Head = None,
     query: Query = None,
     normalisation: Normalisation = None,
+    exclude: Exclude = None,
     leave_out: LeaveOut = None,
     clip: Clip = None,
     alpha: Alpha = None,
@@ -216,6 +176,7 @@ def overlay(
         head=head,
         query=query,
         normalisation=normalisation,
+        exclude=exclude,
         leave_out=leave_out,
         clip=clip,
         alpha=alpha,
@@ -228,7 +189,7 @@ def overlay(
     target = output or Path("overlay.gif" if gif else "overlay.mp4")
     if gif and target.suffix.lower() != ".gif":
         raise ConfigError(f"{target}: --gif writes a GIF, expected a name that ends in .gif")
-    with _progress("Overlay") as progress:
+    with progress_bar("Overlay") as progress:
         path = write_overlay(open_episode(episode), target, chosen, progress)
     print(f"Wrote {path}")
 
@@ -291,7 +252,7 @@ def verify(
     single = run.is_episode
     reports = []
     for found in run:
-        with _progress("Checking") as progress:
+        with progress_bar("Checking") as progress:
             report = verify_episode(found, thorough=chosen.thorough, progress=progress)
         reports.append(report)
         if not as_json:
@@ -303,7 +264,7 @@ def verify(
         print(f"error: {reason}", file=sys.stderr)
     if sheet and single:
         try:
-            with _status("Drawing the contact sheet"):
+            with status("Drawing the contact sheet"):
                 file = save_figure(contact_sheet(run[0], chosen), output, dpi=chosen.dpi)
         except StoreError as error:
             if reports[0].passed:
@@ -334,6 +295,7 @@ def compare(
         typer.Option(help="Camera of the images, by the end of its name. Default: first."),
     ] = None,
     normalisation: Normalisation = None,
+    exclude: Exclude = None,
     leave_out: LeaveOut = None,
     clip: Clip = None,
     align: Annotated[
@@ -360,6 +322,7 @@ def compare(
         query=query,
         camera=camera,
         normalisation=normalisation,
+        exclude=exclude,
         leave_out=leave_out,
         clip=clip,
         align=align,
@@ -375,138 +338,9 @@ def compare(
         sides = split.failures, split.successes
     else:
         sides = _whole_episodes(open_run(a)), _whole_episodes(open_run(b))
-    with _progress("Comparing") as progress:
+    with progress_bar("Comparing") as progress:
         files = write_report(*sides, output, chosen, progress)
     print("\n".join(f"Wrote {path}" for path in files))
-
-
-@app.command()
-def view(
-    path: Annotated[
-        Path, typer.Argument(help="An episode (….zarr), a task's folder, or a run's output folder.")
-    ],
-    port: Annotated[
-        int | None, typer.Option(help="Port to listen at; by default the first free one from 8123 on.")
-    ] = None,
-    host: Annotated[
-        str,
-        typer.Option(help="Address to listen at. Any but the default lets other machines in: no password."),
-    ] = "127.0.0.1",
-    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A further name by which the server may be addressed, as behind a proxy; may be repeated. "
-            "*.example.org for all that end so, * for any.",
-        ),
-    ] = None,
-    base_path: Annotated[
-        str, typer.Option(help="Path of a proxy that passes it on, as /proxy/8123/. Others need none.")
-    ] = "",
-) -> None:
-    """Serve recordings to the browser, live while they grow, until Ctrl-C."""
-    from lerobot_attn.explorer.server import serve
-
-    serve(
-        path,
-        host=host,
-        port=port,
-        open_browser=browser,
-        allow_hosts=allow_host or (),
-        base_path=base_path,
-    )
-
-
-@app.command()
-def export_html(
-    episode: EpisodePath,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="HTML file. Default: the episode's name.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers, as -1 or 0,8,17 or 9-17. Default: all with means.")
-    ] = None,
-    heads: Annotated[str | None, typer.Option(help="Heads, as 3 or 0,4 or 0-3. Default: all.")] = None,
-    denoise_steps: Annotated[
-        str | None, typer.Option(help="Denoise steps, likewise, or all. Default: the last recorded.")
-    ] = None,
-    frames: Annotated[
-        str | None, typer.Option(help="Frames, as 0-99 or, every fifth, 0-279:5. Default: all.")
-    ] = None,
-    max_mb: Annotated[
-        float | None, typer.Option(help="Megabytes: a larger file is not written. Default: 25.")
-    ] = None,
-    quality: Annotated[
-        int | None, typer.Option(help="Quality of the pictures as JPEG, 1 to 95. Default: 80.")
-    ] = None,
-    settings: SettingsFile = None,
-) -> None:
-    """Write an episode as a single HTML file with the explorer's page, to share: it needs no network."""
-    from lerobot_attn.explorer.export import ExportSettings
-    from lerobot_attn.explorer.export import export_html as write
-    from lerobot_attn.settings import load_settings
-    from lerobot_attn.store.reader import open_episode
-
-    chosen = load_settings(
-        ExportSettings,
-        settings,
-        layers=layers,
-        heads=heads,
-        denoise_steps=denoise_steps,
-        frames=frames,
-        max_mb=max_mb,
-        quality=quality,
-    )
-    found = open_episode(episode)
-    path = output or Path(f"{found.path.stem}.html")
-    with _progress("Reading") as progress:
-        written = write(
-            found,
-            path,
-            chosen,
-            progress=progress,
-            announce=lambda contents: print(f"{path}: {contents}, at most {chosen.max_mb:g} MB"),
-        )
-    print(f"Wrote {written}")
-
-
-@app.command()
-def demo_policy(
-    directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
-) -> None:
-    """Write a tiny Pi0.5 checkpoint with random weights, for trying things out without the real one."""
-    from lerobot_attn.demo.checkpoint import make_demo_checkpoint
-
-    with _status("Writing the demo checkpoint (loading LeRobot takes a while)"):
-        path = make_demo_checkpoint(directory, seed=seed, overwrite=overwrite)
-    print(f"Wrote {path}: policy type pi05_tiny, random weights, so its attention maps mean nothing.")
-    print(f"Use it with: lerobot-eval --policy.path={path} …")
-
-
-@app.command()
-def doctor() -> None:
-    """Check Python, torch, LeRobot's patch points, the GL backend, LIBERO's files and the disk."""
-    from lerobot_attn.machine.doctor import print_report, run_checks
-
-    raise typer.Exit(print_report(run_checks(), Console()))
-
-
-@app.command()
-def setup_libero(
-    assets: Annotated[
-        Path | None,
-        typer.Option(help="An archive or folder with LIBERO's assets, for machines without the Hub."),
-    ] = None,
-) -> None:
-    """Write LIBERO's config file, which it would otherwise ask for on stdin, and put its assets in place."""
-    from lerobot_attn.machine.libero import install_assets, write_libero_config
-
-    print(f"LIBERO config: {write_libero_config()}")
-    if assets is not None:
-        print(f"LIBERO assets: {install_assets(assets)}")
 
 
 def _whole_episodes(run: Run) -> list[Episode]:
@@ -520,37 +354,10 @@ def _repair(path: Path, dry_run: bool, messages: TextIO) -> bool:
     """Repair the stores under a path and say what was dropped; return whether one could not be repaired."""
     from lerobot_attn.store.repair import repair
 
-    with _progress("Repairing") as progress:
+    with progress_bar("Repairing") as progress:
         repairs = repair(path, dry_run=dry_run, progress=progress)
     for store in repairs:
         is_refused = store.refused is not None
         for line in store.lines(done=not dry_run):
             print(f"error: {line}" if is_refused else line, file=sys.stderr if is_refused else messages)
     return any(store.refused is not None for store in repairs)
-
-
-def _status(text: str) -> Status:
-    """Return a spinner on stderr."""
-    return Console(stderr=True).status(text)
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr, moved by calls of (done, total)."""
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def main() -> None:
-    """Run the command line; errors of ours are one line on stderr and exit status 1."""
-    try:
-        app()
-    except LerobotAttnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m lerobot_attn.cli`."""
+
+from lerobot_attn.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""Commands of the explorer: view, export-html."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lerobot_attn.cli.app import app
+from lerobot_attn.cli.messages import progress_bar
+from lerobot_attn.cli.options import EpisodePath, SettingsFile
+
+
+@app.command()
+def view(
+    path: Annotated[
+        Path, typer.Argument(help="An episode (….zarr), a task's folder, or a run's output folder.")
+    ],
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen at; by default the first free one from 8123 on.")
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen at. Any but the default lets other machines in: no password."),
+    ] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A further name by which the server may be addressed, as behind a proxy; may be repeated. "
+            "*.example.org for all that end so, * for any.",
+        ),
+    ] = None,
+    base_path: Annotated[
+        str, typer.Option(help="Path of a proxy that passes it on, as /proxy/8123/. Others need none.")
+    ] = "",
+) -> None:
+    """Serve recordings to the browser, live while they grow, until Ctrl-C."""
+    from lerobot_attn.explorer.server import serve
+
+    serve(
+        path,
+        host=host,
+        port=port,
+        open_browser=browser,
+        allow_hosts=allow_host or (),
+        base_path=base_path,
+    )
+
+
+@app.command()
+def export_html(
+    episode: EpisodePath,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file. Default: the episode's name.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, as -1 or 0,8,17 or 9-17. Default: all with means.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads, as 3 or 0,4 or 0-3. Default: all.")] = None,
+    denoise_steps: Annotated[
+        str | None, typer.Option(help="Denoise steps, likewise, or all. Default: the last recorded.")
+    ] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="Frames, as 0-99 or, every fifth, 0-279:5. Default: all.")
+    ] = None,
+    max_mb: Annotated[
+        float | None, typer.Option(help="Megabytes: a larger file is not written. Default: 25.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Quality of the pictures as JPEG, 1 to 95. Default: 80.")
+    ] = None,
+    settings: SettingsFile = None,
+) -> None:
+    """Write an episode as a single HTML file with the explorer's page, to share: it needs no network."""
+    from lerobot_attn.explorer.export import ExportSettings
+    from lerobot_attn.explorer.export import export_html as write
+    from lerobot_attn.settings import load_settings
+    from lerobot_attn.store.reader import open_episode
+
+    chosen = load_settings(
+        ExportSettings,
+        settings,
+        layers=layers,
+        heads=heads,
+        denoise_steps=denoise_steps,
+        frames=frames,
+        max_mb=max_mb,
+        quality=quality,
+    )
+    found = open_episode(episode)
+    path = output or Path(f"{found.path.stem}.html")
+    with progress_bar("Reading") as progress:
+        written = write(
+            found,
+            path,
+            chosen,
+            progress=progress,
+            announce=lambda contents: print(f"{path}: {contents}, at most {chosen.max_mb:g} MB"),
+        )
+    print(f"Wrote {written}")

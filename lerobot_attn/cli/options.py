@@ -1,0 +1,57 @@
+"""Options that several commands have. Knows no command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _former_name(old: str, new: str) -> Callable[[str | None], str | None]:
+    """Return what an option does that has another name now: it works, and says so."""
+
+    def say(value: str | None) -> str | None:
+        if value is not None:
+            print(f"{old} is now called {new}; the old name is deprecated", file=sys.stderr)
+        return value
+
+    return say
+
+
+EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr.")]
+SettingsFile = Annotated[
+    Path | None, typer.Option("--settings", help="Read settings from this YAML file; options come on top.")
+]
+Layer = Annotated[str | None, typer.Option(help="Layer: a number (negative from the last) or mean.")]
+Step = Annotated[str | None, typer.Option(help="Denoise step: a number (negative from the last) or mean.")]
+Head = Annotated[str | None, typer.Option(help="Head: a number, mean or max.")]
+Query = Annotated[
+    str | None,
+    typer.Option(help="Action token: a number, frame (the one executed at the frame), executed or mean."),
+]
+Normalisation = Annotated[
+    str | None,
+    typer.Option(
+        help="share of all attention, share within the image, frame (of its largest patch), or episode (one "
+        "range for all frames)."
+    ),
+]
+Exclude = Annotated[
+    str | None,
+    typer.Option(help="Key tokens to exclude, as 0,4; or sinks, to find attention sinks first."),
+]
+LeaveOut = Annotated[
+    str | None,
+    typer.Option("--leave-out", hidden=True, callback=_former_name("--leave-out", "--exclude")),
+]
+ColorMap = Annotated[str | None, typer.Option("--colormap", help="A matplotlib colour map.")]
+Alpha = Annotated[float | None, typer.Option(help="Opacity of the largest value, 0 to 1.")]
+Clip = Annotated[
+    float | None, typer.Option(help="Percentile of the patches at which colours end; 100 is the largest.")
+]
+Interpolation = Annotated[
+    str | None, typer.Option(help="nearest (a patch is a square) or linear (blended between patch centres).")
+]

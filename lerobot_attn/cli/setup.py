@@ -1,0 +1,50 @@
+"""Commands that get a machine ready: demo-policy, doctor, setup-libero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lerobot_attn.cli.app import app
+from lerobot_attn.cli.messages import status
+
+
+@app.command()
+def demo_policy(
+    directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+) -> None:
+    """Write a tiny Pi0.5 checkpoint with random weights, for trying things out without the real one."""
+    from lerobot_attn.demo.checkpoint import make_demo_checkpoint
+
+    with status("Writing the demo checkpoint (loading LeRobot takes a while)"):
+        path = make_demo_checkpoint(directory, seed=seed, overwrite=overwrite)
+    print(f"Wrote {path}: policy type pi05_tiny, random weights, so its attention maps mean nothing.")
+    print(f"Use it with: lerobot-eval --policy.path={path} …")
+
+
+@app.command()
+def doctor() -> None:
+    """Check Python, torch, LeRobot's patch points, the GL backend, LIBERO's files and the disk."""
+    from lerobot_attn.machine.doctor import print_report, run_checks
+
+    raise typer.Exit(print_report(run_checks(), Console()))
+
+
+@app.command()
+def setup_libero(
+    assets: Annotated[
+        Path | None,
+        typer.Option(help="An archive or folder with LIBERO's assets, for machines without the Hub."),
+    ] = None,
+) -> None:
+    """Write LIBERO's config file, which it would otherwise ask for on stdin, and put its assets in place."""
+    from lerobot_attn.machine.libero import install_assets, write_libero_config
+
+    print(f"LIBERO config: {write_libero_config()}")
+    if assets is not None:
+        print(f"LIBERO assets: {install_assets(assets)}")

@@ -1,0 +1,76 @@
+"""The heatmaps that an overlay shows, read inference by inference, and their colour range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lerobot_attn import analysis
+from lerobot_attn.analysis.sinks import keys_to_leave_out
+from lerobot_attn.analysis.spatial import by_camera, percentile_of
+from lerobot_attn.errors import LerobotAttnError, StoreError
+from lerobot_attn.overlay.settings import OverlaySettings
+from lerobot_attn.sizes import Progress
+from lerobot_attn.store.reader import Episode
+
+
+class Maps(NamedTuple):
+    """What was read."""
+
+    heat: dict[str, NDArray[np.float32]]  # camera → (frame, grid_y, grid_x) float32
+    vmax: float
+    clipped: bool
+    has_missing: bool  # whether a frame's map is not in the store: NaN
+    attrs: dict[str, Any]
+    n_read: int
+
+
+def read_maps(
+    episode: Episode,
+    cameras: Sequence[str],
+    settings: OverlaySettings,
+    frames: Sequence[int],
+    progress: Progress | None,
+) -> Maps:
+    """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
+    data = episode.arrays
+    where = settings.where
+    where["leave_out"] = keys_to_leave_out(settings.exclude, [episode])
+    episode_wide = settings.normalisation == "episode"
+    # The episode's range is found on the way, so that no map is read twice.
+    needed = np.arange(episode.n_frames) if episode_wide else np.array(frames)
+    inference_of = data["frame_inference"].values[needed]
+    inferences = np.unique(inference_of).tolist()
+    pieces: dict[str, list[NDArray[np.float32]]] = {camera: [] for camera in cameras}
+    attrs: dict[str, Any] = {}
+    for done, inference in enumerate(inferences, start=1):
+        where["frame"] = needed[inference_of == inference].tolist()
+        try:
+            array = analysis.attention(data, **where).load()
+        except LerobotAttnError:
+            raise
+        except Exception as error:  # a damaged chunk raises whatever its codec raises
+            raise StoreError(
+                f"{episode.path}: the attention of inference {inference} cannot be read: {error}; "
+                "lerobot-attn verify tells what is damaged"
+            ) from error
+        heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
+        for camera, heat in heatmaps.items():
+            pieces[camera].append(heat.values)
+        attrs = array.attrs
+        if progress is not None:
+            progress(done, len(inferences) + len(frames))
+    read = {camera: np.concatenate(found) for camera, found in pieces.items()}
+    order = np.argsort(inference_of, kind="stable")
+    row_of = {int(frame): row for row, frame in enumerate(needed[order])}
+    rows = [row_of[frame] for frame in frames]
+    largest = max(percentile_of(heat, 100) for heat in read.values())
+    vmax = 1.0
+    if settings.normalisation != "frame":
+        vmax = max(percentile_of(heat, settings.clip) for heat in read.values()) or largest
+    heat_of = {camera: np.ascontiguousarray(heat[rows]) for camera, heat in read.items()}
+    has_missing = any(bool(np.isnan(heat).any()) for heat in heat_of.values())
+    return Maps(heat_of, vmax, largest > vmax, has_missing, attrs, len(inferences))

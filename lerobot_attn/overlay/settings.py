@@ -1,0 +1,45 @@
+"""What an overlay shows, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lerobot_attn.analysis.spatial import Normalisation
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.figures.look import OneMapSettings
+from lerobot_attn.settings import check_numbers, check_one_map, check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlaySettings(OneMapSettings):
+    """Settings of `lerobot-attn overlay`; labels as `analysis.Where` takes them, or as text: "17", "0-99".
+
+    A frame shows one map, so layer, denoise step, head and query are each one number or a mean; camera 'all'
+    shows every camera in a grid.
+    """
+
+    normalisation: Normalisation = "episode"
+    alpha: float = 0.6
+    # Height of a view, pixels. Default: the camera's; 224 at most for a GIF.
+    size: int | None = None
+    # Frames: 'all', a number, a list or a range as '40-80'; shown in the episode's order.
+    frames: Any = "all"
+
+    _choices: ClassVar[tuple[str, ...]] = (*OneMapSettings._choices, "frames")
+
+    def __post_init__(self) -> None:
+        """Read choices given as text, and check what can be checked without an episode.
+
+        Raises:
+            ConfigError: a value is out of range, of the wrong type, or asks for several maps at once.
+        """
+        super().__post_init__()
+        check_one_map("query", self.query, ("frame", "executed", "mean"))
+        if not isinstance(self.camera, str | None):
+            raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
+        self._set("frames", check_numbers("frames", self.frames, "all"))
+        if self.size is not None:
+            check_ranges(self, {"size": (32, 4320)})
+            if self.size != int(self.size):
+                raise ConfigError(f"size: got {self.size!r}, expected a whole number of pixels")
