@@ -25,6 +25,44 @@ def observation(seed=0):
     }
 
 
+class Robot:
+    """Shows another observation after each action."""
+
+    def __init__(self):
+        self.n_actions = 0
+
+    def get_observation(self):
+        return observation(self.n_actions)
+
+    def send_action(self, action):
+        assert action.shape == (7,)
+        self.n_actions += 1
+        return self.get_observation()
+
+
+def test_an_episode_is_recorded_that_view_opens(demo_policy, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from lerobot_attn import open_run
+    from lerobot_attn.cli import app
+    from lerobot_attn.explorer.library import Library
+
+    policy, preprocessor, postprocessor = demo_policy(num_inference_steps=2)
+    robot = Robot()
+    (block,) = (block for block in BLOCKS if "record_episodes" in block)
+    monkeypatch.chdir(tmp_path)
+    names = {"policy": policy, "robot": robot, "preprocessor": preprocessor, "postprocessor": postprocessor}
+    exec(compile(block, "README.md", "exec"), names)
+    (episode,) = open_run("out")
+    assert (episode.is_complete, episode.n_frames, robot.n_actions) == (True, 40, 40)
+    assert episode.task == "pick up the soup"
+    assert not {"reward", "success"} & set(episode.dataset)
+    assert set(episode.videos) == {"observation.images.image", "observation.images.image2"}
+    assert len(Library(Path("out")).look().summaries) == 1
+    done = CliRunner().invoke(app, ["inspect", "out"])
+    assert done.exit_code == 0, done.output
+
+
 def test_maps_are_taken_as_arrays(demo_policy):
     policy, preprocess, _ = demo_policy(num_inference_steps=2)
     (block,) = (block for block in BLOCKS if "AttentionPolicy" in block)
