@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
 from lerobot_attn.explorer.values import plain
+from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
@@ -117,7 +118,7 @@ class Library:
         self._root = self.path.resolve()
         if not _is_name(self.path.name):
             self.path = self._root
-        self._is_episode = self.path.suffix == EPISODE_SUFFIX or (self.path / METADATA).is_file()
+        self._is_episode = self.path.suffix == EPISODE_SUFFIX or is_store(self.path)
         # Say at once what is wrong with the path.
         if self._is_episode:
             open_episode(self.path)
