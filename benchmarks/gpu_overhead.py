@@ -129,7 +129,7 @@ def claims(
     *,
     on_gpu: bool,
 ) -> list[Result]:
-    """Return the rows of one batch size; only those of a GPU have targets and go into README's table."""
+    """Return the rows of one batch size; only those of a GPU have targets and go into the docs."""
     results = []
     for name, values in seconds.items():
         if name == OFF:

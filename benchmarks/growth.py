@@ -32,7 +32,7 @@ from lerobot_attn.capture import capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.sizes import folder_bytes
-from lerobot_attn.store.reader import open_run
+from lerobot_attn.store.runs import open_run
 
 SUPER_LINEAR = 1.1
 EPISODES, BATCH_SIZES, LAYERS, DEPTH = (1, 10, 100), (1, 2, 4, 8), (1, 2, 18), 18

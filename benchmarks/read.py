@@ -39,7 +39,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from common import MadeUpEpisode, Result, arguments, finish, machine, median, original_layout, ratio
+from common import Result, arguments, finish, machine, median, original_layout, ratio
+from made_up import MadeUpEpisode
 
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.synthetic import SyntheticPlan
@@ -61,7 +62,7 @@ IMPORTS = ("torch", "dask.array", "zarr", "xarray", "lerobot_attn.analysis", "le
 TARGETS_MS = {COLD: 100.0, WARM: 10.0}
 TARGET_MB = 100.0
 HOW = (
-    "145 steps of Pi0.5's sizes, made-up softmax maps (MadeUpEpisode in benchmarks/common.py); each layout "
+    "145 steps of Pi0.5's sizes, made-up softmax maps (MadeUpEpisode in benchmarks/made_up.py); each layout "
     "and question in a process of its own, in turns; all files in the system's cache; memory is the peak "
     "above the imports."
 )

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from common import MadeUpEpisode, MadeUpMaps, Result, arguments, finish, machine, median, original_layout
+from common import Result, arguments, finish, machine, median, original_layout
+from made_up import MadeUpEpisode, MadeUpMaps
 
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.synthetic import SyntheticPlan
@@ -35,7 +36,7 @@ from lerobot_attn.synthetic import SyntheticPlan
 SHARPNESS = {"flat": 1.0, "peaked": 2.0, "very peaked": 3.0}
 N_OTHER = 30  # steps of the episodes of another sharpness
 HOW = (
-    "Made-up softmax maps of Pi0.5's shapes (MadeUpEpisode in benchmarks/common.py): peaked, masked keys "
+    "Made-up softmax maps of Pi0.5's shapes (MadeUpEpisode in benchmarks/made_up.py): peaked, masked keys "
     "exactly 0, alike over denoise steps and queries. 145 steps, 10 of each inference; bytes of files; "
     "every run another episode. float32 and bfloat16 are the policy's own dtype."
 )

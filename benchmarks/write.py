@@ -36,8 +36,6 @@ import torch
 import zarr
 import zarr.core.codec_pipeline
 from common import (
-    MadeUpEpisode,
-    MadeUpMaps,
     StoredCodec,
     arguments,
     filesystem,
@@ -50,6 +48,7 @@ from common import (
     ratio,
     stored_codec,
 )
+from made_up import MadeUpEpisode, MadeUpMaps
 
 from lerobot_attn.synthetic import SyntheticPlan
 
@@ -58,7 +57,7 @@ FIELDS = {"suffix_attention": "full", "suffix_attention_mean": "means"}
 PIPELINES = {"zarrs": "zarrs.ZarrsCodecPipeline", "fused": "zarr.core.codec_pipeline.FusedCodecPipeline"}
 HOW = (
     "Two inferences of Pi0.5's sizes, 19 MB of made-up softmax maps and means in float16 each (MadeUpEpisode "
-    "in benchmarks/common.py), all kinds in turns on one core, files into the system's cache."
+    "in benchmarks/made_up.py), all kinds in turns on one core, files into the system's cache."
 )
 
 

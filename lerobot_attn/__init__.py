@@ -17,7 +17,7 @@ _HOMES = {
     "AttentionPolicy": "lerobot_attn.capture.policy",
     "capture_attention": "lerobot_attn.capture",
     "open_episode": "lerobot_attn.store.reader",
-    "open_run": "lerobot_attn.store.reader",
+    "open_run": "lerobot_attn.store.runs",
 }
 __all__ = ["AttentionConfig", "AttentionPolicy", "capture_attention", "open_episode", "open_run"]
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from lerobot_attn.capture import capture_attention
     from lerobot_attn.capture.policy import AttentionPolicy
     from lerobot_attn.config import AttentionConfig
-    from lerobot_attn.store.reader import open_episode, open_run
+    from lerobot_attn.store.reader import open_episode
+    from lerobot_attn.store.runs import open_run
 
 
 def __getattr__(name: str) -> Any:

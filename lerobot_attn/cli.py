@@ -18,7 +18,8 @@ from lerobot_attn import __version__
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError
 
 if TYPE_CHECKING:
-    from lerobot_attn.store.reader import Episode, Run
+    from lerobot_attn.store.reader import Episode
+    from lerobot_attn.store.runs import Run
 
 app = typer.Typer(
     name="lerobot-attn",
@@ -54,16 +55,14 @@ def inspect(
 ) -> None:
     """Say what is in an episode's store or in a run: task, shapes, segments, size, where attention goes."""
     from lerobot_attn import inspection
-    from lerobot_attn.store.reader import open_run
-    from lerobot_attn.store.schema import EPISODE_SUFFIX
+    from lerobot_attn.store.runs import open_run
 
     run = open_run(path)
-    is_episode = path.suffix == EPISODE_SUFFIX
-    facts = inspection.describe_episode(run[0]) if is_episode else inspection.describe_run(run)
+    facts = inspection.describe_episode(run[0]) if run.is_episode else inspection.describe_run(run)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    render = inspection.render_episode if is_episode else inspection.render_run
+    render = inspection.render_episode if run.is_episode else inspection.render_run
     Console().print(render(facts))
 
 
@@ -271,8 +270,7 @@ def verify(
     """
     from lerobot_attn.figures import check_format, save_figure
     from lerobot_attn.settings import load_settings
-    from lerobot_attn.store.reader import Run, open_episode, open_run
-    from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
+    from lerobot_attn.store.runs import open_run
     from lerobot_attn.verify import VerifySettings, contact_sheet, verify_episode
 
     chosen = load_settings(
@@ -289,8 +287,8 @@ def verify(
         raise ConfigError("--dry-run: goes with --repair, expected both or neither")
     messages = sys.stderr if as_json else sys.stdout
     refused = _repair(path, dry_run, messages) if repair else False
-    single = path.suffix == EPISODE_SUFFIX or (path / METADATA).is_file()
-    run = Run(path, (open_episode(path).path,)) if single else open_run(path)
+    run = open_run(path)
+    single = run.is_episode
     reports = []
     for found in run:
         with _progress("Checking") as progress:
@@ -351,7 +349,7 @@ def compare(
     from lerobot_attn.analysis.compare import split_by_success
     from lerobot_attn.report import CompareSettings, write_report
     from lerobot_attn.settings import load_settings
-    from lerobot_attn.store.reader import open_run
+    from lerobot_attn.store.runs import open_run
 
     chosen = load_settings(
         CompareSettings,

@@ -5,7 +5,7 @@ hand, with `resolve_indices`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ class AttentionConfig:
     denoise_steps: list[int] | str = "all"
     # Attention heads that are stored: a list or 'all'.
     heads: list[int] | str = "all"
-    # Layers whose mean over the executed action tokens is stored: a list, 'all' or 'none'.
-    mean_layers: list[int] | str = "all"
+    # Layers whose mean over the executed action tokens is stored: a list, 'all', 'none' or 'auto' (all of
+    # them in lerobot-eval; in own loops the layers whose full maps are asked for).
+    mean_layers: list[int] | str = "auto"
     # Layers whose prefix self-attention (image, text and state tokens) is stored: a list, 'all' or 'none'.
     prefix_layers: list[int] | str = "none"
     # Keep a policy that is compiled (compile_model=true) compiled while it is recorded, maps and all.
@@ -65,10 +66,12 @@ class AttentionConfig:
         Raises:
             ConfigError: a value is out of its range or of the wrong type.
         """
-        for name in ("layers", "mean_layers", "prefix_layers"):
+        for name in ("layers", "prefix_layers"):
             self._check_selection(name, words=("all", "none"))
+        self._check_selection("mean_layers", words=("all", "none", "auto"))
         for name in ("denoise_steps", "heads"):
             self._check_selection(name, words=("all",))
+        # "auto" may still come to mean all layers, or none: `Selection.resolve` knows.
         if self.layers == "none" and self.mean_layers == "none" and self.prefix_layers == "none":
             raise ConfigError(
                 "nothing to capture: layers, mean_layers and prefix_layers are all 'none'; "
@@ -116,6 +119,10 @@ class AttentionConfig:
             ConfigError: the file is missing, not a mapping, or holds an unknown key or a bad value.
         """
         return cls.from_dict(read_mapping(path), where=str(path))
+
+    def for_evaluation(self) -> "AttentionConfig":
+        """Return the settings with what an evaluation takes "auto" for: the means of all layers."""
+        return replace(self, mean_layers="all") if self.mean_layers == "auto" else self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""

@@ -20,7 +20,8 @@ from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError, first_line
 from lerobot_attn.sizes import format_bytes
-from lerobot_attn.store.reader import Episode, Run, TableRow
+from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.runs import Run, TableRow
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
 
 

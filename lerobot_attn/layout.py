@@ -383,8 +383,9 @@ def label_text(
         spans: what the prompt's words and numbers are; None when its format is unknown.
 
     Returns:
-        For a token that touches several spans, the one it shares most characters with; tokens in no span
-        (blanks and punctuation between numbers, the fixed words) are template.
+        A token without text is labelled as the one before it, whose character it completes. For a token that
+        touches several spans, the one it shares most characters with; tokens in no span (blanks and
+        punctuation between numbers, the fixed words) are template.
     """
     kind = np.where(mask, Kind.TEXT if spans is None else Kind.TEMPLATE, Kind.PADDING).astype(np.int8)
     word, state_dim = np.full(len(pieces), -1, np.int16), np.full(len(pieces), -1, np.int16)
@@ -394,6 +395,11 @@ def label_text(
             continue
         start, stop = position, position + len(piece)
         position = stop
+        if not piece and slot and mask[slot - 1]:
+            # The rest of a character that several tokens make up: it belongs where the character does.
+            kind[slot], word[slot] = kind[slot - 1], word[slot - 1]
+            state_dim[slot] = state_dim[slot - 1]
+            continue
         shared, best = max(
             ((min(stop, span.stop) - max(start, span.start), span) for span in spans),
             key=lambda pair: pair[0],

@@ -16,17 +16,23 @@ class Tokenizer(Protocol):
         """Return the text of the ids."""
 
 
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
+# A character has at most four bytes, but tokens of several bytes may each end inside one: a run of such
+# tokens is decoded together up to this length.
+_MAX_RUN = 16
+
+
 class PieceDecoder:
     """Decode single tokens with the blanks they stand for, one table per tokenizer.
 
     Decoding a SentencePiece token alone drops its leading blank, so each is decoded behind an anchor token
-    whose own text is then cut off. A character split over several byte tokens shows as replacement
-    characters.
+    whose own text is then cut off. Tokens that hold only some bytes of a character are decoded together: the
+    first of them gets the character, the others get no text.
     """
 
     def __init__(self, tokenizer: Tokenizer | None):
         self._tokenizer = tokenizer
-        self._pieces: dict[int, str] = {}
+        self._pieces: dict[tuple[int, ...], str] = {}
 
     @property
     def can_decode(self) -> bool:
@@ -37,15 +43,31 @@ class PieceDecoder:
         """Return the text of each token id, e.g. `["Task", ":", " pick", …]`."""
         if self._tokenizer is None:
             return [""] * len(token_ids)
-        return [self._piece(int(token_id)) for token_id in token_ids]
+        ids = [int(token_id) for token_id in token_ids]
+        found: list[str] = []
+        while len(found) < len(ids):
+            found += self._next(ids[len(found) : len(found) + _MAX_RUN])
+        return found
 
-    def _piece(self, token_id: int) -> str:
-        if token_id not in self._pieces:
-            anchor = [token_id, token_id]
-            alone, twice = self._decode(anchor[:1]), self._decode(anchor)
-            # The second of two equal tokens shows its blank: " pick" in "pick pick".
-            self._pieces[token_id] = twice.removeprefix(alone)
-        return self._pieces[token_id]
+    def _next(self, ids: Sequence[int]) -> list[str]:
+        """Return the piece of the first token, and of those that share a character with it."""
+        alone = self._piece((ids[0],))
+        if _REPLACEMENT not in alone:
+            return [alone]
+        for n in range(2, len(ids) + 1):
+            if _REPLACEMENT not in self._piece((ids[n - 1],)):
+                break  # a whole character: what came before it will not become one
+            together = self._piece(tuple(ids[:n]))
+            if _REPLACEMENT not in together:
+                return [together, *[""] * (n - 1)]
+        return [alone]
+
+    def _piece(self, ids: tuple[int, ...]) -> str:
+        if ids not in self._pieces:
+            # The second of two equal runs shows its blank: " pick" in "pick pick".
+            alone, twice = self._decode([*ids]), self._decode([*ids, *ids])
+            self._pieces[ids] = twice.removeprefix(alone)
+        return self._pieces[ids]
 
     def _decode(self, token_ids: list[int]) -> str:
         assert self._tokenizer is not None

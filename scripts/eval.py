@@ -4,14 +4,20 @@
 python scripts/eval.py env=libero_object capture=summary policy.path=CHECKPOINT eval.n_episodes=10
 python scripts/eval.py -m env=libero_object,libero_goal capture=last_two policy.path=CHECKPOINT
 
-Fields of LeRobot's config that configs/ does not name are added with a plus: +policy.n_action_steps=5.
+Fields of LeRobot's config that configs/ does not name are added with a plus, maps and lists too:
++policy.n_action_steps=5 +trust_remote_code=true '+env.camera_name_mapping={agentview_image: front}'
 Without attention capture: ~capture.
 """
 
 import sys
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+try:
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+except ModuleNotFoundError as error:
+    if error.name not in ("hydra", "omegaconf"):
+        raise
+    sys.exit("error: hydra-core is not installed, scripts/eval.py needs it; pip install '.[eval]' brings it")
 
 from lerobot_attn.errors import LerobotAttnError
 from lerobot_attn.plugin.launch import eval_arguments, launch_eval

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from lerobot_attn.capture import capture_attention
 from lerobot_attn.config import AttentionConfig
+from lerobot_attn.errors import CaptureError, ConfigError
 from lerobot_attn.layout import Kind
 from lerobot_attn.policies import adapter_for
-from lerobot_attn.policies.base import PolicyAdapter
+from lerobot_attn.policies.base import PolicyAdapter, Site
 
 
 def instance_state(policy):
@@ -36,16 +38,47 @@ def act(policy, batch, seed, n=1):
     return torch.stack(actions), torch.get_rng_state()
 
 
+class Editor:
+    """A probe that replaces attention by what a function makes of it, and notes where it was asked."""
+
+    edits = True
+
+    def __init__(self, function, sites=None):
+        self.function, self.sites, self.seen = function, sites, []
+
+    def at(self, site, value):
+        self.seen.append(site)
+        return self.function(value)
+
+    def begin(self, inputs):
+        pass
+
+    denoise_step = end = begin
+
+    def abandon(self):
+        pass
+
+    def fail(self, error):
+        raise error
+
+
 class AdapterContract:
-    """Fixtures to provide: `policy`; `batch`, of two; `break_policy`, a context that makes it raise.
+    """Fixtures to provide: `policy`; `batch`, of two; `longer`, a context in which the policy gets a prompt
+    of another length (it yields the batch to give it); `break_policy`, a context that makes it raise.
 
     Attributes:
         settings: capture settings that every test has besides its own.
         is_bfloat16: whether the policy computes in bfloat16.
+        can_edit: whether attention can be edited; False for a policy that stays compiled.
     """
 
     settings: ClassVar[dict[str, Any]] = {}
     is_bfloat16 = False
+    can_edit = True
+
+    def act(self, policy, batch, seed, n=1):
+        """Return n actions of a fresh episode and the random state after them; the same for the same seed."""
+        return act(policy, batch, seed, n)
 
     def config(self, **settings):
         return AttentionConfig(**self.settings, **settings)
@@ -56,29 +89,174 @@ class AdapterContract:
     def test_description_is_what_is_captured(self, policy, batch):
         config = self.config(layers="all", prefix_layers="all")
         with capture_attention(policy, config) as capture:
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
         (record,) = capture.drain()
-        sizes = adapter_for(policy).describe()
-        queries, keys, steps = sizes.n_queries, sizes.n_keys, sizes.n_denoise_steps
+        adapter = adapter_for(policy)
+        sizes, layout = adapter.describe(), record.layout
+        queries, keys, steps = layout.n_queries, layout.n_keys, sizes.n_denoise_steps
         assert record.suffix_attention.shape == (steps, sizes.n_layers, 2, sizes.n_heads, queries, keys)
         assert record.suffix_attention_mean.shape == (steps, sizes.n_layers, 2, sizes.n_heads, keys)
-        prefix = sizes.prefix_len
+        prefix = layout.prefix_len
         assert record.prefix_attention.shape == (sizes.n_prefix_layers, 2, sizes.n_heads, prefix, prefix)
         assert record.suffix_attention.dtype == np.float16
-        assert record.layout.n_keys == keys
-        assert record.layout.n_queries == queries
-        assert record.layout.first_action_query == sizes.first_action_query
+        assert len(layout.actions) == sizes.chunk_size
         assert record.action_chunk.shape[:2] == (2, sizes.chunk_size)
+        first = layout.first_action_query
+        assert record.executed_queries == slice(first, first + sizes.n_action_steps)
         maps = record.suffix_attention.nbytes + record.suffix_attention_mean.nbytes
-        assert capture.selection.bytes_per_inference(sizes) == (maps + record.prefix_attention.nbytes) // 2
+        assert capture.selection.bytes_per_inference(layout) == (maps + record.prefix_attention.nbytes) // 2
+        sites = adapter.sites()
+        for stream, n_layers in (("expert", sizes.n_layers), ("vlm", sizes.n_prefix_layers)):
+            assert sorted(s.layer for s in sites if s[::2] == (stream, "attention")) == list(range(n_layers))
+        assert {info.n_heads for site, info in sites.items() if site.what == "attention"} == {sizes.n_heads}
+        assert record.attention_dtype == ("bfloat16" if self.is_bfloat16 else "float32")
+
+    def test_sizes_are_each_inferences_own(self, policy, batch, longer):
+        """One capture spans prompts of different lengths."""
+        with capture_attention(policy, self.config(layers="all", prefix_layers=[0])) as capture:
+            self.act(policy, batch, 0)
+            with longer() as other:
+                self.act(policy, other, 0)
+            self.act(policy, batch, 0)
+        first, second, third = capture.drain()
+        assert first.layout == third.layout
+        assert first.layout.prefix_len != second.layout.prefix_len
+        for record in (first, second, third):
+            keys, prefix = record.layout.n_keys, record.layout.prefix_len
+            assert record.suffix_attention.shape[-2:] == (record.layout.n_queries, keys)
+            assert record.suffix_attention_mean.shape[-1] == keys
+            assert record.prefix_attention.shape[-2:] == (prefix, prefix)
+            assert record.key_mask.shape == (2, keys)
+            assert record.key_kind.shape == (2, keys)
+        np.testing.assert_array_equal(first.suffix_attention, third.suffix_attention)
+
+    def test_an_edit_that_changes_nothing_leaves_actions_bit_identical(self, policy, batch):
+        actions, random_state = self.act(policy, batch, 7, n=3)
+        editor = Editor(lambda value: value.clone())
+        with self.edited(policy, editor) as capture:
+            if capture is None:
+                return
+            edited, edited_state = self.act(policy, batch, 7, n=3)
+        assert editor.seen
+        assert torch.equal(actions, edited)
+        assert torch.equal(random_state, edited_state)
+
+    def test_an_edit_acts_and_what_acted_is_recorded(self, policy, batch):
+        def blocked(value):
+            value = value.clone()
+            value[..., 0] = 0
+            return value / value.sum(-1, keepdim=True)
+
+        actions, _ = self.act(policy, batch, 7)
+        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
+            self.act(policy, batch, 7)
+        (before,) = capture.drain()
+        editor = Editor(blocked)
+        with self.edited(policy, editor) as capture:
+            if capture is None:
+                return
+            edited, _ = self.act(policy, batch, 7)
+        (after,) = capture.drain()
+        assert not torch.equal(actions, edited)
+        assert set(editor.seen) == set(adapter_for(policy).sites())
+        assert before.suffix_attention[..., 0].any()
+        assert not after.suffix_attention[..., 0].any()
+        assert not after.suffix_attention_mean[..., 0].any()
+        assert not after.prefix_attention[..., 0].any()
+        again, _ = self.act(policy, batch, 7)
+        assert torch.equal(actions, again), "the edit outlived its context"
+
+    def test_an_edit_of_one_site_leaves_the_others(self, policy, batch):
+        """Of the last denoise step and layer: nothing that came before it may change."""
+        site = Site("expert", adapter_for(policy).describe().n_layers - 1)
+        if not self.can_edit:
+            return
+        editor = Editor(lambda value: value.flip(-1), sites=[site])
+        with capture_attention(policy, self.config(layers="all", denoise_steps=[0])) as capture:
+            self.act(policy, batch, 7)
+        (before,) = capture.drain()
+        config = self.config(layers="all", denoise_steps=[0])
+        with capture_attention(policy, config, probes=[(editor, editor.sites)]) as capture:
+            self.act(policy, batch, 7)
+        (after,) = capture.drain()
+        assert set(editor.seen) == {site}
+        np.testing.assert_array_equal(after.suffix_attention[:, :-1], before.suffix_attention[:, :-1])
+        assert not np.array_equal(
+            after.suffix_attention[:, -1], before.suffix_attention[:, -1], equal_nan=True
+        )
+
+    def test_replacements_of_another_shape_are_refused(self, policy, batch):
+        if not self.can_edit:
+            return
+        for wrong in (lambda value: value[..., :-1], lambda value: value.double()):
+            editor = Editor(wrong)
+            with (
+                pytest.raises(CaptureError, match=r"a probe returned .* expected .* as it was given"),
+                self.edited(policy, editor),
+            ):
+                self.act(policy, batch, 0)
+
+    def test_nothing_is_left_behind_after_an_edit(self, policy, batch):
+        self.act(policy, batch, 0)
+        policy.reset()
+        before = instance_state(policy)
+        with self.edited(policy, Editor(lambda value: value.clone())) as capture:
+            if capture is None:
+                return
+            self.act(policy, batch, 0)
+        policy.reset()
+        assert instance_state(policy) == before
+
+    def test_nothing_that_is_kept_carries_a_graph(self, policy, batch):
+        """RTC's guidance runs the policy with gradients."""
+        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
+            torch.manual_seed(0)
+            policy.reset()
+            with torch.enable_grad():
+                policy.predict_action_chunk(batch)
+        (record,) = capture.drain()
+        for name in ("suffix_attention", "suffix_attention_mean", "prefix_attention", "flow_time"):
+            assert np.isfinite(getattr(record, name)).any(), name
+        assert np.isfinite(record.action_chunk).all()
+        assert not [
+            name for name, value in vars(record).items() if torch.is_tensor(value) and value.requires_grad
+        ]
+
+    def test_sites_that_do_not_exist_are_named(self, policy):
+        site = Site("expert", 99)
+        editor = Editor(lambda value: None, sites=[site])
+        with (
+            pytest.raises(ConfigError, match=r"site expert\.99\.attention does not exist"),
+            capture_attention(policy, AttentionConfig(layers=[-1]), probes=[(editor, [site])]),
+        ):
+            pass
+
+    @contextmanager
+    def edited(self, policy, editor):
+        """Capture everything while an editor works at its sites; None where editing is duly refused."""
+        config = self.config(layers="all", prefix_layers="all")
+        editor.sites = editor.sites or list(adapter_for(policy).sites())
+        watching = capture_attention(policy, config, probes=[(editor, editor.sites)])
+        if self.can_edit:
+            with watching as capture:
+                yield capture
+            return
+        with pytest.raises(ConfigError, match="can only be read from a compiled policy"), watching:
+            pass
+        yield None
 
     def test_rows_sum_to_one_and_masked_keys_are_zero(self, policy, batch):
         with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
         (record,) = capture.drain()
         tolerance = 2**-11 + record.layout.n_keys * 2**-25 + (2**-8 if self.is_bfloat16 else 0)
+        prefix_len = record.layout.prefix_len
         for maps in (record.suffix_attention, record.suffix_attention_mean):
-            assert np.abs(maps.astype(np.float32).sum(-1) - 1).max() <= tolerance
+            for layer in range(maps.shape[1]):
+                n_seen = record.layout.n_keys if layer in record.layers_seeing_suffix else prefix_len
+                seen = maps[:, layer, ..., :n_seen].astype(np.float32)
+                assert np.abs(seen.sum(-1) - 1).max() <= tolerance
+                assert np.isnan(maps[:, layer, ..., n_seen:]).all()
         is_padding = record.key_kind == Kind.PADDING
         for env in range(2):
             assert not record.suffix_attention[:, :, env][..., is_padding[env]].any()
@@ -90,29 +268,29 @@ class AdapterContract:
 
     def test_flow_time_goes_from_noise_to_action(self, policy, batch):
         with capture_attention(policy, self.config()) as capture:
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
         (record,) = capture.drain()
         steps = adapter_for(policy).describe().n_denoise_steps
         np.testing.assert_allclose(record.flow_time, 1 - np.arange(steps) / steps, atol=1e-6)
 
     def test_watching_changes_nothing(self, policy, batch):
-        actions, random_state = act(policy, batch, 7, n=3)
+        actions, random_state = self.act(policy, batch, 7, n=3)
         with capture_attention(policy, self.config(layers="all", prefix_layers="all")):
-            watched, watched_state = act(policy, batch, 7, n=3)
+            watched, watched_state = self.act(policy, batch, 7, n=3)
         assert torch.equal(actions, watched)
         assert torch.equal(random_state, watched_state)
 
     def test_nothing_is_left_behind(self, policy, batch):
-        act(policy, batch, 0)
+        self.act(policy, batch, 0)
         before = instance_state(policy)
         with capture_attention(policy, self.config(layers="all", prefix_layers="all")):
             assert instance_state(policy) != before
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
         policy.reset()
         assert instance_state(policy) == before
 
     def test_nothing_is_left_behind_when_the_policy_raises(self, policy, batch, break_policy):
-        act(policy, batch, 0)
+        self.act(policy, batch, 0)
         policy.reset()
         before = instance_state(policy)
         with (
@@ -120,7 +298,7 @@ class AdapterContract:
             break_policy(),
             capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture,
         ):
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
         policy.reset()
         assert instance_state(policy) == before
         assert not capture.records
@@ -128,19 +306,19 @@ class AdapterContract:
     def test_capture_goes_on_after_the_policy_raised(self, policy, batch, break_policy):
         with capture_attention(policy, self.config()) as capture:
             with pytest.raises(RuntimeError, match="the policy broke"), break_policy():
-                act(policy, batch, 0)
-            act(policy, batch, 0)
+                self.act(policy, batch, 0)
+            self.act(policy, batch, 0)
         assert len(capture.records) == 1
 
     def test_chosen_parts_are_the_same_as_of_everything(self, policy, batch):
         with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
-            act(policy, batch, 3)
+            self.act(policy, batch, 3)
         (whole,) = capture.drain()
         config = self.config(
             layers=[-1], mean_layers=[0, 2], heads=[1], denoise_steps=[0, -1], prefix_layers=[-2]
         )
         with capture_attention(policy, config) as capture:
-            act(policy, batch, 3)
+            self.act(policy, batch, 3)
         (part,) = capture.drain()
         steps = [0, len(whole.flow_time) - 1]
         np.testing.assert_array_equal(part.suffix_attention, whole.suffix_attention[steps][:, -1:, :, 1:2])
@@ -151,7 +329,7 @@ class AdapterContract:
 
     def test_mean_is_over_the_executed_actions(self, policy, batch):
         with capture_attention(policy, self.config(layers="all")) as capture:
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
         (record,) = capture.drain()
         first = record.layout.first_action_query
         executed = record.suffix_attention[..., first : first + policy.config.n_action_steps, :]
@@ -161,10 +339,10 @@ class AdapterContract:
     def test_paused_capture_records_nothing(self, policy, batch):
         with capture_attention(policy, self.config()) as capture:
             capture.enabled = False
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
             assert not capture.records
             capture.enabled = True
-            act(policy, batch, 0)
+            self.act(policy, batch, 0)
         assert len(capture.records) == 1
 
     def test_camera_views_are_the_batchs_images(self, policy, batch):

@@ -18,7 +18,8 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTr
 from lerobot.policies import PreTrainedPolicy
 
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
-from lerobot_attn.policies.base import InferenceInputs, PolicyDescription, replaced_attribute
+from lerobot_attn.policies.base import InferenceInputs, PolicyDescription, Site, SiteInfo
+from lerobot_attn.policies.taps import check_sites, replaced_attribute, replacement
 
 N_PATCHES, N_TEXT, CHUNK, HEADS, LAYERS, STEPS = 4, 3, 50, 2, 4, 3
 PREFIX = N_PATCHES + N_TEXT
@@ -65,15 +66,16 @@ def make_config(**settings):
     )
 
 
-def attention_of(inference, step, layer, batch):
+def attention_of(inference, step, layer, batch, n_text=N_TEXT):
     """What the scripted policy "attends" with: (batch, head, query, key), known from the indices."""
-    n_keys = PREFIX if layer % 2 else PREFIX + QUERIES
+    prefix = N_PATCHES + n_text
+    n_keys = prefix if layer % 2 else prefix + QUERIES
     generator = torch.Generator().manual_seed(1_000_000 * inference + 1000 * step + layer)
     return torch.softmax(3 * torch.randn(batch, HEADS, QUERIES, n_keys, generator=generator), dim=-1)
 
 
 class ScriptedPolicy(PreTrainedPolicy):
-    """Action of token k in inference i of environment e is (e, i, k, noise)."""
+    """Action of token k in inference i of environment e is (e, i, k, noise and what was attended to)."""
 
     config_class = ScriptedConfig
     name = "scripted"
@@ -82,6 +84,7 @@ class ScriptedPolicy(PreTrainedPolicy):
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.n_inferences = 0
+        self.n_text = N_TEXT  # a test may change it between inferences, as SmolVLA's prompts do
         self.fail_at = None
         self.reset()
 
@@ -92,21 +95,27 @@ class ScriptedPolicy(PreTrainedPolicy):
         return weights
 
     def predict_action_chunk(self, batch, **kwargs):
-        n = len(batch[CAMERA])
+        n, prefix = len(batch[CAMERA]), N_PATCHES + self.n_text
+        attended = torch.zeros(n)
         for layer in range(LAYERS):
             weights = torch.softmax(
-                torch.arange(PREFIX * PREFIX).reshape(1, 1, PREFIX, PREFIX) / 7 + layer, -1
+                torch.arange(prefix * prefix).reshape(1, 1, prefix, prefix) / 7 + layer, -1
             )
-            self.attend("prefix", layer, weights.expand(n, HEADS, -1, -1))
+            weights = self.attend("prefix", layer, weights.expand(n, HEADS, -1, -1))
+            attended += weights[..., 0].mean(dim=(1, 2))
         for step in range(self.config.num_inference_steps):
             for layer in range(LAYERS):
                 if self.fail_at == (self.n_inferences, step, layer):
                     raise RuntimeError("the policy broke")
-                self.attend((step, 1 - step / STEPS), layer, attention_of(self.n_inferences, step, layer, n))
+                weights = attention_of(self.n_inferences, step, layer, n, self.n_text)
+                weights = self.attend((step, 1 - step / STEPS), layer, weights)
+                attended += weights[..., 0].mean(dim=(1, 2))
         env, token = torch.meshgrid(torch.arange(n), torch.arange(CHUNK), indexing="ij")
         inference = torch.full_like(env, self.n_inferences)
         self.n_inferences += 1
-        return torch.stack([env, inference, token, torch.rand(n, CHUNK)], dim=-1).float()
+        # The last number tells what was attended to, so that an edit shows.
+        last = torch.rand(n, CHUNK) + attended[:, None]
+        return torch.stack([env, inference, token, last], dim=-1).float()
 
     def select_action(self, batch, **kwargs):
         if not self._queue:
@@ -134,15 +143,20 @@ class ScriptedAdapter:
             n_prefix_layers=LAYERS,
             n_heads=HEADS,
             n_denoise_steps=self.policy.config.num_inference_steps,
-            n_queries=QUERIES,
-            n_keys=PREFIX + QUERIES,
-            first_action_query=1,
             chunk_size=CHUNK,
             n_action_steps=self.policy.config.n_action_steps,
         )
 
+    def sites(self):
+        prefix = {Site("vlm", layer): SiteInfo(n_heads=HEADS, keys="prefix") for layer in range(LAYERS)}
+        return prefix | {
+            Site("expert", layer): SiteInfo(n_heads=HEADS, keys="prefix" if layer % 2 else "prefix+suffix")
+            for layer in range(LAYERS)
+        }
+
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers, compiled):
+    def observe(self, probe, sites, *, compiled):
+        sites = check_sites(sites, self.sites())
         predict, attend = self.policy.predict_action_chunk, self.policy.attend
         step_now = None
 
@@ -150,39 +164,37 @@ class ScriptedAdapter:
             nonlocal step_now
             step_now = None
             n, _, height, width = batch[CAMERA].shape
+            n_text = self.policy.n_text
+            prefix = N_PATCHES + n_text
             geometry = ImageGeometry.letterbox((height, width), (8, 8), (2, 2), padding="left_top")
             layout = TokenLayout(
                 (
                     Segment("image", CAMERA, 0, N_PATCHES),
-                    Segment("language", "language", N_PATCHES, PREFIX),
-                    Segment("state", "state", PREFIX, PREFIX + 1),
-                    Segment("action", "action", PREFIX + 1, PREFIX + QUERIES),
+                    Segment("language", "language", N_PATCHES, prefix),
+                    Segment("state", "state", prefix, prefix + 1),
+                    Segment("action", "action", prefix + 1, prefix + QUERIES),
                 ),
-                PREFIX,
+                prefix,
                 (Camera(CAMERA, geometry),),
             )
             mask = torch.ones(n, layout.n_keys, dtype=torch.bool)
-            sink.begin(InferenceInputs(layout, torch.arange(N_TEXT).expand(n, -1), mask))
+            probe.begin(InferenceInputs(layout, torch.arange(n_text).expand(n, -1), mask))
             try:
                 actions = predict(batch, **kwargs)
             except BaseException:
-                sink.abandon()
+                probe.abandon()
                 raise
-            sink.end(actions)
+            probe.end(actions)
             return actions
 
         def observed_attend(part, layer, weights):
             nonlocal step_now
-            if part == "prefix":
-                if layer in prefix_layers:
-                    sink.prefix_attention(layer, weights)
-            else:
-                if part != step_now:
-                    step_now = part
-                    sink.denoise_step(part[1])
-                if layer in layers:
-                    sink.suffix_attention(layer, weights)
-            return attend(part, layer, weights)
+            if part != "prefix" and part != step_now:
+                step_now = part
+                probe.denoise_step(part[1])
+            site = Site("vlm" if part == "prefix" else "expert", layer)
+            given = probe.at(site, weights) if site in sites else None
+            return attend(part, layer, replacement(site, weights, given))
 
         with (
             replaced_attribute(self.policy, "predict_action_chunk", observed_predict),

@@ -1,19 +1,82 @@
-"""The house: who may import whom."""
+"""The house: who may import whom. CONTRIBUTING claims it, and these tests hold it."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import lerobot_attn
 
 ROOT = Path(lerobot_attn.__file__).parent
-MODULES = {
-    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in ROOT.rglob("*.py")
+
+
+def modules_of(folder: Path) -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(folder.rglob("*.py"))
+        if "node_modules" not in path.parts
+    }
+
+
+MODULES = modules_of(ROOT)
+OUTSIDE = {
+    name: path
+    for folder in ("lerobot_policy_attn", "scripts", "benchmarks")
+    for name, path in modules_of(ROOT.parent / folder).items()
 }
+
+# The rooms from the ground up: a room is a module or package directly in lerobot_attn (`lerobot_attn` itself
+# is its front door), or what stands outside and uses it. A room imports only rooms that stand before it.
+ORDER = (
+    # The ground: words, settings, descriptions.
+    "errors",
+    "settings",
+    "sizes",
+    "config",
+    "layout",
+    "prompt",
+    # Left of the store: what runs beside a policy.
+    "policies",
+    "capture",
+    # The store itself: its writer serves the left, its reader the right.
+    "store",
+    "recording",
+    # Right of the store: what needs no policy.
+    "analysis",
+    "figures",
+    "synthetic",
+    "inspection",
+    "overlay",
+    "plot",
+    "report",
+    "verify",
+    "explorer",
+    # What reaches into LeRobot.
+    "demo",
+    "plugin",
+    "machine",
+    # The doors.
+    "cli",
+    "lerobot_attn",
+    "lerobot_policy_attn",
+    "scripts",
+    "benchmarks",
+)
+LEFT = ("policies", "capture", "recording", "plugin", "demo")
+RIGHT = (
+    *("store", "analysis", "figures", "synthetic", "inspection"),
+    *("overlay", "plot", "report", "verify", "explorer"),
+)
+# In the store's own room, what the left writes with.
+WRITES = ("schema", "location", "files", "attributes", "lock", "trust", "writer", "video")
+READS = ("lerobot_attn.store.reader", "lerobot_attn.store.runs")
 FRAMEWORK_FREE = (
     "config",
     "layout",
@@ -36,43 +99,130 @@ FRAMEWORK_FREE = (
     "report",
 )
 FRAMEWORKS = {"torch", "lerobot", "transformers", "gymnasium"}
+MOST_ARROWS = 125
+MOST_LINES = 450
+REASON = f"Longer than {MOST_LINES} lines because"
 
 
-def imports_of(path, *, top_level_only=False):
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    for node in nodes:
+class Import(NamedTuple):
+    module: str
+    typing_only: bool = False
+
+
+def imports_of(path: Path) -> list[Import]:
+    """Everything that a file imports, in functions too; of this package also what it names in a string."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    found = []
+    for node in ast.walk(tree):
+        names = []
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            names = [target(f"{node.module}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Constant) and node.value in MODULES and node.value != "lerobot_attn":
+            names = [node.value]  # for importlib
+        found += [Import(name, node in typing_only) for name in names if name]
+    return found
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_only_the_plugin_touches_lerobots_scripts(name):
-    text = MODULES[name].read_text()
-    touches = any(module.startswith("lerobot.scripts") for module in imports_of(MODULES[name]))
-    # launch.py names the module on a command line; the plugin alone reaches into it.
-    assert not touches
-    if "lerobot.scripts" in text:
-        assert name.startswith("lerobot_attn.plugin") or name == "lerobot_attn.machine.doctor", name
+def target(name: str) -> str | None:
+    """The module that `from package import name` needs: a submodule, or the package."""
+    if name == "lerobot_attn.__version__":
+        return None  # needs nothing: Python imports the root before any of its modules
+    return name if name in MODULES else name.rpartition(".")[0]
 
 
-def is_framework_free(name):
-    own = name.removeprefix("lerobot_attn.")
-    return any(own == room or own.startswith(f"{room}.") for room in FRAMEWORK_FREE)
+def room_of(module: str) -> str | None:
+    """The room of one of our modules."""
+    first, *rest = module.split(".")
+    if first == "lerobot_attn":
+        return rest[0] if rest else first
+    return first if first in ORDER else None
 
 
-@pytest.mark.parametrize("name", sorted(filter(is_framework_free, MODULES)))
-def test_reading_and_looking_need_no_framework(name):
-    used = {module.split(".")[0] for module in imports_of(MODULES[name])}
-    assert not used & FRAMEWORKS
+def inner_name(module: str) -> str:
+    return module.removeprefix("lerobot_attn.")
+
+
+IMPORTS = {name: imports_of(path) for name, path in {**MODULES, **OUTSIDE}.items()}
+
+
+def arrows(imports: dict[str, list[Import]], *, typing: bool) -> set[tuple[str, str]]:
+    """The pairs of rooms of which the first imports the second, anywhere."""
+    return {
+        (room_of(name), room_of(used.module))
+        for name, all_used in imports.items()
+        for used in all_used
+        if room_of(used.module) not in (None, room_of(name)) and (typing or not used.typing_only)
+    }
+
+
+# The rooms
+
+
+def test_every_room_has_its_place_in_the_order():
+    assert {room_of(name) for name in [*MODULES, *OUTSIDE]} == set(ORDER)
+    assert {*LEFT, *RIGHT} < set(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(IMPORTS))
+def test_no_import_runs_back_up_the_house(name):
+    place = ORDER.index(room_of(name))
+    back = [used.module for used in IMPORTS[name] if room_of(used.module) in ORDER[place + 1 :]]
+    assert not back
+
+
+def test_the_arrows_between_rooms_are_few(record_property):
+    counts = len(arrows(IMPORTS, typing=False)), len(arrows(IMPORTS, typing=True))
+    record_property("arrows", counts)
+    print(f"arrows between rooms: {counts[0]}, with those for type checkers {counts[1]}")
+    assert max(counts) <= MOST_ARROWS
+
+
+def test_arrows_are_counted_through_functions_type_checkers_and_strings(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        '"""See lerobot_attn.verify."""\n'
+        "from __future__ import annotations\n"
+        "import typing, torch.nn\n"
+        "from lerobot_attn import __version__, open_run, plot\n"
+        "if typing.TYPE_CHECKING:\n    from lerobot_attn.store.reader import Episode\n"
+        "def f():\n    from lerobot_attn.store import video\n    return g('lerobot_attn.analysis.select')\n"
+    )
+    imports = {"lerobot_attn.figures.canvas": imports_of(file)}
+    found = {used.module: used.typing_only for used in imports["lerobot_attn.figures.canvas"]}
+    assert found == {
+        "__future__": False,
+        "typing": False,
+        "torch.nn": False,
+        "lerobot_attn": False,
+        "lerobot_attn.plot": False,
+        "lerobot_attn.store.reader": True,
+        "lerobot_attn.store.video": False,
+        "lerobot_attn.analysis.select": False,
+    }
+    rooms = {"lerobot_attn", "plot", "store", "analysis"}
+    assert arrows(imports, typing=True) == {("figures", room) for room in rooms}
+    imports["lerobot_attn.figures.canvas"].remove(Import("lerobot_attn.store.video"))
+    assert arrows(imports, typing=False) == {("figures", room) for room in rooms - {"store"}}
 
 
 def test_no_import_cycles():
     graph = {
-        name: {m for m in imports_of(path, top_level_only=True) if m in MODULES and m != name}
-        for name, path in MODULES.items()
+        name: {
+            used.module
+            for used in IMPORTS[name]
+            if used.module in MODULES and used.module != name and not used.typing_only
+        }
+        for name in MODULES
     }
     done, path = set(), []
 
@@ -90,13 +240,143 @@ def test_no_import_cycles():
         visit(name)
 
 
+# Data flows one way
+
+
+def is_left(name):
+    room, _, module = inner_name(name).partition(".")
+    return room in LEFT or (room == "store" and module in WRITES)
+
+
+@pytest.mark.parametrize("name", sorted(filter(is_left, MODULES)))
+def test_nothing_left_of_the_store_imports_its_reader(name):
+    assert not [used.module for used in IMPORTS[name] if used.module in READS]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if room_of(name) in RIGHT))
+def test_nothing_right_of_the_store_imports_what_is_left_of_it(name):
+    assert not [used.module for used in IMPORTS[name] if room_of(used.module) in LEFT]
+
+
+def test_adapters_describe_and_record_nothing():
+    used = {room for name, room in arrows(IMPORTS, typing=True) if name == "policies"}
+    assert used <= {"errors", "layout", "prompt"}
+
+
+def test_analysis_and_figures_know_no_store():
+    used = {room for name, room in arrows(IMPORTS, typing=True) if name in ("analysis", "figures")}
+    assert "store" not in used
+
+
+def is_framework_free(name):
+    own = inner_name(name)
+    return any(own == room or own.startswith(f"{room}.") for room in FRAMEWORK_FREE)
+
+
+@pytest.mark.parametrize("name", sorted(filter(is_framework_free, MODULES)))
+def test_reading_and_looking_need_no_framework(name):
+    used = {used.module.split(".")[0] for used in IMPORTS[name]}
+    assert not used & FRAMEWORKS
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_plugin_touches_lerobots_scripts(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    touches = any(used.module.startswith(("lerobot.scripts", "lerobot.rollout")) for used in IMPORTS[name])
+    # launch.py names the module on a command line; the plugin alone reaches into it.
+    assert not touches
+    if "lerobot.scripts" in text or "lerobot.rollout" in text:
+        assert name.startswith("lerobot_attn.plugin") or name == "lerobot_attn.machine.doctor", name
+
+
+# One place for one thing
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func).rpartition(".")[2], node
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_schema_says_what_arrays_there_are_and_how_they_are_cut(name):
+    if room_of(name) != "store":  # xarray opens stores elsewhere; what makes and mends arrays is the store's
+        assert not [used.module for used in IMPORTS[name] if used.module.startswith(("zarr", "numcodecs"))]
+    for function, call in calls(MODULES[name]):
+        if function == "ArraySpec":
+            assert name == "lerobot_attn.store.schema"
+        if function == "create_array":
+            assert room_of(name) == "store"
+            for keyword in call.keywords:
+                if keyword.arg in ("name", "shape", "chunks", "shards", "dtype"):
+                    constants = [node for node in ast.walk(keyword.value) if isinstance(node, ast.Constant)]
+                    assert not constants, ast.unparse(keyword.value)
+
+
+@pytest.mark.parametrize("name", sorted(IMPORTS))
+def test_no_module_is_long_without_a_reason_in_its_docstring(name):
+    text = {**MODULES, **OUTSIDE}[name].read_text(encoding="utf-8")
+    if len(text.splitlines()) > MOST_LINES:
+        docstring = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+        assert REASON in docstring, f"{len(text.splitlines())} lines; split it, or write '{REASON} …'"
+
+
+# What an install brings
+
+
+def bare(requirement: str) -> str:
+    """The distribution's name of a requirement such as "imageio[ffmpeg]>=2.36"."""
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def requirements() -> tuple[set[str], set[str]]:
+    """What the base install brings, and what the extra that runs evaluations adds."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = {bare(one) for one in project["dependencies"]}
+    return base, {bare(one) for one in project["optional-dependencies"]["eval"]}
+
+
+@functools.cache
+def homes() -> dict[str, list[str]]:
+    return {**packages_distributions(), "imageio_ffmpeg": ["imageio"]}  # its extra brings it
+
+
+def distributions_of(name: str) -> set[str]:
+    """What else than Python and this package a module imports when it runs, by distribution."""
+    tops = {used.module.split(".")[0] for used in IMPORTS[name] if not used.typing_only}
+    others = tops - set(sys.stdlib_module_names) - {"lerobot_attn"}
+    return {bare(home) for top in others for home in homes().get(top, [top])}
+
+
+def test_reading_and_looking_import_only_what_the_base_install_brings():
+    base, _ = requirements()
+    for name in filter(is_framework_free, MODULES):
+        assert distributions_of(name) <= base, name
+
+
+def test_what_the_base_install_brings_is_needed_to_read_or_look():
+    base, extra = requirements()
+    assert not base & extra
+    assert "hydra-core" in extra
+    needed = {home for name in filter(is_framework_free, MODULES) for home in distributions_of(name)}
+    assert base - needed == set()
+
+
+# What an import costs
+
+
 @pytest.mark.parametrize(
     ("statement", "forbidden"),
     [
         ("import lerobot_attn", ["torch", "lerobot", "zarr", "xarray", "numpy"]),
         ("from lerobot_attn import open_episode, open_run", ["torch", "lerobot"]),
         ("import lerobot_attn.inspection, lerobot_attn.cli", ["torch", "lerobot"]),
+        (
+            "import " + ", ".join(name for name in MODULES if room_of(name) in RIGHT),
+            ["torch", "lerobot", "transformers", "gymnasium", "hydra"],
+        ),
     ],
+    ids=["the package", "reading", "the command line", "everything right of the store"],
 )
 def test_imports_stay_light(statement, forbidden):
     code = f"{statement}\nimport sys\nprint([m for m in {forbidden!r} if m in sys.modules])"

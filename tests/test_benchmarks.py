@@ -1,4 +1,4 @@
-"""The benchmarks run at tiny sizes, and README's table is made of what they wrote. Nothing says how fast."""
+"""The benchmarks run at tiny sizes, and docs and README quote what they wrote. Nothing says how fast."""
 
 import importlib.util
 import json
@@ -52,7 +52,7 @@ def write_results(folder: Path, *results: dict, name: str = "one", **changes) ->
 
 def rewrite(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run(
-        "readme_table", "--results", tmp_path / "results", "--readme", tmp_path / "README.md", *arguments
+        "readme_table", "--results", tmp_path / "results", "--pages", tmp_path / "README.md", *arguments
     )
 
 
@@ -162,10 +162,10 @@ def test_a_way_that_loses_precision_is_noticed(monkeypatch):
 
 
 def test_made_up_maps_are_attention(monkeypatch):
-    common = load("common", monkeypatch)
+    made_up = load("made_up", monkeypatch)
     from lerobot_attn.synthetic import SyntheticPlan
 
-    episode = common.MadeUpEpisode(SyntheticPlan())
+    episode = made_up.MadeUpEpisode(SyntheticPlan())
     maps = episode.maps(1)
     assert maps.full.sum(axis=-1) == pytest.approx(1, abs=1e-5)
     assert maps.means.sum(axis=-1) == pytest.approx(1, abs=1e-5)
@@ -225,6 +225,27 @@ def test_bare_codec_does_to_chunks_what_the_store_does(tmp_path, monkeypatch):
     assert all(any(chunk in shard for shard in shards) for chunk in compressed)
 
 
-def test_readmes_table_is_made_of_the_results():
+def test_the_table_and_readmes_figures_are_made_of_the_results():
     done = run("readme_table", "--check")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_size_against_the_original_comes_from_the_measured_bytes(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(MARKED.replace("benchmarks", "figures"))
+    documents = [json.loads(file.read_text()) for file in sorted((FOLDER / "results").glob("*.json"))]
+    for document in documents:
+        if document["benchmark"] == "size":
+            document["details"]["store bytes"]["float32"] = [280e6, 1, 1e12]
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / f"{document['benchmark']}.json").write_text(json.dumps(document))
+    assert rewrite(tmp_path).returncode == 0
+    assert " 10 times less than the 2.8 GB " in " ".join(page.read_text().split())
+
+
+def test_a_figure_whose_result_is_missing_is_named(tmp_path):
+    (tmp_path / "README.md").write_text(MARKED.replace("benchmarks", "figures"))
+    write_results(tmp_path / "results", result())
+    done = rewrite(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("size: has no result that begins with")

@@ -14,7 +14,8 @@ from adapter_contract import AdapterContract, act  # noqa: E402
 from lerobot_attn.capture import capture_attention  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, UnsupportedPolicyError  # noqa: E402
-from lerobot_attn.policies import ADAPTERS, adapter_type  # noqa: E402
+from lerobot_attn.policies import ADAPTERS, adapter_for, adapter_type  # noqa: E402
+from lerobot_attn.policies.base import Site  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -33,38 +34,31 @@ def batch():
 
 
 class TestScriptedAdapter(AdapterContract):
+    def act(self, policy, batch, seed, n=1):
+        policy.n_inferences = 0  # its attention depends on a counter, not on the seed
+        return act(policy, batch, seed, n)
+
+    @pytest.fixture
+    def longer(self, policy, batch):
+        @contextmanager
+        def with_a_longer_prompt():
+            policy.n_text += 2
+            yield batch
+            policy.n_text -= 2
+
+        return with_a_longer_prompt
+
     @pytest.fixture
     def break_policy(self, policy):
         @contextmanager
         def broken():
-            policy.fail_at = (policy.n_inferences, 1, 2)
+            policy.fail_at = (0, 1, 2)
             try:
                 yield
             finally:
                 policy.fail_at = None
 
         return broken
-
-    # Its attention depends on a counter, not on the seed.
-    def act_afresh(self, policy, batch, seed):
-        policy.n_inferences = 0
-        return act(policy, batch, seed)
-
-    def test_chosen_parts_are_the_same_as_of_everything(self, policy, batch, monkeypatch):
-        import adapter_contract
-
-        monkeypatch.setattr(adapter_contract, "act", self.act_afresh)
-        super().test_chosen_parts_are_the_same_as_of_everything(policy, batch)
-
-    def test_watching_changes_nothing(self, policy, batch, monkeypatch):
-        import adapter_contract
-
-        def afresh(policy, batch, seed, n=1):
-            policy.n_inferences = 0
-            return act(policy, batch, seed, n)
-
-        monkeypatch.setattr(adapter_contract, "act", afresh)
-        super().test_watching_changes_nothing(policy, batch)
 
 
 def test_every_map_is_the_one_that_was_attended_with(policy, batch):
@@ -78,8 +72,12 @@ def test_every_map_is_the_one_that_was_attended_with(policy, batch):
                 true = scripted.attention_of(inference, step, layer, 2).numpy().astype(np.float16)
                 stored = record.suffix_attention[step, layer]
                 np.testing.assert_array_equal(stored[..., : true.shape[-1]], true)
-                # Cross-attention layers see the prefix alone: the rest is exactly 0.
-                assert not stored[..., true.shape[-1] :].any()
+                # Cross-attention layers see the prefix alone: the other keys are absent, which is not 0.
+                assert np.isnan(stored[..., true.shape[-1] :]).all()
+                mean = record.suffix_attention_mean[step, layer]
+                assert np.isnan(mean[..., true.shape[-1] :]).all()
+                assert not np.isnan(mean[..., : true.shape[-1]]).any()
+        assert record.layers_seeing_suffix == {0, 2}
     assert not capture.records
 
 
@@ -117,26 +115,26 @@ class Silent(scripted.ScriptedAdapter):
     """An adapter whose policy stopped calling what is observed."""
 
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers, compiled):
-        with super().observe(sink, layers=layers[1:], prefix_layers=prefix_layers, compiled=compiled):
+    def observe(self, probe, sites, *, compiled):
+        with super().observe(probe, list(sites)[1:], compiled=compiled):
             yield
 
 
 class Twice(scripted.ScriptedAdapter):
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers, compiled):
-        deliver = sink.suffix_attention
-        sink.suffix_attention = lambda layer, weights: (deliver(layer, weights), deliver(layer, weights))
-        with super().observe(sink, layers=layers, prefix_layers=prefix_layers, compiled=compiled):
+    def observe(self, probe, sites, *, compiled):
+        deliver = probe.at
+        probe.at = lambda site, value: (deliver(site, value), deliver(site, value))[0]
+        with super().observe(probe, sites, compiled=compiled):
             yield
 
 
 class Transposed(scripted.ScriptedAdapter):
     @contextmanager
-    def observe(self, sink, *, layers, prefix_layers, compiled):
-        deliver = sink.suffix_attention
-        sink.suffix_attention = lambda layer, weights: deliver(layer, weights.transpose(1, 2))
-        with super().observe(sink, layers=layers, prefix_layers=prefix_layers, compiled=compiled):
+    def observe(self, probe, sites, *, compiled):
+        deliver = probe.at
+        probe.at = lambda site, value: deliver(site, value.transpose(1, 2))
+        with super().observe(probe, sites, compiled=compiled):
             yield
 
 
@@ -153,7 +151,8 @@ class Transposed(scripted.ScriptedAdapter):
 )
 def test_silence_is_an_error(policy, batch, monkeypatch, adapter, message):
     monkeypatch.setattr(scripted, "ScriptedAdapter", adapter)
-    with pytest.raises(CaptureError, match=message), capture_attention(policy, AttentionConfig()):
+    config = AttentionConfig(mean_layers="all")
+    with pytest.raises(CaptureError, match=message), capture_attention(policy, config):
         act(policy, batch, 0)
 
 
@@ -174,3 +173,92 @@ def test_number_of_denoise_steps_must_be_the_configs(policy, batch):
         policy.config.num_inference_steps = 2
         with pytest.raises(CaptureError, match="ran 2 denoise steps, expected 3"):
             act(policy, batch, 0)
+
+
+def test_what_nobody_asked_for_costs_nothing(policy, batch, monkeypatch):
+    """In own loops only the layers asked for are handed over, their means included."""
+    asked = []
+
+    class Noting(scripted.ScriptedAdapter):
+        def observe(self, probe, sites, *, compiled):
+            asked.extend(sites)
+            return super().observe(probe, sites, compiled=compiled)
+
+    monkeypatch.setattr(scripted, "ScriptedAdapter", Noting)
+    with capture_attention(policy, AttentionConfig(layers=[-1])) as capture:
+        act(policy, batch, 0)
+    assert asked == [Site("expert", 3)]
+    (record,) = capture.drain()
+    assert record.suffix_attention_mean.shape[1] == record.suffix_attention.shape[1] == 1
+    with (
+        pytest.raises(ConfigError, match="nothing to capture"),
+        capture_attention(policy, AttentionConfig(layers="none")),
+    ):
+        pass
+
+
+def test_an_inference_that_never_ends_is_reported(policy, batch, monkeypatch):
+    class NeverEnds(scripted.ScriptedAdapter):
+        @contextmanager
+        def observe(self, probe, sites, *, compiled):
+            probe.end = lambda actions: None
+            with super().observe(probe, sites, compiled=compiled):
+                yield
+
+    monkeypatch.setattr(scripted, "ScriptedAdapter", NeverEnds)
+    failures = []
+    with capture_attention(policy, AttentionConfig(), on_failure=failures.append):
+        act(policy, batch, 0)
+        assert not failures
+        act(policy, batch, 0)
+        assert [str(failure).partition(",")[0] for failure in failures] == [
+            "an inference began before the one before it had ended"
+        ]
+    assert "the watching ended inside an inference" in str(failures[1])
+    assert len(failures) == 2
+    with (
+        pytest.raises(CaptureError, match="the watching ended inside an inference"),
+        capture_attention(policy, AttentionConfig()),
+    ):
+        act(policy, batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "asynchronous"), [("cuda", True), ("mps", False), ("xpu", False), ("cpu", False)]
+)
+def test_copies_are_left_unfinished_only_where_an_event_can_be_waited_for(device, asynchronous):
+    from types import SimpleNamespace
+
+    from lerobot_attn.capture import HostCopies
+
+    how = []
+    source = SimpleNamespace(device=torch.device(device))
+    source.detach = lambda: source
+    source.to = lambda dtype: source
+    target = SimpleNamespace(dtype=torch.float16, copy_=lambda source, non_blocking: how.append(non_blocking))
+    HostCopies().copy_into(target, source)
+    assert how == [asynchronous]
+
+
+def test_the_first_layers_alone_can_be_got_by_default(policy, batch):
+    """`get_attention_maps()` gives what there is where fewer layers than two were saved."""
+    from lerobot_attn import AttentionPolicy
+
+    for layers, expected in (([3], [3]), ([0], [0]), ([0, 2, 3], [2, 3])):
+        wrapped = AttentionPolicy(policy)
+        wrapped.enable_attention_map_saving(AttentionConfig(layers=layers))
+        act(wrapped, batch, 0)
+        weights = wrapped.get_attention_maps()[0]["attention_weights"]
+        wrapped.disable_attention_map_saving()
+        assert list(weights) == expected
+        for layer, maps in weights.items():
+            # A layer that cannot see the suffix has the prefix's keys alone.
+            assert maps.shape[-1] == scripted.PREFIX + (0 if layer % 2 else scripted.QUERIES)
+            assert not torch.isnan(maps).any()
+
+
+def test_sites_are_text(policy):
+    assert str(Site("expert", 17)) == "expert.17.attention"
+    info = adapter_for(policy).sites()
+    assert info[Site("expert", 1)].keys == "prefix"
+    assert info[Site("expert", 2)].keys == "prefix+suffix"

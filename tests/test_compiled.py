@@ -92,6 +92,7 @@ def whole_policy(demo_policy):
 @pytest.mark.usefixtures("run_eagerly")
 class TestCompiledPi05(Pi05Contract):
     settings: ClassVar = {"compiled": True}
+    can_edit = False
 
     @pytest.fixture
     def policy(self, whole_policy):

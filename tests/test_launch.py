@@ -1,15 +1,18 @@
 """The Hydra app: what it composes is what lerobot-eval gets, and presets cost what they say."""
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.plugin.launch import eval_arguments
+from lerobot_attn.plugin.launch import eval_arguments, option_text
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs" / "capture").glob("*.yaml"))
@@ -21,7 +24,7 @@ def compose(*overrides):
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("eval", [*overrides, "output_dir=out"])
+        config = compose("eval", ["output_dir=out", *overrides])
         return OmegaConf.to_container(config, resolve=True)
 
 
@@ -65,7 +68,7 @@ def test_any_field_of_lerobots_config_can_be_added():
         ([], "policy.path: not given"),
         (["policy.path=CKPT", "+capture.layerz=all"], "capture: unknown key 'layerz'"),
         (["policy.path=CKPT", "capture.layers=last"], "layers: got 'last'"),
-        (["policy.path=CKPT", "+sim=1"], "unknown section 'sim'"),
+        (["policy.path=CKPT", "+job_name=include me"], "job_name: got 'include me', expected text that does"),
     ],
 )
 def test_bad_settings(overrides, message):
@@ -73,10 +76,188 @@ def test_bad_settings(overrides, message):
         eval_arguments(compose(*overrides))
 
 
+# What may stand in a list, a map or on its own. Somebody can type each of these, and most mean something else
+# to YAML or to JSON when they are written bare.
+TEXTS = (
+    "joint one",
+    "a, b",
+    "a=b",
+    "key: value",
+    'it\'s "quoted"',
+    "back\\slash",
+    "# no comment",
+    " blanks around ",
+    "",
+    "true",
+    "no",
+    "null",
+    "~",
+    "7",
+    "1e5",
+    "1e-05",
+    "0x10",
+    "2026-01-31",
+    "2026-13-45",
+    "[a",
+    "{a: b}",
+    "*star",
+    "&anchor",
+    "!include nothing.yaml",
+    "%20",
+    "@at",
+    "- dash",
+    "--flag",
+    "two\nlines",
+    "tab\tand\x07bell\x7f",
+    "next\x85line\u2028separator",
+    "été 拿起碗 🥣",
+    "$HOME `date` $(date)",
+)
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -3,
+    0.1,
+    1e-05,
+    2.5e20,
+    [],
+    {},
+    [-2, -1],
+    [["joint one"], [None, "a, b"]],
+    [True, "true", 1, "1", 1.5, "1.5"],
+    {"observation.images.image": "front view", "n": [1, {"deep": None}]},
+)
+
+
+@pytest.mark.parametrize("value", [*TEXTS, *VALUES, list(TEXTS), {text: text for text in TEXTS}], ids=repr)
+def test_a_value_reads_back_by_both_of_lerobots_parsers(value):
+    text = option_text(value)
+    if text == "":  # both parsers leave it alone
+        assert value == ""
+        return
+    assert yaml.safe_load(text) == value
+    if text != value:  # LeRobot takes what is no JSON for text
+        assert json.loads(text) == value
+    else:
+        with pytest.raises(ValueError, match=r"line \d+ column \d+"):
+            json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder whose name has a blank, with a config of Pi0.5 and no weights."""
+    pytest.importorskip("lerobot")
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
+
+    folder = tmp_path_factory.mktemp("with") / "a blank, and: more"
+    folder.mkdir()
+    PI05Config(device="cpu")._save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Read a command line, copied through a shell's quoting, as `lerobot-eval` with the plugin does."""
+    parser = pytest.importorskip("lerobot.configs.parser")
+    import lerobot.policies.pi05.configuration_pi05  # noqa: F401
+
+    from lerobot_attn.plugin.options import AttentionEvalPipelineConfig
+
+    def evaluate(config):
+        return config
+
+    evaluate.__annotations__["config"] = AttentionEvalPipelineConfig
+
+    def parsed(arguments):
+        copied = shlex.split(shlex.join(arguments))
+        monkeypatch.setattr(sys, "argv", ["lerobot-eval", *copied])
+        return parser.wrap()(evaluate)()
+
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "value"),
+    [
+        (
+            ["+rename_map={observation.images.image: observation.images.front}"],
+            "rename_map",
+            {"observation.images.image": "observation.images.front"},
+        ),
+        (["+rename_map={a b: 'c: d, e=f', 2: '1'}"], "rename_map", {"a b": "c: d, e=f", "2": "1"}),
+        (["+trust_remote_code=true"], "trust_remote_code", True),
+        (["+job_name='true'"], "job_name", "true"),
+        (["+job_name='say \"a, b\": 50% = half'"], "job_name", 'say "a, b": 50% = half'),
+        (["output_dir='out/a: b, #1'"], "output_dir", Path("out/a: b, #1")),
+        (
+            ["+env.camera_name_mapping={agentview_image: front view}"],
+            "env.camera_name_mapping",
+            {"agentview_image": "front view"},
+        ),
+        (["env.task_ids=[0,3]"], "env.task_ids", [0, 3]),
+        (["+eval.recording=true", "+eval.recording_repo_id='me/a b'"], "eval.recording_repo_id", "me/a b"),
+        (["+policy.n_action_steps=5"], "policy.n_action_steps", 5),
+        (["+policy.optimizer_lr=1e-5"], "policy.optimizer_lr", 1e-5),
+        (["+policy.image_resolution=[224,192]"], "policy.image_resolution", (224, 192)),
+        (
+            ["+policy.relative_exclude_joints=[joint one,'a, b','true','1e5','']"],
+            "policy.relative_exclude_joints",
+            ["joint one", "a, b", "true", "1e5", ""],
+        ),
+        (["+policy.rtc_config={execution_horizon: 7}"], "policy.rtc_config.execution_horizon", 7),
+        (["+policy.rtc_config.execution_horizon=8"], "policy.rtc_config.execution_horizon", 8),
+        (["+capture.dir='maps/a b: c'"], "eval.attention.dir", "maps/a b: c"),
+        (["capture.layers=[-1]"], "eval.attention.layers", [-1]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value and isinstance(value[0], str) else "",
+)
+def test_lerobot_reads_any_field_as_it_was_composed(checkpoint, parse, overrides, field, value):
+    quoted = str(checkpoint).replace("'", "\\'")
+    got = parse(eval_arguments(compose(f"policy.path='{quoted}'", *overrides)))
+    assert got.policy.pretrained_path == checkpoint
+    for name in field.split("."):
+        got = getattr(got, name)
+    assert got == value
+    assert isinstance(got, type(value))
+
+
+def test_a_field_that_lerobot_lacks_is_refused_by_lerobot(checkpoint, parse, capsys):
+    arguments = eval_arguments(compose(f"policy.path='{checkpoint}'", "+sim=1"))
+    assert arguments[-1] == "--sim=1"
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert "unrecognized arguments: --sim=1" in capsys.readouterr().err
+
+
+def test_a_section_that_is_no_mapping_is_refused():
+    with pytest.raises(ConfigError, match="env: got 'libero', expected a mapping"):
+        eval_arguments({"policy": {"path": "CKPT"}, "env": "libero"})
+
+
+def test_without_hydra_the_app_says_what_is_missing(tmp_path):
+    (tmp_path / "hydra.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'hydra'\", name='hydra')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "eval.py"), "policy.path=CKPT"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: hydra-core is not installed, scripts/eval.py needs it; pip install '.[eval]' brings it\n"
+    )
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_cost_what_they_say(preset):
     pytest.importorskip("torch")
     from lerobot_attn.capture import Selection
+    from lerobot_attn.layout import Segment, TokenLayout
     from lerobot_attn.policies.base import PolicyDescription
 
     full_size = PolicyDescription(
@@ -85,9 +266,6 @@ def test_presets_cost_what_they_say(preset):
         n_prefix_layers=18,
         n_heads=8,
         n_denoise_steps=10,
-        n_queries=50,
-        n_keys=1018,
-        first_action_query=0,
         chunk_size=50,
         n_action_steps=10,
     )
@@ -95,7 +273,9 @@ def test_presets_cost_what_they_say(preset):
     assert text.startswith("# Question: ")
     said_mb = float(re.search(r"full size: ([\d.]+) MB an inference", text)[1])
     selection = Selection.resolve(AttentionConfig.from_yaml(preset), full_size)
-    assert said_mb == round(selection.bytes_per_inference(full_size) / 1e6, 1)
+    segments = (Segment("language", "prefix", 0, 968), Segment("action", "action", 968, 1018))
+    layout = TokenLayout(segments, 968, ())
+    assert said_mb == round(selection.bytes_per_inference(layout) / 1e6, 1)
 
 
 def test_the_presets_and_suites_are_there():

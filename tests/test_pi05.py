@@ -61,6 +61,17 @@ def policy(loaded):
 
 class Pi05Contract(AdapterContract):
     @pytest.fixture
+    def longer(self, batch):
+        """A prompt of fewer slots."""
+
+        @contextmanager
+        def with_fewer_slots():
+            names = ("observation.language.tokens", "observation.language.attention_mask")
+            yield {**batch, **{name: batch[name][:, :150] for name in names}}
+
+        return with_fewer_slots
+
+    @pytest.fixture
     def break_policy(self, policy):
         @contextmanager
         def broken():
@@ -372,3 +383,109 @@ def test_attention_policy_saves_the_wrapped_checkpoint(policy, tmp_path):
     wrapped, plain = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert wrapped.keys() == plain.keys()
     assert all(torch.equal(wrapped[key], plain[key]) for key in plain)
+
+
+def test_rtc_guidance_is_captured(demo_policy, preprocessor):
+    """From its second inference on RTC computes gradients: what is captured must not carry a graph."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    policy = demo_policy(num_inference_steps=N_STEPS)[0]
+    policy.config.rtc_config = RTCConfig()
+    policy.init_rtc_processor()
+    batch = preprocessor(raw_observation())
+
+    def two_inferences():
+        torch.manual_seed(0)
+        first = policy.predict_action_chunk(batch)
+        left_over = torch.zeros(2, policy.config.chunk_size, policy.config.max_action_dim)
+        left_over[:, :40, : first.shape[-1]] = first[:, 10:].detach()
+        second = policy.predict_action_chunk(batch, inference_delay=4, prev_chunk_left_over=left_over)
+        return first.detach(), second.detach()
+
+    expected = two_inferences()
+    failures = []
+    config = AttentionConfig(layers="all", prefix_layers="all")
+    with capture_attention(policy, config, on_failure=failures.append) as capture:
+        found = two_inferences()
+    assert not failures
+    assert all(map(torch.equal, found, expected))
+    first, second = capture.drain()
+    for record in (first, second):
+        assert len(record.flow_time) == N_STEPS
+        for maps in (record.suffix_attention, record.suffix_attention_mean):
+            assert np.abs(maps.astype(np.float32).sum(-1) - 1).max() < 2**-10
+        assert record.prefix_attention.any()
+        assert np.isfinite(record.action_chunk).all()
+    assert not np.array_equal(first.suffix_attention[-1], second.suffix_attention[-1]), "guidance changes it"
+
+
+@pytest.mark.parametrize(
+    ("autocast", "dtype"), [(None, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")]
+)
+def test_the_dtype_that_acted_is_said(policy, batch, autocast, dtype):
+    """`--policy.use_amp=true`: the policy's own dtype says nothing of what its attention was rounded to."""
+    with (
+        capture_attention(policy, AttentionConfig()) as capture,
+        torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        act(policy, batch, 0)
+    (record,) = capture.drain()
+    assert record.attention_dtype == dtype
+
+
+LONG_TASK = " ".join(f"word{i}" for i in range(90))
+
+
+@pytest.mark.parametrize("n_words", [90, 14])
+def test_prompts_that_are_cut_keep_their_words(policy, preprocessor, caplog, n_words):
+    """LeRobot cuts a prompt that is longer than the slots without a word: in the task, or in the state."""
+    tokenizer = find_tokenizer(preprocessor)
+    observation = raw_observation()
+    task = " ".join(LONG_TASK.split()[:n_words])
+    observation["task"] = [task, "open the drawer"]
+    batch = preprocessor(observation)
+    names = ("observation.language.tokens", "observation.language.attention_mask")
+    if n_words == 14:  # as if there were fewer slots
+        whole = len(tokenizer(f"Task: {task}, State:")["input_ids"])
+        batch = {**batch, **{name: batch[name][:, : whole + 9] for name in names}}
+    assert batch[names[1]][0].all()
+    with (
+        capture_attention(policy, AttentionConfig(), tokenizer=tokenizer) as capture,
+        caplog.at_level("WARNING"),
+    ):
+        act(policy, batch, 0)
+        act(policy, batch, 0)
+    for record in capture.drain():
+        assert record.prompt_truncated.tolist() == [True, False]
+        pieces, labels = record.prompts[0]
+        found = [
+            "".join(np.array(pieces)[labels.word == word]).strip() for word in range(labels.word.max() + 1)
+        ]
+        assert found[:-1] == task.split()[: len(found) - 1]
+        assert task.split()[len(found) - 1].startswith(found[-1])
+        assert (labels.kind == Kind.TEXT).sum() == 0
+        assert (labels.state_dim.max() >= 0) == (n_words == 14)
+        assert record.prompts[1].labels.word.max() == 2
+    said = [record.getMessage() for record in caplog.records if "did not fit" in record.getMessage()]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "numbers", "is_truncated"),
+    [
+        ("Task: pick up, State: 1 -2 3;\nAction: ", 2, 3, False),
+        ("<bos>Task: pick, State: up, State: 1;\nAction: ", 3, 1, False),
+        ("Task: , State: 1 2;\nAction: ", 0, 2, False),
+        ("Task: $$ 抓 🥣\nagain, State: 1 2;\nAction: ", 4, 2, False),
+        ("Task: pick up, State: 1 -2 3;\nAct", 2, 3, True),
+        ("Task: pick up, State: 1 -", 2, 1, True),
+        ("Task: pick up, Sta", 2, 0, True),
+        ("Task: pick up the", 3, 0, True),
+    ],
+)
+def test_prompts_are_parsed(policy, prompt, words, numbers, is_truncated):
+    parsed = adapter_for(policy).parse_prompt(prompt)
+    assert parsed.is_truncated == is_truncated
+    kinds = [span.kind for span in parsed.spans]
+    assert (kinds.count(Kind.TASK), kinds.count(Kind.STATE)) == (words, numbers)
+    assert adapter_for(policy).parse_prompt("something else") is None

@@ -1,24 +1,52 @@
-"""The README's tables are what the code says, and its pictures are there."""
+"""README and docs say what the code does: tables are generated, code and commands run, links lead on."""
 
+import importlib
+import importlib.util
 import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from typer.testing import CliRunner
 
 from lerobot_attn import analysis
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.plot import KINDS
 from lerobot_attn.store.schema import schema_table
+from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Their code blocks are run. CONTRIBUTING has none; the explorer's requests have a test of their own.
+WITH_CODE = [page for page in PAGES if page.name in ("README.md", "store.md", "recipes.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORDING = (ROOT / "docs" / "recording.md").read_text(encoding="utf-8")
+STORE = (ROOT / "docs" / "store.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def name_of(page):
+    return page.name
+
+
+def blocks(page, language):
+    """The page's code blocks of a language ("" for commands), as they are written."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+# Tables
 
 
 def test_schema_table_is_generated():
-    table = README.split("<!-- schema -->")[1].split("<!-- /schema -->")[0].strip()
-    assert table == schema_table(), "write schema_table() of lerobot_attn/store/schema.py into the README"
+    table = STORE.split("<!-- schema -->")[1].split("<!-- /schema -->")[0].strip()
+    assert table == schema_table(), "run benchmarks/readme_table.py"
 
 
 def test_every_setting_is_explained():
-    section = README.split("## Record")[1].split("\n## ")[0]
+    section = RECORDING.split("## Settings")[1].split("\n## ")[0]
     for name in AttentionConfig().to_dict():
         assert f"`--eval.attention.{name}`" in section or f"`{name}`" in section, name
 
@@ -26,7 +54,26 @@ def test_every_setting_is_explained():
 def test_preset_sizes_are_the_presets_own():
     for preset in (ROOT / "configs" / "capture").glob("*.yaml"):
         size = re.search(r"full size: ([\d.]+ MB)", preset.read_text())[1]
-        assert re.search(rf"\| `{preset.stem}` \|.*\| {re.escape(size)} \|", README), preset.stem
+        assert re.search(rf"\| `{preset.stem}` \|.*\| {re.escape(size)} \|", RECORDING), preset.stem
+        if preset.stem == "summary":
+            assert f"({size} an inference" in README
+
+
+def test_every_kind_of_plot_is_explained():
+    section = README.split("## Look")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE)
+    assert rows == ["--kind", *KINDS]
+
+
+def test_every_function_of_the_analysis_is_named():
+    table = RECIPES.split("| function | gives |\n|---|---|\n")[1].split("\n\n")[0]
+    functions = {name for name in analysis.__all__ if name[0].islower()}
+    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert functions - named <= {"to_table", "camera_geometry", "camera_names"}
+    assert named - functions <= set()
+
+
+# Pictures, links and names
 
 
 def test_every_picture_is_there_and_small():
@@ -35,15 +82,120 @@ def test_every_picture_is_there_and_small():
     assert sum((ROOT / picture).stat().st_size for picture in pictures) < 3_000_000
 
 
-def test_every_kind_of_plot_is_explained():
-    section = README.split("## Look")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE)
-    assert rows[1:] == list(KINDS)
+def test_random_weights_are_said_where_pictures_are_shown():
+    for section in README.split("\n## "):
+        if set(re.findall(r"!\[[^]]*\]\(docs/images/([^)]+)\)", section)) - {"token-row.svg"}:
+            assert "random" in section.lower(), section.splitlines()[0]
 
 
-def test_every_function_of_the_analysis_is_named():
-    section = README.split("## Ask")[1].split("\n## ")[0]
-    functions = {name for name in analysis.__all__ if name[0].islower()}
-    named = set(re.findall(r"`([a-z_]+)`", section))
-    assert functions - named <= {"to_table", "camera_geometry", "camera_names"}
-    assert named - functions <= set()
+def test_the_token_row_is_drawn_by_its_script():
+    spec = importlib.util.spec_from_file_location("token_row", ROOT / "scripts" / "token_row.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.FILE.read_text(encoding="utf-8") == script.drawing(), "run scripts/token_row.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_that_are_there(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_is_named_by_its_import_path_is_there(page):
+    for path in sorted(set(re.findall(r"\blerobot_attn(?:\.\w+)+", page.read_text(encoding="utf-8")))):
+        parts = path.removesuffix(".py").split(".")
+        found = importlib.import_module(parts[0])
+        for i, part in enumerate(parts[1:], start=2):
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                found = importlib.import_module(".".join(parts[:i]))
+
+
+def test_readme_stays_readable_in_one_go():
+    assert len(README.splitlines()) <= 240
+
+
+# Code and commands
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a run in `out`, of a success and a failure, in which README's labels exist."""
+    folder = tmp_path_factory.mktemp("run")
+    plan = SyntheticPlan(
+        n_frames=16, n_layers=18, layers=(16, 17), n_denoise_steps=10, task_group="libero_object"
+    )
+    write_planted_episode(folder / "out", plan)
+    write_planted_episode(folder / "out", replace(plan, episode_index=1, success=False))
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_code_blocks_run(page, run, tmp_path, monkeypatch):
+    for file in run.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    ran = 0
+    for block in blocks(page, "python"):
+        if "capture_attention" in block or "record_episodes" in block:
+            continue  # needs a policy: test_own_loop.py
+        exec(compile(block, page.name, "exec"), names)
+        ran += 1
+    assert ran
+
+
+def commands(pages, program):
+    """Every command of a program in the pages' blocks, as words, without comments."""
+    for page in pages:
+        for language in ("", "bash"):
+            for block in blocks(page, language):
+                for line in block.replace("\\\n", " ").splitlines():
+                    if line.startswith(program + " "):
+                        yield pytest.param(
+                            shlex.split(line, comments=True)[len(program.split()) :], id=line[:60]
+                        )
+
+
+@pytest.mark.parametrize("words", [*commands(PAGES, "lerobot-attn")])
+def test_commands_run(words, run, tmp_path, monkeypatch):
+    from lerobot_attn.cli import app
+
+    mpl.use("agg")
+    monkeypatch.chdir(tmp_path)
+    places = {
+        "EPISODE": "out/attention/libero_object_0/episode_00000.zarr",
+        "A": "out/attention/libero_object_0/episode_00000.zarr",
+        "B": "out/attention/libero_object_0/episode_00001.zarr",
+    }
+    (tmp_path / "out").symlink_to(run / "out")
+    words = [places.get(word, word) for word in words]
+    if words[0] in ("view", "export-html"):
+        # One serves until Ctrl-C, and both need the built page: only that their options exist is tried.
+        help_text = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"}).output
+        assert not [word for word in words if word.startswith("--") and word not in help_text]
+        return
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("words", [*commands(PAGES, "python scripts/eval.py")])
+def test_evaluations_compose(words):
+    hydra = pytest.importorskip("hydra")
+    from omegaconf import OmegaConf
+
+    from lerobot_attn.plugin.launch import eval_arguments
+
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = hydra.compose("eval", ["output_dir=out", *words])
+    assert "--policy.path=CHECKPOINT" in eval_arguments(OmegaConf.to_container(config, resolve=True))
+
+
+def test_every_option_of_an_evaluation_is_a_setting():
+    settings = set(AttentionConfig().to_dict())
+    for page in PAGES:
+        named = set(re.findall(r"--eval\.attention\.(\w+)", page.read_text(encoding="utf-8")))
+        assert named <= settings, page.name

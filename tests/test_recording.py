@@ -386,14 +386,12 @@ def test_on_error_abort_stops_after_a_late_failure_too(tmp_path, monkeypatch):
 
 
 class CaptureBreaks(scripted.ScriptedAdapter):
-    def observe(self, sink, **settings):
-        deliver = sink.suffix_attention
-
-        def broken(layer, weights):
-            deliver(layer, weights[..., :3, :] if self.policy.n_inferences == 1 else weights)
-
-        sink.suffix_attention = broken
-        return super().observe(sink, **settings)
+    def observe(self, probe, sites, **settings):
+        deliver = probe.at
+        probe.at = lambda site, value: deliver(
+            site, value[..., :3, :] if self.policy.n_inferences == 1 else value
+        )
+        return super().observe(probe, sites, **settings)
 
 
 def test_a_failing_capture_does_not_stop_the_evaluation(tmp_path, monkeypatch):
@@ -415,7 +413,7 @@ def test_abort_on_a_failing_capture(tmp_path, monkeypatch):
 
 
 class NothingSeen(scripted.ScriptedAdapter):
-    def observe(self, sink, **settings):
+    def observe(self, probe, sites, **settings):
         import contextlib
 
         return contextlib.nullcontext()
@@ -498,7 +496,7 @@ def test_what_waits_to_be_written_never_exceeds_the_queue(
             return tensor
 
     append, show = EpisodeJob.append, EpisodeJob.show
-    monkeypatch.setattr("lerobot_attn.capture.session.HostCopies", Watched)
+    monkeypatch.setattr("lerobot_attn.capture.collector.HostCopies", Watched)
     monkeypatch.setattr("lerobot_attn.recording.rollout.HostCopies", Watched)
     monkeypatch.setattr(EpisodeJob, "append", lambda *args: (time.sleep(0.01), append(*args)))
     monkeypatch.setattr(EpisodeJob, "show", lambda *args: (time.sleep(0.005), show(*args)))

@@ -361,7 +361,7 @@ def damaged_shape(folder):
         (pt_file, r"is a \.pt file, expected an episode store"),
         (lerobot_dataset, "is a LeRobot dataset, expected an episode store"),
         (foreign_zarr, "is a Zarr store of another kind"),
-        (newer_schema, "schema version 2, expected at most 1; upgrade"),
+        (newer_schema, "schema version 3, expected at most 2; upgrade"),
         (damaged_json, "zarr.json is damaged"),
         (damaged_shape, "dimension inference is .* elsewhere: damaged"),
         (lambda folder: folder, "is no Zarr v3 store"),
@@ -496,3 +496,73 @@ def test_a_failed_append_grows_no_array(tmp_path, monkeypatch):
     data = episode.dataset.load()
     np.testing.assert_array_equal(data.suffix_attention.values[1], rows["suffix_attention"])
     assert data.token_id.values[:, 0].tolist() == [0, 1]
+
+
+def test_a_store_by_another_name_is_opened_by_every_door(tmp_path):
+    from lerobot_attn.cli import main
+
+    write_episode(tmp_path / "episode_00000.zarr")
+    path = (tmp_path / "episode_00000.zarr").rename(tmp_path / "my favourite")
+    assert open_episode(path).n_inferences == 3
+    run = open_run(path)
+    assert run.is_episode
+    assert run.stores == (path,)
+    assert [episode.path for episode in run] == [path]
+    for arguments in (["inspect"], ["inspect", "--json"], ["verify", "--repair", "--dry-run"]):
+        assert main([arguments[0], str(path), *arguments[1:]]) in (0, 1)
+
+
+def test_a_damaged_store_by_another_name_says_what_is_wrong(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match="is damaged: "):
+        open_run(tmp_path / "mine")
+
+
+def test_a_read_only_file_system_is_read(tmp_path):
+    from lerobot_attn.cli import main
+    from lerobot_attn.store.damage import find_damage
+    from lerobot_attn.store.repair import repair
+
+    (tmp_path / "disk").mkdir()
+    store = tmp_path / "disk" / "task_0" / "episode_00000.zarr"
+
+    def mount(*options):
+        return subprocess.run(["mount", *options, tmp_path / "disk"], capture_output=True, text=True)
+
+    mounted = mount("-t", "tmpfs", "none")
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    try:
+        write_episode(store)
+        assert mount("-o", "remount,ro").returncode == 0
+        with pytest.raises(OSError, match="Read-only"):
+            (tmp_path / "disk" / "file").touch()
+        (episode,) = open_run(tmp_path / "disk")
+        assert episode.arrays["suffix_attention"].values.shape[0] == episode.n_inferences
+        assert episode.dataset["suffix_attention"].values.shape[0] == episode.n_inferences
+        assert find_damage(store).is_sound
+        assert repair(store, dry_run=True)[0].changes_nothing
+        assert main(["inspect", str(store)]) == 0
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "rounding"),
+    [
+        ({"policy": {"dtype": "bfloat16"}}, 2**-8),
+        ({"policy": {"dtype": "float32"}}, 0),
+        ({"policy": {"dtype": "float16"}}, 2**-11),
+        # Autocast: the softmax of a float32 policy came in bfloat16.
+        ({"policy": {"dtype": "float32"}, "attention_dtype": "bfloat16"}, 2**-8),
+        ({"policy": {"dtype": "float32"}, "attention_dtype": "float16"}, 2**-11),
+        ({"policy": {"dtype": "bfloat16"}, "attention_dtype": "float32"}, 0),
+        ({"policy": {"dtype": "bfloat16"}, "attention_dtype": ["x"]}, 0),
+        ({}, 0),
+    ],
+)
+def test_rows_may_be_off_by_the_dtype_that_the_softmax_came_in(tmp_path, said, rounding):
+    write_episode(tmp_path / "e.zarr", n=1, **said)
+    rest = 2**-11 + 14 * 2**-25
+    assert open_episode(tmp_path / "e.zarr").row_sum_tolerance() == pytest.approx(rest + rounding)

@@ -4,11 +4,13 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 import tracemalloc
 import warnings
 
 import pytest
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -17,7 +19,7 @@ from lerobot_attn import analysis
 from lerobot_attn.errors import LerobotAttnError, StoreError
 from lerobot_attn.inspection import describe_episode, describe_run, render_episode, render_run
 from lerobot_attn.store.reader import open_episode, open_run
-from lerobot_attn.store.schema import SCHEMA_VERSION
+from lerobot_attn.store.schema import BY_NAME, SCHEMA_VERSION
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
 CAMERA = "observation.images.image"
@@ -516,3 +518,51 @@ def test_rows_that_are_not_there_do_not_sum_to_1(path):
     facts = describe_episode(open_episode(path))
     assert facts["rows_sum_to_one"] is False
     rendered(render_episode(facts))
+
+
+STRANGE_NUMBERS = [
+    ("key_kind", (1, 5), 99, "0 to 7"),
+    ("key_kind", (0, 0), -3, "0 to 7"),
+    ("text_word", (1, 3), -7, "-1 or more"),
+    ("text_state_dim", (0, 4), -2, "-1 or more"),
+    ("key_camera", (3,), 17, "-1 to 0"),
+    ("key_camera", (4,), -9, "-1 to 0"),
+    ("inference_frame", (1,), -1, "0 or more"),
+    ("frame_inference", (3,), 2**30, None),
+    ("frame_inference", (3,), -1, None),
+    ("frame_query", (2,), 500, None),
+    ("frame_query", (2,), -2, None),
+]
+
+
+@pytest.mark.parametrize(("name", "at", "value", "allowed"), STRANGE_NUMBERS)
+def test_a_number_that_means_nothing_is_named_with_its_place(path, name, at, value, allowed):
+    array = zarr.open_group(path, mode="r+", use_consolidated=False)[name]
+    array[at] = value
+    place = ", ".join(f"{dim} {i}" for dim, i in zip(BY_NAME[name].dims, at, strict=True))
+    message = f"{name} is {value} at {place}, expected {allowed or ''}"
+    episode = open_episode(path)
+    selections = [
+        lambda data: data[name].values,
+        lambda data: data[name][at].values,
+        lambda data: data[name][at[0] :].values,
+        lambda data: data[name][[at[0], 0]].values,
+        lambda data: data[name].isel({BY_NAME[name].dims[0]: slice(at[0], None, 2)}).load(),
+    ]
+    for data in (episode.arrays, episode.dataset):
+        for select in selections:
+            with pytest.raises(StoreError, match=re.escape(message)):
+                select(data)
+    for dataset in (open_episode(path).arrays, open_episode(path).dataset):
+        for analyse in (analysis.modality_share, analysis.token_attention, analysis.attention_sinks):
+            clean(analyse, dataset)
+        clean(lambda data: analysis.attention(data, frame=3, query="frame"), dataset)
+        clean(lambda data: analysis.image_heatmap(data, frame=2), dataset)
+    read_everything(path)
+
+
+def test_numbers_are_checked_when_they_are_read_and_not_before(path):
+    zarr.open_group(path, mode="r+", use_consolidated=False)["key_kind"][0, 0] = 99
+    episode = open_episode(path)
+    assert episode.arrays["suffix_attention"][0, 0, 0].values.shape
+    assert episode.dataset["token_id"].values.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +12,22 @@ import numpy as np
 import xarray as xr
 
 from lerobot_attn.errors import SelectionError
+
+
+def said_of(dataset: xr.Dataset) -> dict[str, Any]:
+    """Return what the episode says of itself: its attributes with objects as objects and truths as bool.
+
+    A dataset carries objects as JSON text and truths as 0 or 1, because netCDF takes neither.
+    """
+    said = dict(dataset.attrs)
+    for name in ("capture", "layout", "policy", "videos"):
+        if isinstance(said.get(name), str):
+            with contextlib.suppress(ValueError):
+                said[name] = json.loads(said[name])
+    for name in ("complete", "success"):
+        if name in said and said[name] in (0, 1):
+            said[name] = bool(said[name])
+    return said
 
 
 def stored_labels(
@@ -108,7 +126,7 @@ def in_words(name: str, choice: Any, labels: Any, total: int | None = None) -> s
 
 def policy_count(dataset: xr.Dataset, name: str) -> int | None:
     """Return how many layers, heads or denoise steps the policy has, where the store says it."""
-    policy = dataset.attrs.get("policy")
+    policy = said_of(dataset).get("policy")
     count = policy.get(name) if isinstance(policy, dict) else None
     return count if isinstance(count, int) else None
 

@@ -28,6 +28,7 @@ from lerobot_attn.analysis.labels import (
     policy_count,
     positions,
     ranges,
+    said_of,
     stored_labels,
 )
 from lerobot_attn.analysis.select import (
@@ -448,7 +449,7 @@ class _PrefixChoice:
     ) -> _PrefixChoice:
         if PREFIX not in dataset:
             raise SelectionError(f"prefix attention was not captured; {_HOW_PREFIX}")
-        policy = dataset.attrs.get("policy", {})
+        policy = said_of(dataset).get("policy", {})
         count = "n_prefix_layers" if policy.get("n_prefix_layers") else "n_layers"
         layers = stored_labels(dataset, "prefix_layer", layer, count)
         heads = stored_labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
@@ -554,7 +555,7 @@ class _Stack:
         Raises:
             SelectionError: it was not, or the policy's two towers do not go layer by layer.
         """
-        policy = dataset.attrs.get("policy", {})
+        policy = said_of(dataset).get("policy", {})
         full = stored_layers(dataset)[0]
         in_prefix = dataset["prefix_layer"].values.tolist() if PREFIX in dataset else []
         if not full:

@@ -1,7 +1,8 @@
 """Summaries of whole runs: measures of every inference or frame of thousands of episodes, as tidy tables.
 
     from lerobot_attn import open_run
-    from lerobot_attn.analysis.runs import summarise_run
+    from lerobot_attn.analysis.labels import said_of
+from lerobot_attn.analysis.runs import summarise_run
 
     summary = summarise_run(open_run("out"), ("modality_share", "stability"), layer="all")
     summary.table    # one row per value, with the episode that it is of
@@ -30,6 +31,7 @@ from dask.delayed import delayed
 from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
+from lerobot_attn.analysis.labels import said_of
 from lerobot_attn.analysis.measures import sharpness, stability
 from lerobot_attn.analysis.select import MEANS, RAW, Where, attention
 from lerobot_attn.analysis.spatial import camera_geometry, camera_names
@@ -401,7 +403,7 @@ def sources_of[S: Source](episodes: S | Iterable[S], what: str) -> list[S]:
 
 def attributes_of(source: Source) -> Mapping[Any, Any]:
     """Return what an episode says of itself, without opening its arrays."""
-    return source.attrs if isinstance(source, xr.Dataset) else source.attributes
+    return said_of(source) if isinstance(source, xr.Dataset) else source.attributes
 
 
 def success_of(source: Source) -> bool | None:

@@ -23,6 +23,7 @@ from lerobot_attn.analysis.labels import (
     policy_count,
     positions,
     ranges,
+    said_of,
     stored_labels,
 )
 from lerobot_attn.errors import SelectionError, StoreError
@@ -71,7 +72,7 @@ def layout_of(dataset: xr.Dataset) -> TokenLayout:
         StoreError: there is none, or it is damaged.
     """
     try:
-        return TokenLayout.from_dict(dataset.attrs["layout"])
+        return TokenLayout.from_dict(said_of(dataset)["layout"])
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"the dataset's token layout is missing or damaged ({error!r})") from error
 

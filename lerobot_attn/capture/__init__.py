@@ -1,18 +1,14 @@
 """Watch a policy and hand out one `InferenceRecord` per action chunk: see `capture_attention`."""
 
-from lerobot_attn.capture.session import (
-    AttentionCapture,
-    HostCopies,
-    InferenceRecord,
-    Selection,
-    capture_attention,
-    find_tokenizer,
-)
+from lerobot_attn.capture.copies import HostCopies
+from lerobot_attn.capture.record import InferenceRecord, PromptLabels, Selection
+from lerobot_attn.capture.session import AttentionCapture, capture_attention, find_tokenizer
 
 __all__ = [
     "AttentionCapture",
     "HostCopies",
     "InferenceRecord",
+    "PromptLabels",
     "Selection",
     "capture_attention",
     "find_tokenizer",

@@ -10,7 +10,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
 from torch import Tensor
 
-from lerobot_attn.capture import AttentionCapture, capture_attention
+from lerobot_attn.capture.session import AttentionCapture, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
 
@@ -54,16 +54,18 @@ class AttentionPolicy(PreTrainedPolicy):
         self._stack.close()
         self._capture = None
 
-    def get_attention_maps(self, last_n_layers: int = 2) -> dict[int, dict[str, Any]]:
+    def get_attention_maps(self, last_n_layers: int | None = None) -> dict[int, dict[str, Any]]:
         """Return the suffix-only attention of the latest inference.
 
         Args:
-            last_n_layers: how many of the saved layers, counted from the last.
+            last_n_layers: how many of the saved layers, counted from the last; default: two, or the one
+                that there is.
 
         Returns:
             denoise step → `{"time": flow time t, "prefix_len": keys before the suffix, "suffix_len": suffix
             tokens, "attention_weights": {layer: (batch, head, query, key), float16, on the CPU, rows sum to
-            1}}`; empty before the first inference and after `clear_attention_maps`.
+            1}}`; empty before the first inference and after `clear_attention_maps`. A layer that cannot see
+            the suffix has the prefix's keys alone.
 
         Raises:
             CaptureError: saving is off, or fewer layers were saved than asked for.
@@ -71,6 +73,8 @@ class AttentionPolicy(PreTrainedPolicy):
         if self._capture is None:
             raise CaptureError("no attention maps are saved; call enable_attention_map_saving() first")
         layers = self._capture.selection.layers
+        if last_n_layers is None:
+            last_n_layers = min(2, len(layers))
         if not 1 <= last_n_layers <= len(layers):
             raise CaptureError(
                 f"last_n_layers: got {last_n_layers}, expected 1 to {len(layers)}, the number of layers that "
@@ -83,12 +87,18 @@ class AttentionPolicy(PreTrainedPolicy):
         attention = record.suffix_attention
         assert attention is not None  # at least one layer is saved
         wanted = list(enumerate(layers))[-last_n_layers:]
+        n_keys = {
+            layer: record.layout.n_keys if layer in record.layers_seeing_suffix else record.layout.prefix_len
+            for layer in layers
+        }
         return {
             step: {
                 "time": float(record.flow_time[i]),
                 "prefix_len": record.layout.prefix_len,
                 "suffix_len": record.layout.n_queries,
-                "attention_weights": {layer: torch.from_numpy(attention[i, j]) for j, layer in wanted},
+                "attention_weights": {
+                    layer: torch.from_numpy(attention[i, j, ..., : n_keys[layer]]) for j, layer in wanted
+                },
             }
             for i, step in enumerate(record.selection.denoise_steps)
         }

@@ -23,7 +23,8 @@ from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
 from lerobot_attn.explorer.values import plain
 from lerobot_attn.store.files import first_link
-from lerobot_attn.store.reader import Episode, open_episode, open_run
+from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
 # ":" separates folders, "%" escapes, and names may hold bytes that are no text.

@@ -68,7 +68,7 @@ BFLOAT16_REMEDY = "export ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16, or run the policy
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """What one check found.
 
     Attributes:
@@ -89,14 +89,14 @@ class Check:
             raise ValueError(f"status {self.status!r} is unknown, expected one of {', '.join(_STYLES)}")
 
 
-def run_checks(console: Console | None = None) -> list[Check]:
+def run_checks(console: Console | None = None) -> list[Finding]:
     """Run every check, in the order in which problems should be solved.
 
     Args:
         console: where progress is shown, if it is a terminal; by default standard error.
 
     Returns:
-        One `Check` each. A check that breaks is reported as failed; none raises.
+        One `Finding` each. A check that breaks is reported as failed; none raises.
     """
     console = Console(stderr=True) if console is None else console
     checks = []
@@ -107,11 +107,11 @@ def run_checks(console: Console | None = None) -> list[Check]:
                 checks.append(function(name))
             # SystemExit: what an imported package may raise, too.
             except (Exception, SystemExit) as error:
-                checks.append(Check(name, FAILED, f"the check broke: {_one_line(error)}", _repair(name)))
+                checks.append(Finding(name, FAILED, f"the check broke: {_one_line(error)}", _repair(name)))
     return checks
 
 
-def print_report(checks: list[Check], console: Console) -> int:
+def print_report(checks: list[Finding], console: Console) -> int:
     """Print one line per check, and its remedy below where there is one.
 
     Returns:
@@ -134,13 +134,13 @@ def print_report(checks: list[Check], console: Console) -> int:
     return 1 if counts[FAILED] else 0
 
 
-def check_rendering(name: str = "rendering") -> Check:
+def check_rendering(name: str = "rendering") -> Finding:
     """Render a small scene off screen.
 
     It runs in a process of its own: a broken EGL can abort the process that uses it.
     """
     if not _installed("mujoco"):
-        return Check(name, FAILED, "mujoco is not installed", EVAL_REMEDY)
+        return Finding(name, FAILED, "mujoco is not installed", EVAL_REMEDY)
     given = os.environ.get("MUJOCO_GL")
     # robosuite takes egl on Linux when nothing is said.
     fallback = "cgl" if sys.platform == "darwin" else "egl"
@@ -150,70 +150,70 @@ def check_rendering(name: str = "rendering") -> Check:
     with tempfile.TemporaryDirectory() as folder:
         done = _run_code(_RENDER_SCENE, folder=folder, environment=environment)
     if done is None:
-        return Check(name, FAILED, f"no picture after {TIMEOUT_S} s ({used})", GL_REMEDY)
+        return Finding(name, FAILED, f"no picture after {TIMEOUT_S} s ({used})", GL_REMEDY)
     result = _last_json(done.stdout)
     if result is None:
-        return Check(name, FAILED, f"{_why_it_ended(done)} ({used})", GL_REMEDY)
+        return Finding(name, FAILED, f"{_why_it_ended(done)} ({used})", GL_REMEDY)
     if result["low"] == result["high"]:
-        return Check(name, FAILED, f"{result['renderer']} renders a blank picture ({used})", GL_REMEDY)
+        return Finding(name, FAILED, f"{result['renderer']} renders a blank picture ({used})", GL_REMEDY)
     # A failure after the picture is one while the context closes, which LIBERO does after every task.
     if done.returncode:
-        return Check(
+        return Finding(
             name, WARNING, f"{result['renderer']} renders, then {_why_it_ended(done)} ({used})", GL_REMEDY
         )
-    return Check(name, OK, f"{result['renderer']} ({used})")
+    return Finding(name, OK, f"{result['renderer']} ({used})")
 
 
-def _check_python(name: str) -> Check:
+def _check_python(name: str) -> Finding:
     version = ".".join(str(part) for part in sys.version_info[:3])
     if sys.version_info[:2] < PYTHON_FLOOR:
         floor = ".".join(str(part) for part in PYTHON_FLOOR)
-        return Check(name, FAILED, f"{version}, expected {floor} or newer", f"install Python {floor}")
-    return Check(name, OK, version)
+        return Finding(name, FAILED, f"{version}, expected {floor} or newer", f"install Python {floor}")
+    return Finding(name, OK, version)
 
 
-def _check_torch(name: str) -> Check:
+def _check_torch(name: str) -> Finding:
     if not _installed("torch"):
-        return Check(name, FAILED, "torch is not installed", EVAL_REMEDY)
+        return Finding(name, FAILED, "torch is not installed", EVAL_REMEDY)
     import torch
 
     if not torch.cuda.is_available():
-        return Check(name, OK, f"{torch.__version__}, CPU only: enough for the demo policy")
+        return Finding(name, OK, f"{torch.__version__}, CPU only: enough for the demo policy")
     devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return Check(name, OK, f"{torch.__version__}, CUDA: {devices}")
+    return Finding(name, OK, f"{torch.__version__}, CUDA: {devices}")
 
 
-def _check_bfloat16(name: str) -> Check:
+def _check_bfloat16(name: str) -> Finding:
     """Run a layer in bfloat16, in a process of its own: some virtual machines announce AMX and lack it."""
     if not _installed("torch"):
-        return Check(name, FAILED, "torch is not installed", EVAL_REMEDY)
+        return Finding(name, FAILED, "torch is not installed", EVAL_REMEDY)
     done = _run_code(_BFLOAT16_LAYER)
     if done is None:
-        return Check(name, WARNING, f"no result on the CPU after {TIMEOUT_S} s", BFLOAT16_REMEDY)
+        return Finding(name, WARNING, f"no result on the CPU after {TIMEOUT_S} s", BFLOAT16_REMEDY)
     if done.returncode:
         detail = f"on the CPU, {_why_it_ended(done, 'a bfloat16 layer')}"
-        return Check(name, WARNING, detail, BFLOAT16_REMEDY)
-    return Check(name, OK, "runs on the CPU")
+        return Finding(name, WARNING, detail, BFLOAT16_REMEDY)
+    return Finding(name, OK, "runs on the CPU")
 
 
-def _check_lerobot(name: str) -> Check:
+def _check_lerobot(name: str) -> Finding:
     if not _installed("lerobot"):
-        return Check(name, FAILED, "lerobot is not installed", EVAL_REMEDY)
+        return Finding(name, FAILED, "lerobot is not installed", EVAL_REMEDY)
     version = importlib.metadata.version("lerobot")
     from lerobot_attn.plugin import check_lerobot
 
     problems = check_lerobot()
     if problems:
-        return Check(name, FAILED, f"{version}: {'; '.join(problems)}", EVAL_REMEDY)
-    return Check(name, OK, f"{version}, every patch point is there")
+        return Finding(name, FAILED, f"{version}: {'; '.join(problems)}", EVAL_REMEDY)
+    return Finding(name, OK, f"{version}, every patch point is there")
 
 
-def _check_libero_config(name: str) -> Check:
+def _check_libero_config(name: str) -> Finding:
     if not _installed("libero"):
-        return Check(name, FAILED, "libero is not installed", EVAL_REMEDY)
+        return Finding(name, FAILED, "libero is not installed", EVAL_REMEDY)
     path = config_path()
     if not path.exists():
-        return Check(
+        return Finding(
             name,
             FAILED,
             f"{path} does not exist: LIBERO would ask a question on stdin",
@@ -223,28 +223,28 @@ def _check_libero_config(name: str) -> Check:
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return Check(name, FAILED, f"{path} cannot be read: {_one_line(error)}", remedy)
+        return Finding(name, FAILED, f"{path} cannot be read: {_one_line(error)}", remedy)
     if not isinstance(config, dict) or set(CONFIG_KEYS) - set(config):
-        return Check(name, FAILED, f"{path} lacks some of {', '.join(CONFIG_KEYS)}", remedy)
+        return Finding(name, FAILED, f"{path} lacks some of {', '.join(CONFIG_KEYS)}", remedy)
     # The others hold downloads, or are found elsewhere, and need not exist.
     for key in ("benchmark_root", "bddl_files", "init_states"):
         if not Path(str(config[key])).is_dir():
-            return Check(name, FAILED, f"{path}: {key} is {config[key]}, which does not exist", remedy)
-    return Check(name, OK, str(path))
+            return Finding(name, FAILED, f"{path}: {key} is {config[key]}, which does not exist", remedy)
+    return Finding(name, OK, str(path))
 
 
-def _check_libero_assets(name: str) -> Check:
+def _check_libero_assets(name: str) -> Finding:
     state = assets_state()
     if state.complete:
-        return Check(name, OK, str(state.folder))
+        return Finding(name, OK, str(state.folder))
     if not state.folder.exists():
-        return Check(
+        return Finding(
             name,
             WARNING,
             f"{state.folder} does not exist: hf-libero will download it from the Hub at first use",
             "without a connection to the Hub: lerobot-attn setup-libero --assets ARCHIVE_OR_FOLDER",
         )
-    return Check(
+    return Finding(
         name,
         FAILED,
         f"{state.folder} lacks {', '.join(state.missing)}",
@@ -252,7 +252,7 @@ def _check_libero_assets(name: str) -> Check:
     )
 
 
-def _check_ffmpeg(name: str) -> Check:
+def _check_ffmpeg(name: str) -> Finding:
     import imageio_ffmpeg
 
     size_px = (16, 16)
@@ -265,21 +265,21 @@ def _check_ffmpeg(name: str) -> Check:
         encoder.send(bytes(3 * size_px[0] * size_px[1]))
         encoder.close()
         if not path.is_file() or not path.stat().st_size:
-            return Check(name, FAILED, f"{imageio_ffmpeg.get_ffmpeg_exe()} wrote no frame", _repair(name))
-    return Check(name, OK, f"{imageio_ffmpeg.get_ffmpeg_version()}, encodes H.264")
+            return Finding(name, FAILED, f"{imageio_ffmpeg.get_ffmpeg_exe()} wrote no frame", _repair(name))
+    return Finding(name, OK, f"{imageio_ffmpeg.get_ffmpeg_version()}, encodes H.264")
 
 
-def _check_disk(name: str) -> Check:
+def _check_disk(name: str) -> Finding:
     folder = Path.cwd()
     free_bytes = shutil.disk_usage(folder).free
     detail = f"{free_bytes / GB:.1f} GB free in {folder}"
     if free_bytes >= DISK_WARNING_BYTES:
-        return Check(name, OK, detail)
+        return Finding(name, OK, detail)
     remedy = "free some space, or give lerobot-eval an --output_dir on a larger disk"
-    return Check(name, FAILED if free_bytes < DISK_FAILED_BYTES else WARNING, detail, remedy)
+    return Finding(name, FAILED if free_bytes < DISK_FAILED_BYTES else WARNING, detail, remedy)
 
 
-_CHECKS: dict[str, Callable[[str], Check]] = {
+_CHECKS: dict[str, Callable[[str], Finding]] = {
     "Python": _check_python,
     "torch": _check_torch,
     "bfloat16": _check_bfloat16,

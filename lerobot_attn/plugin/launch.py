@@ -1,73 +1,136 @@
 """Turn composed settings into a `lerobot-eval` command line, and run it.
 
-The command line is the whole interface to LeRobot here: what is printed is what runs.
+The command line is the whole interface to LeRobot here: what is printed is what runs. Which fields LeRobot
+has is not known here: every name is passed on, and LeRobot refuses those that it does not have.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
 
-SECTIONS = ("policy", "env", "eval", "capture", "output_dir", "seed", "job_name")
+# LeRobot looks these options up on the command line before it parses it, so they are never quoted.
+_READ_AS_TEXT = re.compile(r"config_path|(.*\.)?(path|type|discover_packages_path)")
+# What quoted YAML holds only as an escape: control characters, surrogates, other kinds of line break.
+_ONLY_ESCAPED = re.compile("[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
 def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
     """Return the options of `lerobot-eval` for composed settings; unset (null) ones are left to LeRobot.
 
     Args:
-        settings: sections `policy`, `env` and `eval` as LeRobot names their fields; `capture`, the attention
-            settings, or null to evaluate without capture; `output_dir`, `seed` and `job_name`.
+        settings: LeRobot's own fields by their names: the sections `policy`, `env` and `eval`, and top-level
+            ones such as `output_dir`, `seed` or `rename_map`. Besides, `capture`: the attention settings, or
+            null to evaluate without capture.
 
     Raises:
-        ConfigError: an unknown section or attention setting, or no policy path.
+        ConfigError: an unknown attention setting, no policy path, a section that is no mapping, or text that
+            LeRobot's parser would take for the name of a file.
     """
-    unknown = sorted(set(settings) - set(SECTIONS))
-    if unknown:
-        raise ConfigError(f"unknown section {unknown[0]!r}; expected one of {', '.join(SECTIONS)}")
+    for section in ("policy", "env", "eval", "capture"):
+        if not isinstance(settings.get(section) or {}, Mapping):
+            raise ConfigError(f"{section}: got {settings[section]!r}, expected a mapping of its fields")
     if not (settings.get("policy") or {}).get("path"):
         raise ConfigError(
             "policy.path: not given, expected a checkpoint's folder or Hub name; add policy.path=…"
         )
-    arguments: list[str] = []
+    options: list[tuple[str, Any]] = []
     for section in ("policy", "env", "eval"):
-        arguments += [
-            f"--{name}={option_text(value)}" for name, value in _flatten(section, settings.get(section))
-        ]
+        options += _fields(section, settings.get(section))
     capture = settings.get("capture")
     if capture is not None:
         AttentionConfig.from_dict(dict(capture), where="capture")
-        arguments.append("--eval.save_attention_maps=true")
-        arguments += [f"--{name}={option_text(value)}" for name, value in _flatten("eval.attention", capture)]
-    for name in ("output_dir", "seed", "job_name"):
-        if settings.get(name) is not None:
-            arguments.append(f"--{name}={option_text(settings[name])}")
-    return arguments
+        options.append(("eval.save_attention_maps", True))
+        options += _fields("eval.attention", capture)
+    # The usual ones first, so that the command's end says where the results go.
+    names = dict.fromkeys(["output_dir", "seed", "job_name", *settings])
+    options += [
+        (name, settings[name])
+        for name in names
+        if name not in ("policy", "env", "eval", "capture") and settings.get(name) is not None
+    ]
+    return [_argument(name, value) for name, value in options]
 
 
 def launch_eval(arguments: list[str]) -> int:
     """Print the equivalent `lerobot-eval` command, run it as a process, and return its exit status."""
-    print("lerobot-eval " + " ".join(shlex.quote(argument) for argument in arguments), flush=True)
+    print("lerobot-eval " + shlex.join(arguments), flush=True)
     return subprocess.run(
         [sys.executable, "-m", "lerobot.scripts.lerobot_eval", *arguments], check=False
     ).returncode
 
 
-def _flatten(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
-    for name, value in (values or {}).items():
-        if isinstance(value, Mapping):
-            yield from _flatten(f"{prefix}.{name}", value)
-        elif value is not None:
-            yield f"{prefix}.{name}", value
-
-
 def option_text(value: Any) -> str:
-    """Return a value as the option parser of LeRobot reads it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace(" ", "") if isinstance(value, list) else str(value)
+    """Return a value as the option parser of LeRobot reads it.
+
+    LeRobot parses a policy's options as JSON and all others as YAML. What is returned means the same in both,
+    and text that both would leave alone stays as it is.
+
+    Args:
+        value: text, a number, a boolean, null, or lists and mappings of these.
+    """
+    if isinstance(value, str) and _stays_as_it_is(value):
+        return value
+    return _flow(value)
+
+
+def _fields(section: str, values: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a section that are set. A mapping in it is one value: LeRobot takes it whole."""
+    for name, value in (values or {}).items():
+        if value is not None:
+            yield f"{section}.{name}", value
+
+
+def _argument(name: str, value: Any) -> str:
+    if _READ_AS_TEXT.fullmatch(name):
+        return f"--{name}={value}"
+    if isinstance(value, str) and value.startswith("include"):
+        # draccus opens the rest of such a text as a file, however it is quoted.
+        raise ConfigError(
+            f"{name}: got {value!r}, expected text that does not begin with 'include', because LeRobot's "
+            "parser takes that for the name of a file; where it is a path, write ./ before it"
+        )
+    return f"--{name}={option_text(value)}"
+
+
+def _stays_as_it_is(text: str) -> bool:
+    """Say whether both of LeRobot's parsers give a text back unchanged when it is not quoted."""
+    try:
+        json.loads(text)
+    except ValueError:
+        pass
+    else:
+        return False
+    try:
+        return bool(yaml.safe_load(text) == text)
+    except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
+        return False
+
+
+def _flow(value: Any) -> str:
+    """Return a value as JSON that YAML reads the same way."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_quoted(str(name))}: {_flow(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(_flow(item) for item in value) + "]"
+    if value is None or isinstance(value, bool | int):
+        return json.dumps(value)
+    if isinstance(value, float):
+        # YAML takes 1e-05 for text: it wants a point before the exponent.
+        return re.sub(r"^(-?\d+)e", r"\1.0e", json.dumps(value))
+    return _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    quoted = json.dumps(text, ensure_ascii=False)
+    return _ONLY_ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)

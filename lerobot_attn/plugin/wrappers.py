@@ -1,8 +1,8 @@
 """The plugin inside `lerobot-eval`: its options, and the four functions of LeRobot's script that it wraps.
 
-The only module that touches `lerobot.scripts`. LeRobot's loader imports it in every command; it acts in
-`lerobot-eval` alone, and there only once `--eval.save_attention_maps=true` is given: otherwise the original
-`eval_main` runs with the config it would have had without this package.
+Beside `compatibility` the only module that touches `lerobot.scripts`. LeRobot's loader imports it in every
+command; it acts in `lerobot-eval` alone, and there only once `--eval.save_attention_maps=true` is given:
+otherwise the original `eval_main` runs with the config it would have had without this package.
 """
 
 from __future__ import annotations
@@ -17,25 +17,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lerobot_attn.errors import ConfigError, IncompatibleLeRobotError, LerobotAttnError
+from lerobot_attn.errors import ConfigError, LerobotAttnError
+from lerobot_attn.plugin.compatibility import EVAL_MODULE, FLAG, check_lerobot, incompatible
 
 if TYPE_CHECKING:
     from lerobot_attn.recording.run import RunRecorder, TaskPlan
 
 logger = logging.getLogger(__name__)
-
-EVAL_MODULE = "lerobot.scripts.lerobot_eval"
-SUPPORTED_LEROBOT = ((0, 6), (0, 7))  # from, up to but not including
-FLAG = "save_attention_maps"
-
-# What the wrappers rely on: the parameters that they read or replace.
-PATCH_POINTS: dict[str, tuple[str, ...]] = {
-    "main": (),
-    "eval_main": ("cfg",),
-    "eval_policy_all": ("envs", "policy", "preprocessor", "max_parallel_tasks"),
-    "run_one": ("task_group", "task_id", "env", "n_episodes", "max_episodes_rendered", "videos_dir"),
-    "rollout": ("env", "policy", "env_preprocessor", "seeds"),
-}
 
 STATE_NAMES = {
     "libero": ("eef_x", "eef_y", "eef_z", "eef_rx", "eef_ry", "eef_rz", "gripper_left", "gripper_right"),
@@ -62,47 +50,9 @@ def load() -> None:
     if not problems:
         install(namespace)
     elif asked:
-        sys.exit(f"error: {_incompatible(problems)}")
+        sys.exit(f"error: {incompatible(problems)}")
     elif {"--help", "-h"} & set(sys.argv[1:]):
-        logger.warning("--eval.%s is not available: %s", FLAG, _incompatible(problems))
-
-
-def check_lerobot(namespace: dict[str, Any] | None = None) -> list[str]:
-    """Return what about the installed LeRobot does not fit this plugin; nothing when all is well.
-
-    Args:
-        namespace: globals of the evaluation script; imported when not given.
-    """
-    try:
-        version = importlib.metadata.version("lerobot")
-    except importlib.metadata.PackageNotFoundError:
-        return ["LeRobot is not installed; pip install 'lerobot_policy_attn[eval]'"]
-    problems = []
-    low, high = SUPPORTED_LEROBOT
-    try:
-        release = tuple(int(part) for part in version.split(".")[:2])
-    except ValueError:
-        release = (0, 0)
-    if not low <= release < high:
-        expected = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
-        problems.append(
-            f"LeRobot {version} is installed, expected {expected}; pip install 'lerobot{expected}'"
-        )
-    if namespace is None:
-        try:
-            namespace = vars(importlib.import_module(EVAL_MODULE))
-        except ImportError as error:
-            return [*problems, f"{EVAL_MODULE} cannot be imported: {error}"]
-    for name, expected_parameters in PATCH_POINTS.items():
-        function = namespace.get(name)
-        if not callable(function):
-            problems.append(f"{EVAL_MODULE} has no function {name}")
-            continue
-        found = inspect.signature(inspect.unwrap(function)).parameters
-        missing = [parameter for parameter in expected_parameters if parameter not in found]
-        if missing:
-            problems.append(f"{name}() of {EVAL_MODULE} has no parameter {', '.join(missing)}")
-    return problems + _check_configs()
+        logger.warning("--eval.%s is not available: %s", FLAG, incompatible(problems))
 
 
 def install(namespace: dict[str, Any]) -> None:
@@ -114,43 +64,6 @@ def install(namespace: dict[str, Any]) -> None:
     original = namespace["eval_main"]
     if not hasattr(original, "lerobot_attn"):
         namespace["eval_main"] = _make_eval_main(original, namespace)
-
-
-def _incompatible(problems: Sequence[str]) -> IncompatibleLeRobotError:
-    return IncompatibleLeRobotError(
-        "lerobot-attn cannot capture attention with this LeRobot: " + "; ".join(problems)
-    )
-
-
-def _check_configs() -> list[str]:
-    """Return what the config classes lack that the options hang on."""
-    import dataclasses
-
-    from lerobot.configs import default, parser
-    from lerobot.configs import eval as eval_configs
-
-    problems = []
-    for owner, name in (
-        (default, "EvalConfig"),
-        (eval_configs, "EvalPipelineConfig"),
-        (parser, "wrap"),
-    ):
-        if not hasattr(owner, name):
-            problems.append(f"{owner.__name__} has no {name}")
-    if problems:
-        return problems
-    present = {field.name for field in dataclasses.fields(eval_configs.EvalPipelineConfig)}
-    problems += [
-        f"EvalPipelineConfig has no field {name}"
-        for name in ("env", "eval", "policy", "output_dir")
-        if name not in present
-    ]
-    present = {field.name for field in dataclasses.fields(default.EvalConfig)}
-    problems += [
-        f"EvalConfig has no field {name}" for name in ("n_episodes", "batch_size") if name not in present
-    ]
-    problems += [f"EvalConfig has its own field {name}" for name in (FLAG, "attention") if name in present]
-    return problems
 
 
 def _running_eval_namespace() -> dict[str, Any] | None:
@@ -396,7 +309,7 @@ def _wrap_rollout(original: Callable[..., Any], run: RunRecorder) -> Callable[..
 
     @functools.wraps(original)
     def rollout(*args: Any, **kwargs: Any) -> Any:
-        from lerobot_attn.policies.base import replaced_attribute
+        from lerobot_attn.policies.taps import replaced_attribute
 
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -457,14 +370,3 @@ def _successes(info: dict[str, Any], n_envs: int) -> Any:
     else:  # Gymnasium before 1.0: one dict per environment
         found = [isinstance(item, dict) and bool(item.get("is_success", False)) for item in final]
     return np.broadcast_to(np.asarray(found, dtype=bool), (n_envs,)).copy()
-
-
-__all__ = [
-    "PATCH_POINTS",
-    "attention_options",
-    "check_lerobot",
-    "expand_attention_file",
-    "install",
-    "load",
-    "recording",
-]

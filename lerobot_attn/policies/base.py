@@ -1,43 +1,77 @@
-"""What an adapter tells about a policy, and how it hands over attention.
+"""The seam between policies and everything that watches or changes them.
 
-The seam between a policy family and `capture`: an adapter describes a policy and *makes its attention
-observable*, in whatever way that family needs (forward hooks, a replaced attention interface, a function
-mode), by calling an `AttentionSink`. It records nothing itself. Capture knows no policy.
+An adapter describes a policy and makes its sites observable: while the policy runs, the value at each site
+that was asked for is handed to a `Probe`, which may hand back another one to be used in its place. Watching
+and acting share this one interface. An adapter records nothing, and knows no store and no episode. Nothing
+here knows a policy family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from lerobot_attn.layout import TextSpan, TokenLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Stream = Literal["vision", "vlm", "expert"]
+What = Literal["attention", "neurons", "residual"]
+
+
+class Site(NamedTuple):
+    """A place in a layer where a value can be read and perhaps replaced, e.g. "expert.17.attention" as text.
+
+    Attributes:
+        stream: the tower: "vision", "vlm" (runs once an inference, over the prefix) or "expert" (runs in
+            every denoise step, over the suffix).
+        layer: the layer in that tower, from 0.
+        what: its attention probabilities, its FFN neurons, or its residual stream.
+    """
+
+    stream: Stream
+    layer: int
+    what: What = "attention"
+
+    def __str__(self) -> str:
+        return f"{self.stream}.{self.layer}.{self.what}"
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What is known of a site before the policy runs.
+
+    Attributes:
+        n_heads: attention heads; None where the site is no attention.
+        n_units: neurons or dimensions; None where the site is attention.
+        keys: which keys an attention site sees: those of the prefix alone, or the suffix's too.
+        can_be_written: whether a probe's replacement is used. A compiled policy's sites are read only.
+    """
+
+    n_heads: int | None = None
+    n_units: int | None = None
+    keys: Literal["prefix", "prefix+suffix"] = "prefix+suffix"
+    can_be_written: bool = True
+
 
 @dataclass(frozen=True)
 class PolicyDescription:
-    """Sizes of a live policy, read from its modules and config."""
+    """Sizes of a live policy, read from its modules and config.
+
+    It counts no tokens: they may differ from inference to inference, so each inference's layout says them.
+    """
 
     policy_type: str
-    n_layers: int  # layers that run in the suffix pass
-    n_prefix_layers: int
+    n_layers: int  # layers of the expert, which run in the suffix pass
+    n_prefix_layers: int  # layers of the language model, which run in the prefix pass
     n_heads: int
     n_denoise_steps: int
-    n_queries: int  # suffix tokens
-    n_keys: int  # prefix and suffix tokens
-    first_action_query: int
     chunk_size: int
     n_action_steps: int  # actions executed of each chunk
     random_weights: bool = False  # a demo policy whose maps mean nothing
-
-    @property
-    def prefix_len(self) -> int:
-        """Number of prefix tokens."""
-        return self.n_keys - self.n_queries
 
 
 @dataclass(frozen=True)
@@ -55,47 +89,47 @@ class InferenceInputs:
     key_mask: Tensor
 
 
-class ChosenSuffix(NamedTuple):
-    """What a sink keeps of a layer's suffix attention in one denoise step; None of what it does not keep."""
+class ParsedPrompt(NamedTuple):
+    """What a decoded prompt says.
 
-    maps: Tensor | None  # (batch, head, query, key) of the chosen heads
-    mean: Tensor | None  # (batch, head, key), over the executed action queries
-
-
-class AttentionSink(Protocol):
-    """What an adapter calls while the policy runs; one inference at a time, in this order.
-
-    Attention is handed over in one call, or, where the forward pass is traced by a compiler, in two:
-    `choose_…` inside the graph, which returns its outputs and does nothing else, and `take_…` outside.
+    Attributes:
+        spans: the words of the task and the numbers of the state, by their characters.
+        is_truncated: whether the prompt's end is missing, because it was longer than the policy's slots.
     """
+
+    spans: list[TextSpan]
+    is_truncated: bool = False
+
+
+class Probe(Protocol):
+    """What an adapter calls while the policy runs: for each inference in this order.
+
+    `begin`, then `at` for the sites of the prefix pass, then for each denoise step `denoise_step` and `at`,
+    then `end`. If the policy raises, `abandon` comes instead of `end`.
+    """
+
+    @property
+    def edits(self) -> bool:
+        """Whether `at` may return a replacement; a policy that stays compiled takes no such probe."""
 
     def begin(self, inputs: InferenceInputs) -> None:
         """An inference starts."""
 
-    def prefix_attention(self, layer: int, weights: Tensor) -> None:
-        """Hand over a layer's prefix self-attention: (batch, head, prefix_query, prefix_key)."""
-
     def denoise_step(self, flow_time: Tensor | float) -> None:
         """The next Euler step starts; `flow_time` is its t, as a float or in every element of a tensor."""
 
-    def suffix_attention(self, layer: int, weights: Tensor) -> None:
-        """Hand over a layer's suffix attention: (batch, head, query, key), rows sum to 1.
+    def at(self, site: Site, value: Tensor) -> Tensor | None:
+        """Take the value of a site before the policy uses it.
 
-        A layer that sees only the first keys (cross-attention to the prefix) hands over those: the others are
-        0.
+        Args:
+            site: which one.
+            value: attention probabilities (batch, head, query, key), rows sum to 1. The queries and keys of
+                the "vlm" stream are the prefix's; those of the "expert" are the suffix's queries and the keys
+                that the layer sees.
+
+        Returns:
+            None to leave it, or a tensor of the same shape, dtype and device that the policy uses instead.
         """
-
-    def choose_prefix(self, layer: int, weights: Tensor) -> Tensor:
-        """Return what is kept of `prefix_attention`'s weights: (batch, head, prefix_query, prefix_key)."""
-
-    def take_prefix(self, layer: int, chosen: Tensor) -> None:
-        """Hand over what `choose_prefix` returned."""
-
-    def choose_suffix(self, step: int, layer: int, weights: Tensor) -> ChosenSuffix:
-        """Return what is kept of `suffix_attention`'s weights in the inference's denoise step `step`."""
-
-    def take_suffix(self, layer: int, chosen: ChosenSuffix) -> None:
-        """Hand over what `choose_suffix` returned, in the denoise step that was started last."""
 
     def end(self, action_chunk: Tensor) -> None:
         """The inference is done: (batch, chunk, action_dim), as the policy returns it."""
@@ -104,12 +138,12 @@ class AttentionSink(Protocol):
         """The policy raised: what was begun is void."""
 
     def fail(self, error: Exception) -> None:
-        """Report that attention could not be observed."""
+        """Report that a site could not be observed."""
 
 
 @runtime_checkable
 class PolicyAdapter(Protocol):
-    """Everything capture needs to know about a policy family. Built around one (unwrapped) policy."""
+    """Everything that is needed of a policy family. Built around one (unwrapped) policy."""
 
     policy_types: ClassVar[tuple[str, ...]]
 
@@ -118,43 +152,27 @@ class PolicyAdapter(Protocol):
     def describe(self) -> PolicyDescription:
         """Return the sizes of the live policy."""
 
-    def observe(
-        self, sink: AttentionSink, *, layers: Sequence[int], prefix_layers: Sequence[int], compiled: bool
-    ) -> AbstractContextManager[None]:
-        """Return a context in which every inference is handed to `sink`.
+    def sites(self) -> Mapping[Site, SiteInfo]:
+        """Return every site that `observe` can hand over."""
+
+    def observe(self, probe: Probe, sites: Iterable[Site], *, compiled: bool) -> AbstractContextManager[None]:
+        """Return a context in which every inference is handed to `probe`.
 
         Args:
-            sink: receives the attention of the layers asked for; other layers cost nothing.
-            layers: suffix layers to hand over.
-            prefix_layers: prefix layers to hand over.
+            probe: receives the values of the sites asked for; other sites cost nothing.
+            sites: which sites to hand over.
             compiled: a policy that is compiled stays so; otherwise it runs uncompiled in the context.
 
         Raises:
-            ConfigError: `compiled`, and this family cannot be observed so.
+            ConfigError: a site that the policy does not have; or `compiled`, and this family cannot be
+                observed so, or the probe edits.
 
-        The context leaves nothing behind, also when the policy raises, and does not change what the policy
-        computes.
+        The context leaves nothing behind, also when the policy raises. A probe that returns nothing does not
+        change what the policy computes.
         """
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return camera → what it showed the policy: (batch, height, width, 3) uint8, not letterboxed."""
 
-    def parse_prompt(self, prompt: str) -> list[TextSpan] | None:
-        """Return the task words and state numbers of a decoded prompt, or None if its format is unknown."""
-
-
-_ABSENT = object()
-
-
-@contextmanager
-def replaced_attribute(owner: object, name: str, value: object) -> Iterator[None]:
-    """Replace an attribute of an instance, and afterwards leave its `__dict__` as it was."""
-    before = vars(owner).get(name, _ABSENT)
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            object.__delattr__(owner, name)
-        else:
-            object.__setattr__(owner, name, before)
+    def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
+        """Return what a decoded prompt says; None if its format is unknown."""

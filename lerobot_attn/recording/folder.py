@@ -5,22 +5,21 @@ Knows stores and what they say of themselves. Knows neither policies nor rollout
 
 from __future__ import annotations
 
+import glob
 import logging
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lerobot_attn.errors import StoreError
-from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.attributes import Header, read_header
+from lerobot_attn.store.lock import claim_folder
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lerobot-attn.lock"
 # What must be the same for episodes of two runs to be one run's.
 _POLICY = ("type", "path", "dtype")
 _CAPTURE = ("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "keep_bits")
@@ -67,23 +66,7 @@ class RunFolder:
         Raises:
             StoreError: another run records into the folder.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows: two runs at once are not noticed there
-            yield
-            return
-        with (self.path / LOCK).open("a+") as file:
-            try:
-                # A POSIX lock: the process's own, so environments forked off do not keep it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(
-                    f"{self.path}: another run{_owner(file)} records into it, expected a folder of this "
-                    f"run's own; {_ELSE}, or wait for it"
-                ) from error
-            except OSError as error:  # file systems without locks
-                logger.warning("%s cannot be locked (%s): do not start two runs in it", self.path, error)
-            _sign(file)
+        with claim_folder(self.path, f"{_ELSE}, or wait for it"):
             yield
 
     def settle(self, attributes: Mapping[str, Any], capture: Mapping[str, Any]) -> None:
@@ -115,7 +98,7 @@ class RunFolder:
                 if found != wanted:
                     raise _mixture(store, f"{part} {name}", found, wanted)
 
-    def kept(self, store: Path, seed: int | None) -> Episode | None:
+    def kept(self, store: Path, seed: int | None) -> Header | None:
         """Return the complete episode that stands in an episode's place; an incomplete one is removed.
 
         Raises:
@@ -147,15 +130,15 @@ def remove_episode(store: Path) -> None:
             shutil.rmtree(store)
         else:
             store.unlink()
-        for video in store.parent.glob(f"{store.stem}.*.mp4"):
+        for video in store.parent.glob(f"{glob.escape(store.stem)}.*.mp4"):
             video.unlink()
     except OSError as error:
         raise StoreError(f"{store}: cannot be removed ({error.strerror}); remove it by hand") from error
 
 
-def _complete(store: Path) -> Episode | None:
+def _complete(store: Path) -> Header | None:
     try:
-        episode = open_episode(store)
+        episode = read_header(store)
     except StoreError:
         return None
     return episode if episode.is_complete else None
@@ -166,15 +149,3 @@ def _mixture(store: Path, what: str, found: Any, wanted: Any) -> StoreError:
         f"{store}: was recorded with {what} {found!r}, this run's is {wanted!r}; expected the same with "
         f"existing=skip; {_ELSE}, or existing=overwrite"
     )
-
-
-def _sign(file: IO[str]) -> None:
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-
-
-def _owner(file: IO[str]) -> str:
-    file.seek(0)
-    text = file.read(200).strip()
-    return f" ({text})" if text else ""

@@ -279,7 +279,7 @@ class RolloutRecorder:
         for track in tracks:
             track.writing.n_queued += 1
             track.inference += 1
-            track.query = record.layout.first_action_query
+            track.query = record.layout.query_of_action(0)
             track.frames = []
 
     def _queue_views(self) -> None:
@@ -338,7 +338,6 @@ class EpisodeJob:
         self._raw_bytes = 0
         self._videos: dict[str, VideoWriter] = {}
         self._chunk: np.ndarray | None = None  # (chunk, action_dim): of the latest inference
-        self._first_action_query = 0
         self._rewards: list[float] = []
         self._successes: list[bool] = []
 
@@ -507,7 +506,8 @@ class EpisodeJob:
     def _check_action(self, action: np.ndarray, query: int) -> None:
         """The frame's action must be the very token of the chunk that the table names."""
         assert self._chunk is not None
-        offset = query - self._first_action_query
+        assert self._layout is not None
+        offset = self._layout.action_of_query(query)
         if offset >= len(self._chunk) or not np.array_equal(action, self._chunk[offset], equal_nan=True):
             raise CaptureError(
                 f"frame {len(self._rewards)} of {self.plan.name} executed an action that is not token "
@@ -530,9 +530,8 @@ class EpisodeJob:
         labels = record.prompts[env].labels
         chunk = record.action_chunk[env]
         action_chunk = np.full((layout.n_queries, chunk.shape[1]), np.nan, np.float32)
-        first = layout.first_action_query
-        action_chunk[first : first + len(chunk)] = chunk
-        self._chunk, self._first_action_query = chunk, first
+        action_chunk[layout.action_queries] = chunk
+        self._chunk = chunk
         rows: dict[str, np.ndarray] = {
             "token_id": record.token_id[env],
             "token_text": np.array(record.token_text[env], dtype=object),
@@ -542,6 +541,9 @@ class EpisodeJob:
             "inference_frame": np.int32(frame),  # type: ignore[dict-item]
             "action_chunk": action_chunk,
         }
+        truncated = record.prompt_truncated
+        if truncated is not None:
+            rows["prompt_truncated"] = truncated[env]
         for name, maps, axis in (
             ("suffix_attention", record.suffix_attention, 2),
             ("suffix_attention_mean", record.suffix_attention_mean, 2),
@@ -589,10 +591,15 @@ class EpisodeJob:
             if chosen:
                 optional.add(array)
                 coordinates[coordinate] = np.array(chosen, np.int32)
+                if coordinate != "prefix_layer" and not set(chosen) <= record.layers_seeing_suffix:
+                    sees = [layer in record.layers_seeing_suffix for layer in chosen]
+                    coordinates[f"{coordinate}_sees_suffix"] = np.array(sees)
+        if record.prompt_truncated is not None:
+            optional.add("prompt_truncated")
         if "state_dim" in sizes:
             optional.add("state")
             coordinates["state_dim"] = self._names.labels("state", sizes["state_dim"])
-        queries = selection.executed_queries
+        queries = record.executed_queries
         return EpisodeWriter(
             self.plan.path,
             sizes=sizes,
@@ -603,6 +610,7 @@ class EpisodeJob:
                 "success": None,
                 "layout": layout.to_dict(),
                 "executed_queries": [queries.start, queries.stop],
+                "attention_dtype": record.attention_dtype,
                 "capture": self._config.to_dict(),
             },
             compression=Compression(self._config.compressor, self._config.level, self._config.keep_bits),

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from lerobot_attn.capture import AttentionCapture, capture_attention
+from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
+from lerobot_attn.layout import TokenLayout
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.folder import RunFolder
@@ -132,7 +133,7 @@ class RunRecorder:
     """
 
     def __init__(self, config: AttentionConfig, folder: Path, attributes: Mapping[str, Any]):
-        self.config = config
+        self.config = config = config.for_evaluation()
         self.folder = folder
         self.failures: list[str] = []
         self._attributes = dict(attributes)
@@ -143,6 +144,7 @@ class RunRecorder:
         self._next_episode = 0
         self._waited_before_s = 0.0
         self._size_told = False
+        self._n_unsized = 0  # episodes of the running rollout whose size has not been told yet
         self._recorder: RolloutRecorder | None = None
         self._kept: list[EpisodeResult] = []
         self._run_folder = RunFolder(folder, config.existing)
@@ -165,7 +167,7 @@ class RunRecorder:
                 policy,
                 self.config,
                 tokenizer=tokenizer,
-                on_record=lambda record: recorder_of().on_inference(record),
+                on_record=self._on_record,
                 on_failure=lambda error: recorder_of().fail(error),
             ) as capture,
         ):
@@ -184,6 +186,8 @@ class RunRecorder:
                 "random_weights": sizes.random_weights,
             }
             self._run_folder.settle(self._attributes, self.config.to_dict())
+            if sizes.random_weights:
+                logger.warning("This policy has %s", RANDOM_WEIGHTS)
             self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
             try:
                 yield
@@ -202,7 +206,6 @@ class RunRecorder:
         self._kept = []
         self._next_episode = 0
         self._waited_before_s = self._open_writer.waited_s
-        self._tell_size(task)
 
     def end_task(self) -> TaskSummary:
         """The task's rollouts are done: wait until all is written.
@@ -225,7 +228,7 @@ class RunRecorder:
         episodes = range(self._next_episode, self._next_episode + n_envs)
         self._next_episode += n_envs
         plans = [self._plan(task, index, seeds[env] if seeds else None) for env, index in enumerate(episodes)]
-        self._warn_of_full_disk(task, sum(plan is not None for plan in plans))
+        self._n_unsized = sum(plan is not None for plan in plans)
         recorder = RolloutRecorder(
             plans,
             config=self.config,
@@ -280,43 +283,41 @@ class RunRecorder:
     def _has_failed(self, job: EpisodeJob) -> bool:
         return self._open_writer.failure(job.plan.path) is not None
 
-    def _tell_size(self, task: TaskPlan) -> None:
-        """Say once what the run will take."""
-        capture = self._open_capture
+    def _on_record(self, record: InferenceRecord) -> None:
+        """Say what the run will take, once its first inference tells how many tokens there are."""
+        if self._n_unsized:
+            self._tell_size(self._running_task, self._n_unsized, record.layout)
+            self._n_unsized = 0
+        self._current_recorder().on_inference(record)
+
+    def _tell_size(self, task: TaskPlan, n_episodes: int, layout: TokenLayout) -> None:
+        """Say once what an episode takes, and before each rollout if the disk has too little room for it."""
+        inference_bytes = self._open_capture.selection.bytes_per_inference(layout)
+        n_inferences = math.ceil(task.max_steps / self._open_capture.policy.n_action_steps)
+        episode_bytes = n_inferences * inference_bytes
         if not self._size_told:
             logger.info(
-                "Attention goes to %s: %s an inference, at most %s an episode (%d inferences of %d frames), "
-                "before compression; %s free",
+                "Attention goes to %s: about %s an inference, at most about %s an episode (%d inferences of "
+                "%d frames), before compression; %s free",
                 self.folder,
-                format_bytes(capture.selection.bytes_per_inference(capture.policy)),
-                format_bytes(self._episode_bytes(task)),
-                self._max_inferences(task),
+                format_bytes(inference_bytes),
+                format_bytes(episode_bytes),
+                n_inferences,
                 task.max_steps,
                 format_bytes(shutil.disk_usage(self.folder).free),
             )
-            if capture.policy.random_weights:
-                logger.warning("This policy has %s", RANDOM_WEIGHTS)
             self._size_told = True
-
-    def _warn_of_full_disk(self, task: TaskPlan, n_episodes: int) -> None:
-        needed_bytes = n_episodes * self._episode_bytes(task)
+        needed_bytes = n_episodes * episode_bytes
         free_bytes = shutil.disk_usage(self.folder).free
         if needed_bytes > free_bytes:
             logger.warning(
-                "The next %d episodes may need %s before compression, but %s has %s free; save fewer layers "
-                "(--eval.attention.layers) or free some space",
+                "The next %d episodes may need about %s before compression, but %s has %s free; save fewer "
+                "layers (--eval.attention.layers) or free some space",
                 n_episodes,
                 format_bytes(needed_bytes),
                 self.folder,
                 format_bytes(free_bytes),
             )
-
-    def _max_inferences(self, task: TaskPlan) -> int:
-        return math.ceil(task.max_steps / self._open_capture.policy.n_action_steps)
-
-    def _episode_bytes(self, task: TaskPlan) -> int:
-        capture = self._open_capture
-        return self._max_inferences(task) * capture.selection.bytes_per_inference(capture.policy)
 
     def _plan(self, task: TaskPlan, index: int, seed: int | None) -> EpisodePlan | None:
         wanted = self.config.episodes is None or index in self.config.episodes

@@ -30,7 +30,6 @@ import zarr
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
-from lerobot_attn.recording.folder import LOCK, RunFolder
 from lerobot_attn.store.damage import (
     REPAIRED,
     UNFINISHED_CHUNK,
@@ -44,7 +43,9 @@ from lerobot_attn.store.damage import (
     stored_arrays,
 )
 from lerobot_attn.store.files import first_link, replace_json
-from lerobot_attn.store.reader import Episode, open_episode, open_run
+from lerobot_attn.store.lock import LOCK, claim_folder
+from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
 
@@ -144,7 +145,7 @@ def _repair_store(path: Path, dry_run: bool, progress: Progress | None) -> Repai
         folder = path.resolve().parent.parent
         if (folder / LOCK).exists():
             try:
-                stack.enter_context(RunFolder(folder, existing="skip").claim())
+                stack.enter_context(claim_folder(folder))
             except StoreError as error:
                 raise StoreError(
                     f"{path}: cannot be repaired now, expected that no recording goes on in {folder}; repair "

@@ -74,7 +74,7 @@ class VideoWriter:
         self._pad = (size_px[0] % 2, size_px[1] % 2)
         find_encoder()
         self._process: Any = imageio_ffmpeg.write_frames(
-            str(path),
+            _url(path),
             (size_px[1] + self._pad[1], size_px[0] + self._pad[0]),
             fps=fps,
             codec="libx264",
@@ -161,12 +161,17 @@ def count_frames(path: Path) -> int:
     return sum(1 for _ in _decode(path))
 
 
+def _url(path: Path) -> str:
+    """Return a path as ffmpeg takes it literally: `run:a/x.mp4` would name a protocol, `-x.mp4` an option."""
+    return f"file:{path.absolute()}"
+
+
 def _decode(path: Path) -> Iterator[av.VideoFrame]:
     """Yield decoded frames that are not converted to RGB yet: what is skipped costs little."""
     if not path.is_file():
         raise StoreError(f"{path}: no such video file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(_url(path)) as container:
             stream = next(iter(container.streams.video), None)
             # A file cut off inside its header has a stream without a decoder; PyAV crashes on using it.
             if stream is None or stream.codec_context is None:

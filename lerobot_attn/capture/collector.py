@@ -1,0 +1,341 @@
+"""The probe that records: turns what an adapter hands over into `InferenceRecord`s.
+
+Runs inside the policy's forward pass. Knows no policy family, no episode and no file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lerobot_attn.capture.copies import HostCopies
+from lerobot_attn.capture.record import (
+    InferenceRecord,
+    LabelledPrompt,
+    PromptLabels,
+    Selection,
+    executed_queries,
+)
+from lerobot_attn.errors import CaptureError
+from lerobot_attn.layout import label_text
+from lerobot_attn.policies.base import (
+    InferenceInputs,
+    ParsedPrompt,
+    PolicyDescription,
+    Site,
+    SiteInfo,
+)
+from lerobot_attn.prompt import PieceDecoder
+
+logger = logging.getLogger(__name__)
+
+
+class _Chosen(NamedTuple):
+    """What is kept of a site's attention; None of what is not."""
+
+    maps: Tensor | None  # (batch, head, query, key) of the chosen heads
+    mean: Tensor | None  # (batch, head, key), float32, over the executed action queries
+    like: Tensor  # (0,), of the dtype in which the policy applied its attention
+
+
+class Collector:
+    """Collects one inference at a time.
+
+    Args:
+        policy: sizes of the watched policy.
+        sites: its sites.
+        selection: which layers, heads and denoise steps are kept.
+        decoder: decodes the language tokens.
+        parse_prompt: the adapter's.
+        on_record: called with each finished record.
+        on_failure: called when an inference could not be captured, which then goes on unwatched. Without it
+            the error is raised through the policy's call.
+
+    Attributes:
+        enabled: whether inferences are recorded.
+        n_inferences: how many were recorded so far.
+    """
+
+    edits: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        policy: PolicyDescription,
+        sites: Mapping[Site, SiteInfo],
+        selection: Selection,
+        *,
+        decoder: PieceDecoder,
+        parse_prompt: Callable[[str], ParsedPrompt | None],
+        on_record: Callable[[InferenceRecord], None],
+        on_failure: Callable[[Exception], None] | None,
+    ):
+        self.enabled = True
+        self.n_inferences = 0
+        self._policy = policy
+        self._selection = selection
+        self._decoder = decoder
+        self._parse_prompt = parse_prompt
+        self._on_record = on_record
+        self._on_failure = on_failure
+        # Position of each chosen index along its array's axis.
+        self._layer_slot = {layer: i for i, layer in enumerate(selection.layers)}
+        self._mean_slot = {layer: i for i, layer in enumerate(selection.mean_layers)}
+        self._prefix_slot = {layer: i for i, layer in enumerate(selection.prefix_layers)}
+        self._step_slot = {step: i for i, step in enumerate(selection.denoise_steps)}
+        self._sees_suffix = frozenset(
+            site.layer for site in selection.sites if site.stream == "expert" and sites[site].keys != "prefix"
+        )
+        all_heads = len(selection.heads) == policy.n_heads
+        self._heads = None if all_heads else torch.tensor(selection.heads)
+        self._inputs: InferenceInputs | None = None
+        self._truncation_told = False
+
+    def begin(self, inputs: InferenceInputs) -> None:
+        """Start to collect an inference; one that was never ended is reported."""
+        if self._inputs is not None:
+            self.fail(
+                CaptureError(
+                    "an inference began before the one before it had ended, expected one at a time; what was "
+                    "captured of that one is lost"
+                )
+            )
+        self.abandon()
+        # Also of an inference that is let pass, because a compiled graph is made anew when these change.
+        layout, executed = inputs.layout, executed_queries(inputs.layout, self._policy)
+        self._n_queries, self._n_keys, self._prefix_len = layout.n_queries, layout.n_keys, layout.prefix_len
+        self._first_executed, self._stop_executed = executed.start, executed.stop
+        if not self.enabled:
+            return
+        with self._guard():
+            self._copies = HostCopies()
+            self._suffix: Tensor | None = None
+            self._suffix_mean: Tensor | None = None
+            self._prefix: Tensor | None = None
+            self._flow_times: list[Tensor | float] = []
+            self._seen: set[tuple[Site, int]] = set()
+            self._dtypes: set[torch.dtype] = set()
+            self._inputs = inputs
+
+    def denoise_step(self, flow_time: Tensor | float) -> None:
+        """Note that the next Euler step starts."""
+        if self._inputs is not None:
+            self._flow_times.append(flow_time)
+
+    def at(self, site: Site, value: Tensor) -> None:
+        """Keep what was chosen of a site's attention, and change nothing."""
+        if self._inputs is None:
+            return
+        with self._guard():
+            self._take(site, self.choose(site, len(self._flow_times) - 1, value.detach()))
+
+    def choose(self, site: Site, denoise_step: int, value: Tensor) -> _Chosen | None:
+        """Return what is kept of a site's attention: (batch, head, query, key); None if nothing is.
+
+        Raises:
+            CaptureError: its shape is not the one that the layout says.
+        """
+        if site.stream == "vlm":
+            self._check("prefix", site, value, self._prefix_len, self._prefix_len)
+            return _Chosen(self._choose_heads(value), None, value.new_empty(0))
+        if denoise_step not in self._step_slot:
+            return None
+        n_keys = self._n_keys if site.layer in self._sees_suffix else self._prefix_len
+        self._check("suffix", site, value, self._n_queries, n_keys)
+        like = value.new_empty(0)
+        value = self._choose_heads(value)
+        mean = None
+        if site.layer in self._mean_slot:
+            executed = value[:, :, self._first_executed : self._stop_executed]
+            mean = executed.mean(dim=2, dtype=torch.float32)
+        return _Chosen(value if site.layer in self._layer_slot else None, mean, like)
+
+    def take(self, site: Site, chosen: _Chosen | None) -> None:
+        """Keep what `choose` returned, in the denoise step that was started last."""
+        if self._inputs is None:
+            return
+        with self._guard():
+            self._take(site, chosen)
+
+    def end(self, action_chunk: Tensor) -> None:
+        """Make the record of the inference and hand it on."""
+        if self._inputs is None:
+            return
+        with self._guard():
+            record = self._record(self._inputs, action_chunk)
+            self.abandon()
+            self.n_inferences += 1
+            self._on_record(record)
+
+    def abandon(self) -> None:
+        """Forget what was collected of an inference."""
+        self._inputs = None
+        self._suffix = self._suffix_mean = self._prefix = None
+
+    def fail(self, error: Exception) -> None:
+        """Forget the inference and report the error.
+
+        Raises:
+            Exception: the error, where nobody takes failures.
+        """
+        if self._inputs is None:
+            return
+        self.abandon()
+        if self._on_failure is None:
+            raise error
+        self._on_failure(error)
+
+    def close(self) -> None:
+        """The watching ends: an inference that was begun and never ended is reported."""
+        self.fail(CaptureError("the watching ended inside an inference, expected it to end first"))
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """With `on_failure` no exception may reach the policy."""
+        try:
+            yield
+        except Exception as error:
+            self.abandon()
+            if self._on_failure is None:
+                raise
+            self._on_failure(error)
+
+    def _take(self, site: Site, chosen: _Chosen | None) -> None:
+        if chosen is None:
+            return
+        assert self._inputs is not None
+        self._dtypes.add(chosen.like.dtype)
+        if site.stream == "vlm":
+            assert chosen.maps is not None
+            self._note("prefix", site, 0)
+            if self._prefix is None:
+                shape = (len(self._prefix_slot), *chosen.maps.shape)
+                self._prefix = self._copies.allocate(shape, torch.float16, chosen.maps.device)
+            # A padding query attends to no key, so its softmax is uniform noise: its row is set to 0.
+            is_query = self._inputs.key_mask[:, None, : chosen.maps.shape[-1], None]
+            self._copies.copy_into(self._prefix[self._prefix_slot[site.layer]], chosen.maps * is_query)
+            return
+        step = len(self._flow_times) - 1
+        self._note("suffix", site, step)
+        slot, n_steps = self._step_slot[step], len(self._step_slot)
+        if chosen.maps is not None:
+            if self._suffix is None:
+                shape = (n_steps, len(self._layer_slot), *chosen.maps.shape[:-1], self._n_keys)
+                self._suffix = self._copies.allocate(shape, torch.float16, chosen.maps.device)
+            self._fill(self._suffix[slot, self._layer_slot[site.layer]], chosen.maps)
+        if chosen.mean is not None:
+            if self._suffix_mean is None:
+                shape = (n_steps, len(self._mean_slot), *chosen.mean.shape[:-1], self._n_keys)
+                self._suffix_mean = self._copies.allocate(shape, torch.float16, chosen.mean.device)
+            self._fill(self._suffix_mean[slot, self._mean_slot[site.layer]], chosen.mean)
+
+    def _record(self, inputs: InferenceInputs, action_chunk: Tensor) -> InferenceRecord:
+        self._check_complete()
+        copies = self._copies
+        flow_time = copies.allocate((len(self._step_slot),), torch.float32, inputs.token_id.device)
+        for step, slot in self._step_slot.items():
+            value = self._flow_times[step]
+            if isinstance(value, Tensor):
+                copies.copy_into(flow_time[slot], value.reshape(-1)[0])
+            else:
+                flow_time[slot] = value
+        dtype = max(self._dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        record = InferenceRecord(
+            index=self.n_inferences,
+            layout=inputs.layout,
+            selection=self._selection,
+            policy=self._policy,
+            layers_seeing_suffix=self._sees_suffix,
+            attention_dtype=str(dtype).removeprefix("torch."),
+            _copies=copies,
+            _suffix=self._suffix,
+            _suffix_mean=self._suffix_mean,
+            _prefix=self._prefix,
+            _flow_time=flow_time,
+            _token_id=copies.copy(inputs.token_id),
+            _key_mask=copies.copy(inputs.key_mask),
+            _action_chunk=copies.copy(action_chunk.float()),
+            _label=self._label,
+        )
+        copies.seal()
+        return record
+
+    def _choose_heads(self, weights: Tensor) -> Tensor:
+        if self._heads is None:
+            return weights
+        if self._heads.device != weights.device:  # once, for a copy to the device may wait for it
+            self._heads = self._heads.to(weights.device)
+        return weights.index_select(1, self._heads)
+
+    def _fill(self, target: Tensor, source: Tensor) -> None:
+        """Copy a layer's maps; keys that the layer cannot see are absent, which is not the same as 0."""
+        n_seen = source.shape[-1]
+        self._copies.copy_into(target[..., :n_seen], source)
+        if n_seen < target.shape[-1]:
+            target[..., n_seen:] = float("nan")
+
+    def _check(self, part: str, site: Site, weights: Tensor, n_queries: int, n_keys: int) -> None:
+        expected = (self._policy.n_heads, n_queries, n_keys)
+        if weights.ndim != 4 or tuple(weights.shape[1:]) != expected:
+            raise CaptureError(
+                f"{part} attention of layer {site.layer} has shape {tuple(weights.shape)}, expected (batch, "
+                f"{self._policy.n_heads} heads, {n_queries} queries, {n_keys} keys); the policy's forward "
+                "pass is not the one that its adapter knows"
+            )
+
+    def _note(self, part: str, site: Site, step: int) -> None:
+        if (site, step) in self._seen:
+            raise CaptureError(
+                f"{part} attention of layer {site.layer} came twice in denoise step {step}, expected once; "
+                "the policy's forward pass is not the one that its adapter knows"
+            )
+        self._seen.add((site, step))
+
+    def _check_complete(self) -> None:
+        n_steps = len(self._flow_times)
+        if n_steps != self._policy.n_denoise_steps:
+            raise CaptureError(
+                f"the inference ran {n_steps} denoise steps, expected {self._policy.n_denoise_steps}; "
+                "was num_steps passed to the policy? set policy.config.num_inference_steps instead"
+            )
+        expected = {
+            (site, step)
+            for site in self._selection.sites
+            for step in ([0] if site.stream == "vlm" else self._step_slot)
+        }
+        missing = sorted(
+            expected - self._seen, key=lambda pair: (pair[0].stream == "expert", pair[1], pair[0])
+        )
+        if missing:
+            site, step = missing[0]
+            part = "prefix" if site.stream == "vlm" else "suffix"
+            raise CaptureError(
+                f"{len(missing)} of {len(expected)} attention maps never came, the first of them {part} "
+                f"layer {site.layer} in denoise step {step}; the policy's forward pass is not the one that "
+                "its adapter knows"
+            )
+
+    def _label(self, token_ids: np.ndarray, mask: np.ndarray) -> LabelledPrompt:
+        pieces = self._decoder.pieces(token_ids.tolist())
+        parsed, prompt = None, ""
+        if self._decoder.can_decode:
+            prompt = "".join(piece for piece, used in zip(pieces, mask, strict=True) if used)
+            parsed = self._parse_prompt(prompt)
+        if parsed is None or (parsed.is_truncated and not mask.all()):
+            # No tokenizer, or a format that nobody knows: a prompt that leaves slots free was not cut.
+            return LabelledPrompt(PromptLabels(pieces, label_text(pieces, mask, None)), None)
+        if parsed.is_truncated and not self._truncation_told:
+            self._truncation_told = True
+            logger.warning(
+                "A prompt did not fit the policy's %d language slots, and LeRobot cut its end off: %r is all "
+                "that the policy was told; give a shorter task, or raise tokenizer_max_length",
+                len(mask),
+                prompt,
+            )
+        labels = PromptLabels(pieces, label_text(pieces, mask, parsed.spans))
+        return LabelledPrompt(labels, parsed.is_truncated)

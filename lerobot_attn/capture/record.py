@@ -1,0 +1,211 @@
+"""What was captured of one inference, and which parts were chosen. Knows no policy family and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from lerobot_attn.capture.copies import HostCopies
+from lerobot_attn.config import AttentionConfig, resolve_indices
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.layout import TextLabels, TokenLayout
+from lerobot_attn.policies.base import PolicyDescription, Site
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which indices of the live policy are captured; all ascending, none negative.
+
+    `heads` and `denoise_steps` apply to the full maps and to the means alike.
+    """
+
+    layers: tuple[int, ...]
+    mean_layers: tuple[int, ...]
+    prefix_layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    denoise_steps: tuple[int, ...]
+
+    @classmethod
+    def resolve(cls, config: AttentionConfig, policy: PolicyDescription) -> Selection:
+        """Apply the settings to a policy; `mean_layers="auto"` means the layers of `layers`.
+
+        Raises:
+            ConfigError: a layer, head or denoise step does not exist, or no layer is chosen.
+        """
+        chosen = config.layers if config.mean_layers == "auto" else config.mean_layers
+        selection = cls(
+            layers=resolve_indices("layer", config.layers, policy.n_layers),
+            mean_layers=resolve_indices("mean_layer", chosen, policy.n_layers),
+            prefix_layers=resolve_indices("prefix_layer", config.prefix_layers, policy.n_prefix_layers),
+            heads=resolve_indices("head", config.heads, policy.n_heads),
+            denoise_steps=resolve_indices("denoise step", config.denoise_steps, policy.n_denoise_steps),
+        )
+        if not selection.sites:
+            raise ConfigError(
+                "nothing to capture: got layers='none' and no other layers, expected at least one of layers, "
+                "mean_layers and prefix_layers; set e.g. mean_layers='all'"
+            )
+        return selection
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites whose attention is needed."""
+        expert = sorted({*self.layers, *self.mean_layers})
+        return [Site("expert", layer) for layer in expert] + [Site("vlm", i) for i in self.prefix_layers]
+
+    def bytes_per_inference(self, layout: TokenLayout) -> int:
+        """Size in bytes of one environment's maps for one inference of this layout, float16, uncompressed."""
+        suffix_rows = len(self.layers) * layout.n_queries + len(self.mean_layers)
+        suffix = len(self.denoise_steps) * len(self.heads) * suffix_rows * layout.n_keys
+        prefix = len(self.prefix_layers) * len(self.heads) * layout.prefix_len**2
+        return 2 * (suffix + prefix)
+
+
+class PromptLabels(NamedTuple):
+    """What the language slots of one environment's prompt are."""
+
+    pieces: list[str]  # decoded text of each slot
+    labels: TextLabels
+
+
+class LabelledPrompt(NamedTuple):
+    """A prompt's labels, and whether its end was cut off; None if that cannot be told."""
+
+    labels: PromptLabels
+    is_truncated: bool | None
+
+
+@dataclass
+class InferenceRecord:
+    """What a policy attended to during one inference: numpy arrays, on the host when first read.
+
+    Axes are named as in the store; `batch` is the environment. `selection` tells which layers, heads and
+    steps the array's indices stand for.
+    """
+
+    index: int  # counts the inferences of one capture from 0
+    layout: TokenLayout
+    selection: Selection
+    policy: PolicyDescription
+    layers_seeing_suffix: frozenset[int]  # of the layers captured, those that see the suffix's own keys
+    attention_dtype: str  # the least precise dtype in which the policy applied its attention, e.g. "bfloat16"
+    _copies: HostCopies = field(repr=False)
+    _suffix: Tensor | None = field(repr=False)
+    _suffix_mean: Tensor | None = field(repr=False)
+    _prefix: Tensor | None = field(repr=False)
+    _flow_time: Tensor = field(repr=False)
+    _token_id: Tensor = field(repr=False)
+    _key_mask: Tensor = field(repr=False)
+    _action_chunk: Tensor = field(repr=False)
+    _label: Callable[[np.ndarray, np.ndarray], LabelledPrompt] = field(repr=False)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of environments."""
+        return len(self._token_id)
+
+    @property
+    def executed_queries(self) -> slice:
+        """The queries whose actions are executed: what the means are taken over."""
+        return executed_queries(self.layout, self.policy)
+
+    @property
+    def n_bytes(self) -> int:
+        """Host memory that the arrays take."""
+        tensors = (self._suffix, self._suffix_mean, self._prefix, self._token_id, self._action_chunk)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def suffix_attention(self) -> np.ndarray | None:
+        """(denoise_step, layer, batch, head, query, key), float16, rows sum to 1; None without layers.
+
+        Keys that a layer cannot see (the suffix's, in a cross-attention layer) are NaN.
+        """
+        return self._numpy(self._suffix)
+
+    @property
+    def suffix_attention_mean(self) -> np.ndarray | None:
+        """(denoise_step, all_layer, batch, head, key), float16: mean over the executed action queries.
+
+        Keys that a layer cannot see are NaN.
+        """
+        return self._numpy(self._suffix_mean)
+
+    @property
+    def prefix_attention(self) -> np.ndarray | None:
+        """(prefix_layer, batch, head, prefix_query, prefix_key), float16; rows of padding queries are 0."""
+        return self._numpy(self._prefix)
+
+    @property
+    def flow_time(self) -> np.ndarray:
+        """(denoise_step,), float32: t of the Euler step, from 1 (noise) towards 0 (action)."""
+        return self._array(self._flow_time)
+
+    @property
+    def token_id(self) -> np.ndarray:
+        """(batch, text), int32: the language tokens that the policy got."""
+        return self._array(self._token_id).astype(np.int32, copy=False)
+
+    @property
+    def key_mask(self) -> np.ndarray:
+        """(batch, key), bool: True where the suffix may attend."""
+        return self._array(self._key_mask)
+
+    @property
+    def action_chunk(self) -> np.ndarray:
+        """(batch, chunk, action_dim), float32, in the policy's normalised units."""
+        return self._array(self._action_chunk)
+
+    @property
+    def prompts(self) -> list[PromptLabels]:
+        """Pieces and labels of the language slots, one per environment."""
+        return [prompt.labels for prompt in self._labelled]
+
+    @property
+    def token_text(self) -> list[list[str]]:
+        """The decoded piece of each language slot, (batch, text)."""
+        return [prompt.pieces for prompt in self.prompts]
+
+    @property
+    def prompt_truncated(self) -> np.ndarray | None:
+        """(batch,) bool: whether the prompt did not fit the policy's slots; None if that cannot be told."""
+        found = [prompt.is_truncated for prompt in self._labelled]
+        return None if None in found else np.array(found, bool)
+
+    @cached_property
+    def _labelled(self) -> list[LabelledPrompt]:
+        language = self.layout.language
+        masks = self.key_mask[:, language.start : language.stop]
+        return [self._label(ids, mask) for ids, mask in zip(self.token_id, masks, strict=True)]
+
+    @cached_property
+    def key_kind(self) -> np.ndarray:
+        """(batch, key), int8: values of `lerobot_attn.layout.Kind`."""
+        return np.stack(
+            [
+                self.layout.key_kind(mask, prompt.labels.kind)
+                for mask, prompt in zip(self.key_mask, self.prompts, strict=True)
+            ]
+        )
+
+    def wait(self) -> None:
+        """Block until every array is on the host."""
+        self._copies.wait()
+
+    def _array(self, tensor: Tensor) -> np.ndarray:
+        self._copies.wait()
+        return tensor.numpy()
+
+    def _numpy(self, tensor: Tensor | None) -> np.ndarray | None:
+        return None if tensor is None else self._array(tensor)
+
+
+def executed_queries(layout: TokenLayout, policy: PolicyDescription) -> slice:
+    """Return the suffix queries whose actions are executed."""
+    queries = layout.action_queries
+    return slice(queries.start, min(queries.stop, queries.start + policy.n_action_steps))

@@ -1,0 +1,234 @@
+"""Ways to reach the values inside a policy that families share. Knows no family and no probe's purpose.
+
+Eager: `attention_tap` runs an attention module so that its probabilities are handed over after the softmax
+and before they are applied to the values; what is handed back is applied instead.
+
+Compiled: `CompiledTap` compiles the policy together with what a probe keeps of its attention, which the graph
+returns as additional outputs. Nothing can be handed back there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lerobot_attn.errors import CaptureError, ConfigError
+from lerobot_attn.policies.base import Probe, Site, SiteInfo
+
+_ABSENT = object()
+_SOFTMAX = frozenset({nn.functional.softmax, torch.softmax, Tensor.softmax})
+_PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
+
+Exchange = Callable[[Tensor], Tensor | None]
+
+
+@contextmanager
+def replaced_attribute(owner: object, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of an instance, and afterwards leave its `__dict__` as it was."""
+    before = vars(owner).get(name, _ABSENT)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)
+
+
+def check_sites(asked: Iterable[Site], known: Mapping[Site, SiteInfo]) -> list[Site]:
+    """Return the sites asked for, each once.
+
+    Raises:
+        ConfigError: the policy does not have one of them.
+    """
+    sites = list(dict.fromkeys(asked))
+    for site in sites:
+        if site not in known:
+            alike = [other for other in known if other[::2] == site[::2]]
+            held = f"{alike[0]} to {alike[-1]}" if alike else ", ".join(sorted(map(str, known)))
+            raise ConfigError(f"site {site} does not exist: this policy's are {held}")
+    return sites
+
+
+def replacement(site: Site, value: Tensor, given: Tensor | None) -> Tensor:
+    """Return what the policy goes on with: the value itself, or what a probe gave in its place.
+
+    Raises:
+        CaptureError: the replacement does not fit.
+    """
+    if given is None:
+        return value
+    if given.shape != value.shape or given.dtype != value.dtype or given.device != value.device:
+        raise CaptureError(
+            f"{site}: a probe returned {tuple(given.shape)} {given.dtype} on {given.device}, expected "
+            f"{tuple(value.shape)} {value.dtype} on {value.device}, as it was given"
+        )
+    return given
+
+
+class _BeforeUse(TorchFunctionMode):
+    """Exchanges the left factor of the first matrix product after a softmax: attention as it is applied.
+
+    So casts and dropout between the two have been done already, whatever the module does there.
+    """
+
+    def __init__(self, exchange: Exchange):
+        super().__init__()
+        self._exchange = exchange
+        self._softmaxed = False
+        self.n_exchanged = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._softmaxed and func in _PRODUCTS:
+            self._softmaxed = False
+            self.n_exchanged += 1
+            value, *others = args
+            given = self._exchange(value)
+            return func(value if given is None else given, *others, **kwargs)
+        if func in _SOFTMAX:
+            self._softmaxed = True
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def attention_tap(module: nn.Module, exchange: Exchange, missed: Callable[[], None]) -> Iterator[None]:
+    """Hand an attention module's probabilities to `exchange` each time, before they are applied.
+
+    The module computes as it always does: nothing of it is replaced but the probabilities, and these only
+    where `exchange` returns a tensor.
+
+    Args:
+        module: calls softmax and then multiplies its result with the values.
+        exchange: gets (batch, head, query, key); returns None, or what is applied instead.
+        missed: called after a call of the module in which no such product came.
+    """
+    forward: Callable[..., Any] = module.forward
+
+    def tapped_forward(*args: Any, **kwargs: Any) -> Any:
+        # The mode belongs to one call: it is kept per thread, and a real robot infers in a thread of its own.
+        with _BeforeUse(exchange) as mode:
+            output = forward(*args, **kwargs)
+        if not mode.n_exchanged:
+            missed()
+        return output
+
+    with replaced_attribute(module, "forward", tapped_forward):
+        yield
+
+
+def no_attention(site: Site) -> CaptureError:
+    """Return the error for an attention module that gave no probabilities."""
+    return CaptureError(
+        f"layer {site.layer} ({site}) returned no attention weights, expected eager attention; this LeRobot "
+        "or transformers release runs another attention kernel"
+    )
+
+
+@runtime_checkable
+class GraphProbe(Protocol):
+    """A probe that says inside a compiled graph what it keeps, so that the rest never leaves the graph."""
+
+    def choose(self, site: Site, denoise_step: int, value: Tensor) -> Any:
+        """Return tensors (in tuples, with None) made of the value; called while the graph is traced."""
+
+    def take(self, site: Site, chosen: Any) -> None:
+        """Take what `choose` returned, after the graph has run, in the denoise step that was started last."""
+
+
+class _Event(NamedTuple):
+    site: Site | None  # None: a denoise step starts
+    value: Any
+
+
+class CompiledTap:
+    """Compiles a policy's function together with what is chosen of its attention, which the graph returns.
+
+    Inside the graph the hooks only append tensors to a list. The probe gets them when the graph has run. It
+    copies them on the graph's own stream, so before another run can overwrite the memory of a CUDA graph.
+
+    Args:
+        probe: only watches.
+        function: the policy's own, not compiled.
+        mode: of `torch.compile`.
+
+    Raises:
+        ConfigError: the probe edits.
+    """
+
+    def __init__(self, probe: Probe, function: Callable[..., Tensor], mode: str):
+        if probe.edits:
+            raise ConfigError(
+                "compiled=true: attention can only be read from a compiled policy, expected a probe that "
+                "does not edit; leave compiled out to edit an uncompiled one"
+            )
+        self._probe = probe
+        self._chooser = probe if isinstance(probe, GraphProbe) else None
+        self._plain = function
+        self._compiled = torch.compile(self._traced, mode=mode)
+        self._events: list[_Event] | None = None
+        self._n_steps = 0
+        self._failure: Exception | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the compiled graph, and hand what it returns to the probe."""
+        self._failure = None
+        try:
+            result, events = self._compiled(*args, **kwargs)
+        finally:
+            self._events = None
+        if self._failure is not None:
+            self._probe.fail(self._failure)
+        for site, value in events:
+            if site is None:
+                self._probe.denoise_step(value)
+            elif self._chooser is not None:
+                self._chooser.take(site, value)
+            else:
+                self._probe.at(site, value)
+        returned: Tensor = result
+        return returned
+
+    def denoise_step(self, flow_time: Tensor | float) -> None:
+        """Note inside the graph that the next Euler step starts."""
+        if self._events is not None:
+            self._events.append(_Event(None, flow_time))
+            self._n_steps += 1
+
+    def hook(self, site: Site) -> Callable[[nn.Module, Any, Any], None]:
+        """Return a forward hook for a module that returns (output, attention probabilities)."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._events is None:
+                return
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if weights is None:
+                self._fail(no_attention(site))
+                return
+            try:
+                kept = (
+                    weights
+                    if self._chooser is None
+                    else self._chooser.choose(site, self._n_steps - 1, weights)
+                )
+                self._events.append(_Event(site, kept))
+            except CaptureError as error:  # no exception may reach the policy
+                self._fail(error)
+
+        return hook
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
+
+    def _traced(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[_Event]]:
+        self._events, self._n_steps = [], 0
+        result = self._plain(*args, **kwargs)
+        return result, self._events

@@ -1,0 +1,124 @@
+"""What a store says of itself: the group's attributes and the shapes of its arrays, from one small file.
+
+    said = read_header("….zarr")
+    said.attributes["task"], said.n_frames, said.is_complete
+
+Knows the group's `zarr.json`. Opens no array, so whatever records may use it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.store.schema import ARRAYS, EPISODE_SUFFIX, METADATA, SCHEMA_NAME, SCHEMA_VERSION
+from lerobot_attn.store.trust import check_attributes, checked_shapes, shortened, shown
+
+_MAX_BYTES = 16_000_000
+HELP = "expected an episode store written by `lerobot-eval --eval.save_attention_maps=true`"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a store says of itself.
+
+    Attributes:
+        attributes: the group's attributes.
+        shapes: array name → shape.
+    """
+
+    attributes: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the episode was recorded to its end."""
+        return self.attributes.get("complete") is True
+
+    @property
+    def n_inferences(self) -> int:
+        """Number of inferences that are there."""
+        return self.shapes["inference_frame"][0]
+
+    @property
+    def n_frames(self) -> int:
+        """Number of frames that are there."""
+        return self.shapes["frame_inference"][0]
+
+    def raw_bytes(self) -> int:
+        """Return the size of the maps before compression, bytes."""
+        maps = [self.shapes[spec.name] for spec in ARRAYS if spec.sharded and spec.name in self.shapes]
+        return sum(2 * math.prod(shape) for shape in maps)
+
+
+def is_store(folder: Path) -> bool:
+    """Return whether a folder is a Zarr v3 store, whatever its name; reads nothing."""
+    return (folder / METADATA).is_file()
+
+
+def read_attributes(path: str | Path) -> dict[str, Any]:
+    """Return what a store's group says of the episode.
+
+    Raises:
+        StoreError: as of `read_header`.
+    """
+    return read_header(path).attributes
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check what a store says of itself.
+
+    Args:
+        path: the store's folder.
+
+    Raises:
+        StoreError: nothing there, something else, damaged metadata, a newer schema, or a recording that has
+            not committed anything yet.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"{path}: no such store; {HELP}")
+    if not path.is_dir():
+        raise StoreError(f"{path}: is a {path.suffix or 'plain'} file, {HELP}")
+    metadata = path / METADATA
+    if not metadata.is_file():
+        if (path / "meta" / "info.json").is_file():
+            raise StoreError(f"{path}: is a LeRobot dataset, {HELP}")
+        stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{METADATA}"), None)
+        hint = f"; it holds stores, e.g. {stores.parent.relative_to(path)}: use open_run()" if stores else ""
+        raise StoreError(f"{path}: is no Zarr v3 store, {HELP}{hint}")
+    try:
+        if metadata.stat().st_size > _MAX_BYTES:
+            raise StoreError(
+                f"{path}: its metadata is larger than {_MAX_BYTES} bytes: damaged, or no episode"
+            )
+        document = json.loads(metadata.read_text(encoding="utf-8"))
+    except StoreError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no JSON, no UTF-8, or a number too long
+        raise StoreError(f"{path}: its {METADATA} is damaged: {shortened(first_line(error))}") from error
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or attributes.get("schema") != SCHEMA_NAME:
+        raise StoreError(f"{path}: is a Zarr store of another kind, {HELP}")
+    version = attributes.get("schema_version")
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+        raise StoreError(
+            f"{path}: schema version {shown(version)}, expected at most {SCHEMA_VERSION}; upgrade "
+            "lerobot_policy_attn to read it"
+        )
+    if "n_inferences" not in attributes and "consolidated_metadata" not in document:
+        raise StoreError(
+            f"{path}: holds nothing yet: its recording has only just begun, or was ended as it began; "
+            "expected a first commit; try again in a moment"
+        )
+    check_attributes(path, attributes)
+    return Header(attributes, checked_shapes(path, document))

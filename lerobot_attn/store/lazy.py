@@ -1,0 +1,63 @@
+"""A store's arrays as a lazy xarray dataset, fit to be selected from, computed on and written elsewhere.
+
+Knows where a store lies and how much of it counts. Reads no values, and knows no meaning of any.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from dask.base import tokenize
+
+from lerobot_attn.store.location import Folder
+from lerobot_attn.store.numbers import Allowed, check_when_read
+
+
+def lazy_dataset(
+    path: Path, rows: Mapping[str, int], allowed: Mapping[str, Allowed], *, with_dask: bool
+) -> xr.Dataset:
+    """Open a store's arrays; only the coordinates of dimensions are read.
+
+    Its attributes are what netCDF takes too: objects are JSON text, truths 0 or 1, and what is None is left
+    out.
+
+    Args:
+        path: the store's folder.
+        rows: growing dimension → how many of its rows count, though the store may hold more by now.
+        allowed: array name → the numbers that it may hold; others raise StoreError when they are read.
+        with_dask: one Dask chunk per chunk of the store.
+
+    Raises:
+        Exception: of many kinds, where the metadata is damaged.
+    """
+    folder = Folder(path.absolute())
+    opened: xr.Dataset = xr.open_zarr(folder, consolidated=True, chunks=None, zarr_format=3)
+    opened = opened.isel({dim: slice(n) for dim, n in rows.items() if opened.sizes.get(dim, n) > n})
+    token = tokenize(folder, sorted(opened.sizes.items())) if with_dask else ""
+    for name, variable in opened.variables.items():
+        if name in allowed:
+            variable.data = check_when_read(variable, f"{path}: {name}", allowed[str(name)])
+        if with_dask and name not in opened.indexes:
+            chunks = variable.encoding.get("preferred_chunks", {})
+            variable.data = variable.chunk(chunks, name=f"{name}-{token}").data
+    # How the store is cut and compressed is no property of a selection: to_zarr would refuse it.
+    opened = opened.drop_encoding()
+    opened.attrs = {name: _plain(value) for name, value in opened.attrs.items() if value is not None}
+    opened.encoding["source"] = str(path)
+    return opened
+
+
+def _plain(value: Any) -> Any:
+    """Return an attribute as netCDF takes it."""
+    plain = (str, int, float)
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, plain):
+        return value
+    if isinstance(value, list) and value and len({type(v) for v in value}) == 1 and type(value[0]) in plain:
+        return value
+    return json.dumps(value)

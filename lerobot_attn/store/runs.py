@@ -1,0 +1,153 @@
+"""Runs: the episode stores under a folder, found without opening any.
+
+    for episode in open_run("outputs/eval"):
+        print(episode.task, episode.success)
+
+Knows what stores are called and how to open one. Knows nothing of what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lerobot_attn.errors import StoreError
+from lerobot_attn.store.attributes import HELP, is_store
+from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.schema import EPISODE_SUFFIX
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class TableRow(NamedTuple):
+    """An episode in `Run.table`."""
+
+    task_group: Any
+    task_id: Any
+    episode: Any
+    task: str
+    success: bool | None
+    frames: int
+    inferences: int
+    bytes: int
+    complete: bool
+    path: str
+
+    @classmethod
+    def of(cls, episode: Episode) -> TableRow:
+        """Return the row of an episode; looks at the size of each of its files."""
+        return cls(
+            episode.attributes.get("task_group"),
+            episode.attributes.get("task_id"),
+            episode.attributes.get("episode_index"),
+            episode.task,
+            episode.success,
+            episode.n_frames,
+            episode.n_inferences,
+            episode.stored_bytes(),
+            episode.is_complete,
+            str(episode.path),
+        )
+
+
+class Run:
+    """The episodes under a folder, opened one by one as they are asked for. Get it from `open_run`.
+
+    Iterating yields the episodes in the order of their paths and passes over damaged stores, which `damaged`
+    lists. `len(run)` and `run[index]` count the stores that are there, without opening any: where one is
+    damaged, `run[index]` raises its `StoreError`.
+
+    Attributes:
+        path: the folder.
+        stores: the stores' folders.
+    """
+
+    def __init__(self, path: Path, stores: Iterable[Path]):
+        self.path = path
+        self.stores = tuple(stores)
+        self._reasons: dict[Path, str | None] = {}  # of the stores that were tried; None: it opened
+
+    def __repr__(self) -> str:
+        """Say which run this is."""
+        return f"<Run {self.path}: {len(self)} episodes>"
+
+    def __len__(self) -> int:
+        return len(self.stores)
+
+    @property
+    def is_episode(self) -> bool:
+        """Whether the path is one episode's store, rather than a folder of them."""
+        return self.stores == (self.path,)
+
+    def __iter__(self) -> Iterator[Episode]:
+        for store in self.stores:
+            episode = self._opened(store)
+            if episode is not None:
+                yield episode
+
+    def __getitem__(self, index: int) -> Episode:
+        return open_episode(self.stores[index])
+
+    @property
+    def episodes(self) -> tuple[Episode, ...]:
+        """All episodes that can be opened, in memory at once."""
+        return tuple(self)
+
+    @property
+    def damaged(self) -> tuple[tuple[Path, str], ...]:
+        """Stores that could not be opened, with the reason."""
+        for store in self.stores:
+            if store not in self._reasons:
+                self._opened(store)
+        return tuple((store, reason) for store in self.stores if (reason := self._reasons[store]) is not None)
+
+    def _opened(self, store: Path) -> Episode | None:
+        try:
+            episode = open_episode(store)
+        except StoreError as error:
+            self._reasons[store] = str(error)
+            return None
+        self._reasons[store] = None
+        return episode
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per episode: its task, success, frames, inferences, bytes, complete and path."""
+        import pandas as pd
+
+        return pd.DataFrame([TableRow.of(episode) for episode in self], columns=list(TableRow._fields))
+
+
+def open_run(path: str | Path) -> Run:
+    """Find every episode under a folder: a run's output folder, its `attention`, or one task's.
+
+    Reads no store: each is opened when it is asked for.
+
+    Args:
+        path: the folder; an episode's own path, whatever it is called, gives a run of one.
+
+    Raises:
+        StoreError: nothing there, or no episode in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"{path}: no such folder; {HELP}")
+    if path.suffix == EPISODE_SUFFIX or not path.is_dir() or is_store(path):
+        open_episode(path)
+        return Run(path, (path,))
+    stores = _find_stores(path)
+    if not stores:
+        raise StoreError(f"{path}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it")
+    return Run(path, stores)
+
+
+def _find_stores(path: Path) -> list[Path]:
+    pattern = f"episode_*{EPISODE_SUFFIX}"
+    for prefix in ("", "*/", "attention/*/"):
+        found = sorted(path.glob(prefix + pattern))
+        if found:
+            return found
+    return sorted(path.rglob(pattern))
