@@ -304,7 +304,12 @@ function Side(props: {
         </section>
       </div>
       {!isSecond && (
-        <div class="panels maps">
+        <div
+          class="panels maps"
+          role="group"
+          aria-label="Layers, heads, denoise steps and actions"
+          tabIndex={0}
+        >
           <HeadGrid model={model} />
           <StepStrip model={model} />
           <Actions model={model} />
