@@ -6,17 +6,20 @@ Reads metadata, and of the maps only what three inferences need.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from lerobot_attn.analysis.labels import ranges
-from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_queries
+from lerobot_attn.analysis.reduce import mean_over, row_sum
+from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_actions, prefix_only_layers
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError, first_line
 from lerobot_attn.sizes import format_bytes
@@ -61,11 +64,13 @@ def segment_mass(episode: Episode, inference: int) -> SegmentMass:
         maps = attention(
             dataset, inference=inference, layer="all", denoise_step="all", head="all", query=query
         ).load()
-        sums = maps.sum("key", skipna=False).values
+        sums = row_sum(maps).values
         known = sums[np.isfinite(sums)]
         deviation = float(np.abs(known - 1).max()) if known.size else math.nan
-        executed = maps.isel(query=executed_queries(dataset)).mean("query") if "query" in maps.dims else maps
-        shares = by_modality(dataset, executed.mean(("denoise_step", "layer", "head")))
+        # `maps` counts action tokens, from 0 also where a state token opens the suffix.
+        over = ["denoise_step", "layer", "head", *(["query"] if "query" in maps.dims else [])]
+        executed = maps.isel(query=executed_actions(dataset)) if "query" in maps.dims else maps
+        shares = by_modality(dataset, mean_over(executed, over))
     except SelectionError as error:
         raise StoreError(f"{episode.path}: {first_line(error)}") from error
     except Exception as error:  # a damaged chunk raises whatever its codec raises
@@ -140,7 +145,10 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         "rows_sum_to_one": None
         if tolerance is None or not missing
         else not any(missing) and max(deviations) <= tolerance,
+        "layers_without_suffix": prefix_only_layers(episode.arrays) if episode.n_inferences else [],
+        "prompts_truncated": _n_truncated(episode),
         "videos": {camera: str(path) for camera, path in episode.videos.items()},
+        "video_errors": _video_errors(episode),
         "eval_video": None if episode.eval_video is None else str(episode.eval_video),
         "attributes": attributes,
     }
@@ -181,7 +189,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
             "on disk",
             f"{format_bytes(facts['stored_bytes'])}, maps compressed {facts['compression_ratio'] or 0:.1f}x",
         ),
-        ("videos", "\n".join([*facts["videos"].values(), facts["eval_video"] or "no evaluation video"])),
+        ("videos", "\n".join(_videos(facts))),
     ):
         head.add_row(Text(label, style="bold"), _plain(value))
     parts: list[RenderableType] = [head]
@@ -211,9 +219,10 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         mass = _table("segment", "share", "")
         for name, share in facts["attention_mass"].items():
             bar = round(min(max(share, 0.0), 1.0) * 40) if math.isfinite(share) else 0
-            mass.add_row(_plain(name), f"{share:6.1%}", "█" * bar)
+            mass.add_row(_plain(name), f"{share:6.1%}", _Bar(bar))
         title = "mean attention of the executed actions, over all saved layers, heads and denoise steps"
         parts += [_title(f"{title} of inferences {sampled}"), mass]
+    parts += [Text(line, style="yellow") for line in _remarks(facts)]
     parts.append(_sanity(facts))
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
@@ -246,6 +255,52 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
     return Group(*parts)
+
+
+class _Bar:
+    """A bar of so many characters; of "#" where the terminal is not UTF-8."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text(("#" if options.ascii_only else "█") * self._length)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(self._length, self._length)
+
+
+def _n_truncated(episode: Episode) -> int | None:
+    """Return how many inferences had a prompt that was cut; None where the store does not say."""
+    if episode.array_shape("prompt_truncated") is None:
+        return None
+    return int(episode.arrays["prompt_truncated"].values.sum())
+
+
+def _video_errors(episode: Episode) -> dict[str, str]:
+    errors = episode.attributes.get("video_errors")
+    return {str(name): str(why) for name, why in errors.items()} if isinstance(errors, dict) else {}
+
+
+def _videos(facts: dict[str, Any]) -> Iterator[str]:
+    yield from facts["videos"].values()
+    yield facts["eval_video"] or "no evaluation video"
+    for camera, reason in facts["video_errors"].items():
+        yield f"{camera}: could not be written ({reason})"
+
+
+def _remarks(facts: dict[str, Any]) -> Iterator[str]:
+    """Say what a reader of the numbers must know."""
+    if facts["prompts_truncated"]:
+        yield (
+            f"prompt truncated in {facts['prompts_truncated']} of {facts['n_inferences']} inferences: it did "
+            "not fit the policy's slots, so its end, the state among it, was never read"
+        )
+    if facts["layers_without_suffix"]:
+        yield (
+            f"layers {ranges(facts['layers_without_suffix'])} cannot see the suffix: shares of actions are "
+            "those of the other layers"
+        )
 
 
 def _labels(episode: Episode, name: str) -> list[int]:

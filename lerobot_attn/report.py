@@ -25,15 +25,15 @@ from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.sinks import keys_to_leave_out
 from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, Normalisation, colour_range
 from lerobot_attn.errors import ConfigError, SelectionError
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption
+from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, store_name
 from lerobot_attn.figures.look import OneMapSettings
-from lerobot_attn.layout import short_names
+from lerobot_attn.layout import ImageGeometry, short_names
 from lerobot_attn.overlay import OverlaySettings, overlay_frames
 from lerobot_attn.plot import camera_frames, on_image
 from lerobot_attn.settings import check_choice, check_ranges
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.store.video import Frame, VideoWriter
+from lerobot_attn.store.video import Frame, VideoWriter, count_frames
 
 _STRIP = 5  # phases of an episode that are shown as images
 _RANGES = {"width": (2, 30), "dpi": (30, 1200)}
@@ -74,7 +74,8 @@ class Comparison(NamedTuple):
     shares: xr.Dataset
     sharpness: xr.Dataset
     overall: pd.DataFrame  # modalities, then tokens: kind, name, a, b, difference, low, high, n_a, n_b
-    heatmap: xr.Dataset  # (grid_y, grid_x) of the camera: a, b, difference, …
+    heatmap: xr.Dataset | None  # (grid_y, grid_x) of the camera: a, b, difference, …; None: see `notes`
+    notes: tuple[str, ...] = ()  # what could not be compared, and why
 
 
 def compare_groups(
@@ -96,16 +97,19 @@ def compare_groups(
     """
     settings = _without_sinks(a, b, settings or CompareSettings())
     axis, n_phases = settings.align, settings.n_phases
+    aspects = {
+        "shares": Aspect("modality_share", axis, n_phases),
+        "sharpness": Aspect("sharpness", axis, n_phases),
+        "overall shares": Aspect("modality_share", "whole"),
+        "overall tokens": Aspect("token_attention", "whole"),
+    }
+    notes = _unlike_cameras(a, b, settings)
+    if not notes:
+        aspects["heatmap"] = Aspect("image_heatmap", "whole", camera=settings.camera)
     found = compare_each(
         a,
         b,
-        {
-            "shares": Aspect("modality_share", axis, n_phases),
-            "sharpness": Aspect("sharpness", axis, n_phases),
-            "overall shares": Aspect("modality_share", "whole"),
-            "overall tokens": Aspect("token_attention", "whole"),
-            "heatmap": Aspect("image_heatmap", "whole", camera=settings.camera),
-        },
+        aspects,
         confidence=settings.confidence,
         progress=progress,
         **settings.where,
@@ -116,7 +120,24 @@ def compare_groups(
     tables[0]["name"] = tables[0]["name"].map(short_names(tables[0]["name"]))
     overall = pd.concat(tables, ignore_index=True)
     overall.attrs["interval"] = tables[1].attrs["interval"]
-    return Comparison(found["shares"], sharpness, overall, found["heatmap"])
+    return Comparison(found["shares"], sharpness, overall, found.get("heatmap"), notes)
+
+
+def _unlike_cameras(a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings) -> tuple[str, ...]:
+    """Say why patches of the camera cannot be compared, if so: they show other parts of its image."""
+    seen: dict[tuple[str, ImageGeometry], Episode] = {}
+    for episode in (*a, *b):
+        name, geometry, _ = analysis.camera_geometry(episode.arrays, settings.camera)
+        seen.setdefault((name, geometry), episode)
+    if len(seen) == 1:
+        return ()
+    first, other = list(seen.items())[:2]
+    words = [
+        f"{name} of {geometry.height_px} x {geometry.width_px} px in {geometry.grid_rows} x "
+        f"{geometry.grid_columns} patches ({store_name(episode.path)})"
+        for (name, geometry), episode in (first, other)
+    ]
+    return (f"patches are not compared, because the cameras differ: {' and '.join(words)}",)
 
 
 def comparison_figure(
@@ -153,7 +174,7 @@ def comparison_figure(
         )
     means: list[NDArray[np.float32]] = []
     unit = NORMALISATIONS[settings.normalisation]
-    if not strips:
+    if not strips and found.heatmap is not None:
         _, geometry, _ = analysis.camera_geometry(a[0].arrays, settings.camera)
         kept = [found.heatmap[name].transpose("grid_y", "grid_x") for name in ("a", "b", "difference")]
         means = [analysis.on_camera_pixels(part, geometry) for part in kept]
@@ -176,10 +197,14 @@ def comparison_figure(
 
 
 def side_by_side(a: Episode, b: Episode, settings: CompareSettings | None = None) -> Iterator[Frame]:
-    """Yield the overlays of two episodes side by side, (height, width, 3) uint8.
+    """Yield the overlays of two episodes side by side, (height, width, 3) uint8, each of its own range.
 
     By phase there are as many frames as the longer episode has, and the shorter one holds its frames; by
-    frame the shorter one stays at its last.
+    frame the shorter one stays at its last. Where a camera's video is shorter than its store, its last frame
+    is held.
+
+    Raises:
+        SelectionError, StoreError: as `overlay_frames`.
     """
     settings = _without_sinks([a], [b], settings or CompareSettings())
     n = max(a.n_frames, b.n_frames)
@@ -291,18 +316,19 @@ def _overlay(settings: CompareSettings) -> OverlaySettings:
         colormap=settings.colormap,
         alpha=settings.alpha,
         interpolation=settings.interpolation,
+        normalisation=settings.normalisation,
     )
 
 
 def _held(frames: Iterator[Frame], wanted: NDArray[np.intp]) -> Iterator[Frame]:
-    """Yield frames by ascending number, each as often as it is wanted."""
+    """Yield frames by ascending number, each as often as wanted; the last one stands for those after."""
     position, shown = -1, None
     for number in wanted.tolist():
         while position < number:
-            shown = next(frames)
+            shown = next(frames, shown)
             position += 1
-        assert shown is not None
-        yield shown
+        if shown is not None:
+            yield shown
 
 
 def _to_height(frame: Frame, height: int) -> Frame:
@@ -343,7 +369,7 @@ def _caption(
     camera, *_ = analysis.camera_geometry(a[0].arrays, settings.camera)
     facts += [f"camera {a[0].layout.short_names[camera]}"]
     facts += [f"aligned by {settings.align}", f"intervals: {found.overall.attrs['interval']}"]
-    facts += [_only(found.overall, "a", "A"), _only(found.overall, "b", "B")]
+    facts += [_only(found.overall, "a", "A"), _only(found.overall, "b", "B"), *found.notes]
     return Caption(facts, RANDOM_WEIGHTS if any(e.has_random_weights for e in (*a, *b)) else "")
 
 
@@ -360,7 +386,7 @@ def _side(episodes: Sequence[Episode]) -> str:
     solved = f"{outcomes.count(True)} of {len(episodes)} solved"
     if len(episodes) == 1:
         solved = {True: "success", False: "failure", None: "unfinished"}[outcomes[0]]
-        return f"{episodes[0].path.parent.name}/{episodes[0].path.stem} ({solved}): {episodes[0].task}"
+        return f"{store_name(episodes[0].path)} ({solved}): {episodes[0].task}"
     tasks = sorted({episode.task for episode in episodes})
     task = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
     return f"{len(episodes)} episodes ({solved}): {task}"
@@ -374,6 +400,7 @@ def _markdown(
     lines += [
         f"- settings: `{json.dumps(asdict(settings))}`",
         f"- intervals: {found.overall.attrs['interval']}",
+        *(f"- {note}" for note in (*found.notes, *_short_videos(a, b, video=video))),
     ]
     if any(episode.has_random_weights for episode in (*a, *b)):
         lines.append(f"- **{RANDOM_WEIGHTS}**")
@@ -388,6 +415,17 @@ def _markdown(
         lines.append(f"| {what} | {' | '.join(cells)} | {interval} | {row['n_a']}, {row['n_b']} |")
     lines += ["", "Shares of all attention, means over whole episodes. More in the CSV files.", ""]
     return "\n".join(lines)
+
+
+def _short_videos(a: Sequence[Episode], b: Sequence[Episode], *, video: bool) -> Iterator[str]:
+    """Say which episodes' videos end before their stores do."""
+    for episode in (*a, *b) if video else ():
+        n_shown = min((count_frames(path) for path in episode.videos.values()), default=episode.n_frames)
+        if n_shown < episode.n_frames:
+            yield (
+                f"{store_name(episode.path)}: its video has {n_shown} of the store's {episode.n_frames} "
+                "frames; its last one is held"
+            )
 
 
 def _percent(value: float) -> str:

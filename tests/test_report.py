@@ -255,3 +255,104 @@ def test_episode_of_one_frame(tmp_path):
     one = open_episode(write_planted_episode(tmp_path, plan))
     assert len(list(side_by_side(one, one))) == 1
     assert comparison_figure([one], [one]).axes
+
+
+LIKE_POLICIES = {
+    "denoise steps": {"n_denoise_steps": 10},
+    "depth": {"n_layers": 6, "layers": (4, 5)},
+    "heads": {"n_heads": 3},
+    "camera's size": {"image_px": {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)}},
+    "grid": {"grid": (8, 8)},
+    "padding": {
+        "padding": "left_top",
+        "image_px": {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)},
+    },
+    "more cameras": {
+        "image_px": {
+            "observation.images.image": (96, 96),
+            "observation.images.wrist": (96, 128),
+            "observation.images.side": (96, 96),
+        }
+    },
+    "no reward": {"has_reward": False, "has_success": False},
+    "state token": {"n_suffix_state": 1, "n_queries": 6},
+}
+
+
+@pytest.mark.parametrize("changes", LIKE_POLICIES.values(), ids=LIKE_POLICIES)
+def test_episodes_of_unlike_policies(tmp_path, changes):
+    """Two episodes and two groups: what both have is compared, and what cannot be is said in one line."""
+    episodes = []
+    for index, (group, plan_changes) in enumerate((("a", {}), ("a", {}), ("b", changes), ("b", changes))):
+        plan = SyntheticPlan(task_group=group, episode_index=index, seed=index, **plan_changes)
+        episodes.append(open_episode(write_planted_episode(tmp_path / "run", plan)))
+    a, b = episodes[:2], episodes[2:]
+    for sides in ((a[:1], b[:1]), (a, b)):
+        folder = tmp_path / f"report-{len(sides[0])}"
+        write_report(*sides, folder, CompareSettings(video=len(sides[0]) == 1))
+        text = (folder / "report.md").read_text()
+        table = pd.read_csv(folder / "overall.csv")
+        shares = table[table["measure"] == "modality_share"].set_index("kind")
+        assert {"task", "state", "actions"} <= set(shares.index)
+        assert shares.loc["task", ["a", "b", "difference"]].notna().all()
+        unlike = {"image_px", "grid", "padding"} & set(changes) and "side" not in str(changes)
+        assert ("patches are not compared, because the cameras differ" in text) == bool(unlike)
+        assert (folder / "comparison.png").stat().st_size > 10_000
+
+
+def test_each_episode_is_drawn_through_its_own_letterbox(tmp_path):
+    """The planted patch of a wide image lies elsewhere than that of a square one."""
+    plans = [
+        SyntheticPlan(task_group="a", image_px={"observation.images.image": (96, 96)}),
+        SyntheticPlan(task_group="b", image_px={"observation.images.image": (60, 160)}, padding="left_top"),
+    ]
+    for plan in plans:
+        episode = open_episode(write_planted_episode(tmp_path, plan))
+        group, _ = report._strip("A", episode, CompareSettings(interpolation="nearest"))
+        height, width = plan.image_px["observation.images.image"]
+        for panel in group.panels:
+            assert panel.heat.shape == (height, width)
+            frame = int(panel.title.rpartition(" ")[2])
+            y, x = np.unravel_index(np.nanargmax(panel.heat), panel.heat.shape)
+            found = plan.layout.cameras[0].geometry.patch_at(y + 0.5, x + 0.5)
+            step, layer = plan.n_denoise_steps - 1, plan.n_layers - 1
+            planted = {
+                planted_patch(plan, 0, frame=frame, layer=layer, head=head, denoise_step=step)
+                for head in range(plan.n_heads)
+            }
+            assert found in planted
+
+
+@pytest.mark.parametrize("n_shown", [1, 7, 11])
+def test_a_video_shorter_than_its_store_is_held(tmp_path, n_shown):
+    a = open_episode(write_planted_episode(tmp_path, SyntheticPlan(task_group="a")))
+    b = open_episode(write_planted_episode(tmp_path, SyntheticPlan(task_group="b", seed=1)))
+    for video in b.videos.values():
+        frames = list(read_frames(video))[:n_shown]
+        writer = VideoWriter(video, fps=20, size_px=frames[0].shape[:2])
+        for frame in frames:
+            writer.write(frame)
+        writer.close()
+    for align in ("phase", "frame"):
+        found = list(side_by_side(a, b, CompareSettings(align=align)))
+        assert len(found) == 12
+        np.testing.assert_array_equal(found[-1][:, -200:], found[n_shown - 1][:, -200:])
+    write_report([a], [b], tmp_path / "report")
+    assert f"its video has {n_shown} of the store's 12 frames; its last one is held" in (
+        tmp_path / "report" / "report.md"
+    ).read_text()
+
+
+@pytest.mark.parametrize("normalisation", ["share", "image", "frame", "episode"])
+def test_the_video_has_the_reports_normalisation(tmp_path, monkeypatch, normalisation):
+    asked = []
+
+    def noting(episode, settings, progress=None):
+        asked.append(settings.normalisation)
+        return overlay_frames(episode, settings, progress)
+
+    monkeypatch.setattr(report, "overlay_frames", noting)
+    a = open_episode(write_planted_episode(tmp_path, SyntheticPlan(task_group="a", n_frames=4)))
+    frames = list(side_by_side(a, a, CompareSettings(normalisation=normalisation)))
+    assert len(frames) == 4
+    assert asked == [normalisation] * 2
