@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lerobot_attn.analysis.labels import ranges
-from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_queries
+from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_actions
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError, first_line
 from lerobot_attn.sizes import format_bytes
@@ -64,7 +64,7 @@ def segment_mass(episode: Episode, inference: int) -> SegmentMass:
         sums = maps.sum("key", skipna=False).values
         known = sums[np.isfinite(sums)]
         deviation = float(np.abs(known - 1).max()) if known.size else math.nan
-        executed = maps.isel(query=executed_queries(dataset)).mean("query") if "query" in maps.dims else maps
+        executed = maps.isel(query=executed_actions(dataset)).mean("query") if "query" in maps.dims else maps
         shares = by_modality(dataset, executed.mean(("denoise_step", "layer", "head")))
     except SelectionError as error:
         raise StoreError(f"{episode.path}: {first_line(error)}") from error

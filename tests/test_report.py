@@ -155,8 +155,8 @@ def test_sinks_of_both_sides_are_left_out_and_said(sides):
     a, b = sides
     found = compare_groups(a[:1], b[:1], CompareSettings(exclude="sinks"))
     overall = rows(found.overall)
-    # Only begin-of-sequence takes its share whatever is shown; the other scaffold gets nothing anyway.
-    assert overall["scaffold", "scaffold"]["a"] == 0
+    # Only begin-of-sequence takes its share whatever is shown; the other template gets nothing anyway.
+    assert overall["template", "template"]["a"] == 0
     assert found.shares.attrs["left_out"] == "1 key token left out"
 
 

@@ -6,7 +6,7 @@
     solved, failed = split_by_success(open_run("out"))
     compare(failed, solved)            # modality shares over the phase of the episode, b - a with intervals
     compare_overall(failed, solved)    # the same as a table of means over whole episodes
-    compare_each(failed, solved, {"words": Aspect("token_attention"), "all": Aspect("sharpness", "whole")})
+    compare_each(failed, solved, {"words": Aspect("token_attention"), "all": Aspect("entropy", "whole")})
 
 Intervals are percentile bootstraps over episodes (Efron & Tibshirani, "An Introduction to the Bootstrap",
 1993, chapters 8 and 13). An episode is drawn as a whole, so they say how far the difference would move if
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.runs import (
     MEASURES,
+    OLD_NAMES,
     AnyMeasure,
     Labels,
     Measure,
@@ -46,6 +47,7 @@ from lerobot_attn.analysis.runs import (
 )
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.spatial import by_camera, camera_names, image_heatmap
+from lerobot_attn.analysis.tokens import MODALITY_OF
 from lerobot_attn.errors import SelectionError, StoreError, first_line
 from lerobot_attn.sizes import Progress
 
@@ -56,7 +58,7 @@ Place = Callable[[xr.DataArray], xr.DataArray]  # (frame, …) onto the axis tha
 HEATMAP = "image_heatmap"
 FEW_EPISODES = 10
 _BATCH_BYTES = 64_000_000
-_KINDS = ("task", "state", "scaffold", "text")
+_KINDS = list(MODALITY_OF.values())
 
 
 class BySuccess[S: Source](NamedTuple):
@@ -165,7 +167,7 @@ def compare(
     Args:
         a: an episode, or several: of `open_run`, or datasets.
         b: likewise.
-        measure: "modality_share", "token_attention", "sharpness", "stability" (all as for `summarise` by
+        measure: "modality_share", "token_attention", "entropy", "stability" (all as for `summarise` by
             frame), "image_heatmap", or a function or `Measure`.
         camera: whose heatmap, by its name or the end of it; the first one by default.
         align: "phase" or "frame".
@@ -312,7 +314,7 @@ def _measure(measure: AnyMeasure, camera: str | None) -> Measure:
         return Measure(HEATMAP, functools.partial(_heatmap, camera=camera), "share", of_attention=True)
     if camera is not None:
         raise SelectionError(f"camera={camera!r} is a choice of measure={HEATMAP!r} alone, got {measure!r}")
-    if isinstance(measure, str) and measure not in MEASURES:
+    if isinstance(measure, str) and measure not in MEASURES and measure not in OLD_NAMES:
         known = ", ".join([*MEASURES, HEATMAP])
         raise SelectionError(f"measure {measure!r}: expected one of {known}, or a function")
     return find_measure(measure)
@@ -517,7 +519,9 @@ def _stacked(
                 tokens.setdefault(label, set()).add(ordinal)
             array = array.drop_vars(["label", "kind", "ordinal"]).assign_coords(token=list(map(str, labels)))
         keyed.append(array)
-    order = sorted(tokens, key=lambda label: _KINDS.index(label.kind))
+    order = sorted(
+        tokens, key=lambda label: _KINDS.index(label.kind) if label.kind in _KINDS else len(_KINDS)
+    )
     wanted: dict[str, list[Any]] = {"token": [str(label) for label in order]} if order else {}
     if any("modality" in array.dims for array in keyed):
         wanted["modality"] = list(
