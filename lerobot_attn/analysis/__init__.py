@@ -9,7 +9,14 @@
 Knows neither torch nor LeRobot, draws nothing and opens no file.
 """
 
-from lerobot_attn.analysis.compare import Aspect, compare, compare_each, compare_overall, split_by_success
+from lerobot_attn.analysis.compare import (
+    Aspect,
+    compare,
+    compare_each,
+    compare_overall,
+    same_geometry,
+    split_by_success,
+)
 from lerobot_attn.analysis.measures import attention_entropy, sharpness, stability
 from lerobot_attn.analysis.prefix import (
     PrefixWhere,
@@ -77,6 +84,7 @@ __all__ = [
     "prompt_truncated",
     "rollout",
     "row_sum",
+    "same_geometry",
     "sharpness",
     "split_by_success",
     "stability",

@@ -34,6 +34,7 @@ from lerobot_attn.analysis.runs import (
     Labels,
     Measure,
     Source,
+    attributes_of,
     check_whole_episode,
     find_measure,
     label_columns,
@@ -46,9 +47,10 @@ from lerobot_attn.analysis.runs import (
     token_labels,
 )
 from lerobot_attn.analysis.select import Where
-from lerobot_attn.analysis.spatial import by_camera, camera_names, image_heatmap
+from lerobot_attn.analysis.spatial import by_camera, camera_geometry, camera_names, image_heatmap
 from lerobot_attn.analysis.tokens import MODALITY_OF
 from lerobot_attn.errors import SelectionError, StoreError, first_line
+from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.sizes import Progress
 
 Align = Literal["phase", "frame"]
@@ -108,12 +110,34 @@ class _Task(NamedTuple):
 
     measure: Measure
     place: Place
+    camera: str | None
+
+    def geometry_of(self, dataset: xr.Dataset) -> _Geometry | None:
+        """Return what the patches of a heatmap show; None for other measures."""
+        if self.measure.name != HEATMAP:
+            return None
+        return _Geometry(*camera_geometry(dataset, self.camera)[:2])
+
+
+class _Geometry(NamedTuple):
+    """A camera, and how its image became patches."""
+
+    camera: str
+    geometry: ImageGeometry
+
+    def __str__(self) -> str:
+        g = self.geometry
+        return (
+            f"{g.height_px}x{g.width_px} px, {g.pad_top_px} above and {g.pad_left_px} left of it padded, in "
+            f"{g.grid_rows}x{g.grid_columns} patches"
+        )
 
 
 class _Measured(NamedTuple):
-    """An episode's measures, one for each task, and its cameras."""
+    """An episode's measures and its heatmaps' geometries, one for each task, and its cameras."""
 
     values: list[xr.DataArray]
+    geometries: list[_Geometry | None]
     cameras: tuple[str, ...]
 
 
@@ -140,6 +164,24 @@ def split_by_success[S: Source](episodes: Iterable[S]) -> BySuccess[S]:
             f"{unknown} interrupted episodes"
         )
     return BySuccess(successes, failures)
+
+
+def same_geometry(episodes: Iterable[Source], camera: str | None = None) -> bool:
+    """Return whether a camera's patches show the same places of its image in all episodes.
+
+    Only then can heatmaps be subtracted. Otherwise each map can be drawn on its own episode's pixels, see
+    `on_camera_pixels`. No arrays are opened.
+
+    Args:
+        episodes: of `open_run`, or datasets.
+        camera: its name or the end of it; the first one by default.
+
+    Raises:
+        SelectionError: an episode lacks the camera.
+    """
+    alone = [xr.Dataset(attrs={"layout": attributes_of(source).get("layout")}) for source in episodes]
+    geometries = [camera_geometry(dataset, camera)[1] for dataset in alone]
+    return all(geometry == geometries[0] for geometry in geometries)
 
 
 def compare(
@@ -190,8 +232,9 @@ def compare(
         `attrs["interval"]` says what it is, or why there is none.
 
     Raises:
-        SelectionError: an empty group, cameras or sizes that differ, nothing recorded, an unknown measure,
-            align, camera or label, or a setting out of its range.
+        SelectionError: an empty group, cameras or sizes that differ, heatmaps of a camera whose geometry
+            differs (one patch shows different places then; shares of whole images can be compared), nothing
+            recorded, an unknown measure, align, camera or label, or a setting out of its range.
         StoreError: an episode cannot be read.
     """
     if align not in ("phase", "frame"):
@@ -283,7 +326,10 @@ def compare_each(
         raise SelectionError(f"n_resamples={n_resamples}: expected 1 or more, e.g. 2000")
     if not aspects:
         raise SelectionError("aspects: got none, expected one at least")
-    tasks = [_Task(_measure(aspect.measure, aspect.camera), aspect.place) for aspect in aspects.values()]
+    tasks = [
+        _Task(_measure(aspect.measure, aspect.camera), aspect.place, aspect.camera)
+        for aspect in aspects.values()
+    ]
     groups = _groups(a, b, tasks, where, scheduler, progress)
     return {
         name: _difference(*of_task, task.measure, confidence, n_resamples, seed)
@@ -356,6 +402,14 @@ def _groups(
                 f"the episodes' cameras differ: {', '.join(cameras[0]) or 'none'} in {paths[0]}, "
                 f"{', '.join(names) or 'none'} in {path}; compare episodes of the same cameras"
             )
+    for path, found in zip(paths, episodes, strict=True):
+        for ours, theirs in zip(episodes[0].geometries, found.geometries, strict=True):
+            if ours is not None and ours != theirs:
+                raise SelectionError(
+                    f"heatmaps of {ours.camera} cannot be compared patch by patch, because patches show "
+                    f"other places: {ours} in {paths[0]}, {theirs} in {path}; compare modality_share or "
+                    "entropy, or episodes whose cameras are alike"
+                )
     n = len(of_a)
     by_task = zip(*(found.values for found in episodes), strict=True)
     return [(_Group([*values[:n]], paths[:n]), _Group([*values[n:]], paths[n:])) for values in by_task]
@@ -376,7 +430,8 @@ def _episode(dataset: xr.Dataset, *, tasks: Sequence[_Task], where: Mapping[str,
         for of_measure in pieces
     ]
     placed = [task.place(whole[measures.index(task.measure)]) for task in tasks]
-    return _Measured(placed, tuple(camera_names(dataset)))
+    geometries = [task.geometry_of(dataset) for task in tasks]
+    return _Measured(placed, geometries, tuple(camera_names(dataset)))
 
 
 def _by_phase(array: xr.DataArray, n_phases: int) -> xr.DataArray:
