@@ -7,7 +7,7 @@ import weakref
 import pytest
 
 from lerobot_attn.recording.background import BackgroundWriter
-from lerobot_attn.store import background
+from lerobot_attn.recording import background
 
 
 @pytest.fixture
