@@ -26,7 +26,9 @@ from lerobot_attn.config import AttentionConfig
 from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
 from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
 from lerobot_attn.recording.background import BackgroundWriter
-from lerobot_attn.recording.rollout import EpisodeJob, EpisodePlan, RolloutRecorder
+from lerobot_attn.recording.handle import EpisodeHandle
+from lerobot_attn.recording.plan import EpisodePlan
+from lerobot_attn.recording.rollout import RolloutRecorder
 
 CAMERAS = ("observation.images.image", "observation.images.image2")
 IMAGE_PX = 360
@@ -110,7 +112,7 @@ class Player:
 
     def play(
         self, writer: BackgroundWriter, batch: dict[str, Tensor], inferences: Sequence[InferenceRecord]
-    ) -> list[EpisodeJob]:
+    ) -> list[EpisodeHandle]:
         """Record one episode for each environment of the batch.
 
         Args:

@@ -17,14 +17,23 @@ _HOMES = {
     "AttentionPolicy": "lerobot_attn.capture.policy",
     "capture_attention": "lerobot_attn.capture",
     "open_episode": "lerobot_attn.store.reader",
+    "record_episodes": "lerobot_attn.recording",
     "open_run": "lerobot_attn.store.runs",
 }
-__all__ = ["AttentionConfig", "AttentionPolicy", "capture_attention", "open_episode", "open_run"]
+__all__ = [
+    "AttentionConfig",
+    "AttentionPolicy",
+    "capture_attention",
+    "open_episode",
+    "open_run",
+    "record_episodes",
+]
 
 if TYPE_CHECKING:
     from lerobot_attn.capture import capture_attention
     from lerobot_attn.capture.policy import AttentionPolicy
     from lerobot_attn.config import AttentionConfig
+    from lerobot_attn.recording import record_episodes
     from lerobot_attn.store.reader import open_episode
     from lerobot_attn.store.runs import open_run
 

@@ -1,16 +1,19 @@
-"""What to capture and how to store it: one dataclass for the command line, YAML and Python.
+"""What to capture and how to store it: two dataclasses, and one of both for command line, YAML and Python.
 
 Knows the settings and their ranges. Knows no policy: whether layer 17 exists is checked where a policy is at
 hand, with `resolve_indices`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.settings import check_choice, from_mapping, read_mapping
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Selection = list[int] | str
 COMPRESSORS = ("zstd", "lz4", "blosclz", "zlib", "none")
@@ -20,10 +23,10 @@ EXISTING = ("refuse", "skip", "overwrite")
 FLOAT16_MANTISSA_BITS = 10
 
 
-# The comments below are the help texts that `lerobot-eval --help` shows.
+# The comments above the fields are the help texts that `lerobot-eval --help` shows.
 @dataclass
-class AttentionConfig:
-    """Settings of attention capture (`--eval.attention.*`)."""
+class CaptureSettings:
+    """What is captured of each inference."""
 
     # Layers whose full maps are stored: a list (negative counts from the end), 'all' or 'none'.
     layers: list[int] | str = field(default_factory=lambda: [-2, -1])
@@ -38,6 +41,31 @@ class AttentionConfig:
     prefix_layers: list[int] | str = "none"
     # Keep a policy that is compiled (compile_model=true) compiled while it is recorded, maps and all.
     compiled: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without a policy.
+
+        Raises:
+            ConfigError: a value is out of its range or of the wrong type.
+        """
+        for name in ("layers", "prefix_layers"):
+            _check_selection(self, name, words=("all", "none"))
+        _check_selection(self, "mean_layers", words=("all", "none", "auto"))
+        for name in ("denoise_steps", "heads"):
+            _check_selection(self, name, words=("all",))
+        # "auto" may still come to mean all layers, or none: `Selection.resolve` knows.
+        if self.layers == "none" and self.mean_layers == "none" and self.prefix_layers == "none":
+            raise ConfigError(
+                "nothing to capture: layers, mean_layers and prefix_layers are all 'none'; "
+                "expected at least one of them; set e.g. layers=[-1]"
+            )
+        _check_bool(self, "compiled")
+
+
+@dataclass
+class StorageSettings:
+    """Which episodes are stored, where and how."""
+
     # Episode indices to record; default: every one.
     episodes: list[int] | None = None
     # Which finished episodes to keep: all, success or failure.
@@ -61,22 +89,11 @@ class AttentionConfig:
     dir: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every value that can be checked without a policy.
+        """Check every value.
 
         Raises:
             ConfigError: a value is out of its range or of the wrong type.
         """
-        for name in ("layers", "prefix_layers"):
-            self._check_selection(name, words=("all", "none"))
-        self._check_selection("mean_layers", words=("all", "none", "auto"))
-        for name in ("denoise_steps", "heads"):
-            self._check_selection(name, words=("all",))
-        # "auto" may still come to mean all layers, or none: `Selection.resolve` knows.
-        if self.layers == "none" and self.mean_layers == "none" and self.prefix_layers == "none":
-            raise ConfigError(
-                "nothing to capture: layers, mean_layers and prefix_layers are all 'none'; "
-                "expected at least one of them; set e.g. layers=[-1]"
-            )
         if self.episodes is not None:
             if not isinstance(self.episodes, list) or not all(_is_int(e) and e >= 0 for e in self.episodes):
                 raise ConfigError(
@@ -90,13 +107,35 @@ class AttentionConfig:
         check_choice(self, "compressor", COMPRESSORS)
         check_choice(self, "on_error", ON_ERROR)
         check_choice(self, "existing", EXISTING)
-        self._check_range("level", 0, 9)
-        self._check_range("queue_mb", 1, 1_000_000)
+        _check_range(self, "level", 0, 9)
+        _check_range(self, "queue_mb", 1, 1_000_000)
         if self.keep_bits is not None:
-            self._check_range("keep_bits", 1, FLOAT16_MANTISSA_BITS)
-        for name in ("cameras", "compiled"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+            _check_range(self, "keep_bits", 1, FLOAT16_MANTISSA_BITS)
+        _check_bool(self, "cameras")
+
+
+@dataclass
+class AttentionConfig(StorageSettings, CaptureSettings):
+    """Settings of attention capture (`--eval.attention.*`): what to capture, and how to store it."""
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without a policy.
+
+        Raises:
+            ConfigError: a value is out of its range or of the wrong type.
+        """
+        CaptureSettings.__post_init__(self)
+        StorageSettings.__post_init__(self)
+
+    @property
+    def capture(self) -> CaptureSettings:
+        """What is captured of each inference."""
+        return _part_of(self, CaptureSettings)
+
+    @property
+    def storage(self) -> StorageSettings:
+        """Which episodes are stored, where and how."""
+        return _part_of(self, StorageSettings)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "the attention settings") -> "AttentionConfig":
@@ -128,28 +167,6 @@ class AttentionConfig:
         """Return the settings as plain values."""
         return asdict(self)
 
-    def _check_selection(self, name: str, words: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        expected = f"a list of indices or {' or '.join(repr(w) for w in words)}"
-        if value is None or value == []:
-            if "none" not in words:
-                raise ConfigError(f"{name}: got {value!r}, expected {expected}")
-            setattr(self, name, "none")
-        elif _is_int(value):
-            setattr(self, name, [value])
-        elif isinstance(value, str):
-            if value not in words:
-                raise ConfigError(f"{name}: got {value!r}, expected {expected}")
-        elif not isinstance(value, Sequence) or not all(_is_int(v) for v in value):
-            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
-        else:
-            setattr(self, name, list(value))
-
-    def _check_range(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if not _is_int(value) or not low <= value <= high:
-            raise ConfigError(f"{name}: got {value!r}, expected a whole number from {low} to {high}")
-
 
 def resolve_indices(name: str, selection: Selection, count: int) -> tuple[int, ...]:
     """Turn a selection into ascending indices without repeats.
@@ -177,3 +194,37 @@ def resolve_indices(name: str, selection: Selection, count: int) -> tuple[int, .
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_selection(settings: object, name: str, words: tuple[str, ...]) -> None:
+    value = getattr(settings, name)
+    expected = f"a list of indices or {' or '.join(repr(w) for w in words)}"
+    if value is None or value == []:
+        if "none" not in words:
+            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+        setattr(settings, name, "none")
+    elif _is_int(value):
+        setattr(settings, name, [value])
+    elif isinstance(value, str):
+        if value not in words:
+            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+    elif not isinstance(value, Sequence) or not all(_is_int(v) for v in value):
+        raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+    else:
+        setattr(settings, name, list(value))
+
+
+def _check_range(settings: object, name: str, low: int, high: int) -> None:
+    value = getattr(settings, name)
+    if not _is_int(value) or not low <= value <= high:
+        raise ConfigError(f"{name}: got {value!r}, expected a whole number from {low} to {high}")
+
+
+def _check_bool(settings: object, name: str) -> None:
+    value = getattr(settings, name)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: got {value!r}, expected true or false")
+
+
+def _part_of[T: DataclassInstance](settings: object, cls: type[T]) -> T:
+    return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})

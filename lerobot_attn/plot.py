@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, text_to_image
-from lerobot_attn.analysis.select import Where, executed_queries, frames_of, stored_layers
-from lerobot_attn.analysis.sinks import keys_to_leave_out
+from lerobot_attn.analysis.select import Where, executed_actions, frames_of, stored_layers
+from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import (
     NORMALISATIONS,
     ColourRange,
@@ -107,7 +107,7 @@ def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> F
         raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
     settings = settings or PlotSettings()
     try:
-        keys = keys_to_leave_out(settings.exclude, [episode])
+        keys = keys_to_exclude(settings.exclude, [episode])
         return KINDS[kind](episode, replace(settings, exclude=keys))
     except LerobotAttnError:
         raise
@@ -272,7 +272,7 @@ def _actions(episode: Episode, settings: PlotSettings) -> Figure:
         [(title, panel.values) for title, panel in zip(titles, stacked, strict=True)],
         _caption(episode, values.attrs, settings, [frame], image=False, leave=name),
         unit=values.attrs["units"],
-        executed=executed_queries(data),
+        executed=executed_actions(data),
         width_in=settings.width,
         columns=min(settings.columns, 4),
     )
@@ -324,7 +324,7 @@ def _timeline(episode: Episode, settings: PlotSettings) -> Figure:
     # Together, so that the maps are read once.
     shares, *numbers = compute(
         by_modality(data, array),
-        *(analysis.sharpness(heat)["effective_number"] for heat in heatmaps.values()),
+        *(analysis.attention_entropy(heat)["effective_number"] for heat in heatmaps.values()),
     )
     chosen = np.atleast_1d(frames_of(data, frames))
     return figures.timeline_figure(
@@ -358,7 +358,7 @@ def _where(episode: Episode, settings: PlotSettings, **changes: Unpack[Where]) -
         "denoise_step": -1 if settings.denoise_steps is None else settings.denoise_steps,
         "head": "mean" if settings.heads is None else settings.heads,
         "query": "frame" if settings.query is None else settings.query,
-        "leave_out": settings.exclude,
+        "exclude": settings.exclude,
     }
     return {**where, **changes}
 

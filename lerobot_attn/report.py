@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.compare import Align, Aspect, compare_each, overall_table
 from lerobot_attn.analysis.select import Where
-from lerobot_attn.analysis.sinks import keys_to_leave_out
+from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, Normalisation, colour_range
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, store_name
@@ -283,7 +283,7 @@ def write_report(
 
 def _without_sinks(a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings) -> CompareSettings:
     """Find the sinks that are to be left out, over both sides."""
-    return replace(settings, exclude=keys_to_leave_out(settings.exclude, (*a, *b)))
+    return replace(settings, exclude=keys_to_exclude(settings.exclude, (*a, *b)))
 
 
 def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, xr.DataArray]:

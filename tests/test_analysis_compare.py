@@ -269,12 +269,12 @@ def test_heatmaps_differ_where_they_do(groups):
 
 def test_a_function_and_kept_dimensions_are_compared(groups):
     a, b = groups
-    words = functools.partial(modality_share, leave_out=[0])
+    words = functools.partial(modality_share, exclude=[0])
     result = compare(a, b, words, n_phases=2, layer="all", head="all")
     assert result.difference.dims == ("phase", "layer", "head", "modality")
     expected = np.mean(
         [
-            modality_share(e.arrays, frame="all", leave_out=[0], layer=0, head=1)
+            modality_share(e.arrays, frame="all", exclude=[0], layer=0, head=1)
             .sel(modality="task")
             .values.mean()
             for e in a[:1]
@@ -312,7 +312,7 @@ def test_overall_is_the_mean_of_each_whole_episode(groups):
 def test_aspects_together_are_what_they_are_alone(groups):
     a, b = groups
     options = {"n_resamples": 100, "seed": 4, "layer": "all"}
-    own = functools.partial(modality_share, leave_out=[0])
+    own = functools.partial(modality_share, exclude=[0])
     together = compare_each(
         a,
         b,

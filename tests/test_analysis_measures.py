@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from lerobot_attn.analysis import sharpness, stability
+from lerobot_attn.analysis import attention_entropy, stability
 from lerobot_attn.errors import SelectionError
 
 
@@ -29,7 +29,7 @@ def labelled(values, *dims, **coords):
 @pytest.mark.parametrize("dask", [False, True])
 def test_sharpness_of_known_distributions(values, bits, dask):
     array = labelled(values, "key")
-    found = sharpness(array.chunk() if dask else array).compute()
+    found = attention_entropy(array.chunk() if dask else array).compute()
     np.testing.assert_allclose(found.entropy, bits, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.effective_number, 2**bits, rtol=1e-5)
     assert not np.signbit(found.entropy)
@@ -46,7 +46,7 @@ def test_the_usual_distribution_is_found(dims):
     values = np.zeros(shape)
     values[0] = 1
     values[1].flat[3] = 0.7
-    found = sharpness(labelled(values, "frame", *dims, frame=[5, 6, 9]))
+    found = attention_entropy(labelled(values, "frame", *dims, frame=[5, 6, 9]))
     np.testing.assert_allclose(found.effective_number, [8, 1, np.nan])
     assert found.entropy.dims == ("frame",)
     assert found.frame.values.tolist() == [5, 6, 9]
@@ -54,8 +54,8 @@ def test_the_usual_distribution_is_found(dims):
 
 def test_other_dimensions_on_request():
     values = labelled([[1, 0], [1, 1]], "head", "key")
-    np.testing.assert_allclose(sharpness(values, ["head"]).effective_number, [2, 1])
-    np.testing.assert_allclose(sharpness(values, ["head", "key"]).effective_number, 3, rtol=1e-6)
+    np.testing.assert_allclose(attention_entropy(values, ["head"]).effective_number, [2, 1])
+    np.testing.assert_allclose(attention_entropy(values, ["head", "key"]).effective_number, 3, rtol=1e-6)
 
 
 MAPS = [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 2, 2], [1, 1, 2], [0, 0, 0], [1, 0, 0]]
@@ -96,8 +96,11 @@ def test_stability_of_heatmaps_keeps_the_other_dimensions():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a: sharpness(a.rename(key="other")), "no distribution among the dimensions frame, other"),
-        (lambda a: sharpness(a, ["grid_x"]), "dimension 'grid_x' is not among frame, key"),
+        (
+            lambda a: attention_entropy(a.rename(key="other")),
+            "no distribution among the dimensions frame, other",
+        ),
+        (lambda a: attention_entropy(a, ["grid_x"]), "dimension 'grid_x' is not among frame, key"),
         (lambda a: stability(a, "denoise_step"), "along 'denoise_step': the maps have frame, key; keep it"),
         (lambda a: stability(a[:1], "frame"), "along 'frame' needs two maps at least, got 1"),
         (lambda a: stability(a[:0], "frame"), "along 'frame' needs two maps at least, got 0"),

@@ -11,12 +11,11 @@ from lerobot_attn import open_episode
 from lerobot_attn.analysis import attention
 from lerobot_attn.analysis.prefix import (
     cross_modal,
-    flow,
     image_to_text,
     prefix_attention,
-    rollout,
     text_to_image,
 )
+from lerobot_attn.analysis.propagation import attention_flow, attention_rollout
 from lerobot_attn.analysis.spatial import camera_geometry, on_grid
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import SelectionError
@@ -246,10 +245,10 @@ def test_each_patch_looks_at_the_word_of_its_row(planted, planted_data):
 
 def test_modalities_attend_as_planted(planted_data):
     shares = cross_modal(planted_data, frame="all")
-    names = [IMAGE, WRIST, "task", "state", "scaffold"]
+    names = [IMAGE, WRIST, "task", "state", "template"]
     assert shares.dims == ("frame", "from_modality", "to_modality")
     assert shares["from_modality"].values.tolist() == shares["to_modality"].values.tolist() == names
-    looks_at = {IMAGE: "task", WRIST: "task", "task": IMAGE, "state": "state", "scaffold": "scaffold"}
+    looks_at = {IMAGE: "task", WRIST: "task", "task": IMAGE, "state": "state", "template": "template"}
     expected = [[float(looks_at[a] == b) for b in names] for a in names]
     np.testing.assert_allclose(shares, np.broadcast_to(expected, (6, 5, 5)), atol=1e-6)
 
@@ -332,7 +331,7 @@ def test_patches_give_to_the_tokens_of_each_prompt(small, data):
 
 def test_cross_modal_is_the_mean_over_unmasked_rows(small, data):
     shares = cross_modal(data, inference="all", layer=2)
-    names = [IMAGE, WRIST, "task", "state", "scaffold"]
+    names = [IMAGE, WRIST, "task", "state", "template"]
     assert shares["to_modality"].values.tolist() == names, "neither padding nor actions"
     for inference in range(2):
         kinds = key_kinds(inference)[:N_PREFIX]
@@ -377,14 +376,14 @@ def test_rollout_is_the_recursion_of_its_docstring(stack):
         s = s / 2 + (to[:, :N_PREFIX] @ p + to[:, N_PREFIX:] @ s) / 2
         p = p / 2 + fused(stack.prefix[1, layer], "mean") @ p / 2
     np.testing.assert_allclose(s, dense_rollout(stack, 1), atol=1e-12)
-    got = rollout(stack.data, inference=1, query="all")
+    got = attention_rollout(stack.data, inference=1, query="all")
     np.testing.assert_allclose(got, s[stack.first :], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["mean", "max", 1, 5])
 @pytest.mark.parametrize("layer", [-1, 0, 1])
 def test_rollout_is_the_product_of_dense_matrices(stack, head, layer):
-    got = rollout(stack.data, inference=1, query="all", head=head, layer=layer)
+    got = attention_rollout(stack.data, inference=1, query="all", head=head, layer=layer)
     expected = dense_rollout(stack, 1, head=head, top=layer % 3)[stack.first :]
     assert got.dims == ("query", "key")
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
@@ -393,7 +392,7 @@ def test_rollout_is_the_product_of_dense_matrices(stack, head, layer):
 
 @pytest.mark.parametrize("query", [0, 2, "executed", "mean"])
 def test_rollout_of_one_query(stack, query):
-    got = rollout(stack.data, query=query)
+    got = attention_rollout(stack.data, query=query)
     assert got.dims == ("inference", "key")
     every = np.stack([dense_rollout(stack, i)[stack.first :] for i in range(2)])
     expected = {"executed": every[:, :2].mean(1), "mean": every.mean(1)}.get(query)
@@ -402,7 +401,7 @@ def test_rollout_of_one_query(stack, query):
 
 
 def test_rollout_of_steps_and_heads(stack):
-    every = rollout(stack.data, inference=0, denoise_step="all", head="all", query=1)
+    every = attention_rollout(stack.data, inference=0, denoise_step="all", head="all", query=1)
     assert every.dims == ("denoise_step", "head", "key")
     assert every["denoise_step"].values.tolist() == STEPS
     assert every["head"].values.tolist() == HEADS
@@ -410,29 +409,29 @@ def test_rollout_of_steps_and_heads(stack):
     for at, (step, head) in enumerate([(0, 1), (0, 5), (1, 1), (1, 5)]):
         expected = dense_rollout(stack, 0, step, head)[stack.first + 1]
         np.testing.assert_allclose(every.values.reshape(4, -1)[at], expected, rtol=1e-4, atol=1e-6)
-    mean = rollout(stack.data, inference=0, denoise_step="mean", head=[5], query=1)
+    mean = attention_rollout(stack.data, inference=0, denoise_step="mean", head=[5], query=1)
     assert mean.dims == ("head", "key")
     np.testing.assert_allclose(mean, every.sel(head=[5]).mean("denoise_step"), rtol=1e-5)
-    first = rollout(stack.data, inference=0, denoise_step=0, head=5, query=1)
+    first = attention_rollout(stack.data, inference=0, denoise_step=0, head=5, query=1)
     np.testing.assert_array_equal(first, every.sel(denoise_step=0, head=5))
 
 
 def test_rollout_of_frames(stack):
-    got = rollout(stack.data, frame=[4, 0, 2, 0])
+    got = attention_rollout(stack.data, frame=[4, 0, 2, 0])
     expected = [dense_rollout(stack, *TABLE[t][:1])[stack.first + TABLE[t][1]] for t in (4, 0, 2, 0)]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
     assert got["frame"].values.tolist() == [4, 0, 2, 0]
-    one = rollout(stack.data, frame=3)
+    one = attention_rollout(stack.data, frame=3)
     assert one.dims == ("key",)
     assert one.attrs["query"] == "action 1, executed at the frame"
     np.testing.assert_allclose(one, dense_rollout(stack, 0)[stack.first + 1], rtol=1e-4, atol=1e-6)
-    other = rollout(stack.data, frame=[2, 1], query="executed")
-    np.testing.assert_allclose(other, rollout(stack.data, query="executed")[[1, 0]], rtol=1e-6)
-    assert rollout(stack.data, frame=[]).shape == (0, stack.data.sizes["key"])
+    other = attention_rollout(stack.data, frame=[2, 1], query="executed")
+    np.testing.assert_allclose(other, attention_rollout(stack.data, query="executed")[[1, 0]], rtol=1e-6)
+    assert attention_rollout(stack.data, frame=[]).shape == (0, stack.data.sizes["key"])
 
 
 def test_rollout_serves_where_attention_does(stack):
-    got, like = rollout(stack.data, frame=[0, 4]), attention(stack.data, frame=[0, 4])
+    got, like = attention_rollout(stack.data, frame=[0, 4]), attention(stack.data, frame=[0, 4])
     assert got.dims == like.dims
     assert set(got.coords) == set(like.coords)
     for name in like.coords:
@@ -462,7 +461,7 @@ def test_the_prefix_reaches_the_actions_one_layer_late(tmp_path):
         return suffix, prefix
 
     data = write_small_store(tmp_path / "episode_00000.zarr", maps=maps).arrays
-    got = rollout(data, inference=0, query=N_ACTIONS - 1)
+    got = attention_rollout(data, inference=0, query=N_ACTIONS - 1)
     expected = np.zeros(data.sizes["key"])
     expected[[0, 13, -1]] = 0.25, 0.25, 0.5
     np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -471,9 +470,9 @@ def test_the_prefix_reaches_the_actions_one_layer_late(tmp_path):
 def test_only_the_layers_that_count_are_needed(tmp_path):
     """The language model's last layer is read by nobody."""
     needed = write_small_store(tmp_path / "episode_00000.zarr", prefix_layers=[0, 1]).arrays
-    assert rollout(needed, frame=0).sum() == pytest.approx(1, abs=1e-5)
+    assert attention_rollout(needed, frame=0).sum() == pytest.approx(1, abs=1e-5)
     first = write_small_store(tmp_path / "episode_00001.zarr", layers=[0], prefix_layers=[]).arrays
-    got = rollout(first, inference=0, layer=0, query=0)
+    got = attention_rollout(first, inference=0, layer=0, query=0)
     expected = attention(first, inference=0, layer=0, query=0).values / 2
     expected[N_PREFIX] += 0.5
     np.testing.assert_allclose(got, expected, atol=1e-3)
@@ -501,7 +500,7 @@ def reference_flow(graph, source, keys):
 
 
 def test_flow_to_tokens_is_networkx_s(stack):
-    got = flow(stack.data, inference=0, query=1, targets="tokens", layer=1)
+    got = attention_flow(stack.data, inference=0, query=1, targets="tokens", layer=1)
     graph = network(stack, 0, -1, "mean", top=1)
     source = (2, N_PREFIX + stack.first + 1)
     masked = key_kinds(0, state_token=bool(stack.first)) == 0
@@ -514,7 +513,7 @@ def test_flow_to_tokens_is_networkx_s(stack):
 
 
 def test_flow_to_groups_is_networkx_s(stack):
-    got = flow(stack.data, frame=2, head=5, denoise_step=0)
+    got = attention_flow(stack.data, frame=2, head=5, denoise_step=0)
     graph = network(stack, 1, 0, 5)
     source = (3, N_PREFIX + stack.first + 1)
     kinds = key_kinds(1, state_token=bool(stack.first))
@@ -523,7 +522,7 @@ def test_flow_to_groups_is_networkx_s(stack):
         ("modality", WRIST): range(4, 8),
         ("modality", "task"): [13, 14, 15],
         ("modality", "state"): np.flatnonzero(kinds == 3),
-        ("modality", "scaffold"): [12, 16],
+        ("modality", "template"): [12, 16],
         ("modality", "actions"): np.flatnonzero(kinds == 5),
         ("task", "pick"): [13],
         ("task", "bowl"): [14, 15],
@@ -539,8 +538,8 @@ def test_flow_to_groups_is_networkx_s(stack):
 
 def test_flow_is_conserved(stack):
     """No more reaches a group than 1, than its tokens one by one, nor less than any of them."""
-    groups = flow(stack.data, frame=0)
-    tokens = flow(stack.data, frame=0, targets="tokens").values
+    groups = attention_flow(stack.data, frame=0)
+    tokens = attention_flow(stack.data, frame=0, targets="tokens").values
     kinds = key_kinds(0, state_token=bool(stack.first))
     members = {IMAGE: range(4), "task": [13, 14, 15], "actions": np.flatnonzero(kinds == 5), "elbow": []}
     for label, keys in members.items():
@@ -550,22 +549,24 @@ def test_flow_is_conserved(stack):
 
 
 def test_flow_of_one_layer_is_the_augmented_attention(stack):
-    got = flow(stack.data, inference=1, query=0, layer=0, targets=[3, 0, 17])
+    got = attention_flow(stack.data, inference=1, query=0, layer=0, targets=[3, 0, 17])
     expected = augmented(stack, 1, -1, 0, "mean")[N_PREFIX + stack.first][[3, 0, 17]]
     np.testing.assert_allclose(got, expected, atol=1e-6)
     assert got["key"].values.tolist() == [3, 0, 17]
 
 
 def test_leaving_out_small_edges_only_lowers_a_flow(stack):
-    full = flow(stack.data, frame=1, targets="tokens")
-    some, most = (flow(stack.data, frame=1, targets="tokens", min_share=share) for share in (0.02, 0.2))
+    full = attention_flow(stack.data, frame=1, targets="tokens")
+    some, most = (
+        attention_flow(stack.data, frame=1, targets="tokens", min_share=share) for share in (0.02, 0.2)
+    )
     assert (some <= full + 1e-6).all()
     assert (most <= some + 1e-6).all()
     assert float(most.sum()) < float(some.sum()) < float(full.sum())
     assert some.attrs["min_share"] == 0.02
 
 
-CALLS = {"prefix_attention": prefix_attention, "rollout": rollout, "flow": flow}
+CALLS = {"prefix_attention": prefix_attention, "rollout": attention_rollout, "flow": attention_flow}
 CALLS |= {"text_to_image": text_to_image, "image_to_text": image_to_text, "cross_modal": cross_modal}
 
 
@@ -602,7 +603,7 @@ CALLS |= {"text_to_image": text_to_image, "image_to_text": image_to_text, "cross
         (
             "flow",
             {"frame": 0, "head": "all"},
-            "one head, 'mean' or 'max'; got denoise step -1 and head 'all'",
+            "one head, 'mean' or 'max'; got denoise step 4 and head 'all'",
         ),
         ("flow", {"frame": 0, "denoise_step": "all"}, "expected one denoise step"),
         ("flow", {"frame": 0, "min_share": 1}, "min_share: got 1, expected at least 0 and less than 1"),

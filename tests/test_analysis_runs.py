@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 
 from lerobot_attn import open_episode, open_run
-from lerobot_attn.analysis import image_heatmap, modality_share, sharpness, stability, token_attention
+from lerobot_attn.analysis import attention_entropy, image_heatmap, modality_share, stability, token_attention
 from lerobot_attn.analysis import runs as runs_module
 from lerobot_attn.analysis.runs import (
     MEASURES,
@@ -55,7 +55,7 @@ def test_shares_by_frame_are_the_planted_ones(data):
     got = table.pivot(index="frame", columns="name", values="value")
     for frame in range(12):
         shares = planted_shares(plan(), frame)
-        for name in [*CAMERAS, "task", "state", "scaffold"]:
+        for name in [*CAMERAS, "task", "state", "template"]:
             assert got.loc[frame, name] == pytest.approx(shares[name], abs=2e-3)
     assert set(table.kind) == {"modality"}
     assert set(table.quantity) == {"share"}
@@ -76,8 +76,8 @@ def test_blocks_give_what_one_call_on_the_whole_episode_gives(data, monkeypatch,
     parts = {
         ("modality_share", "share"): modality_share(data, **everything),
         ("token_attention", "share"): token_attention(data, **everything),
-        ("sharpness", "entropy"): sharpness(heatmaps)["entropy"],
-        ("sharpness", "effective_number"): sharpness(heatmaps)["effective_number"],
+        ("entropy", "entropy"): attention_entropy(heatmaps)["entropy"],
+        ("entropy", "effective_number"): attention_entropy(heatmaps)["effective_number"],
         ("stability", "overlap"): stability(heatmaps, by),
     }
     for (measure, quantity), expected in parts.items():
@@ -103,8 +103,8 @@ def test_each_row_is_labelled_by_what_it_is_of(data):
     assert words.name.tolist() == ["put", "the", "cup", "on", "the (2)", "plate"]
     at = int(np.flatnonzero(expected.ordinal.values == 4)[0])
     assert words[words.name == "the (2)"].value.item() == pytest.approx(float(expected[at]))
-    assert set(row.kind) == {"task", "state", "scaffold"}
-    assert set(table[table.measure == "sharpness"].name) == set(CAMERAS)
+    assert set(row.kind) == {"task", "state", "template"}
+    assert set(table[table.measure == "entropy"].name) == set(CAMERAS)
     phases = table.groupby("inference").phase.first()
     np.testing.assert_allclose(phases, np.array([0, 3, 6, 9]) / 11)
 
@@ -326,7 +326,7 @@ def test_episodes_without_cameras_have_no_sharpness(tmp_path):
     layout = data.attrs["layout"]
     blind = {**layout, "cameras": [{**camera, "geometry": None} for camera in layout["cameras"]]}
     with pytest.raises(SelectionError, match="saw no camera image"):
-        summarise(data.assign_attrs(layout=blind), "sharpness")
+        summarise(data.assign_attrs(layout=blind), "entropy")
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_means_stand_in_where_they_can_and_attributes_say_so(small, choice, sour
         ({"layer": [16, 17], "denoise_step": [0, 4, 9], "head": "all"}, (
             "layers 16-17", "denoise steps 0, 4, 9", "heads 1, 5", "",
         )),
-        ({"layer": "mean", "denoise_step": "mean", "head": [5], "leave_out": [4]}, (
+        ({"layer": "mean", "denoise_step": "mean", "head": [5], "exclude": [4]}, (
             "mean of layers 0, 3, 16-17", "mean of denoise steps 0, 4, 9", "head 5", "1 key token left out",
         )),
         ({"head": "max", "denoise_step": "all", "layer": "all"}, (
@@ -401,7 +401,7 @@ def test_actions_are_counted_from_the_first_action_not_from_the_state_token(with
 def test_leave_out_rescales_the_rest(small, keys):
     choice = {"frame": [3, 1], "layer": 16, "denoise_step": 0}
     whole = attention(small.data, head="all", **choice).values.mean(axis=1)
-    found = attention(small.data, leave_out=keys, **choice)
+    found = attention(small.data, exclude=keys, **choice)
     expected = whole.copy()
     expected[:, list(keys)] = 0
     expected /= expected.sum(axis=-1, keepdims=True)
@@ -410,7 +410,7 @@ def test_leave_out_rescales_the_rest(small, keys):
 
 
 def test_leaving_out_everything_leaves_nothing(small):
-    assert (attention(small.data, leave_out=range(15)).values == 0).all()
+    assert (attention(small.data, exclude=range(15)).values == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_leaving_out_everything_leaves_nothing(small):
         {"frame": [2, 5], "layer": "all"},
         {"inference": [2, 0], "query": "all", "head": "all"},
         {"inference": [], "query": "all", "head": "max"},
-        {"query": 3, "denoise_step": "mean", "leave_out": [0, 1]},
+        {"query": 3, "denoise_step": "mean", "exclude": [0, 1]},
     ],
     ids=str,
 )
@@ -470,7 +470,7 @@ def test_one_frame_reads_one_map(tmp_path, data):
 def test_choosing_from_dask_reads_no_map(tmp_path):
     episode = write_small_store(tmp_path / "episode_00000.zarr")
     damage_all_but(episode.path, inference=None, step=None, layer=None)
-    lazy = attention(episode.dataset, frame=[5, 1], layer=[16, 17], head="max", leave_out=[0])
+    lazy = attention(episode.dataset, frame=[5, 1], layer=[16, 17], head="max", exclude=[0])
     assert lazy.chunks is not None
     assert lazy.shape == (2, 2, 15)
 
@@ -513,8 +513,8 @@ def test_choosing_from_dask_reads_no_map(tmp_path):
         ({"query": -1}, "query -1 does not exist"),
         ({"query": [0, 1]}, r"query \[0, 1\] does not exist"),
         ({"query": 1.0}, "query 1.0: expected a number"),
-        ({"leave_out": [15]}, "leave_out: key 15 does not exist, expected 0 to 14"),
-        ({"leave_out": [-1]}, "leave_out: key -1 does not exist"),
+        ({"exclude": [15]}, "exclude: key 15 does not exist, expected 0 to 14"),
+        ({"exclude": [-1]}, "exclude: key -1 does not exist"),
     ],
     ids=str,
 )

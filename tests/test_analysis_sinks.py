@@ -68,7 +68,7 @@ def test_planted_sinks_are_found(episodes, kind):
     found = attention_sinks(getattr(episodes.one, kind), times_uniform=2)
     assert found.columns.tolist() == COLUMNS
     assert found["key"].tolist() == [BOS, PATCH]
-    assert found["kind"].tolist() == ["scaffold", "image"]
+    assert found["kind"].tolist() == ["template", "image"]
     assert found["camera"].tolist() == ["", "observation.images.wrist"]
     assert found["row"].tolist() == [-1, 1]
     assert found["column"].tolist() == [-1, 0]
@@ -82,7 +82,7 @@ def test_planted_sinks_are_found(episodes, kind):
 
 def test_what_is_found_can_be_left_out(data):
     found = attention_sinks(data, times_uniform=2)
-    rest = attention(data, inference=0, leave_out=found["key"].tolist())
+    rest = attention(data, inference=0, exclude=found["key"].tolist())
     assert float(rest[BOS]) == float(rest[PATCH]) == 0
     assert float(rest.sum()) == pytest.approx(1, abs=1e-5)
 

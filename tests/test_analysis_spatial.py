@@ -275,7 +275,7 @@ def test_colour_range_of_nothing_but_zeros_and_missing_maps():
 def test_a_map_of_zeros_stays_zero(planted):
     everything = range(planted.plan.layout.n_keys)
     for normalisation in NORMALISATIONS:
-        heat = image_heatmap(planted.data, frame=0, normalisation=normalisation, leave_out=everything)
+        heat = image_heatmap(planted.data, frame=0, normalisation=normalisation, exclude=everything)
         assert (heat.values == 0).all()
 
 

@@ -96,7 +96,7 @@ HEAD = [("<bos>", "."), ("Task", "."), (":", ".")]
             [[("Task:", "."), (" up", "T", 0), (" State", "."), (":", "."), ("8", "S", 3), ("Task:", ".")]],
             [(TASK, 0, "up"), (STATE, 3, "state 3"), (SCAFFOLD, -1, "Task:"), (SCAFFOLD, -1, "State:")],
             [[2, 0, 3, 3, 1, 2]],
-            id="scaffold of the same text is one, a dimension without a name has its number",
+            id="template of the same text is one, a dimension without a name has its number",
         ),
         pytest.param(
             [[(" a", "x"), (" a", "x"), ("", "_")], [(" a", "x"), (" b", "x"), ("c", "x")]],
@@ -169,8 +169,8 @@ def check_tokens(plan, data, found, frame):
     words, numbers = expected_tokens(plan, data, frame)
     np.testing.assert_allclose(found[np.asarray(found.kind) == "task"], words, **CLOSE)
     np.testing.assert_allclose(found[np.asarray(found.kind) == "state"], numbers, **CLOSE)
-    scaffold = found[np.asarray(found.kind) == "scaffold"]
-    by_label = dict(zip(scaffold.label.values.tolist(), scaffold.values.tolist(), strict=True))
+    template = found[np.asarray(found.kind) == "template"]
+    by_label = dict(zip(template.label.values.tolist(), template.values.tolist(), strict=True))
     assert by_label.pop("<bos>Task:") == pytest.approx(0.05, rel=2e-3)
     assert set(by_label.values()) == {0}
 
@@ -210,7 +210,7 @@ def test_token_attention_of_inferences(planted):
 def test_tokens_of_the_language_add_up_to_the_modalities(planted):
     tokens = token_attention(planted.data, frame="all", head="all")
     shares = modality_share(planted.data, frame="all", head="all")
-    for kind in ("task", "state", "scaffold"):
+    for kind in ("task", "state", "template"):
         summed = tokens.isel(token=np.flatnonzero(tokens.kind == kind)).sum("token")
         np.testing.assert_allclose(summed, shares.sel(modality=kind), rtol=1e-5)
 
@@ -219,7 +219,7 @@ def test_modality_share_is_what_was_planted(planted):
     plan = planted.plan
     found = modality_share(planted.data, frame="all", head="all")
     assert found.dims == ("frame", "head", "modality")
-    names = [*plan.image_px, "task", "state", "scaffold", "actions", "padding"]
+    names = [*plan.image_px, "task", "state", "template", "actions", "padding"]
     assert found.modality.values.tolist() == modalities(planted.data) == names
     for frame in range(plan.n_frames):
         shares = planted_shares(plan, frame)
@@ -237,7 +237,7 @@ def test_modality_share_is_what_was_planted(planted):
         {"frame": [8, 2], "layer": [2, 3]},
         {"inference": 3, "query": "all"},
         {"inference": [3, 0]},
-        {"denoise_step": "all", "head": [1], "leave_out": [0, 1]},
+        {"denoise_step": "all", "head": [1], "exclude": [0, 1]},
         {"frame": []},
     ],
     ids=str,

@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 
+from lerobot_attn.recording import background
 from lerobot_attn.recording.background import BackgroundWriter
-from lerobot_attn.store import background
 
 
 @pytest.fixture

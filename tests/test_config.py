@@ -1,8 +1,10 @@
 """Settings: every bad value is one clear line, and the same file means the same everywhere."""
 
+from dataclasses import fields
+
 import pytest
 
-from lerobot_attn.config import AttentionConfig, resolve_indices
+from lerobot_attn.config import AttentionConfig, CaptureSettings, StorageSettings, resolve_indices
 from lerobot_attn.errors import ConfigError
 
 
@@ -86,3 +88,29 @@ def test_resolve_indices_out_of_range(index):
         ConfigError, match=rf"layer {index} does not exist: this policy has 4, expected 0 to 3"
     ):
         resolve_indices("layer", [index], 4)
+
+
+def test_capture_and_storage_settings_are_parts_of_one_file(tmp_path):
+    path = tmp_path / "capture.yaml"
+    path.write_text("layers: [0]\nkeep: success\n")
+    config = AttentionConfig.from_yaml(path)
+    assert config.capture == CaptureSettings(layers=[0])
+    assert config.storage == StorageSettings(keep="success")
+    names = [f.name for part in (CaptureSettings, StorageSettings) for f in fields(part)]
+    assert list(config.to_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"), [(CaptureSettings, {"layers": "last"}), (StorageSettings, {"level": 10})]
+)
+def test_a_part_is_checked_too(part, settings):
+    (name,) = settings
+    with pytest.raises(ConfigError, match=f"{name}: got"):
+        part(**settings)
+
+
+def test_means_that_nobody_chose_are_all_in_evaluations_alone():
+    config = AttentionConfig(layers=[-1])
+    assert config.mean_layers == "auto"
+    assert config.for_evaluation().mean_layers == "all"
+    assert AttentionConfig(mean_layers=[0]).for_evaluation().mean_layers == [0]

@@ -43,7 +43,7 @@ def planted(path, mass=(0.5, 0.25, 0.125, 0.125), *, broken=False):
 
 def test_segment_mass_is_the_planted_one(tmp_path):
     shares, deviation, missing = segment_mass(open_episode(planted(tmp_path / "episode_00000.zarr")), 1)
-    assert shares == {"cam": 0.5, "task": 0.25, "state": 0.125, "scaffold": 0.0, "actions": 0.125}
+    assert shares == {"cam": 0.5, "task": 0.25, "state": 0.125, "template": 0.0, "actions": 0.125}
     assert deviation == missing == 0
 
 

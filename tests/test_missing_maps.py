@@ -72,7 +72,7 @@ def empty(tmp_path_factory):
         ({"denoise_step": "mean", "layer": [1]}, False),
         ({"head": "max"}, True),
         ({"head": 1}, True),
-        ({"leave_out": [0, 7]}, True),
+        ({"exclude": [0, 7]}, True),
     ],
     ids=str,
 )
@@ -124,7 +124,7 @@ def test_shares_among_actions_are_missing(holed):
 
 def test_sharpness_and_stability_are_missing(whole, holed):
     found, expected = (analysis.image_heatmap(episode.arrays, inference="all") for episode in (holed, whole))
-    sharp, of_whole = analysis.sharpness(found), analysis.sharpness(expected)
+    sharp, of_whole = analysis.attention_entropy(found), analysis.attention_entropy(expected)
     for name in ("entropy", "effective_number"):
         assert np.isnan(sharp[name]).values.tolist() == [False, True, False, False]
         np.testing.assert_array_equal(sharp[name][[0, 2, 3]], of_whole[name][[0, 2, 3]])
@@ -132,10 +132,15 @@ def test_sharpness_and_stability_are_missing(whole, holed):
     assert np.isnan(analysis.stability(found, "inference")).values.tolist() == [True, True, False]
 
 
-def test_a_distribution_with_one_missing_value_is_missing():
-    maps = xr.DataArray(np.array([[0.5, np.nan, 0.5], [0.5, 0.25, 0.25]], np.float32), dims=("frame", "key"))
-    assert np.isnan(analysis.sharpness(maps)["entropy"]).values.tolist() == [True, False]
-    assert np.isnan(analysis.stability(maps, "frame")).all()
+def test_absent_keys_have_no_part_in_a_distribution_and_a_missing_row_has_none():
+    nan = np.nan
+    rows = [[0.5, nan, 0.5], [0.5, 0.25, 0.25], [nan, nan, nan], [0.25, nan, 0.75]]
+    maps = xr.DataArray(np.array(rows, np.float32), dims=("frame", "key"))
+    for array in (maps, maps.chunk(frame=1)):
+        entropy = analysis.attention_entropy(array)["entropy"].compute()
+        np.testing.assert_allclose(entropy, [1, 1.5, nan, 0.8112781], rtol=1e-6)
+        np.testing.assert_allclose(analysis.stability(array, "frame").compute(), [0.75, nan, nan])
+    np.testing.assert_allclose(analysis.stability(maps[[0, 3]], "frame"), [0.75])
 
 
 @pytest.mark.parametrize("most", [1, 64])
@@ -180,14 +185,20 @@ def test_a_word_that_only_other_prompts_have_is_not_zero_where_the_map_is_missin
 
 
 def test_rollout_and_flow_that_need_it_are_missing(whole, holed):
-    found, expected = (analysis.rollout(episode.arrays, inference="all") for episode in (holed, whole))
+    found, expected = (
+        analysis.attention_rollout(episode.arrays, inference="all") for episode in (holed, whole)
+    )
     assert np.isnan(found.isel(inference=INFERENCE)).all()
     np.testing.assert_array_equal(found.isel(inference=[0, 2, 3]), expected.isel(inference=[0, 2, 3]))
-    assert np.isnan(analysis.rollout(holed.arrays, inference=INFERENCE, denoise_step="mean")).all()
-    lower = analysis.rollout(holed.arrays, inference=INFERENCE, layer=2)
-    np.testing.assert_array_equal(lower, analysis.rollout(whole.arrays, inference=INFERENCE, layer=2))
-    assert np.isnan(analysis.flow(holed.arrays, frame=4)).all()
-    np.testing.assert_array_equal(analysis.flow(holed.arrays, frame=1), analysis.flow(whole.arrays, frame=1))
+    assert np.isnan(analysis.attention_rollout(holed.arrays, inference=INFERENCE, denoise_step="mean")).all()
+    lower = analysis.attention_rollout(holed.arrays, inference=INFERENCE, layer=2)
+    np.testing.assert_array_equal(
+        lower, analysis.attention_rollout(whole.arrays, inference=INFERENCE, layer=2)
+    )
+    assert np.isnan(analysis.attention_flow(holed.arrays, frame=4)).all()
+    np.testing.assert_array_equal(
+        analysis.attention_flow(holed.arrays, frame=1), analysis.attention_flow(whole.arrays, frame=1)
+    )
 
 
 def test_sinks_are_those_of_the_other_inferences(whole, holed):

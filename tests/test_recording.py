@@ -10,8 +10,10 @@ import importlib
 import json
 import logging
 import math
+import re
 import time
 import weakref
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -28,10 +30,10 @@ from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, StoreError  # noqa: E402
 from lerobot_attn.policies import ADAPTERS  # noqa: E402
 from lerobot_attn.recording.background import BackgroundWriter  # noqa: E402
-from lerobot_attn.recording.rollout import EpisodeJob  # noqa: E402
+from lerobot_attn.recording.episode import EpisodeJob  # noqa: E402
 from lerobot_attn.recording.run import RunRecorder  # noqa: E402
 from lerobot_attn.store.reader import open_episode, open_run  # noqa: E402
-from lerobot_attn.store.video import read_frames  # noqa: E402
+from lerobot_attn.store.video import VideoWriter, read_frames  # noqa: E402
 from lerobot_attn.store.writer import EpisodeWriter  # noqa: E402
 
 
@@ -47,7 +49,16 @@ def eval_namespace():
 
 
 def evaluate(
-    folder, envs, *, policy=None, n_episodes=None, videos=10, record=True, recording=None, **settings
+    folder,
+    envs,
+    *,
+    policy=None,
+    n_episodes=None,
+    videos=10,
+    record=True,
+    recording=None,
+    group="group",
+    **settings,
 ):
     """Run LeRobot's `eval_policy_all` over `{task_id: vector environment}`; return its info and the run."""
     # A fresh copy of the script's globals, whose functions look each other up there.
@@ -61,7 +72,7 @@ def evaluate(
     def go():
         first = next(iter(envs.values()))
         return module.eval_policy_all(
-            envs={"group": envs},
+            envs={group: envs},
             policy=policy,
             env_preprocessor=same,
             env_postprocessor=same,
@@ -197,10 +208,12 @@ def test_tasks_have_their_own_folders(tmp_path, caplog):
     assert [(e.path.parent.name, e.n_frames) for e in run] == [("group_0", 5), ("group_7", 6)]
     assert len(info["overall"]["attention_paths"]) == 2
     lines = [record.message for record in caplog.records if record.message.startswith("Attention")]
-    assert len(lines) == 3
-    assert lines[0].startswith(f"Attention goes to {tmp_path / 'attention'}: ")
-    assert lines[1].startswith("Attention of group_0: 1 of 1 episodes saved, 1 inferences, ")
-    assert "waited" in lines[2]
+    assert len(lines) == 4
+    assert lines[0].startswith(f"Attention goes to {tmp_path / 'attention'}; ")
+    # How large an inference is shows when the first has come.
+    assert re.match(r"Attention takes about [\d.]+ kB an inference, at most about", lines[1])
+    assert lines[2].startswith("Attention of group_0: 1 of 1 episodes saved, 1 inferences, ")
+    assert "waited" in lines[3]
 
 
 def test_evaluation_is_the_same_with_and_without_recording(tmp_path):
@@ -313,7 +326,7 @@ def test_a_second_interrupt_closes_the_store_without_what_was_queued(tmp_path, m
     envs.step = interrupted(step, lambda: envs.envs[0].unwrapped._t == 20)
     monkeypatch.setattr(BackgroundWriter, "flush", interrupted(flush, lambda: n_interrupts == 1))
     monkeypatch.setattr(EpisodeJob, "append", lambda *args: (append(*args), time.sleep(0.2)))
-    monkeypatch.setattr("lerobot_attn.recording.run._GRACE_S", 60)
+    monkeypatch.setattr("lerobot_attn.recording.handle._GRACE_S", 60)
     with pytest.raises(KeyboardInterrupt) as raised:
         evaluate(tmp_path, {0: envs}, policy=make_policy(n_action_steps=1))
     assert raised.value.__context__ is None
@@ -447,6 +460,54 @@ def test_the_encoder_is_found_before_anything_runs(tmp_path, monkeypatch):
     assert policy.n_inferences == 0
 
 
+class Blind(scripted.ScriptedAdapter):
+    def camera_views(self, batch):
+        return {}
+
+
+@pytest.mark.parametrize("what", ["cameras=false", "a policy without cameras"])
+def test_without_cameras_no_encoder_is_needed(tmp_path, monkeypatch, what):
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    monkeypatch.setattr(imageio_ffmpeg._utils, "_get_ffmpeg_exe", lambda: None)
+    config = scripted.make_config()
+    if what != "cameras=false":
+        config.input_features = {}
+        monkeypatch.setattr(scripted, "ScriptedAdapter", Blind)
+    policy = scripted.ScriptedPolicy(config)
+    settings = {"cameras": False} if what == "cameras=false" else {}
+    _, run = evaluate(tmp_path, {0: scripted.make_envs((5,))}, policy=policy, videos=0, **settings)
+    assert not run.failures
+    (episode,) = open_run(tmp_path)
+    assert episode.is_complete
+    assert not episode.videos
+    assert "video_errors" not in episode.attributes
+
+
+def test_a_video_that_fails_does_not_cost_an_evaluations_maps(tmp_path, monkeypatch):
+    def broken(self, picture):
+        raise StoreError("the encoder stopped")
+
+    monkeypatch.setattr(VideoWriter, "write", broken)
+    info, run = evaluate(tmp_path, {0: scripted.make_envs((5, 25))})
+    assert not run.failures
+    assert info["per_task"][0]["metrics"]["attention"]["n_saved"] == 2
+    for episode in open_run(tmp_path):
+        assert episode.is_complete
+        assert episode.attributes["video_errors"] == {scripted.CAMERA: "the encoder stopped"}
+
+
+@pytest.mark.parametrize("name", ["h#1", "a?b", "x::y", "two words", "Töpfe", "[1]", "run:a"])
+def test_an_evaluation_under_any_legal_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    _, run = evaluate(Path(name), {0: scripted.make_envs((5,))}, layers="all")
+    assert not run.failures
+    (episode,) = open_run(name)
+    assert episode.is_complete
+    true = scripted.attention_of(0, 2, 2, 1)[0].numpy().astype(np.float16)
+    np.testing.assert_array_equal(episode.dataset.suffix_attention.sel(denoise_step=2, layer=2)[0], true)
+    assert len(list(read_frames(episode.videos[scripted.CAMERA]))) == 5
+
+
 def test_actions_that_are_not_their_tokens_are_refused(tmp_path):
     policy = OutOfOrder(scripted.make_config())
     _, run = evaluate(tmp_path, {0: scripted.make_envs((25,))}, policy=policy)
@@ -520,7 +581,6 @@ def test_folders_that_cannot_be_used(tmp_path, what, monkeypatch):
         folder.write_text("")
         message = "is a file, expected a folder"
     else:
-        from pathlib import Path
 
         def refuse(self, data):
             raise PermissionError(13, "Permission denied")

@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 from test_inspection import run_cli
 
-from lerobot_attn import analysis
+from lerobot_attn import analysis, report
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
 from lerobot_attn.report import CompareSettings, compare_groups, comparison_figure, side_by_side, write_report
 from lerobot_attn.store.reader import open_episode, open_run
-from lerobot_attn.store.video import count_frames
-from lerobot_attn.synthetic import SyntheticPlan, planted_shares, write_planted_episode
+from lerobot_attn.overlay import overlay_frames
+from lerobot_attn.store.video import VideoWriter, count_frames, read_frames
+from lerobot_attn.synthetic import SyntheticPlan, planted_patch, planted_shares, write_planted_episode
 
 FIRST = "observation.images.image"
 PLAN = SyntheticPlan(n_frames=20, n_executed=4)
@@ -155,8 +156,8 @@ def test_sinks_of_both_sides_are_left_out_and_said(sides):
     a, b = sides
     found = compare_groups(a[:1], b[:1], CompareSettings(exclude="sinks"))
     overall = rows(found.overall)
-    # Only begin-of-sequence takes its share whatever is shown; the other scaffold gets nothing anyway.
-    assert overall["scaffold", "scaffold"]["a"] == 0
+    # Only begin-of-sequence takes its share whatever is shown; the other template gets nothing anyway.
+    assert overall["template", "template"]["a"] == 0
     assert found.shares.attrs["left_out"] == "1 key token left out"
 
 
@@ -257,7 +258,7 @@ def test_episode_of_one_frame(tmp_path):
     assert comparison_figure([one], [one]).axes
 
 
-LIKE_POLICIES = {
+UNLIKE_POLICIES = {
     "denoise steps": {"n_denoise_steps": 10},
     "depth": {"n_layers": 6, "layers": (4, 5)},
     "heads": {"n_heads": 3},
@@ -279,7 +280,7 @@ LIKE_POLICIES = {
 }
 
 
-@pytest.mark.parametrize("changes", LIKE_POLICIES.values(), ids=LIKE_POLICIES)
+@pytest.mark.parametrize("changes", UNLIKE_POLICIES.values(), ids=UNLIKE_POLICIES)
 def test_episodes_of_unlike_policies(tmp_path, changes):
     """Two episodes and two groups: what both have is compared, and what cannot be is said in one line."""
     episodes = []

@@ -144,3 +144,55 @@ def test_a_run_claims_its_folder_only_while_it_lasts(tmp_path):
     with RunFolder(tmp_path / "attention", "skip").claim():
         pass
     assert open_episode(next((tmp_path / "attention").rglob("*.zarr"))).is_complete
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "other"),
+    [
+        ("layers", [-1, 2], [1, 2]),
+        ("layers", [3, 2, 3], "all"),
+        ("mean_layers", [0, 1, 2, 3], [0, 1, 2]),
+        ("prefix_layers", "none", "all"),
+        ("heads", [1, -2], [0]),
+        ("denoise_steps", [0, 1, 2], [0, 1]),
+        ("keep_bits", 10, 9),
+    ],
+)
+def test_skip_compares_what_settings_mean(tmp_path, name, same, other):
+    evaluate(tmp_path, envs())
+    before = files_of(tmp_path / "attention" / f"group_{TASK}")
+    info, run = evaluate(tmp_path, envs(), existing="skip", **{name: same})
+    assert not run.failures
+    assert info["per_task"][0]["metrics"]["attention"]["n_kept"] == 3
+    assert files_of(tmp_path / "attention" / f"group_{TASK}") == before
+    with pytest.raises(StoreError, match=f"capture {name}"):
+        evaluate(tmp_path, envs(), existing="skip", **{name: other})
+
+
+@pytest.mark.parametrize("group", ["gym_hil/PandaPick-v0", "a/b/c", "sub:mod/Env-v1"])
+def test_namespaced_environments(tmp_path, group):
+    """A group's slashes: refused, gone on with and made anew as any other; eval's own video is found."""
+    evaluate(tmp_path, envs(), group=group)
+    run = open_run(tmp_path)
+    assert [episode.attributes["task_group"] for episode in run] == [group] * 3
+    for index, episode in enumerate(run):
+        assert episode.eval_video == tmp_path / "videos" / f"{group}_{TASK}" / f"eval_episode_{index}.mp4"
+    with pytest.raises(StoreError, match="already holds episodes"):
+        evaluate(tmp_path, envs(), group=group)
+    info, _ = evaluate(tmp_path, envs(), group=group, existing="skip")
+    assert info["per_task"][0]["metrics"]["attention"]["n_kept"] == 3
+    info, run = evaluate(tmp_path, envs(), group=group, existing="overwrite")
+    assert not run.failures
+    assert info["per_task"][0]["metrics"]["attention"]["n_kept"] == 0
+    assert len(open_run(tmp_path)) == 3
+
+
+def test_nested_folders_of_older_versions_are_found(tmp_path):
+    evaluate(tmp_path, envs())
+    old = tmp_path / "attention" / "gym_hil" / "PandaPick-v0_0"
+    old.parent.mkdir()
+    (tmp_path / "attention" / f"group_{TASK}").rename(old)
+    with pytest.raises(StoreError, match=r"already holds episodes .*gym_hil/PandaPick-v0_0/episode_00000"):
+        RunFolder(tmp_path / "attention")
+    RunFolder(tmp_path / "attention", "overwrite").settle({}, {})
+    assert list(old.iterdir()) == []

@@ -29,9 +29,8 @@ def run(*arguments, encoding):
 
 @pytest.fixture(scope="module")
 def episode(tmp_path_factory):
-    plan = replace(
-        FAMILIES["pi05"], videos=False, n_text=200, task=" ".join(TASKS.values()).replace("\x1b", "")
-    )
+    task = " ".join(TASKS.values())
+    plan = replace(FAMILIES["pi05"], videos=False, n_text=200, task=task)
     return write_planted_episode(tmp_path_factory.mktemp("terminal"), plan)
 
 

@@ -9,19 +9,26 @@
 Knows neither torch nor LeRobot, draws nothing and opens no file.
 """
 
-from lerobot_attn.analysis.compare import Aspect, compare, compare_each, compare_overall, split_by_success
-from lerobot_attn.analysis.measures import sharpness, stability
+from lerobot_attn.analysis.compare import (
+    Aspect,
+    compare,
+    compare_each,
+    compare_overall,
+    same_geometry,
+    split_by_success,
+)
+from lerobot_attn.analysis.measures import attention_entropy, sharpness, stability
 from lerobot_attn.analysis.prefix import (
     PrefixWhere,
     cross_modal,
-    flow,
     image_to_text,
     prefix_attention,
-    rollout,
     text_to_image,
 )
+from lerobot_attn.analysis.propagation import attention_flow, attention_rollout, flow, rollout
+from lerobot_attn.analysis.reduce import mean_over, row_sum
 from lerobot_attn.analysis.runs import MEASURES, Measure, summarise, summarise_run
-from lerobot_attn.analysis.select import Where, attention
+from lerobot_attn.analysis.select import Where, attention, executed_actions, prefix_only_layers
 from lerobot_attn.analysis.sinks import attention_sinks
 from lerobot_attn.analysis.spatial import (
     by_camera,
@@ -37,6 +44,7 @@ from lerobot_attn.analysis.tokens import (
     by_modality,
     by_token,
     modality_share,
+    prompt_truncated,
     to_table,
     token_attention,
 )
@@ -49,6 +57,9 @@ __all__ = [
     "Where",
     "action_self_attention",
     "attention",
+    "attention_entropy",
+    "attention_flow",
+    "attention_rollout",
     "attention_sinks",
     "by_camera",
     "by_modality",
@@ -59,15 +70,21 @@ __all__ = [
     "compare_each",
     "compare_overall",
     "cross_modal",
+    "executed_actions",
     "flow",
     "image_heatmap",
     "image_to_text",
+    "mean_over",
     "modality_share",
     "on_camera_pixels",
     "on_grid",
     "padding_share",
     "prefix_attention",
+    "prefix_only_layers",
+    "prompt_truncated",
     "rollout",
+    "row_sum",
+    "same_geometry",
     "sharpness",
     "split_by_success",
     "stability",

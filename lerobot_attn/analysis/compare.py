@@ -6,7 +6,7 @@
     solved, failed = split_by_success(open_run("out"))
     compare(failed, solved)            # modality shares over the phase of the episode, b - a with intervals
     compare_overall(failed, solved)    # the same as a table of means over whole episodes
-    compare_each(failed, solved, {"words": Aspect("token_attention"), "all": Aspect("sharpness", "whole")})
+    compare_each(failed, solved, {"words": Aspect("token_attention"), "all": Aspect("entropy", "whole")})
 
 Intervals are percentile bootstraps over episodes (Efron & Tibshirani, "An Introduction to the Bootstrap",
 1993, chapters 8 and 13). An episode is drawn as a whole, so they say how far the difference would move if
@@ -29,10 +29,12 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.runs import (
     MEASURES,
+    OLD_NAMES,
     AnyMeasure,
     Labels,
     Measure,
     Source,
+    attributes_of,
     check_whole_episode,
     find_measure,
     label_columns,
@@ -45,8 +47,10 @@ from lerobot_attn.analysis.runs import (
     token_labels,
 )
 from lerobot_attn.analysis.select import Where
-from lerobot_attn.analysis.spatial import by_camera, camera_names, image_heatmap
+from lerobot_attn.analysis.spatial import by_camera, camera_geometry, camera_names, image_heatmap
+from lerobot_attn.analysis.tokens import MODALITY_OF
 from lerobot_attn.errors import SelectionError, StoreError, first_line
+from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.sizes import Progress
 
 Align = Literal["phase", "frame"]
@@ -56,7 +60,7 @@ Place = Callable[[xr.DataArray], xr.DataArray]  # (frame, …) onto the axis tha
 HEATMAP = "image_heatmap"
 FEW_EPISODES = 10
 _BATCH_BYTES = 64_000_000
-_KINDS = ("task", "state", "scaffold", "text")
+_KINDS = list(MODALITY_OF.values())
 
 
 class BySuccess[S: Source](NamedTuple):
@@ -106,12 +110,34 @@ class _Task(NamedTuple):
 
     measure: Measure
     place: Place
+    camera: str | None
+
+    def geometry_of(self, dataset: xr.Dataset) -> _Geometry | None:
+        """Return what the patches of a heatmap show; None for other measures."""
+        if self.measure.name != HEATMAP:
+            return None
+        return _Geometry(*camera_geometry(dataset, self.camera)[:2])
+
+
+class _Geometry(NamedTuple):
+    """A camera, and how its image became patches."""
+
+    camera: str
+    geometry: ImageGeometry
+
+    def __str__(self) -> str:
+        g = self.geometry
+        return (
+            f"{g.height_px}x{g.width_px} px, {g.pad_top_px} above and {g.pad_left_px} left of it padded, in "
+            f"{g.grid_rows}x{g.grid_columns} patches"
+        )
 
 
 class _Measured(NamedTuple):
-    """An episode's measures, one for each task, and its cameras."""
+    """An episode's measures and its heatmaps' geometries, one for each task, and its cameras."""
 
     values: list[xr.DataArray]
+    geometries: list[_Geometry | None]
     cameras: tuple[str, ...]
 
 
@@ -140,6 +166,24 @@ def split_by_success[S: Source](episodes: Iterable[S]) -> BySuccess[S]:
     return BySuccess(successes, failures)
 
 
+def same_geometry(episodes: Iterable[Source], camera: str | None = None) -> bool:
+    """Return whether a camera's patches show the same places of its image in all episodes.
+
+    Only then can heatmaps be subtracted. Otherwise each map can be drawn on its own episode's pixels, see
+    `on_camera_pixels`. No arrays are opened.
+
+    Args:
+        episodes: of `open_run`, or datasets.
+        camera: its name or the end of it; the first one by default.
+
+    Raises:
+        SelectionError: an episode lacks the camera.
+    """
+    alone = [xr.Dataset(attrs={"layout": attributes_of(source).get("layout")}) for source in episodes]
+    geometries = [camera_geometry(dataset, camera)[1] for dataset in alone]
+    return all(geometry == geometries[0] for geometry in geometries)
+
+
 def compare(
     a: Source | Iterable[Source],
     b: Source | Iterable[Source],
@@ -165,7 +209,7 @@ def compare(
     Args:
         a: an episode, or several: of `open_run`, or datasets.
         b: likewise.
-        measure: "modality_share", "token_attention", "sharpness", "stability" (all as for `summarise` by
+        measure: "modality_share", "token_attention", "entropy", "stability" (all as for `summarise` by
             frame), "image_heatmap", or a function or `Measure`.
         camera: whose heatmap, by its name or the end of it; the first one by default.
         align: "phase" or "frame".
@@ -188,8 +232,9 @@ def compare(
         `attrs["interval"]` says what it is, or why there is none.
 
     Raises:
-        SelectionError: an empty group, cameras or sizes that differ, nothing recorded, an unknown measure,
-            align, camera or label, or a setting out of its range.
+        SelectionError: an empty group, cameras or sizes that differ, heatmaps of a camera whose geometry
+            differs (one patch shows different places then; shares of whole images can be compared), nothing
+            recorded, an unknown measure, align, camera or label, or a setting out of its range.
         StoreError: an episode cannot be read.
     """
     if align not in ("phase", "frame"):
@@ -281,7 +326,10 @@ def compare_each(
         raise SelectionError(f"n_resamples={n_resamples}: expected 1 or more, e.g. 2000")
     if not aspects:
         raise SelectionError("aspects: got none, expected one at least")
-    tasks = [_Task(_measure(aspect.measure, aspect.camera), aspect.place) for aspect in aspects.values()]
+    tasks = [
+        _Task(_measure(aspect.measure, aspect.camera), aspect.place, aspect.camera)
+        for aspect in aspects.values()
+    ]
     groups = _groups(a, b, tasks, where, scheduler, progress)
     return {
         name: _difference(*of_task, task.measure, confidence, n_resamples, seed)
@@ -312,7 +360,7 @@ def _measure(measure: AnyMeasure, camera: str | None) -> Measure:
         return Measure(HEATMAP, functools.partial(_heatmap, camera=camera), "share", of_attention=True)
     if camera is not None:
         raise SelectionError(f"camera={camera!r} is a choice of measure={HEATMAP!r} alone, got {measure!r}")
-    if isinstance(measure, str) and measure not in MEASURES:
+    if isinstance(measure, str) and measure not in MEASURES and measure not in OLD_NAMES:
         known = ", ".join([*MEASURES, HEATMAP])
         raise SelectionError(f"measure {measure!r}: expected one of {known}, or a function")
     return find_measure(measure)
@@ -354,6 +402,14 @@ def _groups(
                 f"the episodes' cameras differ: {', '.join(cameras[0]) or 'none'} in {paths[0]}, "
                 f"{', '.join(names) or 'none'} in {path}; compare episodes of the same cameras"
             )
+    for path, found in zip(paths, episodes, strict=True):
+        for ours, theirs in zip(episodes[0].geometries, found.geometries, strict=True):
+            if ours is not None and ours != theirs:
+                raise SelectionError(
+                    f"heatmaps of {ours.camera} cannot be compared patch by patch, because patches show "
+                    f"other places: {ours} in {paths[0]}, {theirs} in {path}; compare modality_share or "
+                    "entropy, or episodes whose cameras are alike"
+                )
     n = len(of_a)
     by_task = zip(*(found.values for found in episodes), strict=True)
     return [(_Group([*values[:n]], paths[:n]), _Group([*values[n:]], paths[n:])) for values in by_task]
@@ -374,7 +430,8 @@ def _episode(dataset: xr.Dataset, *, tasks: Sequence[_Task], where: Mapping[str,
         for of_measure in pieces
     ]
     placed = [task.place(whole[measures.index(task.measure)]) for task in tasks]
-    return _Measured(placed, tuple(camera_names(dataset)))
+    geometries = [task.geometry_of(dataset) for task in tasks]
+    return _Measured(placed, geometries, tuple(camera_names(dataset)))
 
 
 def _by_phase(array: xr.DataArray, n_phases: int) -> xr.DataArray:
@@ -517,7 +574,9 @@ def _stacked(
                 tokens.setdefault(label, set()).add(ordinal)
             array = array.drop_vars(["label", "kind", "ordinal"]).assign_coords(token=list(map(str, labels)))
         keyed.append(array)
-    order = sorted(tokens, key=lambda label: _KINDS.index(label.kind))
+    order = sorted(
+        tokens, key=lambda label: _KINDS.index(label.kind) if label.kind in _KINDS else len(_KINDS)
+    )
     wanted: dict[str, list[Any]] = {"token": [str(label) for label in order]} if order else {}
     if any("modality" in array.dims for array in keyed):
         wanted["modality"] = list(

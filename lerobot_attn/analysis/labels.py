@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ def stored_labels(
     Args:
         dataset: an episode's.
         name: the coordinate, e.g. "denoise_step".
-        choice: a number (negative from the policy's last), a list of them, or one of `words`: every one.
+        choice: a number (negative from the policy's last), a list of them, or one of `words`: every one. None
+            is the last one that was saved.
         count: the policy attribute that says how many there are.
         words: what may be said instead of numbers.
 
@@ -51,6 +52,8 @@ def stored_labels(
             known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
             raise SelectionError(f"{_plain(name)} {choice!r}: expected a number, a list, {known}")
         return saved
+    if choice is None and saved:
+        return saved[-1]
     total = policy_count(dataset, count)
     labels = from_end(_plain(name), choice, total or saved[-1] + 1)
     if labels == []:
@@ -126,9 +129,14 @@ def in_words(name: str, choice: Any, labels: Any, total: int | None = None) -> s
 
 def policy_count(dataset: xr.Dataset, name: str) -> int | None:
     """Return how many layers, heads or denoise steps the policy has, where the store says it."""
-    policy = said_of(dataset).get("policy")
-    count = policy.get(name) if isinstance(policy, dict) else None
+    count = policy_of(dataset).get(name)
     return count if isinstance(count, int) else None
+
+
+def policy_of(dataset: xr.Dataset) -> Mapping[str, Any]:
+    """Return what the store says of the policy; nothing where it says nothing."""
+    policy = said_of(dataset).get("policy")
+    return policy if isinstance(policy, dict) else {}
 
 
 def ranges(values: Sequence[int]) -> str:

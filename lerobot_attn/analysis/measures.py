@@ -1,4 +1,4 @@
-"""How sharp and how steady attention is."""
+"""How spread out and how steady attention is. Knows no episode, only arrays."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import xarray as xr
 
+from lerobot_attn.analysis.renamed import warn_renamed
 from lerobot_attn.errors import SelectionError
 
 
-def sharpness(array: xr.DataArray, dims: Sequence[Hashable] | None = None) -> xr.Dataset:
-    """Return the entropy of a distribution and the number of tokens that it is worth.
+def attention_entropy(array: xr.DataArray, dims: Sequence[Hashable] | None = None) -> xr.Dataset:
+    """Return the entropy of a distribution and the effective number of tokens, or patches, that share it.
 
-    The values are first divided by their sum, so for a heatmap it is the distribution within the image:
-    `effective_number` is 1 when one patch takes everything and the number of patches when all get the same.
+    The entropy is Shannon's ("A Mathematical Theory of Communication", 1948); Clark et al. 2019
+    (arXiv:1906.04341) describe attention by it. The values are first divided by their sum, so for a heatmap
+    it is the distribution within the image: `effective_number` is 1 when one patch takes everything and the
+    number of patches when all get the same.
 
     Args:
         array: attention or a heatmap, not negative.
         dims: what to take the distribution over; by default key, token, or grid_y and grid_x.
 
     Returns:
-        `entropy` in bits and `effective_number` = 2^entropy (perplexity), over the remaining dimensions; NaN
-        where everything is 0 or something is missing.
+        `entropy` in bits and `effective_number` = 2^entropy (perplexity), over the remaining dimensions. Keys
+        that a layer cannot see (NaN at some keys of a row) have no part in it; NaN where everything is 0 or
+        missing (NaN at every key).
 
     Raises:
         SelectionError: the array lacks the dimensions.
     """
     dims = _distribution_dims(array, dims)
-    total = array.sum(dims, skipna=False)
-    p = array / total.where(total > 0)
-    # 0 log 0 is 0; a p of NaN stays NaN, as p * 0 is.
+    p = _shares(array, dims)
+    # 0 log 0 is 0. Absent keys are 0 by now; a missing row is NaN and stays it, as NaN * 0 is.
     bits: xr.DataArray = xr.apply_ufunc(np.log2, p.where(p > 0, 1), dask="allowed")
     entropy = 0 - (p * bits).sum(dims, skipna=False)  # not -(…), which makes -0.0 of a one-hot's 0
     entropy.attrs = {"long_name": "entropy", "units": "bit"}
@@ -39,11 +42,18 @@ def sharpness(array: xr.DataArray, dims: Sequence[Hashable] | None = None) -> xr
     return xr.Dataset({"entropy": entropy, "effective_number": number})
 
 
+def sharpness(array: xr.DataArray, dims: Sequence[Hashable] | None = None) -> xr.Dataset:
+    """Return what `attention_entropy` does; deprecated."""
+    warn_renamed("sharpness", "attention_entropy")
+    return attention_entropy(array, dims)
+
+
 def stability(array: xr.DataArray, along: str, dims: Sequence[Hashable] | None = None) -> xr.DataArray:
     """Return how much of a map stays from one denoise step, inference or frame to the next.
 
-    The overlap sum(min(p, q)) of the two distributions, which is 1 minus their total variation distance: 1
-    when nothing moves, 0 when nothing is shared.
+    The overlap sum(min(p, q)) of the two distributions (histogram intersection of Swain & Ballard, "Color
+    indexing", 1991), which is 1 minus their total variation distance: 1 when nothing moves, 0 when nothing is
+    shared. Keys that a layer cannot see have no part in it.
 
     Args:
         array: attention or heatmaps, with the dimension `along`.
@@ -64,8 +74,7 @@ def stability(array: xr.DataArray, along: str, dims: Sequence[Hashable] | None =
         )
     if array.sizes[along] < 2:
         raise SelectionError(f"stability along {along!r} needs two maps at least, got {array.sizes[along]}")
-    total = array.sum(dims, skipna=False)
-    p = array / total.where(total > 0)
+    p = _shares(array, dims)
     later = p.isel({along: slice(1, None)})
     earlier = p.isel({along: slice(None, -1)})
     # The result is labelled by the later map alone: its step, its flow time.
@@ -74,6 +83,13 @@ def stability(array: xr.DataArray, along: str, dims: Sequence[Hashable] | None =
     overlap = shared.sum(dims, skipna=False)
     overlap.attrs = {"long_name": f"overlap with the previous {along.replace('_', ' ')}", "units": "1"}
     return overlap
+
+
+def _shares(array: xr.DataArray, dims: Sequence[Hashable]) -> xr.DataArray:
+    """Divide by the sum over the keys that exist; absent keys become 0, a missing or empty row NaN."""
+    values = array.fillna(0)
+    total = values.sum(dims)  # 0 of a missing row
+    return values / total.where(total > 0)
 
 
 def _distribution_dims(array: xr.DataArray, dims: Sequence[Hashable] | None) -> list[Hashable]:

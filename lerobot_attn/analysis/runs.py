@@ -1,8 +1,7 @@
 """Summaries of whole runs: measures of every inference or frame of thousands of episodes, as tidy tables.
 
     from lerobot_attn import open_run
-    from lerobot_attn.analysis.labels import said_of
-from lerobot_attn.analysis.runs import summarise_run
+    from lerobot_attn.analysis.runs import summarise_run
 
     summary = summarise_run(open_run("out"), ("modality_share", "stability"), layer="all")
     summary.table    # one row per value, with the episode that it is of
@@ -19,7 +18,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol, Unpack
 
 import numpy as np
@@ -32,8 +31,8 @@ from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from lerobot_attn.analysis.labels import said_of
-from lerobot_attn.analysis.measures import sharpness, stability
-from lerobot_attn.analysis.select import MEANS, RAW, Where, attention
+from lerobot_attn.analysis.measures import attention_entropy, stability
+from lerobot_attn.analysis.select import MEANS, RAW, Where, attention, default_query
 from lerobot_attn.analysis.spatial import camera_geometry, camera_names
 from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import SelectionError
@@ -121,18 +120,18 @@ class RunSummary(NamedTuple):
 class Labels(NamedTuple):
     """What tells tokens of different inferences and episodes apart, and the same ones together."""
 
-    kind: str  # "task", "state", "scaffold" or "text"
+    kind: str  # "task", "state", "template" or "text"
     name: str  # the token's text; "the (2)" for the second of its kind and text
 
 
-def _camera_sharpness(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
+def _camera_entropy(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
     """Return entropy (bit) and effective number of patches within each image: (…, camera, quantity)."""
     cameras = []
     for part in _camera_parts(dataset, array):
-        of_camera = sharpness(part, ["key"])
+        of_camera = attention_entropy(part, ["key"])
         cameras.append(xr.concat([of_camera[name] for name in of_camera], "quantity", coords="minimal"))
     result = xr.concat(cameras, "camera", coords="minimal").transpose(..., "camera", "quantity")
-    result.attrs = {"long_name": "sharpness within the image"}
+    result.attrs = {"long_name": "entropy within the image"}
     return result.assign_coords(camera=camera_names(dataset), quantity=["entropy", "effective_number"])
 
 
@@ -162,14 +161,17 @@ MEASURES: dict[str, Measure] = {
     for measure in (
         Measure("modality_share", by_modality, "share", of_attention=True),
         Measure("token_attention", by_token, "share", of_attention=True),
-        Measure("sharpness", _camera_sharpness, of_attention=True),
+        Measure("entropy", _camera_entropy, of_attention=True),
         Measure("stability", _camera_stability, "overlap", n_before=1, of_attention=True),
     )
 }
 
 
+OLD_NAMES = {"sharpness": "entropy"}  # of measures; they still work, and tables call them as they were asked
+
+
 def find_measure(measure: AnyMeasure) -> Measure:
-    """Return a measure by its name; a function becomes one of its own name.
+    """Return a measure by its name, old ones too; a function becomes one of its own name.
 
     Raises:
         SelectionError: unknown name.
@@ -179,6 +181,8 @@ def find_measure(measure: AnyMeasure) -> Measure:
     if isinstance(measure, str):
         if measure in MEASURES:
             return MEASURES[measure]
+        if measure in OLD_NAMES:
+            return replace(MEASURES[OLD_NAMES[measure]], name=measure)
         raise SelectionError(f"measure {measure!r}: expected one of {', '.join(MEASURES)}, or a function")
     if not callable(measure):
         raise SelectionError(f"measure {measure!r}: expected a name or a function")
@@ -205,8 +209,8 @@ def summarise(
         dataset: an episode's; `episode.arrays` is quicker here than the Dask one.
         measures: names from `MEASURES`, `Measure`s or functions:
             "modality_share", the share of attention on each camera, words, state, …;
-            "token_attention", the share on each word, state number and piece of scaffold;
-            "sharpness", entropy (bit) and effective number of patches within each image;
+            "token_attention", the share on each word, state number and piece of template;
+            "entropy", its entropy (bit) and effective number of patches within each image;
             "stability", the overlap (0 to 1) with the previous inference, or frame, within each image; NaN at
             the first.
         by: "inference" or "frame".
@@ -216,7 +220,7 @@ def summarise(
         One row per value. Columns: `inference` or `frame`; `phase`, 0 at the episode's first frame and 1 at
         its last; `flow_time`, `denoise_step`, `layer`, `head`, `query` where they are not averaged over; any
         other dimension of a function's result; `measure`; `quantity`, what the value is; `kind` and `name`,
-        what it is of: modality, camera, or task, state and scaffold for tokens (the second "the" of a task is
+        what it is of: modality, camera, or task, state and template for tokens (the second "the" of a task is
         "the (2)"); `value`.
 
     Raises:
@@ -310,6 +314,9 @@ def measured(
     # Tables of a few kilobytes an inference, whose chunks hold many: read once, not for each block.
     dataset = dataset.drop_vars(maps).compute().assign({name: dataset[name] for name in maps})
     owners = dataset["frame_inference"].values
+    if by == "frame" and where.get("query") is None and default_query(dataset, by_frame=True) != "frame":
+        # Decided for the episode as a whole: a block's frames alone may all have a token.
+        where = {**where, "query": default_query(dataset, by_frame=True)}
     n_before = max(measure.n_before for measure in measures)
     length = _block_length(dataset, where)
     for start in range(0, n_inferences, length):
@@ -407,9 +414,10 @@ def attributes_of(source: Source) -> Mapping[Any, Any]:
 
 
 def success_of(source: Source) -> bool | None:
-    """Return whether an episode solved its task; None if it was interrupted."""
+    """Return whether an episode solved its task; None if it was interrupted or its loop did not know."""
     success = attributes_of(source).get("success")
-    return success if isinstance(success, bool) else None
+    # A file that is no Zarr store gives back a number of NumPy's.
+    return bool(success) if isinstance(success, (bool, np.bool_, np.integer)) else None
 
 
 def path_of(source: Source) -> str:
@@ -439,6 +447,8 @@ def label_columns(array: xr.DataArray) -> dict[str, NDArray[Any]]:
         str(dim): (dim, np.arange(size)) for dim, size in array.sizes.items() if dim != naming
     }
     for key, coord in array.coords.items():
+        if key == "layer_sees_suffix":  # says why values are NaN, not where they are
+            continue
         if coord.ndim == 0:
             labels[str(key)] = (None, coord.values)
         elif coord.ndim == 1 and coord.dims[0] != naming:

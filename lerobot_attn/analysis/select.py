@@ -9,11 +9,14 @@ A Dask-backed dataset gives lazy results. Knows neither images nor words; opens 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from functools import lru_cache
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from lerobot_attn.analysis.labels import (
     from_end,
@@ -23,14 +26,16 @@ from lerobot_attn.analysis.labels import (
     policy_count,
     positions,
     ranges,
-    said_of,
     stored_labels,
 )
+from lerobot_attn.analysis.reduce import mean_over
+from lerobot_attn.analysis.renamed import warn_renamed
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import TokenLayout
 
 Labels = int | Sequence[int] | Literal["all"]
 Choice = int | Sequence[int] | Literal["all", "mean"]
+LayerChoice = Choice | None
 HeadChoice = int | Sequence[int] | Literal["all", "mean", "max"]
 QueryChoice = int | Literal["frame", "executed", "mean", "all"]
 
@@ -42,43 +47,58 @@ class Where(TypedDict, total=False):
     """What to look at; every key has a default.
 
     An integer drops its dimension, a list or "all" keeps it, "mean" and "max" reduce it. A map that the store
-    lacks is NaN, and so is every mean or maximum that would need it.
+    lacks is NaN, and so is every mean or maximum that would need it. Keys that a layer cannot see are NaN
+    too, and are left out of sums and means: see `lerobot_attn.analysis.reduce`.
 
     Keys:
         frame: frame number(s), or "all".
         inference: inference number(s), or "all"; the default where no frame is given.
-        layer: labels, negative from the policy's last; default -1, "all" for every stored one.
-        denoise_step: labels likewise; default -1, the step that yields the action.
+        layer: labels, negative from the policy's last; by default the last stored one; "all" for every
+            stored one.
+        denoise_step: labels likewise; by default the last stored one, mostly the step that yields the action.
         head: labels, "all", "mean" (default) or "max", which is taken last, of the other means.
         query: an action token's number in the chunk, from 0 also where a state token opens the suffix;
-            "frame", the token whose action is executed at each frame (the default with `frame`); "executed",
-            the mean over the executed ones (the default otherwise); "mean" over all; or "all".
-        leave_out: key tokens to leave out, e.g. attention sinks; the rest is rescaled to sum to 1.
+            "frame", the token whose action is executed at each frame (the default with `frame`, if every
+            frame of the episode has one); "executed", the mean over the executed ones (the default
+            otherwise); "mean" over all; or "all".
+        exclude: key tokens to leave out, e.g. attention sinks; the rest is rescaled to sum to 1.
+        leave_out: the former name of `exclude`, deprecated.
     """
 
     frame: Labels | None
     inference: Labels | None
-    layer: Choice
-    denoise_step: Choice
+    layer: LayerChoice
+    denoise_step: LayerChoice
     head: HeadChoice
     query: QueryChoice | None
+    exclude: Sequence[int]
     leave_out: Sequence[int]
 
 
 def layout_of(dataset: xr.Dataset) -> TokenLayout:
-    """Return the token layout that the dataset carries in its attributes.
+    """Return the token layout that the dataset carries in its attributes, as an object or as JSON text.
 
     Raises:
         StoreError: there is none, or it is damaged.
     """
     try:
-        return TokenLayout.from_dict(said_of(dataset)["layout"])
+        layout = dataset.attrs["layout"]
+        return _layout_of_text(layout) if isinstance(layout, str) else TokenLayout.from_dict(layout)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"the dataset's token layout is missing or damaged ({error!r})") from error
 
 
+@lru_cache(maxsize=16)
+def _layout_of_text(text: str) -> TokenLayout:
+    return TokenLayout.from_dict(json.loads(text))
+
+
 def executed_queries(dataset: xr.Dataset) -> slice:
-    """Return the queries whose actions are executed, as a slice."""
+    """Return the suffix queries whose actions are executed, as a slice of the store's `query`.
+
+    They are no numbers of actions: where a state token opens the suffix, action 0 is query 1. What
+    `attention` gives for `query="all"` is labelled by actions, of which `executed_actions` are executed.
+    """
     try:
         first, stop = dataset.attrs["executed_queries"]
         return slice(int(first), int(stop))
@@ -86,16 +106,83 @@ def executed_queries(dataset: xr.Dataset) -> slice:
         raise StoreError(f"the dataset does not say which queries are executed ({error!r})") from error
 
 
+def executed_actions(dataset: xr.Dataset) -> slice:
+    """Return which actions of a chunk are executed, as a slice of action numbers, from 0.
+
+    Raises:
+        StoreError: the dataset does not say it, or names queries that are no actions.
+    """
+    queries, layout = executed_queries(dataset), layout_of(dataset)
+    try:
+        return slice(layout.action_of_query(queries.start), layout.action_of_query(queries.stop - 1) + 1)
+    except IndexError as error:
+        raise StoreError(
+            f"the dataset's executed_queries are {queries.start} to {queries.stop - 1}, expected action "
+            f"tokens, {layout.action_queries.start} to {layout.action_queries.stop - 1}"
+        ) from error
+
+
+def executed_in_words(dataset: xr.Dataset) -> str:
+    """Say which actions are averaged over: "mean of executed actions 0-9"."""
+    executed = executed_actions(dataset)
+    return f"mean of executed actions {executed.start}-{executed.stop - 1}"
+
+
+def prefix_only_layers(dataset: xr.Dataset) -> list[int]:
+    """Return the labels of the stored layers that cannot see the suffix, ascending; none in most policies.
+
+    In their maps the suffix's keys are absent: NaN, which is neither 0 nor a missing map.
+    """
+    found: set[int] = set()
+    for dim in ("layer", "all_layer"):
+        name = f"{dim}_sees_suffix"
+        if name in dataset.coords:
+            found.update(dataset[dim].values[~dataset[name].values.astype(bool)].tolist())
+    return sorted(found)
+
+
+def default_query(dataset: xr.Dataset, *, by_frame: bool) -> QueryChoice:
+    """Return the query that is looked at unless another is asked for.
+
+    With frames it is the token whose action was executed. Where the action of some frame is no token of a
+    chunk (RTC, temporal ensembling, relative actions) it is the mean over the executed ones for the whole
+    episode, so that its frames compare.
+    """
+    return "frame" if by_frame and bool((dataset["frame_query"].values >= 0).all()) else "executed"
+
+
+def queries_of_frames(dataset: xr.Dataset, frames: Sequence[int]) -> NDArray[np.integer[Any]]:
+    """Return the suffix query of each frame's action, (frame,).
+
+    Raises:
+        SelectionError: the action of a frame is no token of a chunk.
+        StoreError: the dataset names a query that is no action.
+    """
+    queries: NDArray[np.integer[Any]] = dataset["frame_query"].values[list(frames)]
+    without = [frame for frame, query in zip(frames, queries.tolist(), strict=True) if query < 0]
+    if without:
+        raise SelectionError(
+            f"the action of frame {ranges(sorted(without))} is no token of an inference's chunk; "
+            "choose query='executed' or the number of an action"
+        )
+    try:
+        layout_of(dataset).action_of_query(queries)
+    except IndexError as error:
+        raise StoreError(f"the dataset's frame_query is damaged: {error}") from error
+    return queries
+
+
 def attention(
     dataset: xr.Dataset,
     *,
     frame: Labels | None = None,
     inference: Labels | None = None,
-    layer: Choice = -1,
-    denoise_step: Choice = -1,
+    layer: LayerChoice = None,
+    denoise_step: LayerChoice = None,
     head: HeadChoice = "mean",
     query: QueryChoice | None = None,
-    leave_out: Sequence[int] = (),
+    exclude: Sequence[int] = (),
+    leave_out: Sequence[int] | None = None,
 ) -> xr.DataArray:
     """Select suffix attention by label. See `Where` for the choices.
 
@@ -104,22 +191,30 @@ def attention(
 
     Returns:
         (frame or inference, denoise_step, layer, head, query, key) without the dimensions that were dropped
-        or reduced: float32 share of attention, rows sum to 1 over key (not with `head="max"`). Its attributes
-        say in words what was chosen.
+        or reduced: float32 share of attention, rows sum to 1 over the keys that the layer can see (not with
+        `head="max"`; nor the mean of layers of which some cannot see the suffix, see `mean_over`). Keys that
+        a layer cannot see are NaN; `attrs["absent_keys"]` names such layers where there are any. The other
+        attributes say in words what was chosen.
 
     Raises:
-        SelectionError: a label that the episode does not hold; the message names those that it does.
+        SelectionError: a label that the episode does not hold, and the message names those that it does; or a
+            frame whose action is no token, with `query="frame"`.
     """
+    if leave_out is not None:
+        warn_renamed("leave_out", "exclude")
+        exclude = leave_out
     if frame is not None and inference is not None:
         raise SelectionError(f"got both frame={frame!r} and inference={inference!r}, expected one of them")
     by_frame = frame is not None
-    query = ("frame" if by_frame else "executed") if query is None else query
+    query = default_query(dataset, by_frame=by_frame) if query is None else query
     query = checked_query(dataset, query, by_frame=by_frame)
     source, layers = _source(dataset, layer, query)
     array = dataset[source]
     if source == MEANS:
         array = array.rename(all_layer="layer")
+        array = array.rename({n: "layer_sees_suffix" for n in array.coords if n == "all_layer_sees_suffix"})
     array = picked(array, "layer", layers)
+    blind = [label for label in prefix_only_layers(dataset) if label in np.atleast_1d(layers)]
     steps = stored_labels(dataset, "denoise_step", denoise_step, "n_denoise_steps")
     array = picked(array, "denoise_step", steps)
     heads = stored_labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
@@ -132,12 +227,12 @@ def attention(
     if isinstance(denoise_step, str) and denoise_step == "mean":
         array = array.mean("denoise_step", skipna=False)
     if isinstance(layer, str) and layer == "mean":
-        array = array.mean("layer", skipna=False)
+        array = mean_over(array, "layer", may_lack_keys=bool(blind))
     if isinstance(head, str) and head != "all":
         array = array.mean("head", skipna=False) if head == "mean" else array.max("head", skipna=False)
-    if len(leave_out):
-        array = _leave_out(array, leave_out)
-    n_steps, n_left_out = policy_count(dataset, "n_denoise_steps"), len(leave_out)
+    if len(exclude):
+        array = _without(array, exclude, may_lack_keys=bool(blind))
+    n_steps, n_left_out = policy_count(dataset, "n_denoise_steps"), len(exclude)
     plural = "s" if n_left_out > 1 else ""
     array.attrs = {
         "long_name": "attention",
@@ -149,7 +244,15 @@ def attention(
         "head": in_words("head", head, heads, policy_count(dataset, "n_heads")),
         "left_out": f"{n_left_out} key token{plural} left out" if n_left_out else "",
     }
+    if blind:
+        array.attrs["absent_keys"] = absent_in_words(blind)
     return array
+
+
+def absent_in_words(layers: Sequence[int]) -> str:
+    """Say which layers cannot see the suffix."""
+    plural = "s" if len(layers) > 1 else ""
+    return f"layer{plural} {ranges(layers)} cannot see the suffix, whose keys are absent there"
 
 
 def frames_of(dataset: xr.Dataset, frame: Labels) -> int | list[int]:
@@ -170,8 +273,7 @@ def stored_layers(dataset: xr.Dataset) -> tuple[list[int], list[int]]:
 
 def action_queries(dataset: xr.Dataset) -> slice:
     """Return the queries that are action tokens: all of them unless a state token opens the suffix."""
-    layout = layout_of(dataset)
-    return slice(layout.first_action_query, layout.first_action_query + len(layout.actions))
+    return layout_of(dataset).action_queries
 
 
 def checked_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) -> QueryChoice:
@@ -197,21 +299,24 @@ def checked_query(dataset: xr.Dataset, query: QueryChoice, *, by_frame: bool) ->
     return number
 
 
-def _source(dataset: xr.Dataset, layer: Choice, query: QueryChoice) -> tuple[str, int | list[int]]:
+def _source(dataset: xr.Dataset, layer: LayerChoice, query: QueryChoice) -> tuple[str, int | list[int]]:
     """Choose full maps or means, and return the layers' labels in it."""
     full, means = stored_layers(dataset)
     if not full and not means:
         raise SelectionError("the episode holds no suffix attention; record with layers or mean_layers")
     if isinstance(query, int):
-        executed, position = executed_queries(dataset), action_queries(dataset).start + query
-        covered, prefer_means = executed.start <= position < executed.stop, not full
+        executed = executed_actions(dataset)
+        covered, prefer_means = executed.start <= query < executed.stop, not full
     else:
         covered = query in ("executed", "frame")
         prefer_means = len(means) >= len(full)
-    if isinstance(layer, str):
+    labels: int | list[int]
+    if layer is None:
+        labels = max([*full, *means]) if covered or not full else max(full)
+    elif isinstance(layer, str):
         if layer not in ("all", "mean"):
             raise SelectionError(f"layer {layer!r}: expected a number, a list, 'all' or 'mean'")
-        labels: int | list[int] = means if covered and prefer_means else full
+        labels = means if covered and prefer_means else full
     else:
         last = max([*full, *means])
         n_layers = policy_count(dataset, "n_layers") or last + 1
@@ -248,9 +353,7 @@ def _select_rows(
     source: str,
 ) -> tuple[xr.DataArray, str]:
     """Select along inference or frame, and along query; and say in words which query it is."""
-    executed, actions = executed_queries(dataset), action_queries(dataset)
-    first = actions.start
-    mean_text = f"mean of executed actions {executed.start - first}-{executed.stop - 1 - first}"
+    layout, mean_text = layout_of(dataset), executed_in_words(dataset)
     if frame is None:
         chosen = positions("inference", "all" if inference is None else inference, dataset.sizes["inference"])
         array = array.isel(inference=chosen)
@@ -258,15 +361,16 @@ def _select_rows(
         array = array.assign_coords(inference=labels)
         if source == MEANS:
             return array, mean_text
-        return _reduce_query(array, query, executed, actions, mean_text)
+        return _reduce_query(dataset, array, query)
     frames = frames_of(dataset, frame)
     wanted, order = np.unique(np.array(frames, int), return_inverse=True)
     inferences = dataset["frame_inference"].values[wanted]
     if source == RAW and query == "frame":
-        queries = dataset["frame_query"].values[wanted]
+        queries = queries_of_frames(dataset, wanted.tolist())
         if isinstance(frames, int):
             one = array.isel(inference=int(inferences[0]), query=int(queries[0]))
-            return one.assign_coords(frame=frames), f"action {int(queries[0]) - first}, executed at the frame"
+            action = layout.action_of_query(int(queries[0]))
+            return one.assign_coords(frame=frames), f"action {action}, executed at the frame"
         # One inference at a time: its frames share a chunk, and no more than one is ever held.
         pieces = []
         for value in dict.fromkeys(inferences.tolist()):
@@ -284,34 +388,38 @@ def _select_rows(
     array = array.isel(inference=unique)
     text = mean_text
     if source == RAW:
-        array, text = _reduce_query(array, query, executed, actions, mean_text)
+        array, text = _reduce_query(dataset, array, query)
+    if query == "executed" and default_query(dataset, by_frame=True) != "frame":
+        text += "; actions of frames are no tokens of a chunk"
     if isinstance(frames, int):
         return array.isel(inference=0).assign_coords(frame=frames), text
     array = array.isel(inference=xr.DataArray(back[order], dims="frame")).assign_coords(frame=wanted[order])
     return array.transpose("frame", ...), text
 
 
-def _reduce_query(
-    array: xr.DataArray, query: QueryChoice, executed: slice, actions: slice, mean_text: str
-) -> tuple[xr.DataArray, str]:
+def _reduce_query(dataset: xr.Dataset, array: xr.DataArray, query: QueryChoice) -> tuple[xr.DataArray, str]:
+    layout = layout_of(dataset)
+    actions = layout.action_queries
     if query == "executed":
-        return array.isel(query=executed).astype(np.float32).mean("query", skipna=False), mean_text
+        array = array.isel(query=executed_queries(dataset)).astype(np.float32)
+        return array.mean("query", skipna=False), executed_in_words(dataset)
     if query == "mean":
         return array.isel(query=actions).astype(np.float32).mean("query", skipna=False), "mean of all actions"
     if query == "all":
         array = array.isel(query=actions)
         return array.assign_coords(query=np.arange(array.sizes["query"])), "every action"
     assert isinstance(query, int)
-    return array.isel(query=actions.start + query), f"action {query}"
+    return array.isel(query=layout.query_of_action(query)), f"action {query}"
 
 
-def _leave_out(array: xr.DataArray, keys: Sequence[int]) -> xr.DataArray:
+def _without(array: xr.DataArray, keys: Sequence[int], *, may_lack_keys: bool) -> xr.DataArray:
+    """Set keys to 0 and rescale the others, of those that the layer can see, to sum to 1."""
     n_keys = array.sizes["key"]
     bad = [key for key in keys if not 0 <= key < n_keys]
     if bad:
-        raise SelectionError(f"leave_out: key {bad[0]} does not exist, expected 0 to {n_keys - 1}")
+        raise SelectionError(f"exclude: key {bad[0]} does not exist, expected 0 to {n_keys - 1}")
     keep = np.ones(n_keys, np.float32)
     keep[list(keys)] = 0
     kept = array * xr.DataArray(keep, dims="key")
-    total = kept.sum("key", skipna=False)
-    return kept / total.where(total != 0, 1)  # nothing left stays 0, a missing map NaN
+    total = kept.sum("key", skipna=may_lack_keys)
+    return kept / total.where(total != 0, 1)  # nothing left stays 0; a missing map and absent keys stay NaN

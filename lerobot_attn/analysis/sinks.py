@@ -1,7 +1,7 @@
 """Attention sinks: tokens that take attention whatever the policy is shown.
 
     sinks = attention_sinks(episode.dataset for episode in open_run("out"))
-    attention(data, frame=12, leave_out=sinks["key"].tolist())
+    attention(data, frame=12, exclude=sinks["key"].tolist())
 
 Draws nothing; opens no file.
 """
@@ -16,7 +16,16 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from lerobot_attn.analysis.select import Choice, HeadChoice, QueryChoice, attention, layout_of
+from lerobot_attn.analysis.reduce import mean_over
+from lerobot_attn.analysis.select import (
+    Choice,
+    HeadChoice,
+    QueryChoice,
+    attention,
+    layout_of,
+    prefix_only_layers,
+)
+from lerobot_attn.analysis.tokens import kind_of
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind, TokenLayout
 
@@ -50,7 +59,7 @@ def attention_sinks(
     by how much attention they get, nothing else. So a sink is not told from what always deserves attention:
     in one episode a thing that does not move looks like a sink, and so does the view of the robot itself.
     Give episodes of several tasks and scenes, and look at what is found before leaving it out. Action tokens
-    are found too, where actions attend to themselves.
+    are found too, where actions attend to themselves. Keys that none of the chosen layers can see are not.
 
     No more than the chosen maps of one inference are read at a time, and each dataset is gone through once: a
     generator may open them in turn. An inference of which a chosen map is missing is passed over.
@@ -67,7 +76,7 @@ def attention_sinks(
         query: as in `attention`, but for "frame".
 
     Returns:
-        One row per sink, by falling mean_share. `key`; `kind` ("image", "task", "state", "scaffold", "text",
+        One row per sink, by falling mean_share. `key`; `kind` ("image", "task", "state", "template", "text",
         "action"); `camera`, "" for other tokens; `row` and `column` of the patch, -1 for others; `label`, the
         token's text where it is the same in every inference, else "(changes)"; `mean_share` and `low_share`,
         the mean and the quantile of its share over all inferences; and `times_uniform`, the mean of the share
@@ -92,15 +101,18 @@ def attention_sinks(
         n_episodes += 1
         tokens = tokens or _Tokens(layout_of(dataset))
         tokens.add(dataset)
-        unmasked = (dataset["key_kind"].values != Kind.PADDING).sum(axis=1).tolist()
+        unmasked = dataset["key_kind"].values != Kind.PADDING
+        lacks_keys = bool(prefix_only_layers(dataset))
         for inference in range(dataset.sizes["inference"]):
             array = attention(
                 dataset, inference=inference, layer=layer, denoise_step=denoise_step, head=head, query=query
             )
-            share = array.mean([dim for dim in array.dims if dim != "key"], skipna=False).values
-            if not np.isnan(share).any():
+            others = [str(dim) for dim in array.dims if dim != "key"]
+            share = mean_over(array, others, may_lack_keys=lacks_keys).values
+            is_there = np.isfinite(share)
+            if is_there.any():
                 shares.append(share)
-                n_unmasked.append(unmasked[inference])
+                n_unmasked.append(int((unmasked[inference] & is_there).sum()))
     if tokens is None or len(shares) < 2:
         raise SelectionError(
             f"got {len(shares)} inferences of {n_episodes} episodes, expected two at least: "
@@ -108,21 +120,24 @@ def attention_sinks(
         )
     table = tokens.table()
     by_inference, uniform = np.stack(shares), 1 / np.array(n_unmasked)[:, None]
+    # Keys that none of the chosen layers can see are no sinks.
+    can_be_seen = np.isfinite(by_inference).all(axis=0)
+    by_inference = np.where(can_be_seen, by_inference, np.float32(0))
     least = np.maximum(minimum, times_uniform * uniform)
     # Compared before the quantile is taken: prompts differ in length, and so does an even share.
     stays_high = np.quantile(by_inference - least, quantile, axis=0, method="lower") >= 0
     table["mean_share"] = by_inference.mean(axis=0, dtype=np.float64)
     table["low_share"] = np.quantile(by_inference, quantile, axis=0, method="lower")
     table["times_uniform"] = (by_inference / uniform).mean(axis=0)
-    result = table[stays_high & tokens.is_steady].sort_values(
+    result = table[stays_high & tokens.is_steady & can_be_seen].sort_values(
         ["mean_share", "key"], ascending=[False, True], ignore_index=True
     )
     result.attrs = {"n_inferences": len(shares), "n_episodes": n_episodes}
     return result
 
 
-def keys_to_leave_out(choice: Sequence[int] | Literal["sinks"], episodes: Iterable[HasDataset]) -> list[int]:
-    """Return the keys that a picture's setting `leave_out` means: those given, or the sinks found.
+def keys_to_exclude(choice: Sequence[int] | Literal["sinks"], episodes: Iterable[HasDataset]) -> list[int]:
+    """Return the keys that a picture's setting `exclude` means: those given, or the sinks found.
 
     Of the sinks the action tokens stay in: that actions attend to themselves is no sink.
 
@@ -182,7 +197,7 @@ class _Tokens:
         return pd.DataFrame(
             {
                 "key": np.arange(layout.n_keys),
-                "kind": [Kind(kind).name.lower() for kind in self._kinds.tolist()],
+                "kind": [kind_of(kind).name.lower() for kind in self._kinds.tolist()],
                 "camera": names,
                 "row": rows,
                 "column": columns,

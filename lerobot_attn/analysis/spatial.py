@@ -249,12 +249,12 @@ def padding_share(heatmap: xr.DataArray, geometry: ImageGeometry) -> xr.DataArra
     """Return the sum over patches that show nothing but letterbox padding, (…) in the heatmap's unit."""
     rows, columns = _visible(geometry)
     hidden = xr.DataArray(~(rows[:, None] & columns[None, :]), dims=("grid_y", "grid_x"))
-    # Of a missing map the visible patches tell it, too.
+    # If a map is missing, its hidden patches are NaN as well, so the sum is NaN.
     return (heatmap * hidden).sum(("grid_y", "grid_x"), skipna=False)
 
 
 def on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> xr.DataArray:
-    """Arrange anything given per key, e.g. of `attention` or `rollout`, by the patches of a camera.
+    """Arrange anything given per key, e.g. of `attention` or `attention_rollout`, by the patches of a camera.
 
     Args:
         array: (…, key).

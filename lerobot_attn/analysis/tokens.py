@@ -1,4 +1,4 @@
-"""Attention on the prompt and by modality: words, state dimensions, scaffold; cameras, text, actions."""
+"""Attention on the prompt and by modality: words, state dimensions, template; cameras, text, actions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from lerobot_attn.analysis.select import RAW, Where, attention, layout_of
-from lerobot_attn.errors import SelectionError
+from lerobot_attn.analysis.labels import ranges
+from lerobot_attn.analysis.reduce import group_sums
+from lerobot_attn.analysis.select import (
+    RAW,
+    Where,
+    absent_in_words,
+    attention,
+    layout_of,
+    prefix_only_layers,
+    stored_layers,
+)
+from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import Kind
 
-TASK, STATE, SCAFFOLD, TEXT, ACTIONS, PADDING = "task", "state", "scaffold", "text", "actions", "padding"
+TASK, STATE, TEMPLATE, SPECIAL, TEXT = "task", "state", "template", "special", "text"
+ACTIONS, PADDING = "actions", "padding"
 MODALITY_OF = {
     Kind.TASK: TASK,
     Kind.STATE: STATE,
-    Kind.SCAFFOLD: SCAFFOLD,
+    Kind.TEMPLATE: TEMPLATE,
+    Kind.SPECIAL: SPECIAL,
     Kind.TEXT: TEXT,
     Kind.ACTION: ACTIONS,
     Kind.PADDING: PADDING,
@@ -28,12 +40,12 @@ class TokenGroup(NamedTuple):
     """Language tokens that are one thing to a reader."""
 
     kind: Kind
-    ordinal: int  # which word of the task, or which dimension of the state; -1 for scaffold
+    ordinal: int  # which word of the task, or which dimension of the state; -1 for template
     label: str
 
 
 def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], NDArray[np.int16]]:
-    """Group the language tokens: each word of the task, each number of the state, each run of scaffold.
+    """Group the language tokens: each word of the task, each number of the state, each run of template.
 
     Words and numbers come first, in their order. Scaffold runs of the same text are one group; blanks and
     punctuation alone are the group "(blanks)". Tokens whose role is unknown are a group each.
@@ -56,10 +68,10 @@ def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], NDArray[np.int1
         previous_kind, run = None, []
         runs: list[tuple[Kind, list[int]]] = []
         for slot, value in enumerate(kinds[inference].tolist()):
-            kind = Kind(value)
+            kind = kind_of(value)
             if kind == Kind.PADDING:
                 continue
-            if kind == Kind.SCAFFOLD and previous_kind == Kind.SCAFFOLD:
+            if kind == Kind.TEMPLATE and previous_kind == Kind.TEMPLATE:
                 run.append(slot)
             else:
                 run = [slot]
@@ -76,20 +88,43 @@ def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], NDArray[np.int1
                 group = TokenGroup(
                     kind, ordinal, names[ordinal] if 0 <= ordinal < len(names) else f"state {ordinal}"
                 )
-            elif kind == Kind.SCAFFOLD:
+            elif kind == Kind.TEMPLATE:
                 text = " ".join("".join(pieces).split())
                 group = TokenGroup(kind, -1, text if any(c.isalnum() for c in text) else "(blanks)")
             else:
                 group = TokenGroup(kind, slots[0], "".join(pieces).strip())
             index = groups.setdefault(group, len(groups))
             keys[inference, [layout.language.start + slot for slot in slots]] = index
-    order = sorted(
-        groups, key=lambda g: ((Kind.TASK, Kind.STATE, Kind.SCAFFOLD, Kind.TEXT).index(g.kind), g.ordinal)
-    )
+    kinds_in_order = [*MODALITY_OF, Kind.IMAGE]
+    order = sorted(groups, key=lambda g: (kinds_in_order.index(g.kind), g.ordinal))
     new = np.full(len(groups) + 1, -1, np.int16)
     for position, group in enumerate(order):
         new[groups[group]] = position
     return order, new[keys]
+
+
+def kind_of(value: int) -> Kind:
+    """Return a value of `key_kind` as a kind.
+
+    Raises:
+        StoreError: there is no such kind.
+    """
+    try:
+        return Kind(value)
+    except ValueError:
+        raise StoreError(f"key_kind holds {value}, expected {min(Kind)} to {max(Kind)}: damaged") from None
+
+
+def prompt_truncated(dataset: xr.Dataset) -> NDArray[np.bool_]:
+    """Return (inference,) bool: whether the prompt did not fit the policy's slots, so that its end was cut.
+
+    Words of the task that are left stay words; the state and the fixed text behind them are gone. False where
+    the store does not say it.
+    """
+    if "prompt_truncated" not in dataset:
+        return np.zeros(dataset.sizes.get("inference", 0), bool)
+    cut: NDArray[np.bool_] = dataset["prompt_truncated"].values.astype(bool)
+    return cut
 
 
 def find_word(dataset: xr.Dataset, word: str | int) -> int:
@@ -111,7 +146,7 @@ def find_word(dataset: xr.Dataset, word: str | int) -> int:
 
 
 def token_attention(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
-    """Return the share of attention on each word of the task, number of the state and piece of scaffold.
+    """Return the share of attention on each word of the task, number of the state and piece of template.
 
     Args:
         dataset: an episode's.
@@ -120,7 +155,7 @@ def token_attention(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray
     Returns:
         (…, token) float32 share of all attention after the dimensions that `attention` keeps; the tokens of a
         word, and the digits of a number, are added up. Coordinates of token: `label`, `kind` ("task",
-        "state", "scaffold" or "text") and `ordinal` (which word or state dimension). `dataset.state_dim`
+        "state", "template" or "text") and `ordinal` (which word or state dimension). `dataset.state_dim`
         names are the labels of state dimensions.
 
     Raises:
@@ -149,7 +184,7 @@ def by_token(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
 
 
 def modalities(dataset: xr.Dataset) -> list[str]:
-    """Return the modalities of an episode: each camera, then task, state, scaffold, text and actions."""
+    """Return the modalities of an episode: each camera, then task, state, template, text and actions."""
     layout = layout_of(dataset)
     present = set(np.unique(dataset["key_kind"].values).tolist())
     names = [camera.name for camera in layout.cameras if not camera.is_empty]
@@ -171,15 +206,16 @@ def modality_keys(dataset: xr.Dataset) -> tuple[list[str], NDArray[np.int16]]:
 
 
 def modality_share(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray:
-    """Return the share of attention on each camera, on the task, state and scaffold, and on the actions.
+    """Return the share of attention on each camera, on the task, state and template, and on the actions.
 
     Args:
         dataset: an episode's.
         where: what to look at, see `Where`.
 
     Returns:
-        (…, modality) float32, sums to 1 over modality (not with `head="max"`). "padding" is exactly 0 in a
-        faithful store.
+        (…, modality) float32, sums to 1 over modality (not with `head="max"`, nor for the mean of layers of
+        which some cannot see the suffix). NaN for what the layer cannot see, e.g. "actions" in a layer of
+        cross-attention. "padding" is exactly 0 in a faithful store.
 
     Raises:
         SelectionError: no such frame, layer, …
@@ -206,10 +242,16 @@ def action_self_attention(
     Args:
         dataset: an episode's.
         within: give shares of the attention on actions; shares of all attention otherwise.
-        where: what to look at, see `Where`; its `query` is always "all".
+        where: what to look at, see `Where`; its `query` is always "all", and its `layer` by default the last
+            one with full maps that can see the actions.
 
     Returns:
-        (…, query, action_key) float32: row q is what action token q attends to, column k action token k.
+        (…, query, action_key) float32: row q is what action token q attends to, column k action token k. NaN
+        in a layer that cannot see the actions.
+
+    Raises:
+        SelectionError: full maps of the layer were not saved; none of the chosen layers can see the actions;
+            or no such frame, layer, …
 
     Raises:
         SelectionError: full maps of the layer were not saved, or no such frame, layer, …
@@ -218,9 +260,19 @@ def action_self_attention(
         raise SelectionError(
             "action-to-action attention needs full maps, and none were saved; record with layers=[-1]"
         )
-    actions = layout_of(dataset).actions
+    actions, full = layout_of(dataset).actions, stored_layers(dataset)[0]
+    blind = prefix_only_layers(dataset)
+    seeing = [layer for layer in full if layer not in blind]
     every: Where = {**where, "query": "all"}
+    if every.get("layer") is None and seeing:
+        every["layer"] = seeing[-1]
     array = attention(dataset, **every)
+    chosen = np.atleast_1d(array.coords["layer"]).tolist() if "layer" in array.coords else full
+    if not set(chosen) & set(seeing):
+        raise SelectionError(
+            f"{absent_in_words(chosen)}: no action attends to another; of the layers with full maps "
+            f"{ranges(seeing) or 'none'} can see the actions"
+        )
     result = array.isel(key=slice(actions.start, actions.stop)).rename(key="action_key")
     result = result.drop_vars([name for name in result.coords if str(name).startswith("key_")])
     if within:
@@ -265,6 +317,7 @@ def _sum_by_group(
         )
         membership = membership.drop_vars("inference", errors="ignore")
     drop = [name for name in array.coords if "key" in array.coords[name].dims]
-    result: xr.DataArray = xr.dot(array.drop_vars(drop), membership, dim="key").transpose(..., dim)
+    lacks = bool(prefix_only_layers(dataset))
+    result = group_sums(array.drop_vars(drop), membership, may_lack_keys=lacks).transpose(..., dim)
     result.attrs = dict(array.attrs)
     return result

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from lerobot_attn.analysis.labels import from_end, policy_count, stored_labels
-from lerobot_attn.analysis.measures import sharpness
+from lerobot_attn.analysis.measures import attention_entropy
 from lerobot_attn.analysis.select import attention
 from lerobot_attn.analysis.tokens import by_modality, token_groups
 from lerobot_attn.errors import SelectionError
@@ -127,5 +127,5 @@ def shares(
         "first": first,
         "modalities": [str(name) for name in share["modality"].values],
         "share": numbers(share.values),
-        "effective_tokens": numbers(sharpness(visible)["effective_number"].values),
+        "effective_tokens": numbers(attention_entropy(visible)["effective_number"].values),
     }

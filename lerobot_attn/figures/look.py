@@ -113,5 +113,5 @@ class OneMapSettings(LookSettings):
             "denoise_step": self.denoise_step,
             "head": self.head,
             "query": self.query,
-            "leave_out": self.exclude,
+            "exclude": self.exclude,
         }

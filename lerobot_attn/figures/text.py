@@ -141,7 +141,7 @@ def shade_sentence(
 
 
 def token_bars(axes: Axes, tokens: xr.DataArray, *, legend: bool = True) -> None:
-    """Draw a bar for each word, state dimension and piece of scaffold, coloured by what it is."""
+    """Draw a bar for each word, state dimension and piece of template, coloured by what it is."""
     kinds = tokens["kind"].values.tolist()
     colors = modality_colors(list(dict.fromkeys(kinds)))
     places = np.arange(tokens.sizes["token"])

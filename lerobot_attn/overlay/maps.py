@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis
-from lerobot_attn.analysis.sinks import keys_to_leave_out
+from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import by_camera, percentile_of
 from lerobot_attn.errors import LerobotAttnError, StoreError
 from lerobot_attn.overlay.settings import OverlaySettings
@@ -38,7 +38,7 @@ def read_maps(
     """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
     data = episode.arrays
     where = settings.where
-    where["leave_out"] = keys_to_leave_out(settings.exclude, [episode])
+    where["exclude"] = keys_to_exclude(settings.exclude, [episode])
     episode_wide = settings.normalisation == "episode"
     # The episode's range is found on the way, so that no map is read twice.
     needed = np.arange(episode.n_frames) if episode_wide else np.array(frames)

@@ -1,13 +1,9 @@
 """The plugin inside LeRobot's own commands: the only room that reaches into `lerobot.scripts`."""
 
+from lerobot_attn.plugin.command_line import attention_options, expand_attention_file
 from lerobot_attn.plugin.compatibility import EVAL_MODULE, FLAG, PATCH_POINTS, check_lerobot
-from lerobot_attn.plugin.wrappers import (
-    attention_options,
-    expand_attention_file,
-    install,
-    load,
-    recording,
-)
+from lerobot_attn.plugin.eval import install, recording
+from lerobot_attn.plugin.loading import load
 
 __all__ = [
     "EVAL_MODULE",

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lerobot_attn.errors import StoreError
+from lerobot_attn.config import FLOAT16_MANTISSA_BITS, resolve_indices
+from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.lock import claim_folder
 from lerobot_attn.store.schema import EPISODE_SUFFIX
@@ -23,7 +26,28 @@ logger = logging.getLogger(__name__)
 # What must be the same for episodes of two runs to be one run's.
 _POLICY = ("type", "path", "dtype")
 _CAPTURE = ("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "keep_bits")
-_ELSE = "choose another --output_dir or --eval.attention.dir"
+# Of which number of the policy a setting chooses.
+_COUNTS = {
+    "layers": "n_layers",
+    "mean_layers": "n_layers",
+    "prefix_layers": "n_prefix_layers",
+    "heads": "n_heads",
+    "denoise_steps": "n_denoise_steps",
+}
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """What a person can do about a folder, in the words of what they started."""
+
+    elsewhere: str = "choose another --output_dir or --eval.attention.dir"
+    existing: str = "--eval.attention.existing="
+
+    def __str__(self) -> str:
+        return self.elsewhere
+
+
+EVALUATION = Remedies()
 
 
 class RunFolder:
@@ -33,14 +57,16 @@ class RunFolder:
         path: the folder; it is made.
         existing: what to do where it holds episodes: "refuse"; "skip", keep those that are complete and
             record the others; or "overwrite", remove them all.
+        remedies: what errors tell to do.
 
     Raises:
         StoreError: it holds episodes and they are refused, it is a file, or it cannot be written.
     """
 
-    def __init__(self, path: Path, existing: str = "refuse"):
+    def __init__(self, path: Path, existing: str = "refuse", remedies: Remedies = EVALUATION):
         self.path = path
         self._existing = existing
+        self._remedies = remedies
         if path.exists() and not path.is_dir():
             raise StoreError(
                 f"{path}: is a file, expected a folder for the attention stores; remove or rename it"
@@ -48,8 +74,8 @@ class RunFolder:
         found = next(iter(self._stores()), None)
         if found is not None and existing == "refuse":
             raise StoreError(
-                f"{path}: already holds episodes (e.g. {found.parent.name}/{found.name}); expected a folder "
-                f"without; {_ELSE}, or go on with --eval.attention.existing=skip, or overwrite"
+                f"{path}: already holds episodes (e.g. {found.relative_to(path)}); expected a folder "
+                f"without; {remedies}, or go on with {remedies.existing}skip, or overwrite"
             )
         probe = path / ".lerobot-attn-probe"
         try:
@@ -57,7 +83,7 @@ class RunFolder:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise StoreError(f"{path}: cannot be written ({error.strerror}); {_ELSE}") from error
+            raise StoreError(f"{path}: cannot be written ({error.strerror}); {remedies}") from error
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -66,7 +92,7 @@ class RunFolder:
         Raises:
             StoreError: another run records into the folder.
         """
-        with claim_folder(self.path, f"{_ELSE}, or wait for it"):
+        with claim_folder(self.path, f"{self._remedies}, or wait for it"):
             yield
 
     def settle(self, attributes: Mapping[str, Any], capture: Mapping[str, Any]) -> None:
@@ -88,35 +114,54 @@ class RunFolder:
                 logger.info("Removed %d episodes from %s (existing=overwrite)", len(stores), self.path)
             return
         for store in stores:
-            episode = _complete(store)
-            if episode is None:
+            found = _complete(store)
+            if found is None:
                 continue
-            pairs = [("policy", name, attributes.get("policy", {}).get(name)) for name in _POLICY]
-            pairs += [("capture", name, capture.get(name)) for name in _CAPTURE]
-            for part, name, wanted in pairs:
-                found = episode.attributes.get(part, {}).get(name)
-                if found != wanted:
-                    raise _mixture(store, f"{part} {name}", found, wanted)
+            theirs, ours = _part(found.attributes, "policy"), _part(attributes, "policy")
+            for name in _POLICY:
+                if theirs.get(name) != ours.get(name):
+                    raise self._mixture(store, f"policy {name}", theirs.get(name), ours.get(name))
+            settings = _part(found.attributes, "capture")
+            for name in _CAPTURE:
+                if _meant(name, settings, theirs) != _meant(name, capture, ours):
+                    raise self._mixture(store, f"capture {name}", settings.get(name), capture.get(name))
 
     def kept(self, store: Path, seed: int | None) -> Header | None:
-        """Return the complete episode that stands in an episode's place; an incomplete one is removed.
+        """Return what the complete episode in an episode's place says; an incomplete one is removed.
 
         Raises:
             StoreError: it was recorded with another seed, or cannot be removed.
         """
         if self._existing != "skip" or not store.exists():
             return None
-        episode = _complete(store)
-        if episode is None:
+        found = _complete(store)
+        if found is None:
             logger.info("Recording %s/%s anew: it was incomplete", store.parent.name, store.name)
             remove_episode(store)
             return None
-        if episode.attributes.get("seed") != seed:
-            raise _mixture(store, "seed", episode.attributes.get("seed"), seed)
-        return episode
+        if found.attributes.get("seed") != seed:
+            raise self._mixture(store, "seed", found.attributes.get("seed"), seed)
+        return found
 
     def _stores(self) -> list[Path]:
-        return sorted(self.path.glob(f"*/episode_*{EPISODE_SUFFIX}")) if self.path.is_dir() else []
+        """Return the stores at any depth: older versions nested a namespaced environment's folders."""
+        found = []
+        for folder, folders, files in os.walk(self.path):
+            stores = [n for n in folders + files if n.startswith("episode_") and n.endswith(EPISODE_SUFFIX)]
+            found += [Path(folder, name) for name in stores]
+            folders[:] = [name for name in folders if not name.endswith(EPISODE_SUFFIX)]
+        return sorted(store for store in found if store.parent != self.path)
+
+    def _mixture(self, store: Path, what: str, found: Any, wanted: Any) -> StoreError:
+        return StoreError(
+            f"{store}: was recorded with {what} {found!r}, this run's is {wanted!r}; expected the same with "
+            f"existing=skip; {self._remedies}, or existing=overwrite"
+        )
+
+
+def task_folder(group: str, task_id: int) -> str:
+    """Return the name of a task's folder, one level deep also where the group's name holds slashes."""
+    return f"{group}_{task_id}".replace("/", "~").replace("\\", "~")
 
 
 def remove_episode(store: Path) -> None:
@@ -137,15 +182,28 @@ def remove_episode(store: Path) -> None:
 
 
 def _complete(store: Path) -> Header | None:
+    """Return what a complete store says of itself; None of one that is cut off or damaged."""
     try:
-        episode = read_header(store)
+        found = read_header(store)
     except StoreError:
         return None
-    return episode if episode.is_complete else None
+    return found if found.is_complete else None
 
 
-def _mixture(store: Path, what: str, found: Any, wanted: Any) -> StoreError:
-    return StoreError(
-        f"{store}: was recorded with {what} {found!r}, this run's is {wanted!r}; expected the same with "
-        f"existing=skip; {_ELSE}, or existing=overwrite"
-    )
+def _part(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = attributes.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _meant(name: str, settings: Mapping[str, Any], policy: Mapping[str, Any]) -> Any:
+    """Return what a setting means for a policy, so that two ways to say the same are equal."""
+    value = settings.get(name)
+    if name == "keep_bits":
+        return None if value is None or value >= FLOAT16_MANTISSA_BITS else value
+    if name == "mean_layers" and value == "auto":
+        value = settings.get("layers")
+    count = policy.get(_COUNTS[name])
+    if isinstance(count, int) and isinstance(value, list | str):
+        with suppress(ConfigError, TypeError):
+            return resolve_indices(name, value, count)
+    return value

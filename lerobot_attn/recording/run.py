@@ -25,22 +25,16 @@ from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
-from lerobot_attn.recording.folder import RunFolder
-from lerobot_attn.recording.rollout import (
-    DimensionNames,
-    EpisodeJob,
-    EpisodePlan,
-    EpisodeResult,
-    RolloutRecorder,
-)
+from lerobot_attn.recording.folder import RunFolder, task_folder
+from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
+from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
+from lerobot_attn.recording.provenance import check_encoder, policy_facts
+from lerobot_attn.recording.rollout import RolloutRecorder
+from lerobot_attn.recording.summary import TaskSummary
 from lerobot_attn.sizes import folder_bytes, format_bytes
 from lerobot_attn.store.schema import EPISODE_SUFFIX
-from lerobot_attn.store.video import find_encoder
 
 logger = logging.getLogger(__name__)
-
-_PROGRESS_S = 2.0  # how often is said what is still to be written
-_GRACE_S = 1.0  # what a second Ctrl-C leaves for the write in progress, and for closing the stores
 
 
 @dataclass(frozen=True)
@@ -69,55 +63,8 @@ class TaskPlan:
 
     @property
     def name(self) -> str:
-        """Folder name, as the evaluation's videos have it."""
-        return f"{self.group}_{self.task_id}"
-
-
-@dataclass(frozen=True)
-class TaskSummary:
-    """What became of a task's episodes."""
-
-    name: str
-    saved: tuple[EpisodeResult, ...]
-    not_saved: tuple[EpisodeResult, ...]
-    stored_bytes: int
-    waited_s: float
-
-    @property
-    def paths(self) -> list[str]:
-        """Stores that are complete."""
-        return [str(result.path) for result in self.saved]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for `eval_info.json`."""
-        return {
-            "n_saved": len(self.saved),
-            "n_kept": sum(r.kept for r in self.saved),
-            "n_not_saved": len(self.not_saved),
-            "not_saved": [
-                {"episode": r.index, "reason": r.reason, "path": None if r.path is None else str(r.path)}
-                for r in self.not_saved
-            ],
-            "stored_bytes": self.stored_bytes,
-            "raw_bytes": sum(r.raw_bytes for r in self.saved),
-            "waited_for_writer_s": round(self.waited_s, 3),
-        }
-
-    def line(self) -> str:
-        """Return the one line that is printed at the task's end."""
-        n = len(self.saved) + len(self.not_saved)
-        raw = sum(r.raw_bytes for r in self.saved)
-        n_kept = sum(r.kept for r in self.saved)
-        kept = f" ({n_kept} of them before)" if n_kept else ""
-        ratio = f", {raw / self.stored_bytes:.1f}x compressed" if self.stored_bytes else ""
-        text = (
-            f"Attention of {self.name}: {len(self.saved)} of {n} episodes saved{kept}, "
-            f"{sum(r.n_inferences for r in self.saved)} inferences, "
-            f"{format_bytes(self.stored_bytes)}{ratio}; "
-            f"waited {self.waited_s:.1f} s for the writer"
-        )
-        reasons = sorted({f"episode {r.index}: {r.reason}" for r in self.not_saved})
-        return text + ("; not saved: " + "; ".join(reasons) if reasons else "")
+        """Name of the task's folder. A group's slashes (of namespaced environments) do not nest folders."""
+        return task_folder(self.group, self.task_id)
 
 
 class RunRecorder:
@@ -140,7 +87,7 @@ class RunRecorder:
         self._capture: AttentionCapture | None = None
         self._writer: BackgroundWriter | None = None
         self._task: TaskPlan | None = None
-        self._jobs: list[EpisodeJob] = []
+        self._episodes: list[EpisodeHandle] = []
         self._next_episode = 0
         self._waited_before_s = 0.0
         self._size_told = False
@@ -159,7 +106,7 @@ class RunRecorder:
             StoreError: another run records into the folder, episodes to be kept are not of this run, or there
                 is no video encoder.
         """
-        find_encoder()
+        check_encoder(policy, self.config)
         recorder_of = self._current_recorder
         with (
             self._run_folder.claim(),
@@ -173,26 +120,18 @@ class RunRecorder:
         ):
             capture.enabled = False
             self._capture = capture
-            sizes = capture.policy
             self._attributes["policy"] = {
                 **self._attributes.get("policy", {}),
-                "type": sizes.policy_type,
-                "n_layers": sizes.n_layers,
-                "n_prefix_layers": sizes.n_prefix_layers,
-                "n_heads": sizes.n_heads,
-                "n_denoise_steps": sizes.n_denoise_steps,
-                "chunk_size": sizes.chunk_size,
-                "n_action_steps": sizes.n_action_steps,
-                "random_weights": sizes.random_weights,
+                **policy_facts(capture.policy),
             }
             self._run_folder.settle(self._attributes, self.config.to_dict())
-            if sizes.random_weights:
+            if capture.policy.random_weights:
                 logger.warning("This policy has %s", RANDOM_WEIGHTS)
             self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
             try:
                 yield
             except BaseException as error:
-                self._write_out_after(error)
+                write_out_after(self._writer, self._episodes, error)
                 raise
             finally:
                 self._writer.close(0)
@@ -202,7 +141,7 @@ class RunRecorder:
     def start_task(self, task: TaskPlan) -> None:
         """A task's rollouts begin."""
         self._task = task
-        self._jobs = []
+        self._episodes = []
         self._kept = []
         self._next_episode = 0
         self._waited_before_s = self._open_writer.waited_s
@@ -213,7 +152,7 @@ class RunRecorder:
         Raises:
             CaptureError: an episode could not be saved whole, and `on_error` is "abort".
         """
-        self._write_out("Ctrl-C ends the evaluation")
+        write_out(self._open_writer, self._episodes, "Ctrl-C ends the evaluation")
         summary = self._summarise()
         self._report(summary)
         self._task = None
@@ -240,7 +179,7 @@ class RunRecorder:
         try:
             yield recorder
         except BaseException as error:
-            self._jobs += recorder.interrupt(error)
+            self._episodes += recorder.interrupt(error)
             raise
         finally:
             self._open_capture.enabled = False
@@ -252,36 +191,7 @@ class RunRecorder:
 
     def finish_rollout(self, *, rewards: np.ndarray, successes: np.ndarray) -> None:
         """The rollout has returned its (batch, step) rewards and successes."""
-        self._jobs += self._current_recorder().finish(rewards=rewards, successes=successes)
-
-    def _write_out(self, remedy: str, *, patience_s: float = _PROGRESS_S) -> None:
-        """Wait until all that is queued is written; say every few seconds how much is left.
-
-        Args:
-            remedy: what can be done about it, for the message.
-            patience_s: how long to wait before it is said for the first time.
-        """
-        while not self._open_writer.flush(patience_s):
-            patience_s = _PROGRESS_S
-            n_inferences = sum(job.n_unwritten for job in self._jobs if not self._has_failed(job))
-            logger.warning("Writing %d inferences that are queued; %s", n_inferences, remedy)
-
-    def _write_out_after(self, error: BaseException) -> None:
-        """Write out what an evaluation that raised has queued, unless a further Ctrl-C says to drop it."""
-        try:
-            if isinstance(error, KeyboardInterrupt):
-                self._write_out("Ctrl-C again drops them", patience_s=0)
-            else:
-                self._write_out("Ctrl-C drops them")
-        except KeyboardInterrupt:  # not raised: it would hide what ended the evaluation
-            jobs = [job for job in self._jobs if not self._has_failed(job)]
-            self._open_writer.drop(CaptureError("what was queued was dropped by Ctrl-C"))
-            self._open_writer.close(_GRACE_S)
-            n_inferences = sum(job.n_unwritten for job in jobs)
-            logger.warning("Dropped %d inferences that were queued", n_inferences)
-
-    def _has_failed(self, job: EpisodeJob) -> bool:
-        return self._open_writer.failure(job.plan.path) is not None
+        self._episodes += self._current_recorder().finish(rewards=rewards, successes=successes)
 
     def _on_record(self, record: InferenceRecord) -> None:
         """Say what the run will take, once its first inference tells how many tokens there are."""
@@ -359,7 +269,7 @@ class RunRecorder:
 
     def _summarise(self) -> TaskSummary:
         task = self._running_task
-        results = [*self._kept, *(job.result or job.unfinished() for job in self._jobs)]
+        results = [*self._kept, *(episode.outcome() for episode in self._episodes)]
         chosen = self.config.episodes
         for index in range(min(task.n_episodes, self._next_episode)):
             if chosen is not None and index not in chosen:

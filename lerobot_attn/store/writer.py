@@ -19,6 +19,7 @@ import zarr
 import zarr.codecs
 from numcodecs.bitround import BitRound
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.store.files import replace_json
@@ -113,7 +114,8 @@ class EpisodeWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             # By its schema a reader tells a store that has only just begun from one of another kind.
             begun = {name: self._attributes[name] for name in ("schema", "schema_version")}
-            group = zarr.create_group(path, zarr_format=3, attributes=begun)
+            # A store object: Zarr reads a path as a URL, and then "#", "?" and "::" in it mean something.
+            group = zarr.create_group(LocalStore(path), zarr_format=3, attributes=begun)
         except OSError as error:
             raise StoreError(f"{path}: cannot create the store: {error.strerror or error}") from error
         self._growing: dict[str, _GrowingArray] = {}

@@ -1,24 +1,22 @@
-"""The plugin inside `lerobot-eval`: its options, and the four functions of LeRobot's script that it wraps.
+"""The wrappers of `lerobot-eval`: its main function with the attention options, and what a rollout calls.
 
-Beside `compatibility` the only module that touches `lerobot.scripts`. LeRobot's loader imports it in every
-command; it acts in `lerobot-eval` alone, and there only once `--eval.save_attention_maps=true` is given:
-otherwise the original `eval_main` runs with the config it would have had without this package.
+Each wrapper calls the original and tells the recording what happened. Knows nothing of stores.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import ConfigError, LerobotAttnError
-from lerobot_attn.plugin.compatibility import EVAL_MODULE, FLAG, check_lerobot, incompatible
+from lerobot_attn.plugin.command_line import expand_attention_file
+from lerobot_attn.plugin.compatibility import FLAG
 
 if TYPE_CHECKING:
     from lerobot_attn.recording.run import RunRecorder, TaskPlan
@@ -31,30 +29,6 @@ STATE_NAMES = {
 ACTION_NAMES = {"libero": ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")}
 
 
-def load() -> None:
-    """Register the demo policy, and install the options if `lerobot-eval` is what is being started.
-
-    Raises:
-        SystemExit: attention capture is asked for on the command line, but cannot be offered. LeRobot's
-            loader swallows exceptions; this one it does not.
-    """
-    import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401  registers the policy type
-
-    namespace = _running_eval_namespace()
-    asked = _asks_for_attention(sys.argv[1:])
-    if namespace is None:
-        if asked:
-            sys.exit(f"error: --eval.{FLAG} works with lerobot-eval, not with {Path(sys.argv[0]).name}")
-        return
-    problems = check_lerobot(namespace)
-    if not problems:
-        install(namespace)
-    elif asked:
-        sys.exit(f"error: {incompatible(problems)}")
-    elif {"--help", "-h"} & set(sys.argv[1:]):
-        logger.warning("--eval.%s is not available: %s", FLAG, incompatible(problems))
-
-
 def install(namespace: dict[str, Any]) -> None:
     """Put the wrapped `eval_main`, with the attention options, into the evaluation script.
 
@@ -64,31 +38,6 @@ def install(namespace: dict[str, Any]) -> None:
     original = namespace["eval_main"]
     if not hasattr(original, "lerobot_attn"):
         namespace["eval_main"] = _make_eval_main(original, namespace)
-
-
-def _running_eval_namespace() -> dict[str, Any] | None:
-    """Return the globals of the evaluation script if its `main` is what called the plugin loader."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "main":
-            spec = frame.f_globals.get("__spec__")
-            if EVAL_MODULE in (frame.f_globals.get("__name__"), getattr(spec, "name", None)):
-                return frame.f_globals
-        frame = frame.f_back
-    return None
-
-
-def _asks_for_attention(argv: Sequence[str]) -> bool:
-    """Whether the command line, or the config file that it names, mentions the options."""
-    from lerobot.configs import parser
-
-    if any(arg.startswith((f"--eval.{FLAG}", "--eval.attention")) for arg in argv):
-        return True
-    config_path = parser.parse_arg("config_path", argv)
-    try:
-        return config_path is not None and FLAG in Path(config_path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False  # LeRobot will say what is wrong with it
 
 
 def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
@@ -135,41 +84,6 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
     return wrapper
 
 
-def expand_attention_file(argv: Sequence[str]) -> list[str]:
-    """Replace `--eval.attention=FILE` by the options that the YAML file holds; later options override them.
-
-    Raises:
-        ConfigError: the file cannot be read or holds something else than attention settings.
-    """
-    from lerobot_attn.config import AttentionConfig
-
-    expanded: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--eval.attention":
-            path = next(arguments, None)
-        elif argument.startswith("--eval.attention="):
-            path = argument.partition("=")[2]
-        else:
-            expanded.append(argument)
-            continue
-        if not path:
-            raise ConfigError("--eval.attention: got nothing, expected a YAML file of attention settings")
-        expanded += attention_options(AttentionConfig.from_yaml(path).to_dict())
-    return expanded
-
-
-def attention_options(settings: dict[str, Any]) -> list[str]:
-    """Return settings as `--eval.attention.name=value` options; unset ones are left out."""
-    from lerobot_attn.plugin.launch import option_text
-
-    return [
-        f"--eval.attention.{name}={option_text(value)}"
-        for name, value in settings.items()
-        if value is not None
-    ]
-
-
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
@@ -191,33 +105,20 @@ def _start_run(cfg: Any, config: Any) -> RunRecorder:
         UnsupportedPolicyError, ConfigError, StoreError: the run cannot be recorded.
     """
     from lerobot_attn.policies import adapter_type
+    from lerobot_attn.recording.provenance import checkpoint_facts, versions
     from lerobot_attn.recording.run import RunRecorder
 
     adapter_type(cfg.policy)
     if getattr(cfg.env, "max_parallel_tasks", 1) > 1:
         raise ConfigError(
             f"env.max_parallel_tasks: got {cfg.env.max_parallel_tasks}, expected 1 with --eval.{FLAG}=true, "
-            "because parallel "
-            "tasks share one policy and its action queue; evaluate several environments at once with "
-            "--eval.batch_size"
+            "because parallel tasks share one policy and its action queue; evaluate several environments at "
+            "once with --eval.batch_size"
         )
     folder = Path(config.dir) if config.dir else Path(cfg.output_dir) / "attention"
     attributes = {
-        "versions": {
-            name: importlib.metadata.version(distribution)
-            for name, distribution in (
-                ("lerobot_attn", "lerobot_policy_attn"),
-                ("lerobot", "lerobot"),
-                ("torch", "torch"),
-                ("zarr", "zarr"),
-                ("numpy", "numpy"),
-            )
-        },
-        "policy": {
-            "path": None if cfg.policy.pretrained_path is None else str(cfg.policy.pretrained_path),
-            "dtype": getattr(cfg.policy, "dtype", None),
-            "device": str(cfg.policy.device),
-        },
+        "versions": versions(),
+        "policy": checkpoint_facts(cfg.policy),
         "env_type": cfg.env.type,
     }
     return RunRecorder(config, folder, attributes)
@@ -288,7 +189,7 @@ def _wrap_run_one(original: Callable[..., Any], run: RunRecorder, *, env_type: s
 
 
 def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
-    from lerobot_attn.recording.rollout import DimensionNames
+    from lerobot_attn.recording.plan import DimensionNames
     from lerobot_attn.recording.run import TaskPlan
 
     group, task_id, videos = call["task_group"], call["task_id"], call["videos_dir"]

@@ -1,0 +1,395 @@
+"""One episode on the writer's thread: the job that writes its store and videos.
+
+Everything in `EpisodeJob` runs on that thread alone; the loop's thread reaches it through
+`lerobot_attn.recording.handle.EpisodeHandle`. Knows no policy, no environment and no loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from lerobot_attn.capture import HostCopies, InferenceRecord
+from lerobot_attn.config import AttentionConfig
+from lerobot_attn.errors import CaptureError, StoreError
+from lerobot_attn.layout import TokenLayout
+from lerobot_attn.recording.camera_videos import CameraVideos
+from lerobot_attn.recording.plan import Ending, EpisodePlan, EpisodeResult, Known
+from lerobot_attn.sizes import format_bytes
+from lerobot_attn.store.writer import Compression, EpisodeWriter
+
+logger = logging.getLogger(__name__)
+
+NO_TOKEN = -1  # in place of a query, where a frame's action is no token of its inference's chunk
+
+
+@dataclass
+class Frame:
+    """One environment step of the whole batch, on its way to the host."""
+
+    copies: HostCopies
+    policy_action: Tensor | None  # (batch, action_dim) as the policy returned it; None where nobody knows
+    state: np.ndarray | None  # (batch, state_dim)
+    action: np.ndarray | None = None  # (batch, action_dim) as the environment got it
+    reward: np.ndarray | None = None  # (batch,); None in a loop without rewards
+    success: np.ndarray | None = None  # (batch,); None in a loop that cannot tell
+
+
+class FrameEntry(NamedTuple):
+    """A frame and where its action came from, as far as the loop knows."""
+
+    frame: Frame
+    inference: int
+    query: int  # the token that comes next in the chunk
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the cameras of the whole batch showed at one frame, on its way to the host."""
+
+    copies: HostCopies
+    images: dict[str, Tensor]  # camera → (batch, height, width, 3) uint8
+
+    @property
+    def n_bytes(self) -> int:
+        """Host memory that the pictures take."""
+        return sum(image.numel() for image in self.images.values())
+
+
+class EpisodeJob:
+    """Writes one episode. Runs on the writer's thread; others may read `n_written` and `result`.
+
+    Args:
+        plan: what is known of the episode.
+        env: its environment's number in the batch.
+        config: the capture and storage settings.
+        strict: an action that is not the expected token of its chunk ends the episode. Otherwise the token
+            is looked for in the chunk, and one that is not there is recorded as none.
+
+    Attributes:
+        n_written: inferences that the store holds.
+        result: what became of the episode; None until it is closed.
+    """
+
+    def __init__(self, plan: EpisodePlan, env: int, config: AttentionConfig, *, strict: bool = True):
+        self.plan = plan
+        self.env = env
+        self.result: EpisodeResult | None = None
+        self.n_written = 0
+        self._config = config
+        self._strict = strict
+        self._store: EpisodeWriter | None = None
+        self._layout: TokenLayout | None = None
+        self._has_truncation = False
+        self._known: Known | None = None
+        self._raw_bytes = 0
+        self._videos = CameraVideos(plan)
+        self._chunk: np.ndarray | None = None  # (chunk, action_dim): of the latest inference
+        self._rewards: list[float] = []
+        self._successes: list[bool] = []
+
+    def show(self, views: Views) -> None:
+        """Write what the cameras showed at the next frame. A video that fails does not cost the maps."""
+        if self._store is None:
+            return  # the policy acted without an inference: `append` says so
+        views.copies.wait()
+        for camera, images in views.images.items():
+            self._videos.write(camera, images[self.env].numpy())
+
+    def append(
+        self,
+        entries: Sequence[FrameEntry],
+        record: InferenceRecord | None,
+        frame: int,
+        known: Known | None = None,
+    ) -> None:
+        """Write the frames up to here and then the inference made at `frame`; commit both.
+
+        Raises:
+            StoreError: the disk is full.
+            OSError: writing failed for another reason.
+        """
+        try:
+            self._append_frames(entries)
+            if record is not None:
+                assert known is not None
+                self._append_inference(record, frame, known)
+            if self._store is not None:
+                self._store.commit()
+                self.n_written = self._store.n_inferences
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            needed = 0 if record is None else math.ceil(record.n_bytes / record.batch_size)
+            free = shutil.disk_usage(self.plan.path.parent).free
+            raise StoreError(
+                f"{self.plan.path}: the disk is full ({error.strerror}): an inference needs up to "
+                f"{format_bytes(needed)}, {format_bytes(free)} are free; free some space, or save fewer "
+                "layers (--eval.attention.layers)"
+            ) from error
+
+    def check_against(self, rewards: np.ndarray | None, successes: np.ndarray | None) -> None:
+        """Compare the recorded frames with what the evaluation returned.
+
+        Raises:
+            CaptureError: they differ, so that frames and video would be out of step.
+        """
+        if rewards is None or successes is None:
+            return
+        same = np.array_equal(
+            np.asarray(self._rewards, np.float32), np.asarray(rewards, np.float32), equal_nan=True
+        )
+        if not same or self._successes != successes.tolist():
+            raise CaptureError(
+                f"the {len(self._rewards)} recorded frames do not match the {len(rewards)} steps that the "
+                "evaluation returned; the store would be out of step with the video"
+            )
+
+    def close(self, ending: Ending, failure: BaseException | None) -> None:
+        """Finish or drop the store, and say what became of it.
+
+        Args:
+            ending: how the episode ended.
+            failure: what went wrong with the jobs before, if anything did.
+        """
+        store, problem = self._store, failure
+        whole = problem is None and ending.interrupted_by is None
+        videos = self._videos.close(n_frames=store.n_frames if whole and store is not None else None)
+        if store is None or store.n_inferences == 0:
+            if ending.interrupted_by is None or failure is not None:
+                cause = str(failure or "nothing was captured: the policy made no inference")
+            else:
+                cause = f"interrupted before the first inference: {ending.interrupted_by}"
+            self._drop(cause, failed=True, interrupted=failure is None and ending.interrupted_by is not None)
+            return
+        success = self._success(ending)
+        attributes: dict[str, Any] = {
+            "videos": videos,
+            "success": success if ending.ended_by else None,
+            "ended_by": ending.ended_by,
+            "raw_bytes": self._raw_bytes,
+            "error": None if problem is None else str(problem),
+            "interrupted_by": ending.interrupted_by,
+        }
+        if self._videos.errors:
+            attributes["video_errors"] = self._videos.errors
+        try:
+            store.close(complete=whole, attributes=attributes)
+        except Exception as error:
+            problem, whole = problem or error, False
+        if whole and self._is_unwanted(success):
+            self._drop(
+                f"keep={self._config.keep}, and the episode was a {'success' if success else 'failure'}"
+            )
+            return
+        reason: str | None = None
+        if problem is not None:
+            reason = f"incomplete: {problem}"
+        elif ending.interrupted_by is not None:
+            reason = f"incomplete: interrupted by {ending.interrupted_by}"
+        self.result = EpisodeResult(
+            index=self.plan.index,
+            path=self.plan.path,
+            reason=reason,
+            failed=reason is not None,
+            interrupted=reason is not None and problem is None,
+            n_frames=store.n_frames,
+            n_inferences=store.n_inferences,
+            raw_bytes=self._raw_bytes,
+        )
+
+    def _success(self, ending: Ending) -> bool | None:
+        if ending.success is not None:
+            return ending.success
+        return any(self._successes) if self._known is None or self._known.has_success else None
+
+    def _is_unwanted(self, success: bool | None) -> bool:
+        if self._config.keep == "all":
+            return False
+        if success is None:
+            logger.warning(
+                "%s: keep=%s, but the loop never said whether the episode succeeded: it is kept",
+                self.plan.name,
+                self._config.keep,
+            )
+            return False
+        return success != (self._config.keep == "success")
+
+    def _drop(self, reason: str, *, failed: bool = False, interrupted: bool = False) -> None:
+        if self._store is not None:
+            self._store.remove()
+        self._videos.remove()
+        self.result = EpisodeResult(
+            index=self.plan.index, path=None, reason=reason, failed=failed, interrupted=interrupted
+        )
+
+    def _append_frames(self, entries: Sequence[FrameEntry]) -> None:
+        if not entries:
+            return
+        if self._store is None:
+            raise CaptureError(
+                f"frame 0 of {self.plan.name} has an action but no captured inference; expected the policy "
+                "to run after its reset"
+            )
+        env = self.env
+        frames = [entry.frame for entry in entries]
+        for frame in frames:
+            frame.copies.wait()
+        queries = [self._query_of(entry, len(self._rewards) + number) for number, entry in enumerate(entries)]
+        rows: dict[str, np.ndarray] = {
+            "frame_inference": np.array([entry.inference for entry in entries], np.int32),
+            "frame_query": np.array(queries, np.int32),
+            "action": np.stack([_row(frame.action, env) for frame in frames]),
+        }
+        if frames[0].reward is not None:
+            rows["reward"] = np.array([_row(frame.reward, env) for frame in frames], np.float32)
+            self._rewards.extend(rows["reward"].tolist())
+        if frames[0].success is not None:
+            rows["success"] = np.array([_row(frame.success, env) for frame in frames], bool)
+            self._successes.extend(rows["success"].tolist())
+        if frames[0].state is not None:
+            rows["state"] = np.stack([_row(frame.state, env) for frame in frames])
+        self._store.append_frames(rows)
+
+    def _query_of(self, entry: FrameEntry, number: int) -> int:
+        """Return which token of its inference's chunk gave a frame's action.
+
+        Raises:
+            CaptureError: it is not the very token that comes next, and the recording is strict.
+        """
+        assert self._chunk is not None
+        assert self._layout is not None
+        if entry.query == NO_TOKEN or entry.frame.policy_action is None:
+            return NO_TOKEN
+        action = entry.frame.policy_action[self.env].numpy()
+        stop = self._layout.query_of_action(len(self._chunk) - 1) + 1
+        expected = self._layout.action_of_query(min(entry.query, stop - 1))
+        if entry.query < stop and np.array_equal(action, self._chunk[expected], equal_nan=True):
+            return entry.query
+        if self._strict:
+            token = expected if entry.query < stop else len(self._chunk)
+            raise CaptureError(
+                f"frame {number} of {self.plan.name} executed an action that is not token {token} of its "
+                "inference's chunk; expected a policy that serves its chunk in order"
+            )
+        if action.shape != self._chunk.shape[1:]:
+            return NO_TOKEN
+        found = np.flatnonzero((self._chunk == action).all(axis=1))
+        return int(self._layout.query_of_action(int(found[0]))) if len(found) else NO_TOKEN
+
+    def _append_inference(self, record: InferenceRecord, frame: int, known: Known) -> None:
+        env, layout = self.env, record.layout
+        record.wait()
+        if self._store is None:
+            self._layout, self._known = layout, known
+            self._has_truncation = record.prompt_truncated is not None
+            self._store = self._create(record, known)
+        elif layout != self._layout:
+            raise CaptureError(
+                f"inference {record.index} has another token layout than the episode's first (another image "
+                "size or prompt length?), expected the same throughout"
+            )
+        labels = record.prompts[env].labels
+        chunk = record.action_chunk[env]
+        action_chunk = np.full((layout.n_queries, chunk.shape[1]), np.nan, np.float32)
+        action_chunk[layout.action_queries] = chunk
+        self._chunk = chunk
+        rows: dict[str, np.ndarray] = {
+            "token_id": record.token_id[env],
+            "token_text": np.array(record.token_text[env], dtype=object),
+            "text_word": labels.word,
+            "text_state_dim": labels.state_dim,
+            "key_kind": record.key_kind[env],
+            "inference_frame": np.int32(frame),  # type: ignore[dict-item]
+            "action_chunk": action_chunk,
+        }
+        if self._has_truncation:
+            truncated = record.prompt_truncated
+            rows["prompt_truncated"] = np.bool_(truncated is not None and truncated[env])  # type: ignore[assignment]
+        for name, maps, axis in (
+            ("suffix_attention", record.suffix_attention, 2),
+            ("suffix_attention_mean", record.suffix_attention_mean, 2),
+            ("prefix_attention", record.prefix_attention, 1),
+        ):
+            if maps is not None:
+                rows[name] = np.moveaxis(maps, axis, 0)[env]  # a view: all layers' maps take 150 MB
+                self._raw_bytes += rows[name].nbytes
+        self._store.append_inference(rows)
+
+    def _create(self, record: InferenceRecord, known: Known) -> EpisodeWriter:
+        layout, selection = record.layout, record.selection
+        sizes = {
+            "denoise_step": len(selection.denoise_steps),
+            "layer": len(selection.layers),
+            "all_layer": len(selection.mean_layers),
+            "prefix_layer": len(selection.prefix_layers),
+            "head": len(selection.heads),
+            "query": layout.n_queries,
+            "key": layout.n_keys,
+            "prefix_query": layout.prefix_len,
+            "prefix_key": layout.prefix_len,
+            "text": len(layout.language),
+            "action_dim": record.action_chunk.shape[-1],
+        }
+        if known.state_dim is not None:
+            sizes["state_dim"] = known.state_dim
+        rows, columns = layout.key_patch()
+        coordinates: dict[str, np.ndarray] = {
+            "flow_time": record.flow_time,
+            "denoise_step": np.array(selection.denoise_steps, np.int32),
+            "head": np.array(selection.heads, np.int32),
+            "text_key": np.arange(layout.language.start, layout.language.stop, dtype=np.int32),
+            "key_camera": layout.key_camera(),
+            "key_row": rows,
+            "key_column": columns,
+            "action_dim": known.names.labels("action", sizes["action_dim"]),
+        }
+        optional = {
+            name for name, has in (("reward", known.has_reward), ("success", known.has_success)) if has
+        }
+        for array, coordinate, chosen in (
+            ("suffix_attention", "layer", selection.layers),
+            ("suffix_attention_mean", "all_layer", selection.mean_layers),
+            ("prefix_attention", "prefix_layer", selection.prefix_layers),
+        ):
+            if chosen:
+                optional.add(array)
+                coordinates[coordinate] = np.array(chosen, np.int32)
+                if coordinate != "prefix_layer" and not set(chosen) <= record.layers_seeing_suffix:
+                    sees = [layer in record.layers_seeing_suffix for layer in chosen]
+                    coordinates[f"{coordinate}_sees_suffix"] = np.array(sees)
+        if self._has_truncation:
+            optional.add("prompt_truncated")
+        if "state_dim" in sizes:
+            optional.add("state")
+            coordinates["state_dim"] = known.names.labels("state", sizes["state_dim"])
+        queries = record.executed_queries
+        return EpisodeWriter(
+            self.plan.path,
+            sizes=sizes,
+            coordinates=coordinates,
+            attributes={
+                **self.plan.attributes,
+                "task": known.task,
+                "success": None,
+                "layout": layout.to_dict(),
+                "executed_queries": [queries.start, queries.stop],
+                "attention_dtype": record.attention_dtype,
+                "capture": self._config.to_dict(),
+            },
+            compression=Compression(self._config.compressor, self._config.level, self._config.keep_bits),
+            optional=optional,
+        )
+
+
+def _row(values: np.ndarray | None, env: int) -> Any:
+    assert values is not None  # the frame has stepped
+    return values[env]

@@ -1,0 +1,228 @@
+"""An episode as the loop's thread sees it: the one way to the job that runs on the writer's thread.
+
+An `EpisodeHandle` owns what is known of the episode's failure; it hands jobs over and never touches a store.
+Knows no loop and no policy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from lerobot_attn.capture import InferenceRecord
+from lerobot_attn.config import AttentionConfig
+from lerobot_attn.errors import CaptureError
+from lerobot_attn.recording.background import BackgroundWriter
+from lerobot_attn.recording.episode import NO_TOKEN, EpisodeJob, Frame, FrameEntry, Views
+from lerobot_attn.recording.plan import DimensionNames, Ending, EpisodePlan, EpisodeResult, Known
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_S = 2.0  # how often is said what is still to be written
+_GRACE_S = 1.0  # what a second Ctrl-C leaves for the write in progress, and for closing the stores
+
+
+class EpisodeHandle:
+    """One environment's episode, on the loop's thread.
+
+    Args:
+        plan: what is known of the episode.
+        env: its environment's number in the batch.
+        config: the capture and storage settings.
+        writer: runs the jobs, under the store's path as their key.
+        names: names of the state's and the action's dimensions.
+        strict: see `EpisodeJob`.
+
+    Attributes:
+        task: the instruction, as far as it is known.
+        n_frames: frames that have taken place.
+        n_queued: inferences that were handed over.
+        ended: what ended the episode; None while it runs.
+    """
+
+    def __init__(
+        self,
+        plan: EpisodePlan,
+        env: int,
+        config: AttentionConfig,
+        writer: BackgroundWriter,
+        names: DimensionNames,
+        *,
+        strict: bool = True,
+    ):
+        self.plan = plan
+        self.env = env
+        self.task = ""
+        self.state_dim: int | None = None
+        self.names = names
+        self.has_reward = self.has_success = True
+        self.n_frames = 0
+        self.n_queued = 0
+        self.ended: str | None = None
+        self._config = config
+        self._writer = writer
+        self._job = EpisodeJob(plan, env, config, strict=strict)
+        self._entries: list[FrameEntry] = []  # frames that are not queued yet
+        self._query = 0
+        self._told = False
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong first, on either thread."""
+        return self._writer.failure(self.plan.path)
+
+    @property
+    def result(self) -> EpisodeResult | None:
+        """What became of the episode; None until its store is closed."""
+        return self._job.result
+
+    @property
+    def n_unwritten(self) -> int:
+        """Inferences that were handed over and that the store does not hold."""
+        return self.n_queued - self._job.n_written
+
+    def fail(self, error: BaseException) -> None:
+        """What follows in this episode cannot be recorded; its queued jobs are dropped."""
+        self._writer.fail(self.plan.path, error)
+
+    def tell_failure(self, *, goes_on: str) -> None:
+        """Say once that the episode failed.
+
+        Args:
+            goes_on: what goes on without it, e.g. "the evaluation".
+
+        Raises:
+            CaptureError: with `on_error="abort"`.
+        """
+        error = self.failure
+        if error is None or self._told:
+            return
+        self._told = True
+        message = f"attention of {self.plan.name} is no longer recorded: {error}"
+        if self._config.on_error == "abort":
+            raise CaptureError(f"{message}; stopped because of on_error=abort") from error
+        logger.error("%s; %s goes on", message, goes_on)
+
+    def add_frame(self, frame: Frame, *, has_token: bool = True) -> None:
+        """Note a frame whose action came from the newest inference, or from no single token of it."""
+        self._entries.append(FrameEntry(frame, self.n_queued - 1, self._query if has_token else NO_TOKEN))
+
+    def next_frame(self) -> None:
+        """The frame is over."""
+        self.n_frames += 1
+        self._query += 1
+
+    def finish(
+        self,
+        rewards: np.ndarray | None = None,
+        successes: np.ndarray | None = None,
+        *,
+        success: bool | None = None,
+    ) -> None:
+        """Queue the end of the episode.
+
+        Args:
+            rewards: (step,) as the evaluation counts them, to compare with; None if nobody does.
+            successes: (step,) likewise.
+            success: whether it succeeded, where the frames do not say it.
+        """
+        self._close(Ending(self.ended, success=success), rewards, successes)
+
+    def interrupt(self, error: BaseException) -> None:
+        """Queue the end of an episode whose loop raised; one that had ended is whole."""
+        if self.ended is not None:
+            self._close(Ending(self.ended))
+            return
+        # The frame in flight was shown to the policy, but its outcome is not known.
+        self._entries = [entry for entry in self._entries if entry.frame.action is not None]
+        self._close(Ending(None, f"{type(error).__name__}: {error}".strip().rstrip(":")))
+
+    def outcome(self) -> EpisodeResult:
+        """Return what became of the episode; of one that nobody closed, as if the process had been killed."""
+        if self.result is not None:
+            return self.result
+        failure = self.failure
+        return EpisodeResult(
+            index=self.plan.index,
+            path=self.plan.path if self._job.n_written else None,
+            reason=f"incomplete: {failure or 'Ctrl-C came before its store was closed'}",
+            failed=True,
+            n_inferences=self._job.n_written,
+        )
+
+    def _known(self) -> Known:
+        return Known(self.task, self.state_dim, self.names, self.has_reward, self.has_success)
+
+    def _append(self, record: InferenceRecord) -> Callable[[], None]:
+        return partial(self._job.append, self._entries, record, self.n_frames, self._known())
+
+    def _appended(self, record: InferenceRecord) -> None:
+        self.n_queued += 1
+        self._query = record.layout.query_of_action(0)
+        self._entries = []
+
+    def _close(
+        self, ending: Ending, rewards: np.ndarray | None = None, successes: np.ndarray | None = None
+    ) -> None:
+        key, job, entries, n_frames = self.plan.path, self._job, self._entries, self.n_frames
+        self._entries = []
+        self._writer.submit(key, lambda: job.append(entries, None, n_frames))
+        self._writer.submit(key, lambda: job.check_against(rewards, successes))
+        self._writer.submit(key, lambda: job.close(ending, self._writer.failure(key)), always=True)
+
+
+def queue_inference(
+    writer: BackgroundWriter, handles: Sequence[EpisodeHandle], record: InferenceRecord
+) -> None:
+    """Hand an inference to the episodes of its batch; wait while the queue is full."""
+    writer.submit_shared({handle.plan.path: handle._append(record) for handle in handles}, record.n_bytes)
+    # Only now: a Ctrl-C while the queue is full leaves the frames to `interrupt`.
+    for handle in handles:
+        handle._appended(record)
+
+
+def queue_views(writer: BackgroundWriter, handles: Sequence[EpisodeHandle], views: Views) -> None:
+    """Hand a frame's pictures over on their own: a chunk of frames of many cameras would be too much."""
+    writer.submit_shared(
+        {handle.plan.path: partial(handle._job.show, views) for handle in handles}, views.n_bytes
+    )
+
+
+def write_out(
+    writer: BackgroundWriter,
+    handles: Sequence[EpisodeHandle],
+    remedy: str,
+    *,
+    patience_s: float | None = None,
+) -> None:
+    """Wait until all that is queued is written; say every few seconds how much is left.
+
+    Args:
+        writer: whose queue it is.
+        handles: the episodes that have something in it.
+        remedy: what can be done about it, for the message.
+        patience_s: how long to wait before it is said for the first time.
+    """
+    patience_s = _PROGRESS_S if patience_s is None else patience_s
+    while not writer.flush(patience_s):
+        patience_s = _PROGRESS_S
+        n_inferences = sum(handle.n_unwritten for handle in handles if handle.failure is None)
+        logger.warning("Writing %d inferences that are queued; %s", n_inferences, remedy)
+
+
+def write_out_after(writer: BackgroundWriter, handles: Sequence[EpisodeHandle], error: BaseException) -> None:
+    """Write out what a loop that raised has queued, unless a further Ctrl-C says to drop it."""
+    try:
+        if isinstance(error, KeyboardInterrupt):
+            write_out(writer, handles, "Ctrl-C again drops them", patience_s=0)
+        else:
+            write_out(writer, handles, "Ctrl-C drops them")
+    except KeyboardInterrupt:  # not raised: it would hide what ended the loop
+        running = [handle for handle in handles if handle.failure is None]
+        writer.drop(CaptureError("what was queued was dropped by Ctrl-C"))
+        writer.close(_GRACE_S)
+        n_inferences = sum(handle.n_unwritten for handle in running)
+        logger.warning("Dropped %d inferences that were queued", n_inferences)

@@ -1,0 +1,273 @@
+"""Episodes of one's own loop, be it around a robot, a simulator or a data set.
+
+    with record_episodes(policy, "out", AttentionConfig(layers=[-1]), fps=20) as recording:
+        with recording.episode(task="pick up the cup") as episode:
+            policy.reset()
+            while not done:
+                action = policy.select_action(preprocessor(observation))
+                …
+                episode.step(observation, action)
+
+Knows the policy by what it is asked and answers. Knows no environment, and LeRobot's scripts neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention, find_tokenizer
+from lerobot_attn.config import AttentionConfig
+from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError, ConfigError
+from lerobot_attn.policies.base import Probe, Site
+from lerobot_attn.policies.taps import replaced_attribute
+from lerobot_attn.prompt import Tokenizer
+from lerobot_attn.recording.background import BackgroundWriter
+from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
+from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
+from lerobot_attn.recording.loop_episode import LoopEpisode
+from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
+from lerobot_attn.recording.provenance import check_encoder, checkpoint_facts, policy_facts, versions
+from lerobot_attn.recording.summary import TaskSummary
+from lerobot_attn.sizes import folder_bytes, format_bytes
+from lerobot_attn.store.schema import EPISODE_SUFFIX
+
+logger = logging.getLogger(__name__)
+
+_REMEDIES = Remedies("choose another folder", "AttentionConfig(existing=…): ")
+
+
+@contextmanager
+def record_episodes(
+    policy: Any,
+    folder: str | Path,
+    config: AttentionConfig | None = None,
+    *,
+    fps: float,
+    preprocessor: Any = None,
+    tokenizer: Tokenizer | None = None,
+    state_names: Sequence[str] = (),
+    action_names: Sequence[str] = (),
+    attributes: Mapping[str, Any] | None = None,
+    probes: Sequence[tuple[Probe, Iterable[Site]]] = (),
+) -> Iterator[LoopRecording]:
+    """Record episodes of your own loop; `lerobot-attn view FOLDER` and `open_run(FOLDER)` open them.
+
+    Stores go to `{folder}/attention/{group}_{task_id}/episode_{index:05d}.zarr`. They are written by a thread
+    of their own; when its queue is full (`config.queue_mb`), the policy waits.
+
+    Args:
+        policy: a LeRobot policy, as the loop uses it: `select_action`, `predict_action_chunk`.
+        folder: where to record; `config.dir`, if given, holds the stores instead of `{folder}/attention`.
+        config: what to capture and how to store it. `mean_layers="auto"` (the default) means the layers of
+            `layers` here.
+        fps: frames per second of the videos.
+        preprocessor: the policy's, whose tokenizer tells words and state digits apart.
+        tokenizer: the tokenizer itself, where there is no preprocessor.
+        state_names: names of the state's dimensions.
+        action_names: names of the action's dimensions.
+        attributes: further plain values that each store says of itself.
+        probes: others that watch or change the policy, as `capture_attention` takes them.
+
+    Raises:
+        UnsupportedPolicyError: no adapter knows the policy.
+        ConfigError: a layer, head or denoise step does not exist, or fps is not above 0.
+        StoreError: the folder cannot be used or holds episodes already (`config.existing`), another recording
+            goes on there, or there is no video encoder for the policy's cameras.
+        CaptureError: at the end, if some episode could not be saved whole; or at once with
+            `config.on_error="abort"`.
+    """
+    config = config or AttentionConfig()
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
+        raise ConfigError(f"fps: got {fps!r}, expected a number above 0, the frames per second of the loop")
+    stores = Path(config.dir) if config.dir else Path(folder) / "attention"
+    run_folder = RunFolder(stores, config.existing, _REMEDIES)
+    check_encoder(policy, config)
+    with run_folder.claim():
+        recording = LoopRecording(policy, run_folder, config, fps, DimensionNames(state_names, action_names))
+        with (
+            capture_attention(
+                policy,
+                config,
+                tokenizer=tokenizer or find_tokenizer(preprocessor),
+                on_record=recording._on_record,
+                on_failure=recording._on_failure,
+                probes=probes,
+            ) as capture,
+            replaced_attribute(policy, "select_action", recording._observed(policy.select_action)),
+        ):
+            recording._begin(capture, attributes or {})
+            try:
+                yield recording
+            except BaseException as error:
+                write_out_after(recording._writer, recording._handles, error)
+                recording._end()
+                raise
+            write_out(recording._writer, recording._handles, "Ctrl-C ends the loop")
+            recording._end()
+    recording._raise_of_failures()
+
+
+class LoopRecording:
+    """The episodes of a loop; what `record_episodes` yields.
+
+    Attributes:
+        folder: where the stores go.
+    """
+
+    def __init__(
+        self, policy: Any, run_folder: RunFolder, config: AttentionConfig, fps: float, names: DimensionNames
+    ):
+        self.folder = run_folder.path
+        self._policy = policy
+        self._run_folder = run_folder
+        self._config = config
+        self._fps = float(fps)
+        self._names = names
+        self._writer = BackgroundWriter(config.queue_mb * 1_000_000)
+        self._handles: list[EpisodeHandle] = []
+        self._kept: list[EpisodeResult] = []
+        self._next: dict[str, int] = {}
+        self._open: LoopEpisode | None = None
+        self._size_told = False
+
+    @property
+    def results(self) -> list[EpisodeResult]:
+        """What became of the episodes so far, in their order; of an unwritten one, that it is incomplete."""
+        return [*self._kept, *(handle.outcome() for handle in self._handles)]
+
+    @contextmanager
+    def episode(
+        self,
+        task: str = "",
+        *,
+        group: str = "loop",
+        task_id: int = 0,
+        index: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[LoopEpisode]:
+        """Record one episode: the frames that `step` is told of inside the block.
+
+        An exception in the block ends the episode as incomplete, and goes on.
+
+        Args:
+            task: the instruction.
+            group: first part of the folder's name, for several kinds of task.
+            task_id: second part of the folder's name.
+            index: the episode's number; default: the one after the last.
+            seed: of the environment, if there is one.
+
+        Raises:
+            ConfigError: the number is not free, or an episode is open already.
+            StoreError: an earlier recording's episode of that number was made otherwise
+                (`existing="skip"`).
+        """
+        if self._open is not None:
+            raise ConfigError("episode: another one is open, expected one at a time; leave its block first")
+        plan = self._plan(task_folder(group, task_id), group, task_id, index, seed)
+        handle = None
+        if plan is not None:
+            handle = EpisodeHandle(plan, 0, self._config, self._writer, self._names, strict=False)
+            handle.task, handle.has_reward, handle.has_success = task, False, False
+            self._handles.append(handle)
+        episode = self._open = LoopEpisode(self._policy, self._capture, self._writer, self._config, handle)
+        try:
+            yield episode
+        except BaseException as error:
+            episode.interrupt(error)
+            raise
+        else:
+            episode.finish()
+        finally:
+            self._open = None
+            self._capture.enabled = False
+
+    def _begin(self, capture: AttentionCapture, attributes: Mapping[str, Any]) -> None:
+        self._capture = capture
+        capture.enabled = False
+        policy = {**checkpoint_facts(getattr(self._policy, "config", None)), **policy_facts(capture.policy)}
+        self._attributes = {"versions": versions(), "policy": policy, **attributes}
+        self._run_folder.settle(self._attributes, self._config.to_dict())
+        if capture.policy.random_weights:
+            logger.warning("This policy has %s", RANDOM_WEIGHTS)
+
+    def _end(self) -> None:
+        self._writer.close(0)
+        results = self.results
+        saved = tuple(result for result in results if result.reason is None)
+        summary = TaskSummary(
+            name=str(self.folder),
+            saved=saved,
+            not_saved=tuple(result for result in results if result.reason is not None),
+            stored_bytes=sum(folder_bytes(result.path) for result in saved if result.path is not None),
+            waited_s=self._writer.waited_s,
+        )
+        failed = any(result.failed for result in summary.not_saved)
+        logger.log(logging.ERROR if failed else logging.INFO, "%s", summary.line())
+
+    def _raise_of_failures(self) -> None:
+        failed = [result for result in self.results if result.failed and not result.interrupted]
+        if failed:
+            raise CaptureError(
+                f"attention of {len(failed)} of {len(self.results)} episodes could not be saved whole: "
+                f"episode {failed[0].index}: {failed[0].reason}"
+            )
+
+    def _plan(
+        self, name: str, group: str, task_id: int, index: int | None, seed: int | None
+    ) -> EpisodePlan | None:
+        index = self._next.get(name, 0) if index is None else index
+        path = self.folder / name / f"episode_{index:05d}{EPISODE_SUFFIX}"
+        taken = {handle.plan.path for handle in self._handles} | {result.path for result in self._kept}
+        if index < 0 or path in taken:
+            raise ConfigError(f"index: got {index}, expected an episode number of {name} that is not taken")
+        self._next[name] = max(self._next.get(name, 0), index + 1)
+        if self._config.episodes is not None and index not in self._config.episodes:
+            return None
+        kept = self._run_folder.kept(path, seed)
+        if kept is not None:
+            sizes = (kept.n_frames, kept.n_inferences, kept.raw_bytes())
+            self._kept.append(EpisodeResult(index, path, None, False, False, True, *sizes))
+            return None
+        said = {
+            **self._attributes,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "task_group": group,
+            "task_id": task_id,
+            "episode_index": index,
+            "seed": seed,
+            "eval_video": None,
+        }
+        return EpisodePlan(index=index, path=path, fps=self._fps, attributes=said)
+
+    def _observed(self, select_action: Any) -> Any:
+        def observed_select_action(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            action = select_action(batch, *args, **kwargs)
+            if self._open is not None:
+                self._open.on_action(batch, action)
+            return action
+
+        return observed_select_action
+
+    def _on_record(self, record: InferenceRecord) -> None:
+        if not self._size_told:
+            self._size_told = True
+            logger.info(
+                "Attention goes to %s: about %s an inference before compression; %s free",
+                self.folder,
+                format_bytes(self._capture.selection.bytes_per_inference(record.layout)),
+                format_bytes(shutil.disk_usage(self.folder).free),
+            )
+        if self._open is not None:  # else it ended after its episode, on a thread of its own
+            self._open.on_inference(record)
+
+    def _on_failure(self, error: Exception) -> None:
+        if self._open is None:
+            logger.error("An inference outside of every episode could not be captured: %s", error)
+        else:
+            self._open.fail(error)
