@@ -12,9 +12,9 @@ from test_inspection import run_cli
 from lerobot_attn import analysis, report
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
+from lerobot_attn.overlay import overlay_frames
 from lerobot_attn.report import CompareSettings, compare_groups, comparison_figure, side_by_side, write_report
 from lerobot_attn.store.reader import open_episode, open_run
-from lerobot_attn.overlay import overlay_frames
 from lerobot_attn.store.video import VideoWriter, count_frames, read_frames
 from lerobot_attn.synthetic import SyntheticPlan, planted_patch, planted_shares, write_planted_episode
 
@@ -262,7 +262,9 @@ UNLIKE_POLICIES = {
     "denoise steps": {"n_denoise_steps": 10},
     "depth": {"n_layers": 6, "layers": (4, 5)},
     "heads": {"n_heads": 3},
-    "camera's size": {"image_px": {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)}},
+    "camera's size": {
+        "image_px": {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)}
+    },
     "grid": {"grid": (8, 8)},
     "padding": {
         "padding": "left_top",
@@ -339,9 +341,10 @@ def test_a_video_shorter_than_its_store_is_held(tmp_path, n_shown):
         assert len(found) == 12
         np.testing.assert_array_equal(found[-1][:, -200:], found[n_shown - 1][:, -200:])
     write_report([a], [b], tmp_path / "report")
-    assert f"its video has {n_shown} of the store's 12 frames; its last one is held" in (
-        tmp_path / "report" / "report.md"
-    ).read_text()
+    assert (
+        f"its video has {n_shown} of the store's 12 frames; its last one is held"
+        in (tmp_path / "report" / "report.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("normalisation", ["share", "image", "frame", "episode"])
