@@ -437,7 +437,7 @@ def test_cameras_that_differ_are_refused(groups, tmp_path):
 @pytest.mark.parametrize(
     ("measure", "changes", "choices", "message"),
     [
-        ("image_heatmap", {"grid": (8, 8)}, {}, "grid_y differs"),
+        ("image_heatmap", {"grid": (8, 8)}, {}, "cannot be compared patch by patch"),
         ("modality_share", {"n_heads": 3}, {"head": "all"}, r"head differs: \[0, 1\] in .*\[0, 1, 2\]"),
         ("modality_share", {"n_layers": 3, "layers": (2,)}, {"layer": "all"}, "layer differs"),
     ],
