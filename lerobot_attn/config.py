@@ -23,23 +23,15 @@ EXISTING = ("refuse", "skip", "overwrite")
 FLOAT16_MANTISSA_BITS = 10
 
 
-# The comments above the fields are the help texts that `lerobot-eval --help` shows.
 @dataclass
 class CaptureSettings:
-    """What is captured of each inference."""
+    """What is captured of each inference; `AttentionConfig` says what each field means."""
 
-    # Layers whose full maps are stored: a list (negative counts from the end), 'all' or 'none'.
     layers: list[int] | str = field(default_factory=lambda: [-2, -1])
-    # Denoise steps that are stored: a list (negative counts from the end) or 'all'.
     denoise_steps: list[int] | str = "all"
-    # Attention heads that are stored: a list or 'all'.
     heads: list[int] | str = "all"
-    # Layers whose mean over the executed action tokens is stored: a list, 'all', 'none' or 'auto' (all of
-    # them in lerobot-eval; in own loops the layers whose full maps are asked for).
     mean_layers: list[int] | str = "auto"
-    # Layers whose prefix self-attention (image, text and state tokens) is stored: a list, 'all' or 'none'.
     prefix_layers: list[int] | str = "none"
-    # Keep a policy that is compiled (compile_model=true) compiled while it is recorded, maps and all.
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +54,7 @@ class CaptureSettings:
         _check_bool(self, "compiled")
 
 
+# The comments above the fields, here and in AttentionConfig, are what `lerobot-eval --help` shows.
 @dataclass
 class StorageSettings:
     """Which episodes are stored, where and how."""
@@ -117,6 +110,23 @@ class StorageSettings:
 @dataclass
 class AttentionConfig(StorageSettings, CaptureSettings):
     """Settings of attention capture (`--eval.attention.*`): what to capture, and how to store it."""
+
+    # The fields of CaptureSettings stand here again, because LeRobot's parser looks for a field's comment in the
+    # class and its first base alone.
+
+    # Layers whose full maps are stored: a list (negative counts from the end), 'all' or 'none'.
+    layers: list[int] | str = field(default_factory=lambda: [-2, -1])
+    # Denoise steps that are stored: a list (negative counts from the end) or 'all'.
+    denoise_steps: list[int] | str = "all"
+    # Attention heads that are stored: a list or 'all'.
+    heads: list[int] | str = "all"
+    # Layers whose mean over the executed action tokens is stored: a list, 'all', 'none' or 'auto' (all of
+    # them in lerobot-eval; in own loops the layers whose full maps are asked for).
+    mean_layers: list[int] | str = "auto"
+    # Layers whose prefix self-attention (image, text and state tokens) is stored: a list, 'all' or 'none'.
+    prefix_layers: list[int] | str = "none"
+    # Keep a policy that is compiled (compile_model=true) compiled while it is recorded, maps and all.
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without a policy.

@@ -9,6 +9,7 @@ import xarray as xr
 
 from lerobot_attn import analysis, open_episode
 from lerobot_attn.analysis.compare import Aspect, compare, compare_each
+from lerobot_attn.analysis.labels import policy_of
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout
 from lerobot_attn.analysis.reduce import group_sums, mean_over, row_sum
 from lerobot_attn.analysis.select import executed_actions, executed_queries, layout_of, stored_layers
@@ -275,11 +276,13 @@ def test_special_tokens_are_a_modality(episodes):
 def test_what_other_files_give_back_is_understood(episodes):
     """netCDF knows neither objects nor lists of them: JSON text and arrays come back."""
     data = episodes["pi0"].arrays
-    attrs = dict(data.attrs)
-    texts = {name: json.dumps(attrs[name]) for name in ("layout", "policy")}
-    texts["executed_queries"] = np.array(attrs["executed_queries"])
-    other = data.assign_attrs(texts)
-    assert layout_of(other) == layout_of(data)
+    said = {"layout": layout_of(data).to_dict(), "policy": dict(policy_of(data))}
+    assert said["policy"]["n_layers"] == 4
+    objects = data.assign_attrs(said)
+    texts = {name: json.dumps(value) for name, value in said.items()}
+    other = objects.assign_attrs(texts, executed_queries=np.array(data.attrs["executed_queries"]))
+    assert layout_of(other) == layout_of(objects) == layout_of(data)
+    assert policy_of(other) == policy_of(objects)
     found, expected = (analysis.modality_share(d, frame=1) for d in (other, data))
     np.testing.assert_array_equal(found, expected)
     assert analysis.attention(other, frame=1).attrs == analysis.attention(data, frame=1).attrs

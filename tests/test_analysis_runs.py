@@ -23,6 +23,7 @@ from lerobot_attn.analysis.runs import (
     summarise,
     summarise_run,
 )
+from lerobot_attn.analysis.select import layout_of
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.synthetic import SyntheticPlan, planted_shares, write_planted_episode, write_softmax_episode
 
@@ -323,7 +324,7 @@ def test_nothing_recorded_is_refused(data):
 
 def test_episodes_without_cameras_have_no_sharpness(tmp_path):
     data = open_episode(write_planted_episode(tmp_path, plan())).arrays
-    layout = data.attrs["layout"]
+    layout = layout_of(data).to_dict()
     blind = {**layout, "cameras": [{**camera, "geometry": None} for camera in layout["cameras"]]}
     with pytest.raises(SelectionError, match="saw no camera image"):
         summarise(data.assign_attrs(layout=blind), "entropy")

@@ -8,9 +8,9 @@ from test_analysis_prefix import HEADS, STEPS, write_small_store
 
 from lerobot_attn import open_episode
 from lerobot_attn.analysis import attention
+from lerobot_attn.analysis.select import layout_of
 from lerobot_attn.analysis.sinks import attention_sinks
 from lerobot_attn.errors import SelectionError
-from lerobot_attn.layout import TokenLayout
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
 N_INFERENCES = 10
@@ -202,7 +202,7 @@ def test_one_inference_shows_nothing(data):
 
 def test_episodes_of_other_layouts_do_not_mix(episodes):
     data = episodes.one.dataset
-    layout = TokenLayout.from_dict(data.attrs["layout"]).to_dict()
+    layout = layout_of(data).to_dict()
     layout["cameras"][0]["name"] = "observation.images.other"
     with pytest.raises(SelectionError, match="token layouts differ"):
         attention_sinks([data, data.assign_attrs(layout=layout)])

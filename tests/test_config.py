@@ -94,6 +94,7 @@ def test_capture_and_storage_settings_are_parts_of_one_file(tmp_path):
     path = tmp_path / "capture.yaml"
     path.write_text("layers: [0]\nkeep: success\n")
     config = AttentionConfig.from_yaml(path)
+    assert AttentionConfig().capture == CaptureSettings()
     assert config.capture == CaptureSettings(layers=[0])
     assert config.storage == StorageSettings(keep="success")
     names = [f.name for part in (CaptureSettings, StorageSettings) for f in fields(part)]

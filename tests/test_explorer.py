@@ -1144,6 +1144,13 @@ def test_events_bring_what_the_run_did_not_tell(tmp_path, monkeypatch):
     assert told == {f"{TASK}:episode_{index:05d}" for index in range(6)}
 
 
+def replace_text(path, text):
+    """Write a file in one step: the server, which looks at it all the time, never finds it empty."""
+    new = path.with_name("new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def test_events_tell_when_only_the_damaged_ones_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(app_module, "POLL_S", 0.01)
     folder = tmp_path / TASK
@@ -1161,12 +1168,12 @@ def test_events_tell_when_only_the_damaged_ones_changed(tmp_path, monkeypatch):
             return json.loads(line[5:])
 
         assert events.readline() == b"event: ready\n"
-        (folder / "episode_00001.zarr" / "zarr.json").write_text("{")
+        replace_text(folder / "episode_00001.zarr" / "zarr.json", "{")
         told = news()
         assert (told["changed"], told["removed"]) == ([], [f"{TASK}:episode_00001"])
         (line,) = told["damaged"]
         assert "episode_00001.zarr" in line
-        (folder / "episode_00001.zarr" / "zarr.json").write_text("[]")
+        replace_text(folder / "episode_00001.zarr" / "zarr.json", "[]")
         told = news()
         assert (told["changed"], told["removed"]) == ([], [])
         assert told["damaged"] != [line]

@@ -6,6 +6,7 @@ the suffix, actions that are no token, prompts that were cut, episodes that diff
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,31 +77,31 @@ def test_an_action_that_is_no_token_has_no_query(planted, tmp_path, page):  # no
 
 
 @pytest.mark.parametrize("query", [PLAN.n_queries, 10**6, -7])
-def test_a_query_that_does_not_exist_is_none(planted, query):
-    """A stranger's store may say anything; the rest of it is shown."""
+def test_a_query_that_does_not_exist_is_named_as_damage(planted, tmp_path, query):
     queries = open_episode(planted).arrays["frame_query"].values.copy()
     queries[1] = query
     set_array(planted, "frame_query", queries)
-    found = timeline(open_episode(planted))
-    assert (found["frame_query"][1], found["frame_action"][1]) == (-1, -1)
-    assert found["frame_query"][2] == queries[2]
+    with client_of(tmp_path / "run") as client:
+        at = f"/api/episodes/attention:synthetic_0:{planted.stem}"
+        answer = client.get(f"{at}/latest/timeline")
+        assert answer.status_code == 422
+        assert f"frame_query is {query} at frame 1" in answer.json()["error"]
+        assert client.get(at).status_code == 200  # the rest is shown
 
 
 @pytest.fixture
-def with_state_token(planted):
+def with_state_token(tmp_path):
     """The first suffix token is a state token, as in pi0; every action comes one query later."""
-    data = open_episode(planted).arrays
-    layout = dict(data.attrs["layout"])
-    *prefix, actions = layout["segments"]
-    state = {"kind": "state", "name": "state", "start": actions["start"], "stop": actions["start"] + 1}
-    layout["segments"] = [*prefix, state, actions | {"start": actions["start"] + 1}]
-    kinds = data["key_kind"].values.copy()
-    kinds[:, state["start"]] = 3
-    queries = data["frame_query"].values + 1
-    edit_attributes(planted, layout=layout, executed_queries=[1, 1 + PLAN.n_executed])
-    set_array(planted, "key_kind", kinds)
-    set_array(planted, "frame_query", queries)
-    return planted
+    return write_planted_episode(tmp_path / "run", replace(PLAN, n_suffix_state=1))
+
+
+def test_a_state_tokens_query_is_no_action(with_state_token):
+    queries = open_episode(with_state_token).arrays["frame_query"].values.copy()
+    queries[1] = 0
+    set_array(with_state_token, "frame_query", queries)
+    found = timeline(open_episode(with_state_token))
+    assert (found["frame_query"][1], found["frame_action"][1]) == (-1, -1)
+    assert (found["frame_query"][2], found["frame_action"][2]) == (queries[2], queries[2] - 1)
 
 
 def test_a_state_token_in_the_suffix_is_no_action(with_state_token, tmp_path, page):  # noqa: F811
@@ -148,21 +149,9 @@ BLIND = (1, 3)
 
 
 @pytest.fixture
-def cross_attending(planted):
+def cross_attending(tmp_path):
     """Layers 1 and 3 do not see the suffix: its keys are absent there, and the rest sums to 1."""
-    data = open_episode(planted).arrays
-    n = data.sizes["key"] - PLAN.n_queries
-    for name, dimension in (("suffix_attention", "layer"), ("suffix_attention_mean", "all_layer")):
-        maps = data[name].values.astype(np.float32)
-        labels = data[dimension].values
-        is_blind = np.isin(labels, BLIND)
-        of_blind = maps[:, :, is_blind]
-        of_blind[..., n:] = np.nan
-        of_blind /= np.nansum(of_blind, axis=-1, keepdims=True)
-        maps[:, :, is_blind] = of_blind
-        set_array(planted, name, maps.astype(np.float16))
-        set_array(planted, f"{dimension}_sees_suffix", ~is_blind)
-    return planted
+    return write_planted_episode(tmp_path / "run", replace(PLAN, prefix_only_layers=BLIND))
 
 
 def test_keys_that_a_layer_cannot_see_are_absent(cross_attending, tmp_path, page):  # noqa: F811

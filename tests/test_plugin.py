@@ -97,6 +97,7 @@ def test_help_shows_every_setting(run_main, capsys):
     for name in AttentionConfig().to_dict():
         assert f"--eval.attention.{name} " in text
     assert "Layers whose full maps are stored" in " ".join(text.split())
+    assert "Which finished episodes to keep" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import importlib
 import json
 import logging
 import math
-import re
 import time
 import weakref
 from pathlib import Path
@@ -208,12 +207,10 @@ def test_tasks_have_their_own_folders(tmp_path, caplog):
     assert [(e.path.parent.name, e.n_frames) for e in run] == [("group_0", 5), ("group_7", 6)]
     assert len(info["overall"]["attention_paths"]) == 2
     lines = [record.message for record in caplog.records if record.message.startswith("Attention")]
-    assert len(lines) == 4
-    assert lines[0].startswith(f"Attention goes to {tmp_path / 'attention'}; ")
-    # How large an inference is shows when the first has come.
-    assert re.match(r"Attention takes about [\d.]+ kB an inference, at most about", lines[1])
-    assert lines[2].startswith("Attention of group_0: 1 of 1 episodes saved, 1 inferences, ")
-    assert "waited" in lines[3]
+    assert len(lines) == 3
+    assert lines[0].startswith(f"Attention goes to {tmp_path / 'attention'}: ")
+    assert lines[1].startswith("Attention of group_0: 1 of 1 episodes saved, 1 inferences, ")
+    assert "waited" in lines[2]
 
 
 def test_evaluation_is_the_same_with_and_without_recording(tmp_path):
@@ -499,7 +496,9 @@ def test_a_video_that_fails_does_not_cost_an_evaluations_maps(tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["h#1", "a?b", "x::y", "two words", "Töpfe", "[1]", "run:a"])
 def test_an_evaluation_under_any_legal_path(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    _, run = evaluate(Path(name), {0: scripted.make_envs((5,))}, layers="all")
+    # LeRobot's own video of the evaluation cannot be written under a relative path with a colon.
+    videos = 0 if ":" in name else 1
+    _, run = evaluate(Path(name), {0: scripted.make_envs((5,))}, videos=videos, layers="all")
     assert not run.failures
     (episode,) = open_run(name)
     assert episode.is_complete

@@ -7,8 +7,9 @@ from typing import Any
 
 import xarray as xr
 
-from lerobot_attn.analysis.select import RAW
-from lerobot_attn.explorer.means import mean_layers, prefix_only_layers
+from lerobot_attn.analysis.select import RAW, prefix_only_layers
+from lerobot_attn.analysis.tokens import prompt_truncated
+from lerobot_attn.explorer.means import mean_layers
 from lerobot_attn.explorer.pictures import video_version
 from lerobot_attn.explorer.slabs import PREFIX, labels
 from lerobot_attn.explorer.values import numbers, plain
@@ -57,7 +58,7 @@ def facts(episode: Episode) -> dict[str, Any]:
         ],
         "cameras": _cameras(episode),
         "video_errors": _video_errors(attributes),
-        "prompt_truncated": bool(data["prompt_truncated"].any()) if "prompt_truncated" in data else False,
+        "prompt_truncated": bool(prompt_truncated(data).any()),
         "kinds": {kind.name.lower(): int(kind) for kind in Kind},
         "fps": _fps(attributes),
     }

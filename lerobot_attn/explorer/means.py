@@ -13,10 +13,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from lerobot_attn.analysis.select import MEANS, RAW, executed_queries, stored_layers
+from lerobot_attn.analysis.select import MEANS, RAW, executed_queries, prefix_only_layers, stored_layers
 from lerobot_attn.errors import LerobotAttnError, SelectionError
 
-_SEES_SUFFIX = {"layer": "layer_sees_suffix", "all_layer": "all_layer_sees_suffix"}
 _BLOCK = 32  # inferences that are read at once
 
 
@@ -24,15 +23,6 @@ def mean_layers(data: xr.Dataset) -> list[int]:
     """Return the layers whose means over the executed actions can be had, ascending."""
     full, stored = stored_layers(data)
     return sorted({*full, *stored})
-
-
-def prefix_only_layers(data: xr.Dataset) -> list[int]:
-    """Return the layers that cannot see the suffix, ascending; in their maps its keys are NaN."""
-    found: set[int] = set()
-    for dimension, name in _SEES_SUFFIX.items():
-        if name in data:
-            found.update(data[dimension].values[~data[name].values].tolist())
-    return sorted(found)
 
 
 def means(
@@ -97,7 +87,7 @@ def means_dataset(
     blind = set(prefix_only_layers(data))
     if blind:
         sees = [layer not in blind for layer in labels]
-        coordinates[_SEES_SUFFIX["all_layer"]] = ("all_layer", sees)
+        coordinates["all_layer_sees_suffix"] = ("all_layer", sees)
     dims = ("inference", "denoise_step", "all_layer", "head", "key")
     return xr.Dataset({MEANS: (dims, values[:, None])}, coordinates, data.attrs)
 

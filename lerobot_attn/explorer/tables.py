@@ -13,7 +13,7 @@ import xarray as xr
 from lerobot_attn.analysis.labels import from_end, policy_count, stored_labels
 from lerobot_attn.analysis.measures import attention_entropy
 from lerobot_attn.analysis.select import attention
-from lerobot_attn.analysis.tokens import by_modality, token_groups
+from lerobot_attn.analysis.tokens import by_modality, prompt_truncated, token_groups
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.explorer.means import in_blocks, mean_layers, means_dataset
 from lerobot_attn.explorer.slabs import of_inference, place_of
@@ -31,7 +31,6 @@ def tokens(episode: Episode, inference: int) -> dict[str, Any]:
     of_inference(data["token_id"], inference)
     data = data.isel(inference=[inference])
     groups, group_of_key = token_groups(data)
-    truncated = data["prompt_truncated"].values[0] if "prompt_truncated" in data else False
     return {
         "text": [str(piece) for piece in data["token_text"].values[0]],
         "id": data["token_id"].values[0].tolist(),
@@ -42,7 +41,7 @@ def tokens(episode: Episode, inference: int) -> dict[str, Any]:
             {"kind": group.kind.name.lower(), "ordinal": group.ordinal, "label": group.label}
             for group in groups
         ],
-        "prompt_truncated": bool(truncated),
+        "prompt_truncated": bool(prompt_truncated(data)[0]),
     }
 
 
@@ -117,15 +116,10 @@ def shares(
     for block, found in in_blocks(n - first, read):
         rows[block] = found.transpose("inference", "key").values
     maps = xr.DataArray(rows, dims=("inference", "key"), coords={"inference": np.arange(n - first)})
-    # NaN in a row that is there is a key that the layer cannot see; in a missing row everything is NaN.
-    exists = maps.notnull()
-    visible = maps.fillna(0).where(exists.any("key"))
-    rows_of = data.isel(inference=slice(first, n))
-    is_visible = by_modality(rows_of, exists.astype(np.float32)) > 0
-    share = by_modality(rows_of, visible).where(is_visible).transpose("inference", "modality")
+    share = by_modality(data.isel(inference=slice(first, n)), maps).transpose("inference", "modality")
     return {
         "first": first,
         "modalities": [str(name) for name in share["modality"].values],
         "share": numbers(share.values),
-        "effective_tokens": numbers(attention_entropy(visible)["effective_number"].values),
+        "effective_tokens": numbers(attention_entropy(maps)["effective_number"].values),
     }

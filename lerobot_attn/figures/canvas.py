@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -16,16 +18,29 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from numpy.typing import ArrayLike, NDArray
 
 from lerobot_attn.errors import RANDOM_WEIGHTS as RANDOM_WEIGHTS
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.figures.scale import MISSING, colormap
+from lerobot_attn.figures.fonts import BASE, drawable, families_for, missing_note, one_line
+from lerobot_attn.figures.scale import (
+    MISSING,
+    UNSEEN,
+    UNSEEN_HATCH,
+    UNSEEN_HEX,
+    UNSEEN_INK_HEX,
+    colormap,
+)
 
 FORMATS = (".png", ".pdf", ".svg")
 # Letters that a paper's column can carry, in points.
 _STYLE: Any = {
-    "font.family": "DejaVu Sans",
+    "font.family": BASE,
+    # A dollar in an instruction is a dollar, and no formula begins with it.
+    "text.parse_math": False,
+    "text.usetex": False,
     "font.size": 7,
     "axes.titlesize": 7,
     "axes.labelsize": 7,
@@ -50,7 +65,9 @@ _CAMERAS = ("#0072B2", "#56B4E9", "#004466", "#99D0F0")
 _MODALITIES = {
     "task": "#E69F00",
     "state": "#009E73",
-    "scaffold": "#999999",
+    "template": "#999999",
+    "scaffold": "#999999",  # the former name of template
+    "special": "#666666",
     "text": "#CC79A7",
     "actions": "#D55E00",
     "padding": "#DDDDDD",
@@ -64,22 +81,35 @@ class Caption:
     Attributes:
         facts: what was drawn: episode, frame, layer, head, step, normalisation, …; joined by dots.
         warning: set in red, e.g. that the weights are random.
+        notes: what a reader has to know before reading the picture, e.g. that a video was missing or the
+            prompt was cut; set in brown, a line or more each.
     """
 
     facts: Sequence[str]
     warning: str = ""
+    notes: Sequence[str] = ()
 
     def lines(self, width_in: float) -> list[str]:
         """Return the facts as lines that fit the width."""
-        characters = max(30, int(width_in * 72 / (_CAPTION_PT * 0.56)))
-        lines = [""]
-        for fact in (fact for fact in self.facts if fact):
-            joined = f"{lines[-1]} · {fact}" if lines[-1] else fact
-            if len(joined) <= characters:
-                lines[-1] = joined
-            else:
-                lines += textwrap.wrap(fact, characters)
-        return [line for line in lines if line] or [""]
+        return [line for line in _wrapped(self.facts, width_in) if line] or [""]
+
+
+def _wrapped(facts: Iterable[str], width_in: float) -> list[str]:
+    """Join facts by dots into lines that fit a width; a letter of Chinese is as wide as two of Latin."""
+    columns = max(30, int(width_in * 72 / (_CAPTION_PT * 0.56)))
+    lines = [""]
+    for fact in (one_line(fact) for fact in facts if fact):
+        joined = f"{lines[-1]} · {fact}" if lines[-1] else fact
+        if _columns(joined) <= columns:
+            lines[-1] = joined
+        else:
+            wide = _columns(fact) > len(fact)
+            lines += textwrap.wrap(fact, int(0.42 * columns) if wide else columns)
+    return lines
+
+
+def _columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 @contextmanager
@@ -89,40 +119,74 @@ def style() -> Iterator[None]:
         yield
 
 
-def styled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function that draws within `style`."""
+class CaptionedFigure(Figure):
+    """A figure with a caption below, which `finish` writes when all other text is known.
+
+    Attributes:
+        caption: what is to be said.
+        height_in: height besides the caption, inches.
+    """
+
+    def __init__(self, width_in: float, height_in: float, caption: Caption):
+        super().__init__(figsize=(width_in, height_in), layout="constrained")
+        self.caption, self.height_in = caption, height_in
+
+
+def styled[**P, F: Figure](function: Callable[P, F]) -> Callable[P, F]:
+    """Run a function that draws within `style`, and finish what it returns."""
 
     @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: P.args, **kwargs: P.kwargs) -> F:
         with style():
-            return function(*args, **kwargs)
+            figure = function(*args, **kwargs)
+            finish(figure)
+            return figure
 
     return run
 
 
 def new_figure(width_in: float, height_in: float, caption: Caption) -> Figure:
-    """Return an empty figure that is `height_in` high besides its caption, inches."""
-    lines = caption.lines(width_in)
-    n_lines = len(lines) + bool(caption.warning)
-    below = (n_lines * _CAPTION_PT * 1.35 + 4) / 72
-    height = height_in + below
-    figure = Figure(figsize=(width_in, height), layout="constrained")
+    """Return an empty figure that is `height_in` high besides its caption, inches; see `styled`."""
+    return CaptionedFigure(width_in, height_in, caption)
+
+
+def finish(figure: Figure) -> None:
+    """Write the caption, and prepare every text of a figure for whatever people write in an instruction.
+
+    No text is taken for a formula, and each is drawn by those fonts of the machine that have its letters. The
+    caption says which scripts no font has; their letters are boxes.
+    """
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    if isinstance(figure, CaptionedFigure):
+        said = [*figure.caption.facts, *figure.caption.notes]
+        letters = "".join([*said, *(text.get_text() for text in texts)])
+        texts += _write_caption(figure, missing_note(letters))
+    for text in texts:
+        text.set_parse_math(False)
+        content = text.get_text()
+        if not content.isascii():
+            text.set_text(drawable(content))
+            text.set_fontfamily(families_for(content))
+
+
+def _write_caption(figure: CaptionedFigure, note: str) -> list[Text]:
+    caption, width_in = figure.caption, figure.get_figwidth()
+    lines = [(line, "#444444") for line in caption.lines(width_in)]
+    for text in (*caption.notes, note):
+        lines += [(line, "#8A4B00") for line in _wrapped([text], width_in) if line]
+    lines += [(line, "#B00020") for line in _wrapped([caption.warning], width_in) if line]
+    below = (len(lines) * _CAPTION_PT * 1.35 + 4) / 72
+    height = figure.height_in + below
+    figure.set_size_inches(width_in, height)
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, below / height, 1, 1 - below / height - 0.02 / height), w_pad=0.02, h_pad=0.03)
     line = _CAPTION_PT * 1.35 / 72 / height
-    for index, text in enumerate(lines):
-        y = (n_lines - index - 0.2) * line
-        figure.text(0.01, y, text, fontsize=_CAPTION_PT, color="#444444", va="top")
-    if caption.warning:
+    return [
         figure.text(
-            0.01,
-            0.8 * line,
-            caption.warning,
-            fontsize=_CAPTION_PT,
-            color="#B00020",
-            va="top",
+            0.01, (len(lines) - index - 0.2) * line, text, fontsize=_CAPTION_PT, color=color, va="top"
         )
-    return figure
+        for index, (text, color) in enumerate(lines)
+    ]
 
 
 def colorbar(
@@ -173,6 +237,56 @@ def is_missing(values: ArrayLike) -> bool:
     return found.size > 0 and not np.isfinite(found).any()
 
 
+def unseen_cells(values: ArrayLike, axis: int = -1) -> NDArray[np.bool_]:
+    """Return which values are absent because a layer cannot see the token, bool of the same shape.
+
+    A missing map is NaN at all of its tokens; a layer that cannot see some of them is NaN at those alone.
+
+    Args:
+        values: shares, the tokens of one map lying along an axis.
+        axis: that axis.
+    """
+    absent = np.isnan(np.asarray(values, float))
+    unseen: NDArray[np.bool_] = absent & ~absent.all(axis=axis, keepdims=True)
+    return unseen
+
+
+def unseen_box(left: float, bottom: float, width: float, height: float, **options: Any) -> Rectangle:
+    """Return the hatched box that stands for what a layer cannot see."""
+    return Rectangle(
+        (left, bottom),
+        width,
+        height,
+        facecolor=UNSEEN_HEX,
+        edgecolor=UNSEEN_INK_HEX,
+        hatch=UNSEEN_HATCH,
+        linewidth=0,
+        **options,
+    )
+
+
+def mark_unseen_bars(axes: Axes, values: ArrayLike) -> None:
+    """Mark those of horizontal bars, at 0, 1, …, that have no length because the layer cannot see them."""
+    for place in np.flatnonzero(unseen_cells(values)):
+        axes.add_patch(unseen_box(0, place - 0.4, 1, 0.8, transform=axes.get_yaxis_transform()))
+        axes.text(
+            0.5,
+            place,
+            UNSEEN,
+            ha="center",
+            va="center",
+            fontsize=5.5,
+            color="#444444",
+            transform=axes.get_yaxis_transform(),
+        )
+
+
+def store_name(path: Path) -> str:
+    """Return how captions call a store: its folder and its name, "libero_object_4/episode_00000"."""
+    path = Path(path).absolute()
+    return "/".join(part for part in (path.parent.name, path.stem) if part)
+
+
 def check_format(path: str | Path) -> Path:
     """Return a path whose suffix is one that figures are written in.
 
@@ -194,11 +308,12 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
         ConfigError: another suffix, or the file cannot be written.
     """
     path = check_format(path)
-    temporary = path.with_name(f".{path.stem}.new{path.suffix}")
+    # Short, because the name that was asked for may be as long as a file system allows.
+    temporary = path.with_name(f".{os.getpid()}.new{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with style():
-            figure.savefig(temporary, dpi=dpi)
+            figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot write the figure: {error.strerror or error}") from error

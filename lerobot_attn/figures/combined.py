@@ -12,13 +12,15 @@ from lerobot_attn.figures.canvas import (
     Caption,
     colorbar,
     largest,
+    mark_unseen_bars,
     modality_colors,
     new_figure,
     say_missing,
     styled,
 )
+from lerobot_attn.figures.fonts import one_line
 from lerobot_attn.figures.images import Group, draw_overlay
-from lerobot_attn.figures.text import sentence_places, shade_sentence, token_bars
+from lerobot_attn.figures.text import sentence_of, sentence_places, shade_sentence, token_bars
 from lerobot_attn.layout import short_names
 
 
@@ -52,9 +54,8 @@ def combined_figure(
     """
     camera_in = min((width_in - 0.8) / len(groups), 2.6)
     image_in = camera_in * max(g.image.shape[0] / g.image.shape[1] for g in groups) + 0.2
-    words = tokens.isel(token=tokens["kind"].values == "task")
-    labels = words["label"].values.tolist()
-    places, sentence_in = sentence_places(labels, width_in - 0.2)
+    sentence = sentence_of(tokens)
+    places, sentence_in = sentence_places(sentence.words, width_in - 0.2)
     bars_in = max(1.3, 0.115 * tokens.sizes["token"] + 0.3)
     figure = new_figure(width_in, image_in + sentence_in + bars_in + 0.2, caption)
     rows = figure.add_gridspec(3, 1, height_ratios=[image_in, sentence_in, bars_in])
@@ -65,11 +66,13 @@ def combined_figure(
         draw_overlay(axes, group.image, group.panels[0].heat, vmax=vmax, cmap=cmap, alpha=alpha)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(group.label, pad=2)
+        axes.set_title(one_line(group.label, 40), pad=2)
+        if group.note:
+            axes.set_xlabel(group.note)
         shown.append(axes)
     colorbar(figure, shown, cmap, 0, vmax, unit, clipped=clipped)
     axes = figure.add_subplot(rows[1])
-    shade_sentence(axes, labels, words.values, "viridis", places)
+    shade_sentence(axes, sentence, "viridis", places)
     halves = rows[2].subgridspec(1, 2, width_ratios=[1, 1.6])
     left, right = figure.add_subplot(halves[0]), figure.add_subplot(halves[1])
     names = [str(name) for name in shares["modality"].values if name != "padding"]
@@ -80,7 +83,8 @@ def combined_figure(
         if np.isfinite(value):
             left.text(value, place, f" {value:.1f}", va="center", fontsize=6)
     say_missing(left, heights)
-    left.set_yticks(range(len(names)), list(short_names(names).values()))
+    mark_unseen_bars(left, heights)
+    left.set_yticks(range(len(names)), [one_line(name, 24) for name in short_names(names).values()])
     left.set_xlim(0, 1.2 * largest(heights) or 1)
     left.invert_yaxis()
     left.set_xlabel("share of all attention, %")

@@ -20,6 +20,7 @@ from lerobot_attn.figures.canvas import (
     new_figure,
     styled,
 )
+from lerobot_attn.figures.fonts import one_line
 from lerobot_attn.figures.images import Group, draw_overlay
 from lerobot_attn.figures.scale import colormap
 from lerobot_attn.layout import short_names
@@ -174,7 +175,7 @@ def draw_differences(axes: Axes, overall: pd.DataFrame, names: tuple[str, str]) 
     known = np.isfinite(low) & np.isfinite(high)
     axes.hlines(places[known], low[known], high[known], color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.5)
-    axes.set_yticks(places, overall["name"].tolist())
+    axes.set_yticks(places, [one_line(str(name), 28) for name in overall["name"]])
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.set_xlabel(f"{names[1]} minus {names[0]}, percentage points")
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.figures.canvas import Caption, colorbar, largest, new_figure, styled
+from lerobot_attn.figures.fonts import one_line
 from lerobot_attn.figures.matrices import draw_matrix
 from lerobot_attn.figures.scale import ColourScale, colormap
 from lerobot_attn.layout import short_names
@@ -31,11 +32,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Group:
-    """Heatmaps over one image: its label, the image (height, width, 3) uint8, and the panels."""
+    """Heatmaps over one image.
+
+    Attributes:
+        label: title of the image.
+        image: (height, width, 3) uint8.
+        panels: the heatmaps.
+        note: what is to be said of the image in a few words, e.g. that there was none.
+    """
 
     label: str
     image: NDArray[np.uint8]
     panels: Sequence[Panel]
+    note: str = ""
 
 
 @styled
@@ -168,17 +177,20 @@ def _draw_rows(
     colormap(cmap)
     grid = where.subgridspec(len(rows), columns, height_ratios=[row.height_in for row in rows])
     shown: list[Axes] = []
+    # What a title of 7 points has room for above one panel.
+    characters = max(8, int((figure.get_figwidth() - 0.75) / columns * 72 / 3.9))
     for index, row in enumerate(rows):
         if row.is_first:
             axes = figure.add_subplot(grid[index, 0])
             axes.imshow(row.group.image)
-            _bare(axes, row.group.label)
+            _bare(axes, row.group.label, characters)
+            say_note(axes, row.group.note)
             shown.append(axes)
         for column, panel in enumerate(row.panels, start=1):
             axes = figure.add_subplot(grid[index, column])
             image = row.group.image if panel.image is None else panel.image
             draw_overlay(axes, image, panel.heat, vmin=vmin, vmax=vmax, cmap=cmap, alpha=alpha)
-            _bare(axes, panel.title)
+            _bare(axes, panel.title, characters)
             shown.append(axes)
     return shown
 
@@ -217,7 +229,15 @@ def draw_overlay(
         axes.add_patch(hatch)
 
 
-def _bare(axes: Axes, title: str) -> None:
+def say_note(axes: Axes, note: str) -> None:
+    """Write a group's note into its image."""
+    if note:
+        axes.text(
+            0.5, 0.5, note, ha="center", va="center", color="white", transform=axes.transAxes, wrap=True
+        )
+
+
+def _bare(axes: Axes, title: str, characters: int) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(title, pad=2)
+    axes.set_title(one_line(title, characters), pad=2)

@@ -11,7 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lerobot_attn.figures.canvas import Caption, largest, modality_colors, new_figure, styled
+from lerobot_attn.figures.canvas import (
+    Caption,
+    largest,
+    modality_colors,
+    new_figure,
+    styled,
+    unseen_box,
+    unseen_cells,
+)
+from lerobot_attn.figures.fonts import one_line
+from lerobot_attn.figures.scale import UNSEEN
 from lerobot_attn.layout import short_names
 
 
@@ -39,7 +49,7 @@ def evolution_figure(
         axes.set_xticks(places[::step], labels[::step])
         axes.set_xlabel(str(along).replace("_", " "))
         axes.set_title(title)
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 106 if unseen_cells(shares.transpose(along, "modality").values).any() else 100)
         if axes is all_axes[0] or not beside:
             axes.set_ylabel("share of attention, %")
     _legend(figure, all_axes[0])
@@ -50,29 +60,32 @@ def evolution_figure(
 def timeline_figure(
     shares: xr.DataArray,
     sharpness: Mapping[str, xr.DataArray],
-    reward: NDArray[np.float32],
-    success: NDArray[np.bool_],
+    reward: NDArray[np.float32] | None,
+    success: NDArray[np.bool_] | None,
     inference_frames: NDArray[Any],
     caption: Caption,
     *,
     width_in: float = 7.0,
 ) -> Figure:
-    """Draw shares, sharpness and reward over the frames of an episode; thin lines mark inferences.
+    """Draw shares, effective patches and reward over the frames of an episode; thin lines mark inferences.
 
     Args:
         shares: (frame, modality).
-        sharpness: camera → (frame,) effective number of patches.
-        reward: (frame,).
-        success: (frame,) bool.
+        sharpness: camera → (frame,) effective number of patches, which entropy gives.
+        reward: (frame,); None where the recording's loop had none.
+        success: (frame,) bool; likewise.
         inference_frames: whole numbers, the frames at which the policy was asked.
         caption: what is said below.
         width_in: width of the figure, inches.
     """
-    figure = new_figure(width_in, 3.6, caption)
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[2.2, 1.3, 0.7])
+    outcome = reward is not None or success is not None
+    figure = new_figure(width_in, 3.6 if outcome else 2.9, caption)
+    ratios = [2.2, 1.3, 0.7] if outcome else [2.2, 1.3]
+    all_axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    top, middle = all_axes[:2]
     frames = shares["frame"].values
     draw_shares(top, frames, shares.transpose("frame", "modality"))
-    top.set_ylim(0, 100)
+    top.set_ylim(0, 106 if unseen_cells(shares.transpose("frame", "modality").values).any() else 100)
     top.set_ylabel("share of\nattention, %")
     colors = modality_colors(list(sharpness))
     for camera, values in sharpness.items():
@@ -80,16 +93,10 @@ def timeline_figure(
         middle.plot(frames, values.values, color=colors[camera], marker=".", markevery=alone)
     middle.set_ylabel("effective\nnumber of patches")
     middle.set_ylim(0, 1.1 * max((largest(values) for values in sharpness.values()), default=0) or 1)
-    bottom.step(frames, reward, where="mid", color="black", label="reward")
-    solved = np.flatnonzero(success)
-    if len(solved):
-        bottom.axvspan(frames[solved[0]] - 0.5, frames[-1] + 0.5, color="#009E73", alpha=0.25, label="solved")
-    bottom.set_ylabel("reward")
-    bottom.set_xlabel("frame")
-    bottom.legend(frameon=False, loc="upper left", ncols=2)
-    known = reward[np.isfinite(reward)]
-    bottom.set_ylim(float(known.min(initial=0)) - 0.1, float(known.max(initial=1)) * 1.1)
-    for axes in (top, middle, bottom):
+    if outcome:
+        _draw_outcome(all_axes[2], frames, reward, success)
+    all_axes[-1].set_xlabel("frame")
+    for axes in all_axes:
         axes.set_xlim(frames[0] - 0.5, frames[-1] + 0.5)
         for frame in inference_frames:
             axes.axvline(frame - 0.5, color="black", linewidth=0.3, alpha=0.35)
@@ -97,13 +104,38 @@ def timeline_figure(
     return figure
 
 
+def _draw_outcome(
+    axes: Axes,
+    frames: NDArray[Any],
+    reward: NDArray[np.float32] | None,
+    success: NDArray[np.bool_] | None,
+) -> None:
+    """Draw the reward as a line and the frames after which the task was solved as an area."""
+    if reward is not None:
+        axes.step(frames, reward, where="mid", color="black", label="reward")
+        known = reward[np.isfinite(reward)]
+        axes.set_ylim(float(known.min(initial=0)) - 0.1, float(known.max(initial=1)) * 1.1)
+    else:
+        axes.set_yticks([])
+    solved = np.flatnonzero(False if success is None else success)
+    if len(solved):
+        axes.axvspan(frames[solved[0]] - 0.5, frames[-1] + 0.5, color="#009E73", alpha=0.25, label="solved")
+    axes.set_ylabel("success" if reward is None else "reward")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, loc="upper left", ncols=2)
+
+
 def draw_shares(axes: Axes, places: NDArray[Any], shares: xr.DataArray, *, bars: bool = False) -> None:
     """Draw (place, modality) stacked, in per cent; modalities that are 0 throughout are left out.
 
-    Places whose shares are missing (NaN) stay blank.
+    Places whose shares are missing (NaN) stay blank. Where a layer cannot see some modality, the others make
+    up the whole; a hatched box above says so.
     """
+    unseen = unseen_cells(shares.values)
+    shares = shares.copy(data=np.where(unseen, 0, shares.values))
     names = [str(name) for name in shares["modality"].values]
-    colors, labels = modality_colors(names), short_names(names)
+    colors = modality_colors(names)
+    labels = {name: one_line(label, 24) for name, label in short_names(names).items()}
     base = np.zeros(len(places))
     for index, name in enumerate(names):
         values = 100 * shares.values[:, index]
@@ -121,6 +153,11 @@ def draw_shares(axes: Axes, places: NDArray[Any], shares: xr.DataArray, *, bars:
                 label=labels[name],
                 linewidth=0,
             )
+    blind = np.flatnonzero(unseen.any(axis=1))
+    for number, index in enumerate(blind):
+        what = ", ".join(labels[name] for name, absent in zip(names, unseen[index], strict=True) if absent)
+        label = f"{what}:\n{UNSEEN}" if number == 0 else None
+        axes.add_patch(unseen_box(places[index] - 0.45, 101, 0.9, 4, label=label))
 
 
 def _ends(places: NDArray[Any]) -> NDArray[np.float64]:

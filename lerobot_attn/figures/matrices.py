@@ -9,8 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lerobot_attn.figures.canvas import Caption, colorbar, largest, new_figure, styled
-from lerobot_attn.figures.scale import colormap
+from lerobot_attn.figures.canvas import (
+    Caption,
+    colorbar,
+    largest,
+    new_figure,
+    say_missing,
+    styled,
+    unseen_box,
+)
+from lerobot_attn.figures.fonts import one_line
+from lerobot_attn.figures.scale import UNSEEN, colormap
+
+_LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 
 
 @styled
@@ -19,7 +30,8 @@ def action_figure(
     caption: Caption,
     *,
     unit: str,
-    executed: slice,
+    executed: slice | None,
+    unseen: Sequence[bool] = (),
     cmap: str = "viridis",
     width_in: float = 7.0,
     columns: int = 4,
@@ -30,7 +42,9 @@ def action_figure(
         panels: titles and (query, action_key) arrays.
         caption: what is said below.
         unit: label of the colour bar.
-        executed: the queries whose actions are executed; a line marks the last.
+        executed: the actions of the chunk that are executed, by their number; a line marks the last. None if
+            that is not known.
+        unseen: for each panel, whether its layer cannot see the actions; it is hatched.
         cmap: a matplotlib colour map.
         width_in: width of the figure, inches.
         columns: panels in a row.
@@ -42,12 +56,19 @@ def action_figure(
     vmax = max(largest(values) for _, values in panels)
     shown = []
     grid = figure.add_gridspec(rows, columns)
+    blind = [*unseen, *[False] * (len(panels) - len(unseen))]
     for index, (title, values) in enumerate(panels):
         axes = figure.add_subplot(grid[index // columns, index % columns])
         axes.imshow(values, cmap=colormap(cmap), vmin=0, vmax=vmax or 1, interpolation="nearest")
         axes.set_title(title, pad=2)
-        for draw in (axes.axhline, axes.axvline):
-            draw(executed.stop - 0.5, color="white", linewidth=0.6, linestyle=":")
+        if blind[index]:
+            axes.add_patch(unseen_box(0, 0, 1, 1, transform=axes.transAxes))
+            axes.text(0.5, 0.5, UNSEEN, ha="center", va="center", transform=axes.transAxes, bbox=_LABEL_BOX)
+        else:
+            say_missing(axes, values)
+        if executed is not None and not blind[index]:
+            for draw in (axes.axhline, axes.axvline):
+                draw(executed.stop - 0.5, color="white", linewidth=0.6, linestyle=":")
         if index % columns == 0:
             axes.set_ylabel("query: action token")
         if index // columns == rows - 1:
@@ -63,8 +84,8 @@ def draw_matrix(
     """Draw the cells, with the number of each in per cent; one that is missing (NaN) stays blank."""
     vmax = largest(values) or 1
     axes.imshow(values, cmap=colormap(cmap), vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), [one_line(name, 24) for name in columns])
+    axes.set_yticks(range(len(rows)), [one_line(name, 24) for name in rows])
     for (row, column), value in np.ndenumerate(values):
         ink = "black" if value > 0.6 * vmax else "white"
         if np.isfinite(value):

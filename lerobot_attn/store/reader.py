@@ -188,11 +188,21 @@ class Episode:
             StoreError: there is none.
         """
         if camera not in self.videos:
-            raise StoreError(
-                f"{self.path}: has no video of camera {camera}, expected an MP4 beside the store; record "
-                "with --eval.attention.cameras=true (the default)"
-            )
+            raise StoreError(f"{self.path}: has no video of camera {camera}: {self.why_no_video(camera)}")
         return self.videos[camera]
+
+    def why_no_video(self, camera: str) -> str:
+        """Say in one line why there is no video of a camera, and what helps."""
+        failed, listed, capture = (
+            self.attributes.get(name) for name in ("video_errors", "videos", "capture")
+        )
+        if isinstance(failed, dict) and camera in failed:
+            return f"its video could not be written: {failed[camera]}"
+        if isinstance(listed, dict) and camera in listed:
+            return "its MP4 is not beside the store; copy it too"
+        if isinstance(capture, dict) and capture.get("cameras") is False:
+            return "recorded without cameras (cameras=false)"
+        return "no video beside the store; record with --eval.attention.cameras=true (the default)"
 
     def image_size_px(self, camera: str) -> tuple[int, int] | None:
         """Return (height, width) of a camera's images; its video may have a row or column more."""

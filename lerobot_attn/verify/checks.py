@@ -230,7 +230,8 @@ def _rows(episode: Episode, inferences: Sequence[int], ticks: Ticks) -> list[Che
             deviation = float(np.nan_to_num(np.abs(sums - 1), nan=np.inf).max())
             if deviation > worst:
                 worst, worst_at = deviation, found.place
-            most = float(np.nan_to_num(np.abs(found.values[..., masked]), nan=np.inf).max(initial=0))
+            on_masked = found.values[..., masked[: found.values.shape[-1]]]
+            most = float(np.nan_to_num(np.abs(on_masked), nan=np.inf).max(initial=0))
             if most > leak:
                 leak, leak_at = most, found.place
         ticks.tick()
@@ -256,7 +257,7 @@ class _Map(NamedTuple):
     Attributes:
         place: array and coordinates in words.
         state: "missing": a repair dropped it; "damaged": it cannot be read.
-        values: (head, query, key), or (head, key) of means; float32.
+        values: (head, query, key), or (head, key) of means, of the keys that the layer can see; float32.
     """
 
     place: str
@@ -272,6 +273,8 @@ def _maps(
     for name in names:
         array = data[name].variable
         layers, steps = data[array.dims[2]].values, data["denoise_step"].values
+        seen = f"{array.dims[2]}_sees_suffix"
+        sees_suffix = data[seen].values if seen in data.coords else np.ones(len(layers), bool)
         for step, layer in np.ndindex(len(steps), len(layers)):
             place = f"{name}, inference {inference}, denoise step {steps[step]}, layer {layers[layer]}"
             if is_missing(missing, name, (inference, step, layer)):
@@ -282,4 +285,9 @@ def _maps(
             except Exception:  # a damaged chunk, which the check of all chunks names
                 yield _Map(place, "damaged", None)
             else:
+                if not sees_suffix[layer]:
+                    # These keys do not exist for the layer. Where they hold numbers, no row can be believed.
+                    values, beyond = np.split(values, [episode.layout.prefix_len], axis=-1)
+                    if not np.isnan(beyond).all():
+                        values = np.full_like(values, np.nan)
                 yield _Map(place, "read", values)

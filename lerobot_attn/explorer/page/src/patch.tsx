@@ -74,7 +74,7 @@ export function PatchPanel({ model }: { model: EpisodeModel }) {
   const share = model.attention.value?.[key];
   const colour = "var(--accent)";
   return (
-    <section class="panel asked" id="patch" aria-labelledby="patch-title">
+    <section class="panel" id="patch" data-asked aria-labelledby="patch-title">
       <h2 id="patch-title">
         Who looks at this patch? <small>{isThere && `${percent(share)} of the chosen map`}</small>
       </h2>

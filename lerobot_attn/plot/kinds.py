@@ -1,15 +1,15 @@
-"""Figures of an episode: reads what a kind of picture needs, and no more.
+"""The kinds of figures: what each reads of an episode, and which figure it becomes.
 
-    figure = plot(open_episode("….zarr"), "image", PlotSettings(frames=[12], layers=[16, 17]))
-
-Python side of `lerobot-attn plot`. The analysis is in `analysis`, the drawing in `figures`.
+A kind reads everything, and returns what draws the figure: so what goes wrong while reading may be damage of
+the store, and what goes wrong while drawing never is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Unpack
+from dataclasses import replace
+from functools import partial
+from typing import Any, Unpack
 
 import numpy as np
 import xarray as xr
@@ -18,9 +18,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
+from lerobot_attn.analysis.labels import policy_count
 from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, text_to_image
-from lerobot_attn.analysis.select import Where, executed_actions, frames_of, stored_layers
-from lerobot_attn.analysis.sinks import keys_to_exclude
+from lerobot_attn.analysis.select import (
+    Where,
+    default_query,
+    executed_actions,
+    frames_of,
+    prefix_only_layers,
+    stored_layers,
+)
 from lerobot_attn.analysis.spatial import (
     NORMALISATIONS,
     ColourRange,
@@ -31,108 +38,34 @@ from lerobot_attn.analysis.spatial import (
     percentile_of,
 )
 from lerobot_attn.analysis.tokens import by_modality, by_token
-from lerobot_attn.errors import ConfigError, LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption
-from lerobot_attn.figures.look import LookSettings
-from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.settings import check_ranges, is_number
+from lerobot_attn.errors import SelectionError
+from lerobot_attn.plot.cameras import camera_pictures, on_image
+from lerobot_attn.plot.caption import caption_of
+from lerobot_attn.plot.settings import PlotSettings
+from lerobot_attn.settings import is_number
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.store.video import Frame, read_frames
 
+Draw = Callable[[], Figure]
+
+NO_IMAGE = "no camera image"
 _MOST_GROUPS = 40  # images in one figure
-_RANGES = {"width": (2, 30), "columns": (2, 40), "dpi": (30, 1200)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlotSettings(LookSettings):
-    """Settings of `lerobot-attn plot`; labels as `analysis.Where` takes them, or as text: "0,4,9", "0-3".
-
-    Unset (None) means what the kind of picture is usually looked at with.
-    """
-
-    query: Any = None
-    # Frames: a number, a list, or 'all'. Default: the middle frame; every frame for evolution and timeline.
-    frames: Any = None
-    # Cameras, by name or the end of it. Default: all that showed an image.
-    cameras: Any = None
-    # Layers: a number (negative from the last), a list, 'all' or 'mean'. Default: those with full maps.
-    layers: Any = None
-    # Denoise steps, likewise. Default: the last one, which yields the action.
-    denoise_steps: Any = None
-    # Heads: a number, a list, 'all', 'mean' or 'max'. Default: mean; all for kind heads.
-    heads: Any = None
-    # A word of the task, by its text or number, for kind cross-modal. Default: all words.
-    word: Any = None
-    # Width of the figure, inches: 3.4 is a column of a paper, 7 a page.
-    width: float = 7.0
-    # Panels in a row.
-    columns: int = 6
-    # Dots per inch of PNG files.
-    dpi: int = 200
-
-    _choices: ClassVar[tuple[str, ...]] = (
-        *LookSettings._choices,
-        *("frames", "layers", "denoise_steps", "heads"),
-    )
-
-    def __post_init__(self) -> None:
-        """Read choices given as text, and check what can be checked without an episode.
-
-        Raises:
-            ConfigError: a value is out of range or of the wrong type.
-        """
-        super().__post_init__()
-        if isinstance(self.cameras, str):
-            names = [name.strip() for name in self.cameras.split(",")]
-            self._set("cameras", None if self.cameras == "all" else names)
-        check_ranges(self, _RANGES)
-
-
-def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> Figure:
-    """Draw a figure of an episode.
-
-    Args:
-        episode: from `open_episode`.
-        kind: one of `KINDS`.
-        settings: what to draw, and how.
-
-    Raises:
-        ConfigError: no such kind.
-        SelectionError: a frame, layer, camera, word … that the episode does not hold.
-        StoreError: the episode is empty or damaged, or lacks the camera's video.
-    """
-    if kind not in KINDS:
-        raise ConfigError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    if episode.n_frames == 0:
-        raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
-    settings = settings or PlotSettings()
-    try:
-        keys = keys_to_exclude(settings.exclude, [episode])
-        return KINDS[kind](episode, replace(settings, exclude=keys))
-    except LerobotAttnError:
-        raise
-    except (RuntimeError, ValueError, OSError) as error:  # what codecs raise for damaged chunks
-        raise StoreError(
-            f"{episode.path}: cannot be drawn ({first_line(error)}); lerobot-attn verify tells what is "
-            "damaged"
-        ) from error
-
-
-def _image(episode: Episode, settings: PlotSettings) -> Figure:
+def _image(episode: Episode, settings: PlotSettings) -> Draw:
     return _image_grid(episode, settings, along="layer", panels=_layers(episode, settings))
 
 
-def _heads(episode: Episode, settings: PlotSettings) -> Figure:
+def _heads(episode: Episode, settings: PlotSettings) -> Draw:
     heads = settings.heads if settings.heads not in (None, "mean", "max") else "all"
     return _image_grid(episode, settings, along="head", panels=heads)
 
 
-def _denoise(episode: Episode, settings: PlotSettings) -> Figure:
+def _denoise(episode: Episode, settings: PlotSettings) -> Draw:
     steps = "all" if settings.denoise_steps is None else settings.denoise_steps
     return _image_grid(episode, settings, along="denoise_step", panels=steps)
 
 
-def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels: Any) -> Figure:
+def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels: Any) -> Draw:
     """Draw one panel per value of a dimension, for each frame and camera."""
     data = episode.arrays
     where = _where(episode, settings, **{along: _listed(panels)})
@@ -149,11 +82,14 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             f"{_MOST_GROUPS} images at most; choose frames, or make a video with lerobot-attn overlay"
         )
     of_frames = [_heatmaps(data, cameras, settings, {**where, "frame": frame}) for frame in frames]
-    groups, heatmaps = [], []
+    groups, heatmaps, notes = [], [], []
     for camera in cameras:
         name, geometry, _ = analysis.camera_geometry(data, camera)
-        images = camera_frames(episode, name, frames)
-        for frame, image, of_frame in zip(frames, images, of_frames, strict=True):
+        pictures = camera_pictures(episode, name, frames)
+        notes.append((name, pictures.reason))
+        for frame, image, is_blank, of_frame in zip(
+            frames, pictures.images, pictures.is_blank, of_frames, strict=True
+        ):
             heat = of_frame[name]
             heatmaps.append(heat)
             heat = heat if along in heat.dims else heat.expand_dims(along)
@@ -168,14 +104,17 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
                     f"{episode.layout.short_names[name]}, frame {frame}",
                     image,
                     [figures.Panel(pixel, title) for pixel, title in zip(pixels, titles, strict=True)],
+                    NO_IMAGE if is_blank else "",
                 )
             )
     vmax, clipped = _range(data, heatmaps, cameras, settings, where)
     queries = {heat.attrs["query"] for heat in heatmaps}
     query = queries.pop() if len(queries) == 1 else "the action executed at each frame"
-    return figures.image_grid(
+    chosen = {**heatmaps[0].attrs, "query": query}
+    return partial(
+        figures.image_grid,
         groups,
-        _caption(episode, {**heatmaps[0].attrs, "query": query}, settings, frames, leave=along),
+        caption_of(episode, chosen, settings, frames, leave=along, notes=_reasons(episode, notes)),
         vmax=vmax,
         clipped=clipped,
         unit=NORMALISATIONS[settings.normalisation],
@@ -186,41 +125,46 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
     )
 
 
-def _text(episode: Episode, settings: PlotSettings) -> Figure:
+def _text(episode: Episode, settings: PlotSettings) -> Draw:
     data, frame = episode.arrays, _one_frame(episode, settings)
-    where = _where(episode, settings, frame=frame, layer=_single(settings.layers, -1))
+    where = _where(episode, settings, frame=frame, layer=_one_layer(data, settings))
     tokens = analysis.token_attention(data, **where)
     every: Where = {**where, "layer": "all"}
     by_layer = analysis.token_attention(data, **every)
-    facts = _caption(episode, tokens.attrs, settings, [frame], image=False)
+    facts = caption_of(episode, tokens.attrs, settings, [frame], image=False)
     other = by_layer.attrs["query"]
     note = f"by layer: {other}" if other != tokens.attrs["query"] else ""
-    return figures.text_figure(
+    return partial(
+        figures.text_figure,
         tokens.load(),
         by_layer.load(),
-        Caption([*facts.facts, note], facts.warning),
+        replace(facts, facts=[*facts.facts, note]),
         width_in=settings.width,
     )
 
 
-def _combined(episode: Episode, settings: PlotSettings) -> Figure:
+def _combined(episode: Episode, settings: PlotSettings) -> Draw:
     data, frame = episode.arrays, _one_frame(episode, settings)
-    where = _where(episode, settings, frame=frame, layer=_single(settings.layers, -1))
+    where = _where(episode, settings, frame=frame, layer=_one_layer(data, settings))
     cameras = _cameras(episode, settings)
     array = analysis.attention(data, **where).load()
     heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
-    groups = []
+    groups, notes = [], []
     for camera in cameras:
         name, geometry, _ = analysis.camera_geometry(data, camera)
-        (image,) = camera_frames(episode, name, [frame])
+        (image,), (is_blank,), reason = camera_pictures(episode, name, [frame])
         pixels = on_image(heatmaps[name], geometry, image, settings)
-        groups.append(figures.Group(episode.layout.short_names[name], image, [figures.Panel(pixels, "")]))
+        panel = figures.Panel(pixels, "")
+        label, note = episode.layout.short_names[name], NO_IMAGE if is_blank else ""
+        groups.append(figures.Group(label, image, [panel], note))
+        notes.append((name, reason))
     vmax, clipped = _range(data, [*heatmaps.values()], cameras, settings, where)
-    return figures.combined_figure(
+    return partial(
+        figures.combined_figure,
         groups,
         by_modality(data, array),
         by_token(data, array),
-        _caption(episode, array.attrs, settings, [frame]),
+        caption_of(episode, array.attrs, settings, [frame], notes=_reasons(episode, notes)),
         vmax=vmax,
         clipped=clipped,
         unit=NORMALISATIONS[settings.normalisation],
@@ -230,7 +174,7 @@ def _combined(episode: Episode, settings: PlotSettings) -> Figure:
     )
 
 
-def _evolution(episode: Episode, settings: PlotSettings) -> Figure:
+def _evolution(episode: Episode, settings: PlotSettings) -> Draw:
     data = episode.dataset
     frames: Any = "all" if settings.frames is None else settings.frames
     layers = "all" if settings.layers is None else settings.layers
@@ -239,18 +183,19 @@ def _evolution(episode: Episode, settings: PlotSettings) -> Figure:
     by_layer = analysis.modality_share(data, **where)
     by_step = analysis.modality_share(data, **steps)
     n_frames = np.atleast_1d(frames_of(data, frames)).size
-    facts = _caption(episode, by_layer.attrs, settings, frames, image=False, leave="layer")
-    return figures.evolution_figure(
+    facts = caption_of(episode, by_layer.attrs, settings, frames, image=False, leave="layer")
+    return partial(
+        figures.evolution_figure,
         [
             (f"through layers, {by_layer.attrs['denoise_step']}", _over_frames(by_layer)),
             (f"from noise to action, {by_step.attrs['layer']}", _over_frames(by_step)),
         ],
-        Caption([*facts.facts, f"mean of {n_frames} frames" if n_frames > 1 else ""], facts.warning),
+        replace(facts, facts=[*facts.facts, f"mean of {n_frames} frames" if n_frames > 1 else ""]),
         width_in=settings.width,
     )
 
 
-def _actions(episode: Episode, settings: PlotSettings) -> Figure:
+def _actions(episode: Episode, settings: PlotSettings) -> Draw:
     data, frame = episode.arrays, _one_frame(episode, settings)
     layers = settings.layers if settings.layers is not None else (stored_layers(data)[0] or [-1])
     where = _where(episode, settings, frame=frame, layer=_listed(layers))
@@ -268,24 +213,30 @@ def _actions(episode: Episode, settings: PlotSettings) -> Figure:
         if (name in values.coords)
         else [values.attrs[name]]
     )
-    return figures.action_figure(
+    return partial(
+        figures.action_figure,
         [(title, panel.values) for title, panel in zip(titles, stacked, strict=True)],
-        _caption(episode, values.attrs, settings, [frame], image=False, leave=name),
+        caption_of(episode, values.attrs, settings, [frame], image=False, leave=name),
         unit=values.attrs["units"],
-        executed=executed_actions(data),
+        executed=None if data.attrs.get("executed_queries") is None else executed_actions(data),
+        unseen=[*_is_unseen(data, np.atleast_1d(values["layer"].values), len(titles))]
+        if "layer" in values.coords
+        else [],
         width_in=settings.width,
         columns=min(settings.columns, 4),
     )
 
 
-def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
+def _cross_modal(episode: Episode, settings: PlotSettings) -> Draw:
     data, frame = episode.arrays, _one_frame(episode, settings)
     head: Any = "mean" if settings.heads is None else settings.heads
-    where: PrefixWhere = {"frame": frame, "layer": _single(settings.layers, -1), "head": head}
-    groups, maps, ends = [], [], []
+    layer = _single(settings.layers, _last_prefix_layer(data))
+    where: PrefixWhere = {"frame": frame, "layer": layer, "head": head}
+    groups, maps, ends, notes = [], [], [], []
     for camera in _cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(data, camera)
-        (image,) = camera_frames(episode, name, [frame])
+        (image,), (is_blank,), reason = camera_pictures(episode, name, [frame])
+        notes.append((name, reason))
         found = text_to_image(data, settings.word, name, **where)
         heat = normalised(found, settings.normalisation)
         maps.append(heat)
@@ -296,14 +247,16 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
         by_word = heat if "token" in heat.dims else heat.expand_dims("token")
         pixels = on_image(by_word, geometry, image, settings)
         panels = [figures.Panel(pixel, f"“{label}”") for pixel, label in zip(pixels, labels, strict=True)]
-        groups.append(figures.Group(f"{episode.layout.short_names[name]}, frame {frame}", image, panels))
+        label, note = f"{episode.layout.short_names[name]}, frame {frame}", NO_IMAGE if is_blank else ""
+        groups.append(figures.Group(label, image, panels, note))
     shares = cross_modal(data, **where)
-    facts = _caption(episode, found.attrs, settings, [frame], image=False)
+    facts = caption_of(episode, found.attrs, settings, [frame], image=False, notes=_reasons(episode, notes))
     vmax, clipped = colour_range(maps, settings.normalisation, clip=settings.clip, episode_ends=ends)
-    return figures.cross_modal_figure(
+    return partial(
+        figures.cross_modal_figure,
         groups,
         shares.load(),
-        Caption(["prefix attention", *facts.facts], facts.warning),
+        replace(facts, facts=["prefix attention", *facts.facts]),
         vmax=vmax,
         clipped=clipped,
         unit=NORMALISATIONS[settings.normalisation].replace("all attention", "the word's attention"),
@@ -314,11 +267,11 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Figure:
     )
 
 
-def _timeline(episode: Episode, settings: PlotSettings) -> Figure:
+def _timeline(episode: Episode, settings: PlotSettings) -> Draw:
     data = episode.dataset
     # A single frame is a list of one: the time axis stays.
     frames: Any = "all" if settings.frames is None else _listed(settings.frames)
-    where = _where(episode, settings, frame=frames, layer=_single(settings.layers, -1))
+    where = _where(episode, settings, frame=frames, layer=_one_layer(data, settings))
     array = analysis.attention(data, **where)
     heatmaps = by_camera(data, array, _cameras(episode, settings))
     # Together, so that the maps are read once.
@@ -327,18 +280,20 @@ def _timeline(episode: Episode, settings: PlotSettings) -> Figure:
         *(analysis.attention_entropy(heat)["effective_number"] for heat in heatmaps.values()),
     )
     chosen = np.atleast_1d(frames_of(data, frames))
-    return figures.timeline_figure(
+    reward, success = (data[name].values[chosen] if name in data else None for name in ("reward", "success"))
+    return partial(
+        figures.timeline_figure,
         shares,
         dict(zip(heatmaps, numbers, strict=True)),
-        data["reward"].values[chosen],
-        data["success"].values[chosen],
+        reward,
+        success,
         np.unique(data["inference_frame"].values[data["frame_inference"].values[chosen]]),
-        _caption(episode, shares.attrs, settings, frames, image=False),
+        caption_of(episode, shares.attrs, settings, frames, image=False),
         width_in=settings.width,
     )
 
 
-KINDS: dict[str, Callable[[Episode, PlotSettings], Figure]] = {
+KINDS: dict[str, Callable[[Episode, PlotSettings], Draw]] = {
     "image": _image,
     "text": _text,
     "combined": _combined,
@@ -352,12 +307,13 @@ KINDS: dict[str, Callable[[Episode, PlotSettings], Figure]] = {
 
 
 def _where(episode: Episode, settings: PlotSettings, **changes: Unpack[Where]) -> Where:
+    data = episode.arrays
     where: Where = {
         "frame": _frames(episode, settings),
-        "layer": -1 if settings.layers is None else settings.layers,
-        "denoise_step": -1 if settings.denoise_steps is None else settings.denoise_steps,
+        "layer": _last_layer(data, settings) if settings.layers is None else settings.layers,
+        "denoise_step": _last_step(data) if settings.denoise_steps is None else settings.denoise_steps,
         "head": "mean" if settings.heads is None else settings.heads,
-        "query": "frame" if settings.query is None else settings.query,
+        "query": default_query(data, by_frame=True) if settings.query is None else settings.query,
         "exclude": settings.exclude,
     }
     return {**where, **changes}
@@ -407,6 +363,52 @@ def _layers(episode: Episode, settings: PlotSettings) -> Any:
     return full or means[-2:] or -1
 
 
+def _reasons(episode: Episode, blank: Sequence[tuple[str, str]]) -> list[str]:
+    """Say why images are blank, cameras of one reason together.
+
+    Args:
+        episode: the episode.
+        blank: full names of cameras and reasons; "" is none.
+    """
+    cameras: dict[str, list[str]] = {}
+    for camera, reason in blank:
+        cameras.setdefault(reason, []).append(episode.layout.short_names[camera])
+    return [f"{', '.join(names)}: {reason}" for reason, names in cameras.items() if reason]
+
+
+def _one_layer(data: xr.Dataset, settings: PlotSettings) -> Any:
+    return _single(settings.layers, _last_layer(data, settings))
+
+
+def _last_layer(data: xr.Dataset, settings: PlotSettings) -> int:
+    """Return the policy's last layer, or the last one that the store has for such a query.
+
+    Means are over the executed actions, so for another query the layer needs full maps.
+    """
+    full, means = stored_layers(data)
+    of_means = settings.query in (None, "frame", "executed") or not full
+    held = {*full, *(means if of_means else [])}
+    last = (policy_count(data, "n_layers") or 0) - 1
+    return last if last in held else max(held, default=-1)
+
+
+def _last_step(data: xr.Dataset) -> int:
+    """Return the last denoise step that is stored."""
+    return int(data["denoise_step"].values.max(initial=-1))
+
+
+def _last_prefix_layer(data: xr.Dataset) -> int:
+    """Return the last layer whose prefix attention is stored; -1 if there is none, which is then said."""
+    saved = data["prefix_layer"].values if "prefix_layer" in data.coords else np.array([-1])
+    return int(saved.max(initial=-1))
+
+
+def _is_unseen(data: xr.Dataset, layers: NDArray[Any], n_panels: int) -> list[bool]:
+    """Return for each panel whether its layer, of one for all or one each, cannot see the suffix."""
+    blind = [layer in prefix_only_layers(data) for layer in layers.tolist()]
+    return blind if len(blind) == n_panels else blind[:1] * n_panels
+
+
 def _single(choice: Any, default: Any) -> Any:
     if choice is None:
         return default
@@ -425,61 +427,3 @@ def _listed(choice: Any) -> Any:
 
 def _over_frames(shares: xr.DataArray) -> xr.DataArray:
     return (shares.mean("frame") if "frame" in shares.dims else shares).compute()
-
-
-def on_image(
-    heatmap: xr.DataArray, geometry: ImageGeometry, image: Frame, settings: LookSettings
-) -> NDArray[np.float32]:
-    """Put a heatmap (…, grid_y, grid_x) on the pixels of a camera's image: (…, height, width)."""
-    height, width, _ = image.shape
-    return analysis.on_camera_pixels(
-        heatmap, geometry, size_px=(height, width), interpolation=settings.interpolation
-    )
-
-
-def camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[Frame]:
-    """Return the camera's frames, (height, width, 3) uint8 each.
-
-    Raises:
-        StoreError: the episode has no video of the camera, or it is shorter.
-    """
-    video, numbers = episode.video(camera), sorted(set(frames))
-    found = dict(
-        zip(numbers, read_frames(video, size_px=episode.image_size_px(camera), numbers=numbers), strict=True)
-    )
-    return [found[frame] for frame in frames]
-
-
-def _caption(
-    episode: Episode,
-    chosen: dict[str, Any],
-    settings: PlotSettings,
-    frames: Any,
-    *,
-    image: bool = True,
-    leave: str = "",
-) -> Caption:
-    """Say which episode, frame, layer, step, head, query and normalisation were drawn."""
-    outcome = {True: ", success", False: ", failure", None: ""}[episode.success]
-    state = "" if episode.is_complete else ", incomplete"
-    data = episode.arrays
-    facts = [f"{episode.path.parent.name}/{episode.path.stem}{outcome}{state}"]
-    if isinstance(frames, list) and len(frames) == 1:
-        facts.append(f"frame {frames[0]} (inference {int(data['frame_inference'].values[frames[0]])})")
-    elif isinstance(frames, str):
-        facts.append(f"{frames} frames")
-    else:
-        facts.append(f"frames {', '.join(map(str, np.atleast_1d(frames).tolist()))}")
-    facts += [
-        str(chosen.get(name, "")) for name in ("layer", "denoise_step", "head", "query") if name != leave
-    ]
-    if image:
-        facts.append(NORMALISATIONS[settings.normalisation])
-        if settings.clip < 100 and settings.normalisation != "frame":
-            facts.append(f"colours end at percentile {settings.clip:g}")
-    source = str(chosen.get("source", ""))
-    facts.append(
-        {"suffix_attention_mean": "from stored means", "suffix_attention": "from full maps"}.get(source, "")
-    )
-    facts.append(str(chosen.get("left_out", "")))
-    return Caption(facts, RANDOM_WEIGHTS if episode.has_random_weights else "")
