@@ -266,10 +266,7 @@ UNLIKE_POLICIES = {
         "image_px": {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)}
     },
     "grid": {"grid": (8, 8)},
-    "padding": {
-        "padding": "left_top",
-        "image_px": {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)},
-    },
+    "padding": {"padding": "left_top", "image_px": {"observation.images.image": (64, 128)}},
     "more cameras": {
         "image_px": {
             "observation.images.image": (96, 96),
