@@ -111,8 +111,8 @@ class StorageSettings:
 class AttentionConfig(StorageSettings, CaptureSettings):
     """Settings of attention capture (`--eval.attention.*`): what to capture, and how to store it."""
 
-    # The fields of CaptureSettings stand here again, because LeRobot's parser looks for a field's comment in the
-    # class and its first base alone.
+    # The fields of CaptureSettings stand here again, because LeRobot's parser looks for a field's comment in
+    # the class and its first base alone.
 
     # Layers whose full maps are stored: a list (negative counts from the end), 'all' or 'none'.
     layers: list[int] | str = field(default_factory=lambda: [-2, -1])
