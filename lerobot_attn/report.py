@@ -29,7 +29,7 @@ from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, store_name
 from lerobot_attn.figures.look import OneMapSettings
 from lerobot_attn.layout import ImageGeometry, short_names
 from lerobot_attn.overlay import OverlaySettings, overlay_frames
-from lerobot_attn.plot import camera_frames, on_image
+from lerobot_attn.plot import camera_pictures, on_image
 from lerobot_attn.settings import check_choice, check_ranges
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
@@ -250,7 +250,7 @@ def write_report(
             f"nothing to compare: A has {len(a)} episodes, B has {len(b)}; expected one at least"
         )
     settings = _without_sinks(a, b, settings or CompareSettings())
-    video = settings.video and len(a) == len(b) == 1
+    video = settings.video and len(a) == len(b) == 1 and not _lacking_videos(a, b, settings)
     n_video = max(a[0].n_frames, b[0].n_frames) if video else 0
     n_read = len(a) + len(b)
 
@@ -296,7 +296,8 @@ def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figu
         data, camera, normalisation=settings.normalisation, clip=settings.clip, **where
     )
     panels = []
-    for index, (frame, image) in enumerate(zip(frames, camera_frames(episode, camera, frames), strict=True)):
+    images = camera_pictures(episode, camera, frames).images
+    for index, (frame, image) in enumerate(zip(frames, images, strict=True)):
         pixels = on_image(heat[index], geometry, image, settings)
         panels.append(figures.Panel(pixels, f"{name}, frame {frame}", image))
     label = f"{name}: {episode.layout.short_names[camera]}"
@@ -370,6 +371,7 @@ def _caption(
     facts += [f"camera {a[0].layout.short_names[camera]}"]
     facts += [f"aligned by {settings.align}", f"intervals: {found.overall.attrs['interval']}"]
     facts += [_only(found.overall, "a", "A"), _only(found.overall, "b", "B"), *found.notes]
+    facts += [*_lacking_videos(a, b, settings), *_short_videos(a, b)]
     return Caption(facts, RANDOM_WEIGHTS if any(e.has_random_weights for e in (*a, *b)) else "")
 
 
@@ -400,7 +402,7 @@ def _markdown(
     lines += [
         f"- settings: `{json.dumps(asdict(settings))}`",
         f"- intervals: {found.overall.attrs['interval']}",
-        *(f"- {note}" for note in (*found.notes, *_short_videos(a, b, video=video))),
+        *(f"- {note}" for note in (*found.notes, *_lacking_videos(a, b, settings), *_short_videos(a, b))),
     ]
     if any(episode.has_random_weights for episode in (*a, *b)):
         lines.append(f"- **{RANDOM_WEIGHTS}**")
@@ -417,9 +419,19 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _short_videos(a: Sequence[Episode], b: Sequence[Episode], *, video: bool) -> Iterator[str]:
-    """Say which episodes' videos end before their stores do."""
-    for episode in (*a, *b) if video else ():
+def _lacking_videos(a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings) -> list[str]:
+    """Say which of two episodes has no video of the camera, and why; of groups no video is shown."""
+    lacking = []
+    for episode in (*a, *b) if len(a) == len(b) == 1 else ():
+        camera, *_ = analysis.camera_geometry(episode.arrays, settings.camera)
+        if camera not in episode.videos:
+            lacking.append(f"{store_name(episode.path)}: {episode.why_no_video(camera)}")
+    return lacking
+
+
+def _short_videos(a: Sequence[Episode], b: Sequence[Episode]) -> Iterator[str]:
+    """Say which of two episodes' videos end before their stores do."""
+    for episode in (*a, *b) if len(a) == len(b) == 1 else ():
         n_shown = min((count_frames(path) for path in episode.videos.values()), default=episode.n_frames)
         if n_shown < episode.n_frames:
             yield (

@@ -258,24 +258,17 @@ def test_episode_of_one_frame(tmp_path):
     assert comparison_figure([one], [one]).axes
 
 
+_OTHER_SIZE = {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)}
 UNLIKE_POLICIES = {
     "denoise steps": {"n_denoise_steps": 10},
     "depth": {"n_layers": 6, "layers": (4, 5)},
     "heads": {"n_heads": 3},
-    "camera's size": {
-        "image_px": {"observation.images.image": (64, 128), "observation.images.wrist": (96, 128)}
-    },
+    "camera's size": {"image_px": _OTHER_SIZE},
     "grid": {"grid": (8, 8)},
-    "padding": {"padding": "left_top", "image_px": {"observation.images.image": (64, 128)}},
-    "more cameras": {
-        "image_px": {
-            "observation.images.image": (96, 96),
-            "observation.images.wrist": (96, 128),
-            "observation.images.side": (96, 96),
-        }
-    },
+    "padding": {"padding": "left_top", "image_px": _OTHER_SIZE},
     "no reward": {"has_reward": False, "has_success": False},
     "state token": {"n_suffix_state": 1, "n_queries": 6},
+    "no video": {"videos": False},
 }
 
 
@@ -295,9 +288,17 @@ def test_episodes_of_unlike_policies(tmp_path, changes):
         shares = table[table["measure"] == "modality_share"].set_index("kind")
         assert {"task", "state", "actions"} <= set(shares.index)
         assert shares.loc["task", ["a", "b", "difference"]].notna().all()
-        unlike = {"image_px", "grid", "padding"} & set(changes) and "side" not in str(changes)
+        unlike = {"image_px", "grid", "padding"} & set(changes)
         assert ("patches are not compared, because the cameras differ" in text) == bool(unlike)
         assert (folder / "comparison.png").stat().st_size > 10_000
+
+
+def test_episodes_of_other_cameras_are_refused_in_one_line(tmp_path):
+    cameras = {f"observation.images.{name}": (96, 96) for name in ("image", "side")}
+    plans = [SyntheticPlan(task_group="a"), SyntheticPlan(task_group="b", image_px=cameras)]
+    a, b = (open_episode(write_planted_episode(tmp_path, plan)) for plan in plans)
+    with pytest.raises(SelectionError, match=r"cameras differ: .*wrist.*side.*; compare episodes of the same"):
+        write_report([a], [b], tmp_path / "report")
 
 
 def test_each_episode_is_drawn_through_its_own_letterbox(tmp_path):
