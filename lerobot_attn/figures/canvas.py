@@ -183,7 +183,12 @@ def _write_caption(figure: CaptionedFigure, note: str) -> list[Text]:
     line = _CAPTION_PT * 1.35 / 72 / height
     return [
         figure.text(
-            0.01, (len(lines) - index - 0.2) * line, text, fontsize=_CAPTION_PT, color=color, va="top"
+            0.01,
+            (len(lines) - index - 0.2) * line + 2 / 72 / height,
+            text,
+            fontsize=_CAPTION_PT,
+            color=color,
+            va="top",
         )
         for index, (text, color) in enumerate(lines)
     ]

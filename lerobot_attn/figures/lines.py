@@ -40,6 +40,8 @@ def evolution_figure(
     figure = new_figure(width_in, 2.1 if beside else 1.9 * len(panels), caption)
     shape = (1, len(panels)) if beside else (len(panels), 1)
     all_axes = figure.subplots(*shape, sharey=True, squeeze=False).ravel()
+    # Above 100 there is room for the boxes of what a layer cannot see; the panels share the axis.
+    top = 106 if any(_has_unseen(shares) for _, shares in panels) else 100
     for axes, (title, shares) in zip(all_axes, panels, strict=True):
         (along,) = (dim for dim in shares.dims if dim != "modality")
         places = np.arange(shares.sizes[along])
@@ -49,7 +51,7 @@ def evolution_figure(
         axes.set_xticks(places[::step], labels[::step])
         axes.set_xlabel(str(along).replace("_", " "))
         axes.set_title(title)
-        axes.set_ylim(0, 106 if unseen_cells(shares.transpose(along, "modality").values).any() else 100)
+        axes.set_ylim(0, top)
         if axes is all_axes[0] or not beside:
             axes.set_ylabel("share of attention, %")
     _legend(figure, all_axes[0])
@@ -85,7 +87,7 @@ def timeline_figure(
     top, middle = all_axes[:2]
     frames = shares["frame"].values
     draw_shares(top, frames, shares.transpose("frame", "modality"))
-    top.set_ylim(0, 106 if unseen_cells(shares.transpose("frame", "modality").values).any() else 100)
+    top.set_ylim(0, 106 if _has_unseen(shares) else 100)
     top.set_ylabel("share of\nattention, %")
     colors = modality_colors(list(sharpness))
     for camera, values in sharpness.items():
@@ -158,6 +160,10 @@ def draw_shares(axes: Axes, places: NDArray[Any], shares: xr.DataArray, *, bars:
         what = ", ".join(labels[name] for name, absent in zip(names, unseen[index], strict=True) if absent)
         label = f"{what}:\n{UNSEEN}" if number == 0 else None
         axes.add_patch(unseen_box(places[index] - 0.45, 101, 0.9, 4, label=label))
+
+
+def _has_unseen(shares: xr.DataArray) -> bool:
+    return bool(unseen_cells(shares.transpose(..., "modality").values).any())
 
 
 def _ends(places: NDArray[Any]) -> NDArray[np.float64]:
