@@ -11,7 +11,7 @@ from test_store import SIZES, frame_rows, inference_rows, make_writer, write_epi
 
 from lerobot_attn import cli
 from lerobot_attn.inspection import describe_episode, describe_run, segment_mass
-from lerobot_attn.store import reader
+from lerobot_attn.store import runs
 from lerobot_attn.store.reader import open_episode, open_run
 
 
@@ -115,7 +115,7 @@ def test_each_store_of_a_run_is_opened_once(tmp_path, monkeypatch):
         opened.append(path)
         return open_episode(path)
 
-    monkeypatch.setattr(reader, "open_episode", counted)
+    monkeypatch.setattr(runs, "open_episode", counted)
     facts = describe_run(run)
     assert (facts["n_episodes"], len(facts["damaged"]), facts["random_weights"]) == (2, 1, False)
     assert sorted(opened) == sorted(run.stores)

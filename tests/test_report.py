@@ -297,7 +297,7 @@ def test_episodes_of_other_cameras_are_refused_in_one_line(tmp_path):
     cameras = {f"observation.images.{name}": (96, 96) for name in ("image", "side")}
     plans = [SyntheticPlan(task_group="a"), SyntheticPlan(task_group="b", image_px=cameras)]
     a, b = (open_episode(write_planted_episode(tmp_path, plan)) for plan in plans)
-    with pytest.raises(SelectionError, match=r"cameras differ: .*wrist.*side.*; compare episodes of the same"):
+    with pytest.raises(SelectionError, match=r"cameras differ: .*wrist.*side.*; compare episodes of"):
         write_report([a], [b], tmp_path / "report")
 
 
