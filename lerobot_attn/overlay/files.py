@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def write_overlay(
         )
     _refuse_inputs(episode, path)
     film = Film(episode, settings, progress, max_size_px=_GIF_SIZE_PX if suffix == ".gif" else None)
-    temporary = path.with_name(f".{path.stem}.new{suffix}")
+    # Short, because the name that was asked for may be as long as a file system allows.
+    temporary = path.with_name(f".{os.getpid()}.new{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = (_write_gif if suffix == ".gif" else _write_mp4)(film, temporary, progress)

@@ -16,6 +16,7 @@ from lerobot_attn import analysis
 from lerobot_attn.analysis.select import RAW, frames_of
 from lerobot_attn.analysis.spatial import NORMALISATIONS
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError
+from lerobot_attn.figures.fonts import one_line
 from lerobot_attn.figures.scale import ColourScale, blend
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.overlay.maps import read_maps
@@ -111,6 +112,13 @@ class Film:
         self._attrs = maps.attrs
         self.scale = ColourScale(maps.vmax, settings.colormap, settings.alpha)
         self._clipped, self._has_missing = maps.clipped, maps.has_missing
+        self._by_action = maps.by_action
+        queries = data["frame_query"].values
+        # Frame → number of the action executed at it; nothing where one choice stands for all frames.
+        self._actions: dict[int, int] = {}
+        if maps.by_action:
+            actions = episode.layout.action_of_query(queries[self.frames])
+            self._actions = dict(zip(self.frames, actions.tolist(), strict=True))
         self._views = []
         for name in names:
             _, geometry, _ = analysis.camera_geometry(data, name)
@@ -166,10 +174,10 @@ class Film:
         settings, attrs = self._settings, self._attrs
         one_camera = len(self._views) == 1
         query = attrs["query"]
-        if attrs["source"] == RAW and settings.query == "frame":
+        if self._by_action:
             query = f"action {ACTION}"
         return [
-            self._episode.layout.short_names[self._views[0].camera]
+            one_line(self._episode.layout.short_names[self._views[0].camera])
             if one_camera
             else f"{len(self._views)} cameras",
             f"frame {FRAME}/{self._episode.n_frames}",
@@ -207,10 +215,10 @@ class Film:
         shift = max(0, _MIN_WIDTH_PX - width) // 2
         width = max(width, _MIN_WIDTH_PX)
         width += width % 2
-        self._frame_query = self._episode.arrays["frame_query"].values
-        self._first_query = self._episode.layout.first_action_query
-        last_action = int(self._frame_query.max()) - self._first_query
-        self._digits = {FRAME: len(str(max(self.frames))), ACTION: len(str(last_action))}
+        self._digits = {
+            FRAME: len(str(max(self.frames))),
+            ACTION: len(str(max(self._actions.values(), default=0))),
+        }
         inside = width - 2 * _GAP_PX
         self._header = broken(self._header_parts(), " | ", self._font, inside, self._digits)
         footer = broken([part for part in self._footer_parts() if part], " | ", small, inside)
@@ -232,7 +240,7 @@ class Film:
         if label_px:
             names = self._episode.layout.short_names
             for view, place in zip(views, self._places, strict=True):
-                (label, *_) = broken([names[view.camera]], " ", small, cell_px)
+                (label, *_) = broken([one_line(names[view.camera])], " ", small, cell_px)
                 draw.text((place.left, place.top - label_px), label, WHITE, small)
         y = bottom + 5
         for line, colour in [*((line, GREY) for line in footer), *((line, AMBER) for line in warning)]:
@@ -263,8 +271,7 @@ class Film:
 
     def _write_numbers(self, canvas: Frame, frame: int) -> None:
         """Write what the header's words leave open; they are on the canvas already."""
-        action = int(self._frame_query[frame]) - self._first_query
-        values = {FRAME: frame, ACTION: action}
+        values = {FRAME: frame, ACTION: self._actions.get(frame, 0)}
         for mark, x, y in self._numbers:
             picture = number_picture(values[mark], self._digits[mark], self._font)
             canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture

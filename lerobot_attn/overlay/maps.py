@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis
+from lerobot_attn.analysis.select import RAW, default_query
 from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import by_camera, percentile_of
 from lerobot_attn.errors import LerobotAttnError, StoreError
 from lerobot_attn.overlay.settings import OverlaySettings
 from lerobot_attn.sizes import Progress
+from lerobot_attn.store.damage import find_damage
 from lerobot_attn.store.reader import Episode
 
 
@@ -26,6 +28,7 @@ class Maps(NamedTuple):
     has_missing: bool  # whether a frame's map is not in the store: NaN
     attrs: dict[str, Any]
     n_read: int
+    by_action: bool  # whether each frame shows the action executed at it, rather than one choice for all
 
 
 def read_maps(
@@ -38,6 +41,8 @@ def read_maps(
     """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
     data = episode.arrays
     where = settings.where
+    if where["query"] == "frame":
+        where["query"] = default_query(data, by_frame=True)
     where["exclude"] = keys_to_exclude(settings.exclude, [episode])
     episode_wide = settings.normalisation == "episode"
     # The episode's range is found on the way, so that no map is read twice.
@@ -53,6 +58,8 @@ def read_maps(
         except LerobotAttnError:
             raise
         except Exception as error:  # a damaged chunk raises whatever its codec raises
+            if not is_damaged(episode):
+                raise
             raise StoreError(
                 f"{episode.path}: the attention of inference {inference} cannot be read: {error}; "
                 "lerobot-attn verify tells what is damaged"
@@ -73,4 +80,13 @@ def read_maps(
         vmax = max(percentile_of(heat, settings.clip) for heat in read.values()) or largest
     heat_of = {camera: np.ascontiguousarray(heat[rows]) for camera, heat in read.items()}
     has_missing = any(bool(np.isnan(heat).any()) for heat in heat_of.values())
-    return Maps(heat_of, vmax, largest > vmax, has_missing, attrs, len(inferences))
+    by_action = where["query"] == "frame" and attrs["source"] == RAW
+    return Maps(heat_of, vmax, largest > vmax, has_missing, attrs, len(inferences), by_action)
+
+
+def is_damaged(episode: Episode) -> bool:
+    """Return whether something of a store cannot be read, after an error that may have another cause.
+
+    Every chunk is read, because a mistake in our own code must not be told as damage.
+    """
+    return bool(find_damage(episode.path).damaged)

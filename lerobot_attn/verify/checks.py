@@ -137,22 +137,26 @@ def _frame_table(episode: Episode) -> Check:
             f"so {int(wrong.sum())} of {len(wrong)} frames",
         )
 
+    # -1 says that the frame's action is no token of a chunk, so there is no place to check.
+    has_token = query != -1
     step = np.diff(inference, prepend=0)
     shift = starts[np.clip(inference, 0, max(n - 1, 0))] + query - executed.start - np.arange(len(inference))
     rules = [
         ((inference < 0) | (inference >= n), f"the store has inferences 0 to {n - 1}"),
         ((step < 0) | (step > 1), "inferences must follow one another, beginning with 0"),
         (
-            (query < executed.start) | (query >= executed.stop),
+            has_token & ((query < executed.start) | (query >= executed.stop)),
             f"executed are tokens {executed.start} to {executed.stop - 1}",
         ),
-        (shift != 0, "it is not as many frames after its inference as its token says"),
+        (has_token & (shift != 0), "it is not as many frames after its inference as its token says"),
     ]
     for wrong, rule in rules:
         check = broken(wrong, rule)
         if check is not None:
             return check
-    return Check(name, True, f"{len(inference)} frames follow from {n} inferences")
+    without = int((~has_token).sum())
+    note = f"; the action of {without} of them is no token of a chunk" if without else ""
+    return Check(name, True, f"{len(inference)} frames follow from {n} inferences{note}")
 
 
 def _layout(episode: Episode) -> Check:

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from lerobot_attn import analysis
 from lerobot_attn.analysis.select import MEANS, Where
 from lerobot_attn.errors import RANDOM_WEIGHTS, ConfigError, LerobotAttnError, StoreError, first_line
-from lerobot_attn.figures.canvas import Caption, colorbar, new_figure, styled
+from lerobot_attn.figures.canvas import Caption, colorbar, new_figure, store_name, styled
 from lerobot_attn.figures.scale import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.overlay import ColourScale
+from lerobot_attn.overlay.maps import is_damaged
 from lerobot_attn.settings import check_one_map, check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.video import Frame, read_frames
@@ -89,6 +90,8 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
     except LerobotAttnError:
         raise
     except Exception as error:
+        if not is_damaged(episode):
+            raise
         raise StoreError(
             f"{episode.path}: the attention of inferences {inferences} cannot be read: {first_line(error)}"
         ) from error
@@ -103,7 +106,7 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
     heights = [panel_in * g.height_px / g.width_px + 0.2 for _ in frames for g in geometries]
     attrs, short = heats[0].attrs, episode.layout.short_names
     facts = [
-        f"{episode.path.parent.name}/{episode.path.stem}{'' if episode.is_complete else ', incomplete'}",
+        f"{store_name(episode.path)}{'' if episode.is_complete else ', incomplete'}",
         *(attrs[name] for name in ("layer", "denoise_step", "head", "query")),
         attrs["units"],
         "from stored means" if attrs["source"] == MEANS else "",

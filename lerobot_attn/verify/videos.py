@@ -28,11 +28,15 @@ _STRIDE = 2  # every other row and column of pixels is compared
 def frame_counts(episode: Episode) -> list[Check]:
     """Check that each video has as many frames as the store."""
     cameras = [camera.name for camera in episode.layout.cameras if not camera.is_empty]
+    errors = episode.attributes.get("video_errors")
+    errors = errors if isinstance(errors, dict) else {}
     checks = []
     for camera in cameras:
         name = f"frames of {episode.layout.short_names[camera]}"
         if camera in episode.videos:
             checks.append(_frame_count(name, episode.videos[camera], episode))
+        elif camera in errors:
+            checks.append(Check(name, None, f"its video could not be written: {errors[camera]}"))
         elif camera in episode.attributes.get("videos", {}):
             checks.append(Check(name, None, "its video is not beside the store"))
         else:
