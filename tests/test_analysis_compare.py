@@ -12,13 +12,13 @@ from lerobot_attn import open_episode, open_run
 from lerobot_attn.analysis import image_heatmap, modality_share, token_attention
 from lerobot_attn.analysis.compare import (
     Aspect,
-    _bootstrap,
     compare,
     compare_each,
     compare_overall,
     overall_table,
     split_by_success,
 )
+from lerobot_attn.analysis.intervals import _bootstrap
 from lerobot_attn.analysis.runs import success_of
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.synthetic import SyntheticPlan, planted, planted_shares, write_planted_episode

@@ -14,6 +14,7 @@ import xarray as xr
 from lerobot_attn import open_episode, open_run
 from lerobot_attn.analysis import attention_entropy, image_heatmap, modality_share, stability, token_attention
 from lerobot_attn.analysis import runs as runs_module
+from lerobot_attn.analysis import sources as sources_module
 from lerobot_attn.analysis.runs import (
     MEASURES,
     Measure,
@@ -211,7 +212,7 @@ def test_schedulers_agree(run_folder, scheduler):
 
 def test_an_episode_can_be_sent_to_another_process(run_folder, data):
     function = functools.partial(summarise, measures=tuple(MEASURES.values()))
-    job = pickle.loads(pickle.dumps(runs_module._Job(function, open_run(run_folder)[0])))
+    job = pickle.loads(pickle.dumps(sources_module._Job(function, open_run(run_folder)[0])))
     pd.testing.assert_frame_equal(job(), summarise(data))
 
 

@@ -9,6 +9,7 @@
 Knows neither torch nor LeRobot, draws nothing and opens no file.
 """
 
+from lerobot_attn.analysis.catalogue import MEASURES, Measure
 from lerobot_attn.analysis.compare import (
     Aspect,
     compare,
@@ -27,7 +28,7 @@ from lerobot_attn.analysis.prefix import (
 )
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout, flow, rollout
 from lerobot_attn.analysis.reduce import mean_over, row_sum
-from lerobot_attn.analysis.runs import MEASURES, Measure, summarise, summarise_run
+from lerobot_attn.analysis.runs import summarise, summarise_run
 from lerobot_attn.analysis.select import Where, attention, executed_actions, prefix_only_layers
 from lerobot_attn.analysis.sinks import attention_sinks
 from lerobot_attn.analysis.spatial import (

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from lerobot_attn.analysis.labels import in_words, picked, policy_count, policy_of, positions, stored_labels
-from lerobot_attn.analysis.select import HeadChoice, Labels, LayerChoice, frames_of
+from lerobot_attn.analysis.labels import in_words, picked, policy_count, policy_of, stored_labels
+from lerobot_attn.analysis.rows import Rows
+from lerobot_attn.analysis.select import PREFIX, HeadChoice, Labels, LayerChoice
 from lerobot_attn.analysis.spatial import camera_geometry, on_grid
 from lerobot_attn.analysis.tokens import (
     ACTIONS,
@@ -33,11 +34,9 @@ from lerobot_attn.analysis.tokens import (
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind
 
-PREFIX = "prefix_attention"
 _HOW_PREFIX = "record with --eval.attention.prefix_layers=all"
 
 _Floats = NDArray[np.float32]
-_Integers = NDArray[np.integer[Any]]
 
 
 class PrefixWhere(TypedDict, total=False):
@@ -195,46 +194,6 @@ def cross_modal(dataset: xr.Dataset, **where: Unpack[PrefixWhere]) -> xr.DataArr
     result = result.assign_coords(from_modality=labels, to_modality=labels)
     result.attrs = {**choice.attributes(), "query": "mean of the modality's tokens"}
     return result
-
-
-class Rows(NamedTuple):
-    """What the first dimension of a result is, and the inference of each of its rows."""
-
-    dim: Literal["frame", "inference"]
-    numbers: int | list[int]
-    inferences: _Integers
-
-    @classmethod
-    def of(cls, dataset: xr.Dataset, frame: Labels | None, inference: Labels | None) -> Rows:
-        """Find the inferences of frames or of inference numbers.
-
-        Raises:
-            SelectionError: both were given, or one that does not exist.
-        """
-        if frame is not None and inference is not None:
-            raise SelectionError(
-                f"got both frame={frame!r} and inference={inference!r}, expected one of them"
-            )
-        if frame is not None:
-            frames = frames_of(dataset, frame)
-            owners = dataset["frame_inference"].values[np.atleast_1d(np.array(frames, int))]
-            return cls("frame", frames, owners)
-        n_inferences = dataset.sizes["inference"]
-        chosen = positions("inference", "all" if inference is None else inference, n_inferences)
-        return cls("inference", chosen, np.atleast_1d(np.array(chosen, int)))
-
-    @property
-    def is_list(self) -> bool:
-        """Whether the result keeps the dimension."""
-        return isinstance(self.numbers, list)
-
-    def label(self, array: xr.DataArray) -> xr.DataArray:
-        """Name the first dimension of an array with a row for each of the numbers, or drop it."""
-        if not isinstance(self.numbers, list):
-            return array.isel(inference=0).assign_coords({self.dim: self.numbers})
-        array = array.rename(inference=self.dim) if self.dim != "inference" else array
-        labelled = array.assign_coords({self.dim: (self.dim, np.array(self.numbers, int))})
-        return labelled.transpose(self.dim, ...)
 
 
 @dataclass(frozen=True)

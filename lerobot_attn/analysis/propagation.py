@@ -17,8 +17,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lerobot_attn.analysis.labels import integers
-from lerobot_attn.analysis.prefix import Rows
 from lerobot_attn.analysis.renamed import warn_renamed
+from lerobot_attn.analysis.rows import Rows
 from lerobot_attn.analysis.select import (
     KEY_COORDINATES,
     HeadChoice,

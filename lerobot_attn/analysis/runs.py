@@ -13,28 +13,21 @@ itself when its turn comes, and is let go after it.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, Unpack
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from dask.base import compute
-from dask.callbacks import Callback
-from dask.delayed import delayed
 from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
-from lerobot_attn.analysis.labels import said_of
-from lerobot_attn.analysis.measures import attention_entropy, stability
+from lerobot_attn.analysis.catalogue import MEASURES, AnyMeasure, Measure, find_measure
 from lerobot_attn.analysis.select import MEANS, RAW, Where, attention, default_query
-from lerobot_attn.analysis.spatial import camera_geometry, camera_names
-from lerobot_attn.analysis.tokens import by_modality, by_token
+from lerobot_attn.analysis.sources import Source, attributes_of, map_episodes, path_of, sources_of, success_of
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.sizes import Progress
 
@@ -57,52 +50,6 @@ _LEADING = (
 _TEXT = ("measure", "quantity", "kind", "name")
 
 
-class EpisodeLike(Protocol):
-    """What is asked of an episode; `lerobot_attn.open_episode` and `open_run` give them."""
-
-    @property
-    def path(self) -> Any:
-        """Where it lies."""
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        """What it says of itself."""
-
-    @property
-    def arrays(self) -> xr.Dataset:
-        """The episode's dataset; opened only when its turn comes."""
-
-
-Source = xr.Dataset | EpisodeLike
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Something to measure at each inference or frame.
-
-    Attributes:
-        name: what tables call it.
-        function: called as `function(dataset, inference=[…], **where)`, or with `frame=[…]`, as any function
-            of `lerobot_attn.analysis` is. The dataset is a view of a few inferences and their frames, both
-            numbered from 0. It returns a DataArray with that dimension.
-        quantity: what its values are, where its result has no dimension "quantity".
-        n_before: how many inferences before those asked for the view must hold too, where there are any.
-        of_attention: the function is called as `function(dataset, array)` instead, with what `attention`
-            selects: read once for all such measures. With `n_before` the array begins with as many rows
-            (inferences or frames) before those asked for, where there are any; what it does not return of
-            those asked for is NaN.
-    """
-
-    name: str
-    function: Callable[..., xr.DataArray]
-    quantity: str = "value"
-    n_before: int = 0
-    of_attention: bool = False
-
-
-AnyMeasure = str | Measure | Callable[..., xr.DataArray]
-
-
 class FailedEpisode(NamedTuple):
     """An episode that could not be summarised."""
 
@@ -122,74 +69,6 @@ class Labels(NamedTuple):
 
     kind: str  # "task", "state", "template" or "text"
     name: str  # the token's text; "the (2)" for the second of its kind and text
-
-
-def _camera_entropy(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
-    """Return entropy (bit) and effective number of patches within each image: (…, camera, quantity)."""
-    cameras = []
-    for part in _camera_parts(dataset, array):
-        of_camera = attention_entropy(part, ["key"])
-        cameras.append(xr.concat([of_camera[name] for name in of_camera], "quantity", coords="minimal"))
-    result = xr.concat(cameras, "camera", coords="minimal").transpose(..., "camera", "quantity")
-    result.attrs = {"long_name": "entropy within the image"}
-    return result.assign_coords(camera=camera_names(dataset), quantity=["entropy", "effective_number"])
-
-
-def _camera_stability(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
-    """Return the overlap with the inference, or frame, before within each image: (…, camera)."""
-    along = "frame" if "frame" in array.dims else "inference"
-    cameras = []
-    for part in _camera_parts(dataset, array):
-        # The episode's first has none before it.
-        alone = part.isel({along: slice(1, None)}).sum("key")
-        cameras.append(stability(part, along, ["key"]) if part.sizes[along] > 1 else alone)
-    result = xr.concat(cameras, "camera", coords="minimal").transpose(..., "camera")
-    result.attrs = {"long_name": f"overlap with the previous {along} within the image", "units": "1"}
-    return result.assign_coords(camera=camera_names(dataset))
-
-
-def _camera_parts(dataset: xr.Dataset, array: xr.DataArray) -> list[xr.DataArray]:
-    """Return attention on each camera's patches, (…, key)."""
-    cameras: list[str | None] = [*camera_names(dataset)]
-    segments = [camera_geometry(dataset, name)[2] for name in cameras or [None]]
-    array = array.drop_vars([name for name in array.coords if str(name).startswith("key_")])
-    return [array.isel(key=slice(segment.start, segment.stop)) for segment in segments]
-
-
-MEASURES: dict[str, Measure] = {
-    measure.name: measure
-    for measure in (
-        Measure("modality_share", by_modality, "share", of_attention=True),
-        Measure("token_attention", by_token, "share", of_attention=True),
-        Measure("entropy", _camera_entropy, of_attention=True),
-        Measure("stability", _camera_stability, "overlap", n_before=1, of_attention=True),
-    )
-}
-
-
-OLD_NAMES = {"sharpness": "entropy"}  # of measures; they still work, and tables call them as they were asked
-
-
-def find_measure(measure: AnyMeasure) -> Measure:
-    """Return a measure by its name, old ones too; a function becomes one of its own name.
-
-    Raises:
-        SelectionError: unknown name.
-    """
-    if isinstance(measure, Measure):
-        return measure
-    if isinstance(measure, str):
-        if measure in MEASURES:
-            return MEASURES[measure]
-        if measure in OLD_NAMES:
-            return replace(MEASURES[OLD_NAMES[measure]], name=measure)
-        raise SelectionError(f"measure {measure!r}: expected one of {', '.join(MEASURES)}, or a function")
-    if not callable(measure):
-        raise SelectionError(f"measure {measure!r}: expected a name or a function")
-    inner: Any = measure
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    return Measure(getattr(inner, "__name__", type(inner).__name__), measure)
 
 
 def summarise(
@@ -369,62 +248,6 @@ def _of_attention(
     return values.reindex({by: rows}) if measure.n_before else values
 
 
-def map_episodes[Result](
-    function: Callable[[xr.Dataset], Result],
-    sources: Sequence[Source],
-    *,
-    scheduler: str,
-    progress: Progress | None = None,
-) -> list[Result | Exception]:
-    """Call a function on every episode's dataset, in parallel; what it raises takes the place of its result.
-
-    Raises:
-        SelectionError: unknown scheduler.
-    """
-    if scheduler not in ("threads", "processes", "synchronous"):
-        raise SelectionError(f"scheduler {scheduler!r}: expected 'threads', 'processes' or 'synchronous'")
-    jobs = [delayed(_Job(function, source), pure=False, traverse=False)() for source in sources]
-    with Callback(posttask=_Counter({job.key for job in jobs}, progress)):
-        return list(compute(*jobs, scheduler=scheduler))
-
-
-def sources_of[S: Source](episodes: S | Iterable[S], what: str) -> list[S]:
-    """Return episodes as a list, one alone too, after checking that they are some.
-
-    Raises:
-        SelectionError: there is none, or something else.
-    """
-    if isinstance(episodes, xr.Dataset) or not isinstance(episodes, Iterable):
-        found: list[Any] = [episodes]
-    else:
-        found = list(episodes)
-    if not found:
-        raise SelectionError(f"{what}: got no episodes, expected one at least")
-    for source in found:
-        if not isinstance(source, xr.Dataset) and not hasattr(source, "attributes"):
-            raise SelectionError(
-                f"{what}: got {type(source).__name__} {source!r:.80}, expected datasets or episodes"
-            )
-    return found
-
-
-def attributes_of(source: Source) -> Mapping[Any, Any]:
-    """Return what an episode says of itself, without opening its arrays."""
-    return said_of(source) if isinstance(source, xr.Dataset) else source.attributes
-
-
-def success_of(source: Source) -> bool | None:
-    """Return whether an episode solved its task; None if it was interrupted or its loop did not know."""
-    success = attributes_of(source).get("success")
-    # A file that is no Zarr store gives back a number of NumPy's.
-    return bool(success) if isinstance(success, (bool, np.bool_, np.integer)) else None
-
-
-def path_of(source: Source) -> str:
-    """Return where an episode lies, "" if it does not say."""
-    return str(source.encoding.get("source", "")) if isinstance(source, xr.Dataset) else str(source.path)
-
-
 def token_labels(array: xr.DataArray) -> list[Labels]:
     """Return each token's kind and name, unique in the array; `array` is (…, token) of `token_attention`."""
     seen: Counter[tuple[str, str]] = Counter()
@@ -475,35 +298,6 @@ def ordered_columns(columns: Iterable[str], last: Sequence[str]) -> list[str]:
     known = {*_LEADING, *_TEXT, *last}
     names = [name for name in _LEADING if name in every] + [name for name in every if name not in known]
     return [*names, *_TEXT, *last]
-
-
-class _Job:
-    """One episode's work. No dataclass and no plain argument: Dask would compute a dataset it found there."""
-
-    def __init__(self, function: Callable[[xr.Dataset], Any], source: Source):
-        self.function = function
-        self.source = source
-
-    def __call__(self) -> Any:
-        try:
-            # What a copy opens goes when the copy goes; the episode itself would keep it.
-            source = self.source
-            return self.function(source if isinstance(source, xr.Dataset) else copy.copy(source).arrays)
-        except Exception as error:  # a damaged store raises many kinds, and must not end thousands of others
-            return error
-
-
-class _Counter:
-    """Reports finished jobs; Dask's local schedulers call it in the thread that waits for them."""
-
-    def __init__(self, keys: set[Any], progress: Progress | None):
-        self._keys, self._total, self._progress = keys, len(keys), progress
-
-    def __call__(self, key: Any, *_: Any) -> None:
-        if key in self._keys:
-            self._keys.discard(key)
-            if self._progress is not None:
-                self._progress(self._total - len(self._keys), self._total)
 
 
 def _measures(measures: AnyMeasure | Sequence[AnyMeasure]) -> tuple[Measure, ...]:

@@ -39,7 +39,7 @@ LayerChoice = Choice | None
 HeadChoice = int | Sequence[int] | Literal["all", "mean", "max"]
 QueryChoice = int | Literal["frame", "executed", "mean", "all"]
 
-RAW, MEANS = "suffix_attention", "suffix_attention_mean"
+RAW, MEANS, PREFIX = "suffix_attention", "suffix_attention_mean", "prefix_attention"
 KEY_COORDINATES = ("key_camera", "key_row", "key_column")
 
 

@@ -23,8 +23,8 @@ from lerobot_attn.analysis.labels import (
     ranges,
     stored_labels,
 )
-from lerobot_attn.analysis.prefix import PREFIX
 from lerobot_attn.analysis.select import (
+    PREFIX,
     RAW,
     HeadChoice,
     LayerChoice,
