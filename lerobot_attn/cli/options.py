@@ -25,8 +25,13 @@ EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr.
 SettingsFile = Annotated[
     Path | None, typer.Option("--settings", help="Read settings from this YAML file; options come on top.")
 ]
-Layer = Annotated[str | None, typer.Option(help="Layer: a number (negative from the last) or mean.")]
-Step = Annotated[str | None, typer.Option(help="Denoise step: a number (negative from the last) or mean.")]
+Layer = Annotated[
+    str | None, typer.Option(help="Layer: a number (negative from the last) or mean. Default: last stored.")
+]
+Step = Annotated[
+    str | None,
+    typer.Option(help="Denoise step: a number (negative from the last) or mean. Default: last stored."),
+]
 Head = Annotated[str | None, typer.Option(help="Head: a number, mean or max.")]
 Query = Annotated[
     str | None,

@@ -82,10 +82,10 @@ class OneMapSettings(LookSettings):
 
     # Camera, by name or the end of it. Default: the first.
     camera: str | None = None
-    # Layer: a number (negative from the last) or 'mean'.
-    layer: int | Literal["mean"] = -1
-    # Denoise step: likewise; the last one yields the action.
-    denoise_step: int | Literal["mean"] = -1
+    # Layer: a number (negative from the last) or 'mean'. Default: the last one that the store holds.
+    layer: int | Literal["mean"] | None = None
+    # Denoise step: likewise; the policy's last one yields the action.
+    denoise_step: int | Literal["mean"] | None = None
     # Head: a number, 'mean' or 'max'.
     head: int | Literal["mean", "max"] = "mean"
     # Frames per second of a video. Default: the episode's.
@@ -101,7 +101,8 @@ class OneMapSettings(LookSettings):
         """
         super().__post_init__()
         for name, words in (("layer", ("mean",)), ("denoise_step", ("mean",)), ("head", ("mean", "max"))):
-            check_one_map(name, getattr(self, name), words)
+            if getattr(self, name) is not None:
+                check_one_map(name, getattr(self, name), words)
         if self.fps is not None:
             check_ranges(self, {"fps": (0.1, 240)})
 

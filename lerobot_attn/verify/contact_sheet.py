@@ -29,10 +29,10 @@ class VerifySettings:
 
     # Check the rows of every inference; of the first, the middle and the last one otherwise.
     thorough: bool = False
-    # Of the contact sheet: the layer, a number (negative from the last) or 'mean'.
-    layer: int | Literal["mean"] = -1
-    # The denoise step, likewise; the last one yields the action.
-    denoise_step: int | Literal["mean"] = -1
+    # Of the contact sheet: the layer, a number (negative from the last) or 'mean'. Default: the last stored.
+    layer: int | Literal["mean"] | None = None
+    # The denoise step, likewise; the policy's last one yields the action.
+    denoise_step: int | Literal["mean"] | None = None
     # A matplotlib colour map.
     colormap: str = "inferno"
     # Opacity of the largest value, 0 to 1.
@@ -51,7 +51,8 @@ class VerifySettings:
         for name in ("layer", "denoise_step"):
             value = parse_choice(getattr(self, name))
             object.__setattr__(self, name, value)
-            check_one_map(name, value, ("mean",))
+            if value is not None:
+                check_one_map(name, value, ("mean",))
         if not isinstance(self.thorough, bool):
             raise ConfigError(f"thorough: got {self.thorough!r}, expected true or false")
         check_ranges(self, {"alpha": (0, 1), "width": (2, 30), "dpi": (30, 1200)})
