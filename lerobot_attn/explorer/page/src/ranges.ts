@@ -3,14 +3,26 @@
  * them, so they come late and are asked for only when they are wanted; what has grown since may be lacking.
  */
 
-import { computed, signal, untracked } from "@preact/signals";
+import { computed, signal, untracked, type ReadonlySignal } from "@preact/signals";
 import type { AllRanges, Ranges } from "./api";
-import type { EpisodeModel, Loaded } from "./model";
-import type { Source } from "./source";
+import type { EpisodeId, Source } from "./source";
 import * as state from "./state";
 
 const SETTLE_MS = 150;
 const GROW_MS = 5000; // of an episode that grows: each time all of it is read
+
+/** What the ranges need of the episode that is shown. */
+export interface Chosen {
+  readonly key: EpisodeId;
+  readonly isDisposed: boolean;
+  readonly step: ReadonlySignal<number>;
+  readonly layer: ReadonlySignal<number | "mean">;
+  readonly head: ReadonlySignal<number | "max" | "mean">;
+  readonly views: ReadonlySignal<readonly { camera: { name: string } }[]>;
+  readonly facts: ReadonlySignal<{ n_inferences: number } | null>;
+  readonly hasMeans: ReadonlySignal<boolean>;
+  attempt(what: "ranges" | "all ranges", load: () => Promise<void>): Promise<boolean>;
+}
 
 interface Asked<T> {
   /** Inferences that there were when it was asked for. */
@@ -26,7 +38,7 @@ export class EpisodeRanges {
   private readonly ofStep = computed(() => this.ofSteps.value.get(this.model.step.value)?.ranges ?? null);
 
   constructor(
-    private readonly model: EpisodeModel,
+    private readonly model: Chosen,
     private readonly source: Source,
   ) {}
 
@@ -87,9 +99,9 @@ export class EpisodeRanges {
   }
 
   private load<T>(
-    what: Loaded,
+    what: "ranges" | "all ranges",
     known: Asked<T> | null | undefined,
-    ask: (key: EpisodeModel["key"]) => Promise<T>,
+    ask: (key: EpisodeId) => Promise<T>,
     take: (found: Asked<T>) => void,
   ): (() => void) | void {
     const { model } = this;
