@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lerobot_attn.analysis.labels import ranges
-from lerobot_attn.analysis.reduce import mean_over, row_sum
+from lerobot_attn.analysis.reduce import row_sum
 from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_actions, prefix_only_layers
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError, first_line
@@ -70,7 +70,9 @@ def segment_mass(episode: Episode, inference: int) -> SegmentMass:
         # `maps` counts action tokens, from 0 also where a state token opens the suffix.
         over = ["denoise_step", "layer", "head", *(["query"] if "query" in maps.dims else [])]
         executed = maps.isel(query=executed_actions(dataset)) if "query" in maps.dims else maps
-        shares = by_modality(dataset, mean_over(executed, over))
+        # Each key is averaged over the rows that have it: neither a missing map nor a key that a layer cannot
+        # see counts.
+        shares = by_modality(dataset, executed.mean(over))
     except SelectionError as error:
         raise StoreError(f"{episode.path}: {first_line(error)}") from error
     except Exception as error:  # a damaged chunk raises whatever its codec raises
