@@ -184,3 +184,10 @@ def test_any_legal_path_is_one_to_write_to(paths, tmp_path, monkeypatch, capsys,
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     written = {path.name for path in (tmp_path / f"{name}.png").parent.iterdir()}
     assert written == {f"{name}{suffix}".rpartition("/")[2] for suffix in (".mp4", ".gif", ".png")}
+
+
+def test_doors_show_the_last_layer_that_is_stored(tmp_path):
+    """The store of "few layers" holds full maps of layer 1 alone, and the policy has more."""
+    episode = open_episode(write_planted_episode(tmp_path, FAMILIES["few layers"]))
+    assert overlay_frames(episode, OverlaySettings(frames=[0])).__next__().ndim == 3
+    assert contact_sheet(episode).axes

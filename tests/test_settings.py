@@ -206,8 +206,8 @@ DEFAULTS = {"exclude": (), "clip": 99.9, "colormap": "inferno", "interpolation":
     ("cls", "defaults"),
     [
         (PlotSettings, {"normalisation": "share", "alpha": 0.7, "query": None, "layers": None}),
-        (OverlaySettings, {"normalisation": "episode", "alpha": 0.6, "query": "frame", "layer": -1}),
-        (CompareSettings, {"normalisation": "image", "alpha": 0.7, "query": "frame", "layer": -1}),
+        (OverlaySettings, {"normalisation": "episode", "alpha": 0.6, "query": "frame", "layer": None}),
+        (CompareSettings, {"normalisation": "image", "alpha": 0.7, "query": "frame", "layer": None}),
     ],
 )
 def test_every_picture_is_chosen_and_coloured_by_the_same_settings(tmp_path, cls, defaults):
