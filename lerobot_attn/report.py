@@ -103,8 +103,8 @@ def compare_groups(
         "overall shares": Aspect("modality_share", "whole"),
         "overall tokens": Aspect("token_attention", "whole"),
     }
-    notes = _unlike_cameras(a, b, settings)
-    if not notes:
+    unlike = _unlike_cameras(a, b, settings)
+    if not unlike:
         aspects["heatmap"] = Aspect("image_heatmap", "whole", camera=settings.camera)
     found = compare_each(
         a,
@@ -120,6 +120,7 @@ def compare_groups(
     tables[0]["name"] = tables[0]["name"].map(short_names(tables[0]["name"]))
     overall = pd.concat(tables, ignore_index=True)
     overall.attrs["interval"] = tables[1].attrs["interval"]
+    notes = (*unlike, *_lacking_videos(a, b, settings), *_short_videos(a, b))
     return Comparison(found["shares"], sharpness, overall, found.get("heatmap"), notes)
 
 
@@ -371,7 +372,6 @@ def _caption(
     facts += [f"camera {a[0].layout.short_names[camera]}"]
     facts += [f"aligned by {settings.align}", f"intervals: {found.overall.attrs['interval']}"]
     facts += [_only(found.overall, "a", "A"), _only(found.overall, "b", "B"), *found.notes]
-    facts += [*_lacking_videos(a, b, settings), *_short_videos(a, b)]
     return Caption(facts, RANDOM_WEIGHTS if any(e.has_random_weights for e in (*a, *b)) else "")
 
 
@@ -402,7 +402,7 @@ def _markdown(
     lines += [
         f"- settings: `{json.dumps(asdict(settings))}`",
         f"- intervals: {found.overall.attrs['interval']}",
-        *(f"- {note}" for note in (*found.notes, *_lacking_videos(a, b, settings), *_short_videos(a, b))),
+        *(f"- {note}" for note in found.notes),
     ]
     if any(episode.has_random_weights for episode in (*a, *b)):
         lines.append(f"- **{RANDOM_WEIGHTS}**")

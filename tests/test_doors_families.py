@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import zarr
 from matplotlib.text import Text
 from test_inspection import run_cli
+from test_verify import edit, edit_attributes
 
 from lerobot_attn import analysis
 from lerobot_attn.errors import StoreError
@@ -38,19 +37,6 @@ def paths(tmp_path_factory):
 def check_of(path, name):
     (found,) = [check for check in verify_episode(open_episode(path)).checks if check.name == name]
     return found
-
-
-def edit(path, name, function):
-    array = zarr.open_group(path, mode="r+", use_consolidated=False)[name]
-    values = array[:]
-    function(values)
-    array[:] = values
-
-
-def edit_attributes(path, function):
-    document = json.loads((path / "zarr.json").read_text())
-    function(document["attributes"])
-    (path / "zarr.json").write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

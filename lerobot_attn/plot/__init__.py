@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 
 from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
-from lerobot_attn.plot.cameras import camera_frames, camera_pictures, on_image
+from lerobot_attn.plot.cameras import camera_pictures, on_image
 from lerobot_attn.plot.kinds import KINDS
 from lerobot_attn.plot.settings import PlotSettings
 from lerobot_attn.store.reader import Episode
 
-__all__ = ["KINDS", "PlotSettings", "camera_frames", "camera_pictures", "on_image", "plot"]
+__all__ = ["KINDS", "PlotSettings", "camera_pictures", "on_image", "plot"]
 
 
 def plot(episode: Episode, kind: str, settings: PlotSettings | None = None) -> Figure:

@@ -40,19 +40,6 @@ def on_image(
     )
 
 
-def camera_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[Frame]:
-    """Return the camera's frames, (height, width, 3) uint8 each; see `camera_pictures` for blank ones.
-
-    Raises:
-        StoreError: the episode has no video of the camera, or it is shorter.
-    """
-    video, numbers = episode.video(camera), sorted(set(frames))
-    found = dict(
-        zip(numbers, read_frames(video, size_px=episode.image_size_px(camera), numbers=numbers), strict=True)
-    )
-    return [found[frame] for frame in frames]
-
-
 def camera_pictures(episode: Episode, camera: str, frames: Sequence[int]) -> Pictures:
     """Return the camera's frames; blank ones of the camera's size where its video is missing or too short.
 
