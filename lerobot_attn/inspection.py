@@ -117,6 +117,7 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         "success": episode.success,
         "complete": episode.is_complete,
         "random_weights": episode.has_random_weights,
+        "policy_remark": episode.policy_remark,
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,
         "arrays": {
@@ -158,10 +159,11 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
 
 def describe_run(run: Run) -> dict[str, Any]:
     """Return everything that `inspect` shows of a run, as plain JSON values."""
-    rows, random_weights = [], False
+    rows, random_weights, remarks = [], False, dict[str, None]()
     for episode in run:
         rows.append(TableRow.of(episode))
         random_weights = random_weights or episode.has_random_weights
+        remarks |= {episode.policy_remark: None} if episode.policy_remark else {}
     return {
         "path": str(run.path),
         "n_episodes": len(rows),
@@ -169,6 +171,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "n_success": sum(row.success is True for row in rows),
         "stored_bytes": sum(row.bytes for row in rows),
         "random_weights": random_weights,
+        "policy_remark": "; ".join(remarks),
         # JSON has no NaN, which an attribute may be.
         "episodes": [{k: None if v != v else v for k, v in row._asdict().items()} for row in rows],
         "damaged": [{"path": str(path), "error": error} for path, error in run.damaged],
@@ -228,6 +231,8 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
     parts.append(_sanity(facts))
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
+    if facts["policy_remark"]:
+        parts.append(Text(_printable(facts["policy_remark"]), style="dim"))
     return Group(*parts)
 
 
@@ -256,6 +261,8 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
     parts += [Text(f"damaged: {_printable(entry['error'])}", style="red") for entry in facts["damaged"]]
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
+    if facts["policy_remark"]:
+        parts.append(Text(_printable(facts["policy_remark"]), style="dim"))
     return Group(*parts)
 
 

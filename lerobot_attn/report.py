@@ -372,7 +372,14 @@ def _caption(
     facts += [f"camera {a[0].layout.short_names[camera]}"]
     facts += [f"aligned by {settings.align}", f"intervals: {found.overall.attrs['interval']}"]
     facts += [_only(found.overall, "a", "A"), _only(found.overall, "b", "B"), *found.notes]
-    return Caption(facts, RANDOM_WEIGHTS if any(e.has_random_weights for e in (*a, *b)) else "")
+    return Caption(
+        facts, RANDOM_WEIGHTS if any(e.has_random_weights for e in (*a, *b)) else "", _remarks(a, b)
+    )
+
+
+def _remarks(a: Sequence[Episode], b: Sequence[Episode]) -> list[str]:
+    """Return what is to be said of the policies, each remark once."""
+    return list(dict.fromkeys(e.policy_remark for e in (*a, *b) if e.policy_remark))
 
 
 def _only(overall: pd.DataFrame, side: str, name: str) -> str:
@@ -406,6 +413,7 @@ def _markdown(
     ]
     if any(episode.has_random_weights for episode in (*a, *b)):
         lines.append(f"- **{RANDOM_WEIGHTS}**")
+    lines += [f"- {remark}" for remark in _remarks(a, b)]
     lines += ["", "![comparison](comparison.png)", ""]
     if video:
         lines += ["Side by side: [comparison.mp4](comparison.mp4)", ""]

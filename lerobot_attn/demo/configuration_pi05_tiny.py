@@ -17,7 +17,7 @@ from lerobot_attn.errors import ConfigError
 @PreTrainedConfig.register_subclass("pi05_tiny")
 @dataclass
 class PI05TinyConfig(PI05Config):
-    """Pi0.5 with small towers: same code, cameras, tokens, heads and denoise steps, about 0.8 M parameters.
+    """Pi0.5 with small towers: same code, tokens, heads and denoise steps, about a million parameters.
 
     The VLM and the action expert have Pi0.5's 8 heads over one shared key head. With the defaults of Pi0.5 a
     camera is 16×16 patches, the prompt 200 slots and the action chunk 50 tokens.
@@ -28,6 +28,8 @@ class PI05TinyConfig(PI05Config):
 
     # True: the weights were never trained, the maps mean nothing, and everything that shows its maps says so.
     random_weights: bool = True
+    # One line that everything that shows the policy's maps says of it, e.g. what it was trained on.
+    remark: str = ""
     # Seed of the weights that a new policy starts with; a checkpoint's own weights replace them.
     init_seed: int = 0
 

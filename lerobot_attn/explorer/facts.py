@@ -33,6 +33,7 @@ def facts(episode: Episode) -> dict[str, Any]:
         "success": episode.success,
         "complete": episode.is_complete,
         "random_weights": episode.has_random_weights,
+        "policy_remark": episode.policy_remark,
         "policy": plain(policy.get("type")),
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,

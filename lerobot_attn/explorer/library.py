@@ -346,6 +346,7 @@ def summary_of(id_: str, episode: Episode) -> Summary:
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,
         "random_weights": episode.has_random_weights,
+        "policy_remark": episode.policy_remark,
         "stored_bytes": _stored_bytes(episode),
         "camera": next(iter(episode.videos), None),
     }

@@ -221,7 +221,8 @@ class Film:
         }
         inside = width - 2 * _GAP_PX
         self._header = broken(self._header_parts(), " | ", self._font, inside, self._digits)
-        footer = broken([part for part in self._footer_parts() if part], " | ", small, inside)
+        parts = [*self._footer_parts(), self._episode.policy_remark]
+        footer = broken([part for part in parts if part], " | ", small, inside)
         warning = broken([RANDOM_WEIGHTS], " ", small, inside) if self._episode.has_random_weights else []
         top = 4 + len(self._header) * line_px(self._font) + 3
         rows = [heights[start : start + columns] for start in range(0, len(views), columns)]

@@ -72,6 +72,7 @@ class PolicyDescription:
     chunk_size: int
     n_action_steps: int  # actions executed of each chunk
     random_weights: bool = False  # a demo policy whose maps mean nothing
+    remark: str = ""  # one line that everything that shows its maps says of it
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Pi05Adapter:
             chunk_size=config.chunk_size,
             n_action_steps=config.n_action_steps,
             random_weights=bool(getattr(config, "random_weights", False)),
+            remark=str(getattr(config, "remark", "")),
         )
 
     def sites(self) -> Mapping[Site, SiteInfo]:

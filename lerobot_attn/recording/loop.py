@@ -195,6 +195,8 @@ class LoopRecording:
         self._run_folder.settle(self._attributes, self._config.to_dict())
         if capture.policy.random_weights:
             logger.warning("This policy has %s", RANDOM_WEIGHTS)
+        if capture.policy.remark:
+            logger.info("This policy is a %s", capture.policy.remark)
 
     def _end(self) -> None:
         self._writer.close(0)

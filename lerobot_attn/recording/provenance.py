@@ -44,6 +44,7 @@ def policy_facts(sizes: PolicyDescription) -> dict[str, Any]:
         "chunk_size": sizes.chunk_size,
         "n_action_steps": sizes.n_action_steps,
         "random_weights": sizes.random_weights,
+        "remark": sizes.remark,
     }
 
 

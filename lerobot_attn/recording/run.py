@@ -127,6 +127,8 @@ class RunRecorder:
             self._run_folder.settle(self._attributes, self.config.to_dict())
             if capture.policy.random_weights:
                 logger.warning("This policy has %s", RANDOM_WEIGHTS)
+            if capture.policy.remark:
+                logger.info("This policy is a %s", capture.policy.remark)
             self._writer = BackgroundWriter(self.config.queue_mb * 1_000_000)
             try:
                 yield

@@ -79,6 +79,12 @@ class Episode:
         """Whether the policy was a demo whose maps mean nothing."""
         return bool(self.attributes.get("policy", {}).get("random_weights"))
 
+    @property
+    def policy_remark(self) -> str:
+        """One line on the policy that belongs beside its maps; "" if none, or if the weights are random."""
+        remark = self.attributes.get("policy", {}).get("remark")
+        return "" if self.has_random_weights or not isinstance(remark, str) else " ".join(remark.split())
+
     @cached_property
     def layout(self) -> TokenLayout:
         """Segments of the keys, cameras and their geometry.

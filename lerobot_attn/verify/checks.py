@@ -60,7 +60,9 @@ def verify_episode(
         except Exception as error:  # damaged arrays raise whatever their codec raises
             checks.append(Check(name, False, f"cannot be checked: {first_line(error)}"))
     ticks.finish()
-    return VerifyReport(episode.path, tuple(checks), episode.has_random_weights, tuple(damaged))
+    return VerifyReport(
+        episode.path, tuple(checks), episode.has_random_weights, tuple(damaged), episode.policy_remark
+    )
 
 
 def _complete(episode: Episode) -> Check:

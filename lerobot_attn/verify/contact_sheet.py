@@ -112,7 +112,8 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
         attrs["units"],
         "from stored means" if attrs["source"] == MEANS else "",
     ]
-    caption = Caption(facts, RANDOM_WEIGHTS if episode.has_random_weights else "")
+    remarks = [episode.policy_remark] if episode.policy_remark else []
+    caption = Caption(facts, RANDOM_WEIGHTS if episode.has_random_weights else "", remarks)
     figure = new_figure(width_in, sum(heights) + 0.05, caption)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
     all_axes = []

@@ -34,12 +34,14 @@ class VerifyReport:
         checks: in the order in which they were made.
         random_weights: whether the policy was a demo whose maps mean nothing.
         damaged: everything that cannot be read as it was written, which the check "chunks" sums up.
+        policy_remark: one line on the policy that belongs beside its maps.
     """
 
     path: Path
     checks: tuple[Check, ...]
     random_weights: bool
     damaged: tuple[Damage, ...] = ()
+    policy_remark: str = ""
 
     @property
     def passed(self) -> bool:
@@ -52,6 +54,7 @@ class VerifyReport:
             "path": str(self.path),
             "passed": self.passed,
             "random_weights": self.random_weights,
+            "policy_remark": self.policy_remark,
             "checks": [asdict(check) for check in self.checks],
             "damaged": [damage.to_dict() for damage in self.damaged],
         }
@@ -73,3 +76,5 @@ class VerifyReport:
         console.print(Text(text, style="green" if self.passed else "bold red"))
         if self.random_weights:
             console.print(Text(RANDOM_WEIGHTS, style="yellow"))
+        if self.policy_remark:
+            console.print(Text(self.policy_remark, style="dim"))

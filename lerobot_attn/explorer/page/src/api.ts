@@ -42,6 +42,7 @@ export interface EpisodeRow {
   n_frames: number;
   n_inferences: number;
   random_weights: boolean;
+  policy_remark: string;
   stored_bytes: number;
   /** A camera with a video, for the thumbnail. */
   camera: string | null;
@@ -68,6 +69,7 @@ export interface Facts {
   success: boolean | null;
   complete: boolean;
   random_weights: boolean;
+  policy_remark: string;
   policy: string | null;
   n_frames: number;
   n_inferences: number;

@@ -130,6 +130,7 @@ export function EpisodePage(props: {
         </span>
       </header>
       {facts?.random_weights && <RandomWeights />}
+      {facts?.policy_remark && <p class="note">{facts.policy_remark}</p>}
       {facts?.excerpt && <p class="note">{facts.excerpt}</p>}
       {both.map(
         (model) =>

@@ -80,6 +80,11 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
         {growing.size > 0 && <span class="badge live">live</span>}
       </header>
       {run.episodes.some((row) => row.random_weights) && <RandomWeights />}
+      {[...new Set(run.episodes.map((row) => row.policy_remark))].filter(Boolean).map((remark) => (
+        <p class="note" key={remark}>
+          {remark}
+        </p>
+      ))}
       {run.damaged.length > 0 && (
         <details class="warning">
           <summary>{counted(run.damaged.length, "store")} cannot be opened</summary>
