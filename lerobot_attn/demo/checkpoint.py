@@ -1,4 +1,4 @@
-"""Write a complete, movable checkpoint of the demo policy.
+"""Write a complete, movable checkpoint of the demo policy: trained, or with random weights.
 
     lerobot-eval --policy.path=DIR --env.type=libero …
 
@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lerobot_attn.demo import trained
 from lerobot_attn.demo.tokenizer import demo_tokenizer_json, vocab_size
 from lerobot_attn.errors import SetupError
 
 if TYPE_CHECKING:
     import torch
+
+    from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
+    from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
+
+Ranges = tuple[tuple[float, float], ...]
 
 # (q01, q99) of each number: LIBERO's workspace in round figures, not the statistics of a data set.
 _STATE_RANGES = (
@@ -39,21 +45,30 @@ _ACTION_RANGES = (
 )
 
 
-def make_demo_checkpoint(directory: str | Path, *, seed: int = 0, overwrite: bool = False) -> Path:
-    """Write a checkpoint of `pi05_tiny` with random weights; the global random state stays as it was.
+def make_demo_checkpoint(
+    directory: str | Path,
+    *,
+    random: bool = False,
+    variant: str = trained.DEFAULT,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint of `pi05_tiny`; the global random state stays as it was.
 
     Args:
         directory: Where to; made with its parents. The checkpoint can be moved later.
-        seed: Seed of the weights. The same seed gives the same `model.safetensors`, byte for byte.
+        random: Whether its weights are random, so that its attention maps mean nothing, instead of trained.
+        variant: Which trained policy, one of `trained.VARIANTS`.
+        seed: Seed of random weights. The same seed gives the same `model.safetensors`, byte for byte.
         overwrite: Whether the files of a checkpoint in `directory` may be replaced; other files there stay.
 
     Returns:
         `directory` as a path: it holds `config.json`, `model.safetensors`, `policy_preprocessor.json`,
-        `policy_postprocessor.json` and their statistics.
+        `policy_postprocessor.json` and their statistics; a trained policy's card as `README.md`.
 
     Raises:
-        SetupError: The directory cannot be used, or LIBERO, whose instructions the tokenizer learns, is not
-            installed.
+        SetupError: The directory cannot be used; there is no such variant; or, with random weights, LIBERO,
+            whose instructions the tokenizer learns, is not installed.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -66,11 +81,17 @@ def make_demo_checkpoint(directory: str | Path, *, seed: int = 0, overwrite: boo
                 f"cannot write a demo checkpoint to {target}: got a directory with files in it, expected a "
                 "new or an empty one; name another path or allow overwriting"
             )
-        demo_tokenizer_json()  # without LIBERO nothing is made
+        if random:
+            demo_tokenizer_json()  # without LIBERO nothing is made
+        else:
+            trained.check(variant)
         target.mkdir(parents=True, exist_ok=True)
         # Written aside on the same disk and then moved: an interrupted run leaves no half-written file.
         with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as aside:
-            _write(Path(aside), seed)
+            if random:
+                _write_random(Path(aside), seed)
+            else:
+                _write_trained(Path(aside), variant)
             for path in sorted(Path(aside).iterdir()):
                 path.replace(target / path.name)
     except OSError as error:
@@ -81,21 +102,22 @@ def make_demo_checkpoint(directory: str | Path, *, seed: int = 0, overwrite: boo
     return target
 
 
-def _write(directory: Path, seed: int) -> None:
-    """Write all files of the checkpoint into an empty directory."""
-    # Here, for the checks above need not wait for torch and LeRobot.
+def libero_config(vocabulary: int, **settings: Any) -> PI05TinyConfig:
+    """Return the policy's settings for LIBERO's two cameras, state and actions.
+
+    Args:
+        vocabulary: Number of token ids.
+        **settings: Other fields of `PI05TinyConfig`.
+    """
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
     from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
-    from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
-    from lerobot_attn.demo.processor_pi05_tiny import make_pi05_tiny_pre_post_processors
 
-    config = PI05TinyConfig(
+    return PI05TinyConfig(
         device="cpu",  # fast enough everywhere; --policy.device=cuda works as well
         push_to_hub=False,
-        vocab_size=vocab_size(demo_tokenizer_json()),
-        init_seed=seed,
+        vocab_size=vocabulary,
         input_features={
             # LIBERO's two cameras at LeRobot's default size; the policy resizes them.
             f"{OBS_IMAGES}.image": PolicyFeature(type=FeatureType.VISUAL, shape=(3, 360, 360)),
@@ -103,16 +125,54 @@ def _write(directory: Path, seed: int) -> None:
             OBS_STATE: PolicyFeature(type=FeatureType.STATE, shape=(len(_STATE_RANGES),)),
         },
         output_features={ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(len(_ACTION_RANGES),))},
+        **settings,
     )
-    policy = PI05TinyPolicy(config)  # also adds the empty camera to the config's features
-    stats = {OBS_STATE: _statistics(_STATE_RANGES), ACTION: _statistics(_ACTION_RANGES)}
-    preprocessor, postprocessor = make_pi05_tiny_pre_post_processors(config, dataset_stats=stats)
+
+
+def save_policy(
+    directory: Path, policy: PI05TinyPolicy, tokenizer_json: str, state_ranges: Ranges, action_ranges: Ranges
+) -> None:
+    """Write all files of a checkpoint into a directory.
+
+    Args:
+        directory: Where to; it must exist.
+        policy: The policy.
+        tokenizer_json: Its tokenizer as JSON text.
+        state_ranges: (q01, q99) of each number of the state, by which the policy's input is scaled.
+        action_ranges: Likewise of the action.
+    """
+    from lerobot.utils.constants import ACTION, OBS_STATE
+
+    from lerobot_attn.demo.processor_pi05_tiny import make_pi05_tiny_pre_post_processors
+
+    stats = {OBS_STATE: statistics(state_ranges), ACTION: statistics(action_ranges)}
+    preprocessor, postprocessor = make_pi05_tiny_pre_post_processors(
+        policy.config, dataset_stats=stats, tokenizer_json=tokenizer_json
+    )
     policy.save_pretrained(directory)
     preprocessor.save_pretrained(directory)
     postprocessor.save_pretrained(directory)
 
 
-def _statistics(ranges: tuple[tuple[float, float], ...]) -> dict[str, torch.Tensor]:
+def _write_random(directory: Path, seed: int) -> None:
+    """Write a checkpoint with random weights."""
+    # Here, for the checks above need not wait for torch and LeRobot.
+    from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
+
+    tokenizer_json = demo_tokenizer_json()
+    policy = PI05TinyPolicy(libero_config(vocab_size(tokenizer_json), init_seed=seed))
+    save_policy(directory, policy, tokenizer_json, _STATE_RANGES, _ACTION_RANGES)
+
+
+def _write_trained(directory: Path, variant: str) -> None:
+    """Write a checkpoint with the trained weights that come with the package."""
+    tokenizer_json = trained.tokenizer_json()
+    policy = trained.policy(variant, libero_config(vocab_size(tokenizer_json), **trained.SETTINGS))
+    save_policy(directory, policy, tokenizer_json, trained.STATE_RANGES, trained.ACTION_RANGES)
+    (directory / "README.md").write_text(trained.card(), encoding="utf-8")
+
+
+def statistics(ranges: Ranges) -> dict[str, torch.Tensor]:
     """Return `{"q01": (n,), …}`, float32, of n numbers given as (q01, q99); mean and std to match."""
     import torch
 

@@ -1,7 +1,8 @@
-"""The demo policy `pi05_tiny`: LeRobot's Pi0.5 with its towers replaced by small random ones.
+"""The demo policy `pi05_tiny`: LeRobot's Pi0.5 with its towers replaced by small ones.
 
-All that runs is Pi0.5's own code; this module only builds smaller modules for it and fills them. Knows
-nothing of checkpoints, tokenizers or of how attention is captured.
+All that runs is Pi0.5's own code; this module only builds smaller modules for it and fills them with random
+weights, which those of a checkpoint replace. Knows nothing of checkpoints, tokenizers or of how attention is
+captured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _FLATTEST_LOGIT_STD, _SHARPEST_LOGIT_STD = 1.0, 3.0
 
 
 class PI05TinyPolicy(PI05Policy):
-    """Pi0.5 with small towers and random weights, for machines without the released checkpoint."""
+    """Pi0.5 with small towers; its weights are random until it loads some."""
 
     config_class = PI05TinyConfig
     name = "pi05_tiny"

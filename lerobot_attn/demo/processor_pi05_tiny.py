@@ -63,7 +63,9 @@ class DemoTokenizerProcessorStep(TokenizerProcessorStep):
 
 
 def make_pi05_tiny_pre_post_processors(
-    config: PI05TinyConfig, dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None
+    config: PI05TinyConfig,
+    dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
+    tokenizer_json: str | None = None,
 ) -> tuple[
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
@@ -73,12 +75,14 @@ def make_pi05_tiny_pre_post_processors(
     Args:
         config: The policy's settings.
         dataset_stats: Per feature the statistics, e.g. `{"action": {"q01": (7,), "q99": (7,), …}}`, float32.
+        tokenizer_json: The tokenizer as JSON text; by default the one of the installed LIBERO's instructions.
 
     Raises:
         SetupError: LIBERO, whose instructions the tokenizer learns, is not installed.
         ConfigError: The tokenizer has more ids than the policy has embeddings.
     """
-    tokenizer_json = demo_tokenizer_json()
+    if tokenizer_json is None:
+        tokenizer_json = demo_tokenizer_json()
     if vocab_size(tokenizer_json) > config.vocab_size:
         raise ConfigError(
             f"policy.vocab_size is {config.vocab_size}, expected at least the demo tokenizer's "
