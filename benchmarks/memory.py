@@ -227,7 +227,7 @@ def main() -> int:
     peaks: dict[bool, list[list[float]]] = {True: [], False: []}  # with capture? → round → of each length
     curves = []
     with tempfile.TemporaryDirectory() as name:
-        checkpoint = make_demo_checkpoint(Path(name) / "pi05_tiny")
+        checkpoint = make_demo_checkpoint(Path(name) / "pi05_tiny", random=True)
         for round_ in range(parsed.runs):
             folder = Path(name) / str(round_)
             folder.mkdir()

@@ -119,7 +119,7 @@ class Rollouts:
 
         from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 
-        checkpoint = make_demo_checkpoint(folder / "pi05_tiny")
+        checkpoint = make_demo_checkpoint(folder / "pi05_tiny", random=True)
         config = PreTrainedConfig.from_pretrained(checkpoint, cli_overrides=["--device=cpu"])
         config.pretrained_path = checkpoint
         env = LiberoEnv(

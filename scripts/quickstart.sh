@@ -16,36 +16,44 @@ results=outputs/quickstart/eval
 source scripts/setup.sh eval
 export MUJOCO_GL="${MUJOCO_GL:-egl}"
 
-say "A demo policy: the real Pi0.5 code with small towers and random weights"
+say "A demo policy: the real Pi0.5 code with small towers, trained in simulation to fetch what is named"
 run lerobot-attn demo-policy "$policy" --overwrite </dev/null
 
 device="$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")' </dev/null)"
-say "Evaluating it on LIBERO, with attention recorded (device: $device; some minutes on a CPU)"
+echo "+ export MUJOCO_GL=$MUJOCO_GL"
 # A folder that holds recorded episodes is refused.
 run rm -rf "$results"
-echo "+ export MUJOCO_GL=$MUJOCO_GL"
-run lerobot-eval \
-    --policy.path="$policy" \
-    --policy.device="$device" \
-    --env.type=libero \
-    --env.task=libero_object \
-    --env.task_ids='[0]' \
-    --env.episode_length=40 \
-    --eval.n_episodes=2 \
-    --eval.batch_size=1 \
-    --eval.save_attention_maps=true \
-    --output_dir="$results" </dev/null
+# Evaluate the policy on a task of the suite, with attention recorded: number of the task, episodes.
+evaluate() {
+    run lerobot-eval \
+        --policy.path="$policy" \
+        --policy.device="$device" \
+        --env.type=libero \
+        --env.task=libero_object \
+        --env.task_ids="[$1]" \
+        --eval.n_episodes="$2" \
+        --eval.batch_size=1 \
+        --eval.save_attention_maps=true \
+        --output_dir="$results/task_$1" </dev/null
+}
+say "Fetching the alphabet soup, twice (device: $device; about a minute on a CPU)"
+evaluate 0 2
+say "Another task of the suite, another word: fetching the milk"
+evaluate 7 1
 
 say "What was recorded"
-run lerobot-attn inspect "$results" </dev/null
+run lerobot-attn inspect "$results/task_0" </dev/null
 
-store="$(find "$results/attention" -maxdepth 2 -name 'episode_*.zarr' | sort | head -n 1 || true)"
-[ -n "$store" ] || { echo "error: $results/attention holds no episode store" >&2; exit 1; }
+episode() { find "$results/task_$1/attention" -maxdepth 2 -name 'episode_*.zarr' | sort | head -n 1 || true; }
+store="$(episode 0)"
+other="$(episode 7)"
+[ -n "$store" ] && [ -n "$other" ] || { echo "error: $results holds no episode store" >&2; exit 1; }
 say "Do maps, frames and videos belong together?"
 run lerobot-attn verify "$store" -o "$results/look/contact-sheet.png" </dev/null
 
 say "Where and at what it looked"
-run lerobot-attn plot "$store" --kind image -o "$results/look/image.png" </dev/null
+run lerobot-attn plot "$store" --kind image -o "$results/look/soup.png" </dev/null
+run lerobot-attn plot "$other" --kind image -o "$results/look/milk.png" </dev/null
 run lerobot-attn plot "$store" --kind combined -o "$results/look/combined.png" </dev/null
 run lerobot-attn overlay "$store" -o "$results/look/overlay.mp4" </dev/null
 
@@ -55,12 +63,12 @@ Pictures and a video:
 $(find "$results/look" -type f | sort | sed 's/^/    /')
 
 One Zarr store per episode, one MP4 per camera beside it:
-$(find "$results/attention" -maxdepth 2 \( -name 'episode_*.zarr' -o -name '*.mp4' \) | sort | sed 's/^/    /')
+$(find "$results" -maxdepth 4 \( -name 'episode_*.zarr' -o -name '*.mp4' \) -path '*attention*' | sort | sed 's/^/    /')
 
 Activate the environment, and explore it in the browser:
 
     source .venv/bin/activate
-    lerobot-attn view $results
+    lerobot-attn view $results/task_0
 
 Three ways to load a store, in Python:
 
@@ -75,6 +83,6 @@ Three ways to load a store, in Python:
 
 A walk through all of it: examples/walkthrough.ipynb
 
-The demo policy's weights are random: it solves no task and its attention means nothing. It shows that everything
-works. For real maps give --policy.path a trained Pi0.5.
+What the demo policy can do, how it was trained and which of its layers look: $policy/README.md. It is small and knows
+one suite; for your own maps give --policy.path a Pi0.5 checkpoint.
 TEXT

@@ -115,7 +115,7 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a demo checkpoint."""
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 
-    return make_demo_checkpoint(tmp_path_factory.mktemp("demo") / "pi05_tiny")
+    return make_demo_checkpoint(tmp_path_factory.mktemp("demo") / "pi05_tiny", random=True)
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def attention_of(policy, batch) -> dict[tuple[str, int], list]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return make_demo_checkpoint(tmp_path_factory.mktemp("demo") / "made" / "here")
+    return make_demo_checkpoint(tmp_path_factory.mktemp("demo") / "made" / "here", random=True)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,8 @@ class TestCheckpoint:
         assert largest[0, -1] == 1.0  # the gripper can open and close
 
     def test_same_seed_same_bytes(self, checkpoint, tmp_path):
-        again = make_demo_checkpoint(tmp_path / "again", seed=0)
-        other = make_demo_checkpoint(tmp_path / "other", seed=1)
+        again = make_demo_checkpoint(tmp_path / "again", random=True, seed=0)
+        other = make_demo_checkpoint(tmp_path / "other", random=True, seed=1)
         for name in ("model.safetensors", "config.json", "policy_preprocessor.json"):
             assert (again / name).read_bytes() == (checkpoint / name).read_bytes(), name
         assert (other / "model.safetensors").read_bytes() != (checkpoint / "model.safetensors").read_bytes()
@@ -188,11 +188,11 @@ class TestCheckpoint:
 
         torch.manual_seed(3)
         before = states()
-        make_demo_checkpoint(tmp_path / "new", seed=11)
+        make_demo_checkpoint(tmp_path / "new", random=True, seed=11)
         assert states() == before
 
     def test_moved_checkpoint_loads_and_acts_the_same(self, checkpoint, loaded, tmp_path):
-        first = make_demo_checkpoint(tmp_path / "first")
+        first = make_demo_checkpoint(tmp_path / "first", random=True)
         moved = first.rename(tmp_path / "moved")
         for path in moved.glob("*.json"):
             assert str(tmp_path) not in path.read_text(), path.name
@@ -216,8 +216,8 @@ class TestCheckpoint:
         (target / "notes.txt").write_text("mine")
         (target / "config.json").write_text("old")
         with pytest.raises(SetupError, match="got a directory with files in it"):
-            make_demo_checkpoint(target)
-        make_demo_checkpoint(target, overwrite=True)
+            make_demo_checkpoint(target, random=True)
+        make_demo_checkpoint(target, random=True, overwrite=True)
         assert (target / "notes.txt").read_text() == "mine"
         assert json.loads((target / "config.json").read_text())["type"] == "pi05_tiny"
         assert [path.name for path in target.iterdir() if path.name.startswith(".")] == []
@@ -226,7 +226,7 @@ class TestCheckpoint:
         (tmp_path / "file").write_text("")
         for path, got in (("file", "got a file"), ("file/below", "got Not a directory")):
             with pytest.raises(SetupError, match=got) as caught:
-                make_demo_checkpoint(tmp_path / path)
+                make_demo_checkpoint(tmp_path / path, random=True)
             assert "\n" not in str(caught.value)
         assert (tmp_path / "file").read_text() == ""
 
@@ -234,7 +234,7 @@ class TestCheckpoint:
         demo_tokenizer_json.cache_clear()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SetupError, match=r"pip install 'lerobot_policy_attn\[eval\]'"):
-            make_demo_checkpoint(tmp_path / "new")
+            make_demo_checkpoint(tmp_path / "new", random=True)
         assert list(tmp_path.iterdir()) == []
 
 

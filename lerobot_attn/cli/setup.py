@@ -15,15 +15,21 @@ from lerobot_attn.cli.messages import status
 @app.command()
 def demo_policy(
     directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights instead of trained ones: the maps mean nothing.")
+    ] = False,
+    variant: Annotated[str, typer.Option(help="Which trained policy.")] = "pi05_tiny",
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
-    """Write a tiny Pi0.5 checkpoint with random weights, for trying things out without the real one."""
+    """Write a tiny Pi0.5 checkpoint, trained in simulation on libero_object, for trying things out."""
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
+    from lerobot_attn.demo.trained import REMARK
 
     with status("Writing the demo checkpoint (loading LeRobot takes a while)"):
-        path = make_demo_checkpoint(directory, seed=seed, overwrite=overwrite)
-    print(f"Wrote {path}: policy type pi05_tiny, random weights, so its attention maps mean nothing.")
+        path = make_demo_checkpoint(directory, random=random, variant=variant, seed=seed, overwrite=overwrite)
+    what = "random weights, so its attention maps mean nothing" if random else REMARK
+    print(f"Wrote {path}: policy type pi05_tiny, {what}.")
     print(f"Use it with: lerobot-eval --policy.path={path} …")
 
 
