@@ -153,6 +153,21 @@ def test_a_font_of_the_machine_that_has_the_letters_is_used(tmp_path, monkeypatc
     assert not any("no font" in text for text in texts_of(figure))
 
 
+def test_a_text_is_cut_into_parts_of_one_font_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(fontManager, "ttflist", only_matplotlibs())
+    write_font(tmp_path / "han.ttf", "Han and blanks", "拿起 ")
+    fontManager.addfont(tmp_path / "han.ttf")
+    parts = [(run.path.name, run.text) for run in fonts.runs_of("pick 拿 起up\u200d 블!")]
+    assert parts == [
+        ("DejaVuSans.ttf", "pick "),
+        ("han.ttf", "拿 起"),
+        ("DejaVuSans.ttf", "up\u200d "),
+        ("LastResortHE-Regular.ttf", "블"),
+        ("DejaVuSans.ttf", "!"),
+    ]
+    assert fonts.runs_of("") == []
+
+
 @pytest.mark.parametrize("task", [TASKS["Arabic"], TASKS["Hebrew"]])
 def test_right_to_left_sentences_run_from_the_right(task):
     figure = text_figure(*tokens_of(task.split()), Caption([]))

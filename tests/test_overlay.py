@@ -8,7 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from PIL import Image
+from matplotlib.font_manager import fontManager
+from PIL import Image, ImageDraw, ImageFont, features
+from test_figures_text import only_matplotlibs, write_font
 from test_inspection import run_cli
 
 import lerobot_attn.overlay.film as film_module
@@ -448,3 +450,79 @@ def test_command_errors_are_one_line(episode, tmp_path, monkeypatch, capsys, arg
     assert status == 1
     assert error.strip().startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+def named(tmp_path, camera):
+    """An episode whose only camera has a name of any script."""
+    image_px = {f"observation.images.{camera}": (96, 96)}
+    return open_episode(write_planted_episode(tmp_path / "named", replace(PLAN, image_px=image_px)))
+
+
+def test_a_script_without_a_font_is_named_on_the_picture_and_in_the_notes(tmp_path, monkeypatch):
+    monkeypatch.setattr(fontManager, "ttflist", only_matplotlibs())
+    found = named(tmp_path, "左手 arm")
+    said = "no font on this machine has: Han; install e.g. fonts-noto-cjk"
+    written = write_overlay(found, tmp_path / "overlay.mp4", OverlaySettings(frames="0-1"))
+    assert written.notes == (said,)
+    film = film_module.Film(found, OverlaySettings(frames=0))
+    amber = (np.array(next(film.draw([0]))) == film_module.AMBER).all(axis=-1)
+    assert amber.any()
+    assert "左手 arm" in film._header_parts()
+
+
+def test_letters_of_another_script_are_drawn_by_a_font_that_has_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(fontManager, "ttflist", only_matplotlibs())
+    write_font(tmp_path / "han.ttf", "Squares of Han", "左手")
+    fontManager.addfont(tmp_path / "han.ttf")
+    found = named(tmp_path, "左手")
+    film = film_module.Film(found, OverlaySettings(frames=0))
+    assert film.notes == ()
+    font = film._font
+    # Each glyph of that font is 0.8 em wide, of which 0.7 em are a square.
+    assert abs(font.getlength("左手") - 1.6 * font.size) < 1
+    right = film_module._GAP_PX + round(1.6 * font.size)
+    expected = Image.new("RGB", (right, 4 + font.size), film_module.BACKGROUND)
+    place = (film_module._GAP_PX, 4 + font.base.getmetrics()[0])
+    of_han = ImageFont.truetype(tmp_path / "han.ttf", font.size)
+    ImageDraw.Draw(expected).text(place, "左手", film_module.WHITE, of_han, anchor="ls")
+    np.testing.assert_array_equal(next(film.draw([0]))[: 4 + font.size, :right], np.asarray(expected))
+    # On the base line of the words beside it.
+    latin = Image.new("RGB", (60, 40))
+    font.write(ImageDraw.Draw(latin), (2, 2), "左H", (255, 255, 255))
+    lit = np.asarray(latin)[..., 0] > 128
+    assert (
+        np.flatnonzero(lit[:, 4])[-1] == np.flatnonzero(lit[:, round(0.8 * font.size) + 2 :].any(axis=1))[-1]
+    )
+
+
+def test_latin_words_are_drawn_as_by_the_figures_font_alone():
+    letters = film_module.font_of(14)
+    ours, pillows = (Image.new("RGB", (300, 30)) for _ in range(2))
+    letters.write(ImageDraw.Draw(ours), (3, 2), "frame 7 | layer 17, ≥0.5%", film_module.WHITE)
+    ImageDraw.Draw(pillows).text((3, 2), "frame 7 | layer 17, ≥0.5%", film_module.WHITE, letters.base)
+    assert ours.tobytes() == pillows.tobytes()
+
+
+@pytest.mark.skipif(not features.check("raqm"), reason="this Pillow cannot set text from right to left")
+def test_a_line_that_begins_with_a_word_from_right_to_left_still_runs_from_the_left():
+    """What stands right of the word is where it would be behind a Latin one."""
+    letters = film_module.font_of(14)
+    width = round(letters.getlength("הרם"))
+    pictures = []
+    for text, x in (("הרם | frame 7", 3), (" | frame 7", 3 + width)):
+        picture = Image.new("RGB", (300, 30))
+        letters.write(ImageDraw.Draw(picture), (x, 2), text, film_module.WHITE)
+        pictures.append(np.asarray(picture)[:, 3 + width + 2 :].astype(int))
+    assert pictures[0].any()
+    assert np.abs(pictures[0] - pictures[1]).mean() < 3  # the width is no whole number of pixels
+
+
+@pytest.mark.parametrize("name", ["ارفع المكعب", "הרם", "x" * 150, "a\nb\tc", "🤖👩‍🚀", "लाल घन"])
+def test_any_name_fits_the_picture(tmp_path, name):
+    found = named(tmp_path, name)
+    film = film_module.Film(found, OverlaySettings(frames=0))
+    (frame,) = film.draw([0])
+    assert (frame[:, -2:] == film_module.BACKGROUND).all()
+    assert (frame[-2:] == film_module.BACKGROUND).all()
+    (shown,) = overlay_frames(found, OverlaySettings(frames=0, camera="all"))
+    np.testing.assert_array_equal(shown, frame)

@@ -37,13 +37,20 @@ class FontFile(NamedTuple):
     path: Path
 
 
+class Run(NamedTuple):
+    """A part of a text that one font draws: the font's file, and the part."""
+
+    path: Path
+    text: str
+
+
 def fonts_for(text: str) -> list[FontFile]:
     """Return fonts that together have the letters of a text, the first one being `BASE`.
 
     Args:
         text: anything; letters that no font of this machine has are not covered, see `missing_scripts`.
     """
-    return list(_chosen(frozenset(text) - _characters(_base_path())))
+    return list(_chosen(frozenset(text) - _characters(str(base_path()))))
 
 
 def families_for(text: str) -> list[str]:
@@ -51,9 +58,40 @@ def families_for(text: str) -> list[str]:
     return [*(font.family for font in fonts_for(text)), LAST_RESORT]
 
 
+def runs_of(text: str) -> list[Run]:
+    """Cut a text into parts that one font draws each, for what has no fallback of its own, as Pillow.
+
+    A letter has the first of `fonts_for` that holds it; a letter that none holds has `LAST_RESORT`, whose box
+    shows a sample of its script. Blanks and marks stay in the font of the letter before them if it holds
+    them, and joiners that no font holds are dropped, because nothing is to be seen of them.
+
+    Args:
+        text: one line.
+
+    Returns:
+        The parts in their order; together they are the text without the joiners.
+    """
+    fonts = [font.path for font in fonts_for(text)]
+    runs: list[Run] = []
+    for character in text:
+        holders = [path for path in fonts if character in _characters(str(path))]
+        follows = _is_invisible(character) or unicodedata.category(character)[0] == "M"
+        if not holders and _is_invisible(character):
+            continue
+        before = runs[-1].path if runs else None
+        path = holders[0] if holders else _font_path("LastResortHE-Regular.ttf")
+        if before in holders and follows:
+            path = before
+        if path == before:
+            runs[-1] = Run(path, runs[-1].text + character)
+        else:
+            runs.append(Run(path, character))
+    return runs
+
+
 def missing_scripts(text: str) -> list[str]:
     """Return the scripts of letters that no font of this machine has, e.g. ["Han"]; usually empty."""
-    unknown = frozenset(text) - _characters(_base_path())
+    unknown = frozenset(text) - _characters(str(base_path()))
     for font in _chosen(unknown):
         unknown -= _characters(str(font.path))
     scripts = (_script(character) for character in sorted(unknown) if not _is_invisible(character))
@@ -109,13 +147,13 @@ def is_right_to_left(text: str) -> bool:
 
 def _chosen(wanted: frozenset[str]) -> tuple[FontFile, ...]:
     # The number of fonts is part of the key because a program may add some at any time.
-    return _fonts_for(wanted, len(fontManager.ttflist)) if wanted else (FontFile(BASE, Path(_base_path())),)
+    return _fonts_for(wanted, len(fontManager.ttflist)) if wanted else (FontFile(BASE, base_path()),)
 
 
 @lru_cache(maxsize=64)
 def _fonts_for(wanted: frozenset[str], n_fonts: int) -> tuple[FontFile, ...]:
     """Choose fonts greedily: of those that have most of what is left, the plainest one."""
-    chosen = [FontFile(BASE, Path(_base_path()))]
+    chosen = [FontFile(BASE, base_path())]
     left = frozenset(character for character in wanted if not _is_invisible(character))
     while left:
         best, most = None, 0
@@ -163,9 +201,15 @@ def _characters(path: str) -> frozenset[str]:
         return frozenset()
 
 
-@lru_cache(maxsize=1)
-def _base_path() -> str:
-    return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+def base_path() -> Path:
+    """Return the file of `BASE`."""
+    return _font_path("DejaVuSans.ttf")
+
+
+@lru_cache(maxsize=2)
+def _font_path(name: str) -> Path:
+    """Return the file of a font that comes with matplotlib."""
+    return Path(mpl.get_data_path()) / "fonts" / "ttf" / name
 
 
 def _script(character: str) -> str:

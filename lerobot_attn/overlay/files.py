@@ -33,7 +33,8 @@ class WrittenOverlay:
         path: the file.
         n_frames: frames in it.
         fps: frames per second.
-        notes: what differs from what was asked for, e.g. frames that no camera video shows; usually empty.
+        notes: what differs from what was asked for, e.g. frames that no camera video shows, or letters that
+            no font of this machine has; usually empty.
     """
 
     path: Path

@@ -16,7 +16,7 @@ from lerobot_attn import analysis
 from lerobot_attn.analysis.select import RAW, frames_of
 from lerobot_attn.analysis.spatial import NORMALISATIONS
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError
-from lerobot_attn.figures.fonts import one_line
+from lerobot_attn.figures.fonts import missing_note, one_line
 from lerobot_attn.figures.scale import ColourScale, blend
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.overlay.maps import read_maps
@@ -201,7 +201,7 @@ class Film:
 
     def _arrange(self) -> None:
         """Place everything that stays, and draw it once."""
-        views = self._views
+        views, names = self._views, self._episode.layout.short_names
         heights, widths = zip(*(view.size_px for view in views), strict=True)
         self._font = font_of(min(max(round(max(heights) / 24), 11), 22))
         small = font_of(min(max(round(max(heights) / 30), 10), 18))
@@ -223,7 +223,13 @@ class Film:
         self._header = broken(self._header_parts(), " | ", self._font, inside, self._digits)
         parts = [*self._footer_parts(), self._episode.policy_remark]
         footer = broken([part for part in parts if part], " | ", small, inside)
-        warning = broken([RANDOM_WEIGHTS], " ", small, inside) if self._episode.has_random_weights else []
+        warnings = [RANDOM_WEIGHTS] if self._episode.has_random_weights else []
+        letters = "".join([*self._header_parts(), *(names[view.camera] for view in views)])
+        no_font = missing_note(letters.replace(FRAME, "").replace(ACTION, ""))
+        if no_font:
+            warnings.append(no_font)
+            self.notes = (*self.notes, no_font)
+        warning = broken(warnings, " | ", small, inside)
         top = 4 + len(self._header) * line_px(self._font) + 3
         rows = [heights[start : start + columns] for start in range(0, len(views), columns)]
         self._places: list[_Place] = []
@@ -239,18 +245,17 @@ class Film:
         canvas = Image.new("RGB", (width, height + height % 2), BACKGROUND)
         draw = ImageDraw.Draw(canvas)
         if label_px:
-            names = self._episode.layout.short_names
             for view, place in zip(views, self._places, strict=True):
                 (label, *_) = broken([one_line(names[view.camera])], " ", small, cell_px)
-                draw.text((place.left, place.top - label_px), label, WHITE, small)
+                small.write(draw, (place.left, place.top - label_px), label, WHITE)
         y = bottom + 5
         for line, colour in [*((line, GREY) for line in footer), *((line, AMBER) for line in warning)]:
-            draw.text((_GAP_PX, y), line, colour, small)
+            small.write(draw, (_GAP_PX, y), line, colour)
             y += line_px(small)
         bar_left, bar_top = _GAP_PX + shift + pairs_px, top + label_px
         draw.rectangle((bar_left - 1, bar_top, bar_left + _BAR_PX, bottom - 1), outline=GREY)
-        draw.text((bar_left + _BAR_PX + 4, bar_top), labels[1], WHITE, small)
-        draw.text((bar_left + _BAR_PX + 4, bottom - line_px(small)), labels[0], WHITE, small)
+        small.write(draw, (bar_left + _BAR_PX + 4, bar_top), labels[1], WHITE)
+        small.write(draw, (bar_left + _BAR_PX + 4, bottom - line_px(small)), labels[0], WHITE)
         self._numbers = []
         for index, line in enumerate(self._header):
             x, y = float(_GAP_PX), 4 + index * line_px(self._font)
@@ -259,7 +264,7 @@ class Film:
                     self._numbers.append((piece, round(x), y))
                     piece = "0" * self._digits[piece]
                 else:
-                    draw.text((round(x), y), piece, WHITE, self._font)
+                    self._font.write(draw, (round(x), y), piece, WHITE)
                 x += self._font.getlength(piece)
         self._canvas = np.array(canvas)
         ramp = np.linspace(self.scale.vmax or 1, 0, bottom - bar_top - 2, dtype=np.float32)[:, None]
