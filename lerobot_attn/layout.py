@@ -1,4 +1,4 @@
-"""Which token is what: segments of keys, cameras and their geometry, and the labels of text tokens.
+"""Which token is what: segments of keys, and cameras and their geometry.
 
 Pure data: knows neither torch nor LeRobot nor zarr, and holds no size of any policy. Adapters fill it in from
 the live policy; the store carries it as JSON; analysis reads it.
@@ -6,10 +6,10 @@ the live policy; the store carries it as JSON; analysis reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,7 @@ class Segment:
         return self.stop - self.start
 
 
-# The kind of a segment's tokens; the tokens of a prompt are told apart by `label_text`.
+# The kind of a segment's tokens; the tokens of a prompt are told apart by `prompt.label_text`.
 _SEGMENT_KINDS = {
     "image": Kind.IMAGE,
     "language": Kind.TEXT,
@@ -353,63 +353,3 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be text, got a {type(value).__name__}")
     return value
-
-
-class TextSpan(NamedTuple):
-    """Characters `start … stop - 1` of a prompt: one word of the task or one number of the state."""
-
-    kind: Kind
-    start: int
-    stop: int
-    ordinal: int  # which word, or which dimension of the state
-
-
-class TextLabels(NamedTuple):
-    """Labels of the language slots of one inference, arrays of shape (text,)."""
-
-    kind: NDArray[np.int8]  # int8, values of Kind
-    word: NDArray[np.int16]  # int16, which word of the task, -1 elsewhere
-    state_dim: NDArray[np.int16]  # int16, which dimension of the state, -1 elsewhere
-
-
-def label_text(
-    pieces: Sequence[str], mask: NDArray[np.bool_], spans: Sequence[TextSpan] | None
-) -> TextLabels:
-    """Label language slots by the spans that their characters fall into.
-
-    Args:
-        pieces: the decoded text of each slot; the prompt is their concatenation over unmasked slots.
-        mask: (text,) bool, False for padding.
-        spans: what the prompt's words and numbers are; None when its format is unknown.
-
-    Returns:
-        A token without text is labelled as the one before it, whose character it completes. For a token that
-        touches several spans, the one it shares most characters with; tokens in no span (blanks and
-        punctuation between numbers, the fixed words) are template.
-    """
-    kind = np.where(mask, Kind.TEXT if spans is None else Kind.TEMPLATE, Kind.PADDING).astype(np.int8)
-    word, state_dim = np.full(len(pieces), -1, np.int16), np.full(len(pieces), -1, np.int16)
-    position = 0
-    for slot, piece in enumerate(pieces):
-        if not mask[slot] or spans is None:
-            continue
-        start, stop = position, position + len(piece)
-        position = stop
-        if not piece and slot and mask[slot - 1]:
-            # The rest of a character that several tokens make up: it belongs where the character does.
-            kind[slot], word[slot] = kind[slot - 1], word[slot - 1]
-            state_dim[slot] = state_dim[slot - 1]
-            continue
-        shared, best = max(
-            ((min(stop, span.stop) - max(start, span.start), span) for span in spans),
-            key=lambda pair: pair[0],
-            default=(0, None),
-        )
-        if best is None or shared <= 0:
-            continue
-        kind[slot] = best.kind
-        if best.kind == Kind.TASK:
-            word[slot] = best.ordinal
-        elif best.kind == Kind.STATE:
-            state_dim[slot] = best.ordinal
-    return TextLabels(kind, word, state_dim)

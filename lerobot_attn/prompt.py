@@ -1,12 +1,18 @@
-"""Decoded pieces of the token ids that the policy really got.
+"""The prompt that the policy really got: decoded pieces, words of the task, numbers of the state.
 
-Knows tokenizers only by their `decode` method; never encodes a prompt again.
+Knows tokenizers only by their `decode` method; never encodes a prompt again. How a family writes its prompts
+is its adapter's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lerobot_attn.layout import Kind
 
 
 class Tokenizer(Protocol):
@@ -74,3 +80,63 @@ class PieceDecoder:
         return self._tokenizer.decode(
             token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+
+class TextSpan(NamedTuple):
+    """Characters `start … stop - 1` of a prompt: one word of the task or one number of the state."""
+
+    kind: Kind
+    start: int
+    stop: int
+    ordinal: int  # which word, or which dimension of the state
+
+
+class TextLabels(NamedTuple):
+    """Labels of the language slots of one inference, arrays of shape (text,)."""
+
+    kind: NDArray[np.int8]  # int8, values of Kind
+    word: NDArray[np.int16]  # int16, which word of the task, -1 elsewhere
+    state_dim: NDArray[np.int16]  # int16, which dimension of the state, -1 elsewhere
+
+
+def label_text(
+    pieces: Sequence[str], mask: NDArray[np.bool_], spans: Sequence[TextSpan] | None
+) -> TextLabels:
+    """Label language slots by the spans that their characters fall into.
+
+    Args:
+        pieces: the decoded text of each slot; the prompt is their concatenation over unmasked slots.
+        mask: (text,) bool, False for padding.
+        spans: what the prompt's words and numbers are; None when its format is unknown.
+
+    Returns:
+        A token without text is labelled as the one before it, whose character it completes. For a token that
+        touches several spans, the one it shares most characters with; tokens in no span (blanks and
+        punctuation between numbers, the fixed words) are template.
+    """
+    kind = np.where(mask, Kind.TEXT if spans is None else Kind.TEMPLATE, Kind.PADDING).astype(np.int8)
+    word, state_dim = np.full(len(pieces), -1, np.int16), np.full(len(pieces), -1, np.int16)
+    position = 0
+    for slot, piece in enumerate(pieces):
+        if not mask[slot] or spans is None:
+            continue
+        start, stop = position, position + len(piece)
+        position = stop
+        if not piece and slot and mask[slot - 1]:
+            # The rest of a character that several tokens make up: it belongs where the character does.
+            kind[slot], word[slot] = kind[slot - 1], word[slot - 1]
+            state_dim[slot] = state_dim[slot - 1]
+            continue
+        shared, best = max(
+            ((min(stop, span.stop) - max(start, span.start), span) for span in spans),
+            key=lambda pair: pair[0],
+            default=(0, None),
+        )
+        if best is None or shared <= 0:
+            continue
+        kind[slot] = best.kind
+        if best.kind == Kind.TASK:
+            word[slot] = best.ordinal
+        elif best.kind == Kind.STATE:
+            state_dim[slot] = best.ordinal
+    return TextLabels(kind, word, state_dim)

@@ -8,9 +8,7 @@ from lerobot_attn.layout import (
     ImageGeometry,
     Kind,
     Segment,
-    TextSpan,
     TokenLayout,
-    label_text,
     short_names,
 )
 
@@ -103,45 +101,6 @@ def test_key_kind_masks_what_the_policy_cannot_see():
     mask[15] = False
     kinds = layout.key_kind(mask, np.array([Kind.SCAFFOLD, Kind.TASK, Kind.STATE, Kind.STATE], np.int8))
     assert kinds.tolist() == [1] * 6 + [0] * 6 + [4, 2, 3, 0] + [3] + [5, 5, 5]
-
-
-def test_label_text_merges_tokens_of_a_word_and_of_a_number():
-    pieces = [
-        "<bos>",
-        "Task",
-        ":",
-        " pi",
-        "ck",
-        " up",
-        ",",
-        " State",
-        ":",
-        " ",
-        "1",
-        "2",
-        " ",
-        "7",
-        ";",
-        "",
-        "",
-    ]
-    mask = np.array([True] * 15 + [False] * 2)
-    prompt = "".join(pieces[:15])
-    spans = [
-        TextSpan(Kind.TASK, prompt.index("pick"), prompt.index("pick") + 4, 0),
-        TextSpan(Kind.TASK, prompt.index("up"), prompt.index("up") + 2, 1),
-        TextSpan(Kind.STATE, prompt.index("12"), prompt.index("12") + 2, 0),
-        TextSpan(Kind.STATE, prompt.index("7"), prompt.index("7") + 1, 1),
-    ]
-    labels = label_text(pieces, mask, spans)
-    assert labels.word.tolist() == [-1, -1, -1, 0, 0, 1] + [-1] * 11
-    assert labels.state_dim.tolist() == [-1] * 10 + [0, 0, -1, 1, -1, -1, -1]
-    assert labels.kind.tolist() == [4, 4, 4, 2, 2, 2, 4, 4, 4, 4, 3, 3, 4, 3, 4, 0, 0]
-
-
-def test_label_text_without_spans_is_plain_text():
-    labels = label_text(["a", "b", ""], np.array([True, True, False]), None)
-    assert labels.kind.tolist() == [Kind.TEXT, Kind.TEXT, Kind.PADDING]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lerobot_attn.layout import Kind, TextSpan, label_text
-from lerobot_attn.prompt import PieceDecoder
+from lerobot_attn.layout import Kind
+from lerobot_attn.prompt import PieceDecoder, TextSpan, label_text
 
 
 class Bytes:
@@ -54,3 +54,42 @@ def test_every_token_of_a_word_is_the_words():
     labels = label_text(pieces, np.ones(len(ids), bool), spans)
     assert labels.word.tolist() == [0, 0, 0, -1, 1, 1, 1]
     assert labels.kind.tolist() == [Kind.TASK] * 3 + [Kind.TEMPLATE] + [Kind.TASK] * 3
+
+
+def test_label_text_merges_tokens_of_a_word_and_of_a_number():
+    pieces = [
+        "<bos>",
+        "Task",
+        ":",
+        " pi",
+        "ck",
+        " up",
+        ",",
+        " State",
+        ":",
+        " ",
+        "1",
+        "2",
+        " ",
+        "7",
+        ";",
+        "",
+        "",
+    ]
+    mask = np.array([True] * 15 + [False] * 2)
+    prompt = "".join(pieces[:15])
+    spans = [
+        TextSpan(Kind.TASK, prompt.index("pick"), prompt.index("pick") + 4, 0),
+        TextSpan(Kind.TASK, prompt.index("up"), prompt.index("up") + 2, 1),
+        TextSpan(Kind.STATE, prompt.index("12"), prompt.index("12") + 2, 0),
+        TextSpan(Kind.STATE, prompt.index("7"), prompt.index("7") + 1, 1),
+    ]
+    labels = label_text(pieces, mask, spans)
+    assert labels.word.tolist() == [-1, -1, -1, 0, 0, 1] + [-1] * 11
+    assert labels.state_dim.tolist() == [-1] * 10 + [0, 0, -1, 1, -1, -1, -1]
+    assert labels.kind.tolist() == [4, 4, 4, 2, 2, 2, 4, 4, 4, 4, 3, 3, 4, 3, 4, 0, 0]
+
+
+def test_label_text_without_spans_is_plain_text():
+    labels = label_text(["a", "b", ""], np.array([True, True, False]), None)
+    assert labels.kind.tolist() == [Kind.TEXT, Kind.TEXT, Kind.PADDING]

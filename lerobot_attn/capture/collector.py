@@ -23,7 +23,6 @@ from lerobot_attn.capture.record import (
     executed_queries,
 )
 from lerobot_attn.errors import CaptureError
-from lerobot_attn.layout import label_text
 from lerobot_attn.policies.base import (
     InferenceInputs,
     ParsedPrompt,
@@ -31,7 +30,7 @@ from lerobot_attn.policies.base import (
     Site,
     SiteInfo,
 )
-from lerobot_attn.prompt import PieceDecoder
+from lerobot_attn.prompt import PieceDecoder, label_text
 
 logger = logging.getLogger(__name__)
 

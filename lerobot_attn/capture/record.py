@@ -13,8 +13,9 @@ from torch import Tensor
 from lerobot_attn.capture.copies import HostCopies
 from lerobot_attn.config import AttentionConfig, resolve_indices
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.layout import TextLabels, TokenLayout
+from lerobot_attn.layout import TokenLayout
 from lerobot_attn.policies.base import PolicyDescription, Site
+from lerobot_attn.prompt import TextLabels
 
 
 @dataclass(frozen=True)

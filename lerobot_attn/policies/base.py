@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from lerobot_attn.layout import TextSpan, TokenLayout
+from lerobot_attn.layout import TokenLayout
+from lerobot_attn.prompt import TextSpan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lerobot_attn.layout import Camera, ImageGeometry, Kind, Segment, TextSpan, TokenLayout
+from lerobot_attn.layout import Camera, ImageGeometry, Kind, Segment, TokenLayout
 from lerobot_attn.policies.base import (
     InferenceInputs,
     ParsedPrompt,
@@ -35,6 +35,7 @@ from lerobot_attn.policies.taps import (
     no_attention,
     replaced_attribute,
 )
+from lerobot_attn.prompt import TextSpan
 
 logger = logging.getLogger(__name__)
 

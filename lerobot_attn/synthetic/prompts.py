@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.layout import Kind, TextSpan, label_text
+from lerobot_attn.layout import Kind
+from lerobot_attn.prompt import TextSpan, label_text
 from lerobot_attn.synthetic.plan import SyntheticPlan
 
 
