@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,23 +20,22 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
-from lerobot_attn.analysis.compare import Align, Aspect, compare_each, overall_table
+from lerobot_attn.analysis.compare import Align, Aspect, compare_each, overall_table, patches_of
+from lerobot_attn.analysis.renamed import warn_renamed
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, Normalisation, colour_range
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS, Caption, store_name
 from lerobot_attn.figures.look import OneMapSettings
-from lerobot_attn.layout import ImageGeometry, short_names
+from lerobot_attn.layout import short_names
 from lerobot_attn.overlay import OverlaySettings, overlay_frames
 from lerobot_attn.plot import camera_pictures, on_image
-from lerobot_attn.settings import check_choice, check_ranges
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.video import Frame, VideoWriter, count_frames
 
 _STRIP = 5  # phases of an episode that are shown as images
-_RANGES = {"width": (2, 30), "dpi": (30, 1200)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +56,24 @@ class CompareSettings(OneMapSettings):
     # Write the video of two episodes side by side.
     video: bool = True
 
-    def __post_init__(self) -> None:
-        """Read choices given as text, and check what can be checked without episodes.
-
-        Raises:
-            ConfigError: a value is out of range or of the wrong type.
-        """
-        super().__post_init__()
-        check_choice(self, "align", ("phase", "frame"))
-        check_ranges(self, _RANGES)
+    _ranges: ClassVar[dict[str, tuple[float, float]]] = {"width": (2, 30), "dpi": (30, 1200)}
+    _words: ClassVar[dict[str, tuple[str, ...]]] = {"align": ("phase", "frame")}
 
 
 class Comparison(NamedTuple):
     """What `analysis` found of two sides."""
 
     shares: xr.Dataset
-    sharpness: xr.Dataset
+    effective_patches: xr.Dataset  # (phase or frame, camera): how many patches the attention is spread over
     overall: pd.DataFrame  # modalities, then tokens: kind, name, a, b, difference, low, high, n_a, n_b
     heatmap: xr.Dataset | None  # (grid_y, grid_x) of the camera: a, b, difference, …; None: see `notes`
     notes: tuple[str, ...] = ()  # what could not be compared, and why
+
+    @property
+    def sharpness(self) -> xr.Dataset:
+        """The former name of `effective_patches`; deprecated."""
+        warn_renamed("sharpness", "effective_patches")
+        return self.effective_patches
 
 
 def compare_groups(
@@ -84,7 +82,7 @@ def compare_groups(
     settings: CompareSettings | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare shares, sharpness and words of two groups of episodes; of one each, without intervals.
+    """Compare shares, effective patches and words of two groups of episodes; of one each, without intervals.
 
     Args:
         a: an episode or more.
@@ -99,7 +97,7 @@ def compare_groups(
     axis, n_phases = settings.align, settings.n_phases
     aspects = {
         "shares": Aspect("modality_share", axis, n_phases),
-        "sharpness": Aspect("sharpness", axis, n_phases),
+        "entropy": Aspect("entropy", axis, n_phases),
         "overall shares": Aspect("modality_share", "whole"),
         "overall tokens": Aspect("token_attention", "whole"),
     }
@@ -114,30 +112,24 @@ def compare_groups(
         progress=progress,
         **settings.where,
     )
-    sharpness = found["sharpness"].sel(quantity="effective_number")
+    effective_patches = found["entropy"].sel(quantity="effective_number")
     tables = [overall_table(found[name]) for name in ("overall shares", "overall tokens")]
     tables[0] = tables[0][tables[0]["name"] != "padding"].assign(kind=lambda t: t["name"])
     tables[0]["name"] = tables[0]["name"].map(short_names(tables[0]["name"]))
     overall = pd.concat(tables, ignore_index=True)
     overall.attrs["interval"] = tables[1].attrs["interval"]
     notes = (*unlike, *_lacking_videos(a, b, settings), *_short_videos(a, b))
-    return Comparison(found["shares"], sharpness, overall, found.get("heatmap"), notes)
+    return Comparison(found["shares"], effective_patches, overall, found.get("heatmap"), notes)
 
 
 def _unlike_cameras(a: Sequence[Episode], b: Sequence[Episode], settings: CompareSettings) -> tuple[str, ...]:
     """Say why patches of the camera cannot be compared, if so: they show other parts of its image."""
-    seen: dict[tuple[str, ImageGeometry], Episode] = {}
-    for episode in (*a, *b):
-        name, geometry, _ = analysis.camera_geometry(episode.arrays, settings.camera)
-        seen.setdefault((name, geometry), episode)
-    if len(seen) == 1:
+    episodes = [*a, *b]
+    if analysis.same_geometry(episodes, settings.camera):
         return ()
-    first, other = list(seen.items())[:2]
-    words = [
-        f"{name} of {geometry.height_px} x {geometry.width_px} px in {geometry.grid_rows} x "
-        f"{geometry.grid_columns} patches ({store_name(episode.path)})"
-        for (name, geometry), episode in (first, other)
-    ]
+    shown = patches_of(episodes, settings.camera)
+    other = next(index for index, patches in enumerate(shown) if patches != shown[0])
+    words = [f"{shown[i].camera} of {shown[i]} ({store_name(episodes[i].path)})" for i in (0, other)]
     return (f"patches are not compared, because the cameras differ: {' and '.join(words)}",)
 
 
@@ -149,7 +141,7 @@ def comparison_figure(
     *,
     found: Comparison | None = None,
 ) -> Figure:
-    """Draw two sides: images at five phases (of two episodes), shares, sharpness and overall differences.
+    """Draw two sides: images at five phases (of two episodes), shares, effective patches, and differences.
 
     Args:
         a: an episode or more.
@@ -182,7 +174,7 @@ def comparison_figure(
         unit = NORMALISATIONS["share"]
     return figures.comparison_figure(
         found.shares,
-        found.sharpness,
+        found.effective_patches,
         found.overall,
         ("A", "B"),
         _caption(a, b, settings, found),
@@ -268,8 +260,8 @@ def write_report(
         found.overall.to_csv(files[-1], index=False)
         files.append(folder / "shares.csv")
         found.shares.to_dataframe().reset_index().to_csv(files[-1], index=False)
-        files.append(folder / "sharpness.csv")
-        found.sharpness.to_dataframe().reset_index().to_csv(files[-1], index=False)
+        files.append(folder / "effective_patches.csv")
+        found.effective_patches.to_dataframe().reset_index().to_csv(files[-1], index=False)
         if video:
             files.append(folder / "comparison.mp4")
             _write_video(a[0], b[0], files[-1], settings, progress, n_read)

@@ -119,7 +119,10 @@ def test_figure_of_groups_shows_mean_heatmaps_and_intervals(sides):
 def test_report_of_two_episodes(tmp_path, sides):
     a, b = sides
     files = write_report(a[:1], b[:1], tmp_path / "new" / "report")
-    names = {"comparison.png", "comparison.mp4", "overall.csv", "shares.csv", "sharpness.csv", "report.md"}
+    names = {"comparison.png", "comparison.mp4", "overall.csv", "shares.csv", "report.md"}
+    names.add("effective_patches.csv")
+    with pytest.warns(DeprecationWarning, match="it is called effective_patches now"):
+        assert compare_groups(a[:1], b[:1]).sharpness is not None
     assert {file.name for file in files} == names == {file.name for file in files[0].parent.iterdir()}
     assert count_frames(tmp_path / "new" / "report" / "comparison.mp4") == 20
     table = pd.read_csv(tmp_path / "new" / "report" / "overall.csv")

@@ -93,20 +93,21 @@ class _Task(NamedTuple):
     place: Place
     camera: str | None
 
-    def geometry_of(self, dataset: xr.Dataset) -> _Geometry | None:
+    def geometry_of(self, dataset: xr.Dataset) -> CameraPatches | None:
         """Return what the patches of a heatmap show; None for other measures."""
         if self.measure.name != HEATMAP:
             return None
-        return _Geometry(*camera_geometry(dataset, self.camera)[:2])
+        return CameraPatches(*camera_geometry(dataset, self.camera)[:2])
 
 
-class _Geometry(NamedTuple):
-    """A camera, and how its image became patches."""
+class CameraPatches(NamedTuple):
+    """A camera's full name, and how its image became patches."""
 
     camera: str
     geometry: ImageGeometry
 
     def __str__(self) -> str:
+        """Say what decides which place of the image a patch shows."""
         g = self.geometry
         return (
             f"{g.height_px}x{g.width_px} px, {g.pad_top_px} above and {g.pad_left_px} left of it padded, in "
@@ -118,7 +119,7 @@ class _Measured(NamedTuple):
     """An episode's measures and its heatmaps' geometries, one for each task, and its cameras."""
 
     values: list[xr.DataArray]
-    geometries: list[_Geometry | None]
+    geometries: list[CameraPatches | None]
     cameras: tuple[str, ...]
 
 
@@ -153,9 +154,13 @@ def same_geometry(episodes: Iterable[Source], camera: str | None = None) -> bool
     Raises:
         SelectionError: an episode lacks the camera.
     """
+    return len(set(patches_of(episodes, camera))) <= 1
+
+
+def patches_of(episodes: Iterable[Source], camera: str | None = None) -> list[CameraPatches]:
+    """Return for each episode what a camera's patches show; arguments and errors as for `same_geometry`."""
     alone = [xr.Dataset(attrs={"layout": attributes_of(source).get("layout")}) for source in episodes]
-    geometries = [camera_geometry(dataset, camera)[1] for dataset in alone]
-    return all(geometry == geometries[0] for geometry in geometries)
+    return [CameraPatches(*camera_geometry(dataset, camera)[:2]) for dataset in alone]
 
 
 def compare(

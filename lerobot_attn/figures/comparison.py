@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.renamed import argument_renamed
 from lerobot_attn.figures.canvas import (
     Caption,
     colorbar,
@@ -30,10 +31,11 @@ _COLORS = ("#0072B2", "#D55E00")
 _DASHES = ("-", "--")
 
 
+@argument_renamed("sharpness", "effective_patches")
 @styled
 def comparison_figure(
     shares: xr.Dataset,
-    sharpness: xr.Dataset,
+    effective_patches: xr.Dataset,
     overall: pd.DataFrame,
     names: tuple[str, str],
     caption: Caption,
@@ -51,7 +53,8 @@ def comparison_figure(
 
     Args:
         shares: of `analysis.compare`, measure modality_share: (phase or frame, modality).
-        sharpness: of the same, measure sharpness: (phase or frame, camera).
+        effective_patches: of the same, measure entropy: (phase or frame, camera), how many patches the
+            attention is spread over.
         overall: of `analysis.compare_overall`; columns kind, name, difference, low, high.
         names: of the two sides.
         caption: what is said below.
@@ -65,7 +68,7 @@ def comparison_figure(
         width_in: width of the figure, inches.
     """
     drawn = [str(m) for m in shares["modality"].values if str(m) != "padding"]
-    cameras = [str(c) for c in sharpness["camera"].values]
+    cameras = [str(c) for c in effective_patches["camera"].values]
     panels = len(drawn) + len(cameras)
     columns = 4 if width_in >= 5 else 2
     rows = -(-panels // columns)
@@ -103,7 +106,7 @@ def comparison_figure(
     grid = parts[len(heights) - 2].subgridspec(rows, columns)
     labels = short_names([*drawn, *cameras])
     every = [(labels[name], shares.sel(modality=name), 100.0, "%") for name in drawn]
-    every += [(f"{labels[c]}: effective patches", sharpness.sel(camera=c), 1.0, "") for c in cameras]
+    every += [(f"{labels[c]}: effective patches", effective_patches.sel(camera=c), 1.0, "") for c in cameras]
     first: Axes | None = None
     for index, (title, part, factor, _) in enumerate(every):
         axes = figure.add_subplot(grid[index // columns, index % columns])

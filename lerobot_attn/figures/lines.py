@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.renamed import argument_renamed
 from lerobot_attn.figures.canvas import (
     Caption,
     largest,
@@ -58,10 +59,11 @@ def evolution_figure(
     return figure
 
 
+@argument_renamed("sharpness", "effective_patches")
 @styled
 def timeline_figure(
     shares: xr.DataArray,
-    sharpness: Mapping[str, xr.DataArray],
+    effective_patches: Mapping[str, xr.DataArray],
     reward: NDArray[np.float32] | None,
     success: NDArray[np.bool_] | None,
     inference_frames: NDArray[Any],
@@ -73,7 +75,8 @@ def timeline_figure(
 
     Args:
         shares: (frame, modality).
-        sharpness: camera → (frame,) effective number of patches, which entropy gives.
+        effective_patches: camera → (frame,) how many patches the attention is spread over, 2^entropy of
+            `attention_entropy`.
         reward: (frame,); None where the recording's loop had none.
         success: (frame,) bool; likewise.
         inference_frames: whole numbers, the frames at which the policy was asked.
@@ -89,12 +92,13 @@ def timeline_figure(
     draw_shares(top, frames, shares.transpose("frame", "modality"))
     top.set_ylim(0, 106 if _has_unseen(shares) else 100)
     top.set_ylabel("share of\nattention, %")
-    colors = modality_colors(list(sharpness))
-    for camera, values in sharpness.items():
+    colors = modality_colors(list(effective_patches))
+    for camera, values in effective_patches.items():
         alone = _alone(values.values)
         middle.plot(frames, values.values, color=colors[camera], marker=".", markevery=alone)
     middle.set_ylabel("effective\nnumber of patches")
-    middle.set_ylim(0, 1.1 * max((largest(values) for values in sharpness.values()), default=0) or 1)
+    most = max((largest(values) for values in effective_patches.values()), default=0)
+    middle.set_ylim(0, 1.1 * most or 1)
     if outcome:
         _draw_outcome(all_axes[2], frames, reward, success)
     all_axes[-1].set_xlabel("frame")

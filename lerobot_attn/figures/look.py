@@ -49,6 +49,9 @@ class LookSettings(metaclass=Renaming):
     renamed: ClassVar[dict[str, str]] = {"leave_out": "exclude"}
     # Fields that may be given as text.
     _choices: ClassVar[tuple[str, ...]] = ("query", "exclude")
+    # Of the fields that are added to these: the limits of numbers, and the words that one may be.
+    _ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    _words: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
         """Read choices given as text, and check what can be checked without an episode.
@@ -62,7 +65,9 @@ class LookSettings(metaclass=Renaming):
         check_choice(self, "normalisation", NORMALISATIONS)
         if self.interpolation not in ("nearest", "linear"):
             raise ConfigError(f"interpolation: got {self.interpolation!r}, expected nearest or linear")
-        check_ranges(self, {"clip": (50, 100), "alpha": (0, 1)})
+        check_ranges(self, {"clip": (50, 100), "alpha": (0, 1), **self._ranges})
+        for name, words in self._words.items():
+            check_choice(self, name, words)
         if not isinstance(self.colormap, str):
             raise ConfigError(f"colormap: got {self.colormap!r}, expected a matplotlib name, e.g. inferno")
         colormap(self.colormap)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import xarray as xr
@@ -39,11 +39,13 @@ from lerobot_attn.analysis.spatial import (
 )
 from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import SelectionError
+from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.plot.cameras import camera_pictures, on_image
 from lerobot_attn.plot.caption import caption_of
 from lerobot_attn.plot.settings import PlotSettings
 from lerobot_attn.settings import is_number
 from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.video import Frame
 
 Draw = Callable[[], Figure]
 
@@ -82,18 +84,14 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             f"{_MOST_GROUPS} images at most; choose frames, or make a video with lerobot-attn overlay"
         )
     of_frames = [_heatmaps(data, cameras, settings, {**where, "frame": frame}) for frame in frames]
-    groups, heatmaps, notes = [], [], []
-    for camera in cameras:
-        name, geometry, _ = analysis.camera_geometry(data, camera)
-        pictures = camera_pictures(episode, name, frames)
-        notes.append((name, pictures.reason))
-        for frame, image, is_blank, of_frame in zip(
-            frames, pictures.images, pictures.is_blank, of_frames, strict=True
-        ):
-            heat = of_frame[name]
+    views = _views(episode, settings, frames)
+    groups, heatmaps = [], []
+    for view in views:
+        for frame, image, note, of_frame in zip(frames, view.images, view.notes, of_frames, strict=True):
+            heat = of_frame[view.camera]
             heatmaps.append(heat)
             heat = heat if along in heat.dims else heat.expand_dims(along)
-            pixels = on_image(heat, geometry, image, settings)
+            pixels = on_image(heat, view.geometry, image, settings)
             labels = heat[along].values if along in heat.coords else [""]
             word = {"layer": "layer", "head": "head", "denoise_step": "step"}[along]
             titles = [f"{word} {label}" for label in labels]
@@ -101,27 +99,22 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
                 titles = [f"{panels} of {word}s"]
             groups.append(
                 figures.Group(
-                    f"{episode.layout.short_names[name]}, frame {frame}",
+                    f"{view.label}, frame {frame}",
                     image,
                     [figures.Panel(pixel, title) for pixel, title in zip(pixels, titles, strict=True)],
-                    NO_IMAGE if is_blank else "",
+                    note,
                 )
             )
-    vmax, clipped = _range(data, heatmaps, cameras, settings, where)
+    shown = _range(data, heatmaps, cameras, settings, where)
     queries = {heat.attrs["query"] for heat in heatmaps}
     query = queries.pop() if len(queries) == 1 else "the action executed at each frame"
     chosen = {**heatmaps[0].attrs, "query": query}
     return partial(
         figures.image_grid,
         groups,
-        caption_of(episode, chosen, settings, frames, leave=along, notes=_reasons(episode, notes)),
-        vmax=vmax,
-        clipped=clipped,
-        unit=NORMALISATIONS[settings.normalisation],
-        cmap=settings.colormap,
-        alpha=settings.alpha,
+        caption_of(episode, chosen, settings, frames, leave=along, notes=_reasons(views)),
         columns=settings.columns,
-        width_in=settings.width,
+        **_look(settings, shown),
     )
 
 
@@ -149,28 +142,20 @@ def _combined(episode: Episode, settings: PlotSettings) -> Draw:
     cameras = _cameras(episode, settings)
     array = analysis.attention(data, **where).load()
     heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
-    groups, notes = [], []
-    for camera in cameras:
-        name, geometry, _ = analysis.camera_geometry(data, camera)
-        (image,), (is_blank,), reason = camera_pictures(episode, name, [frame])
-        pixels = on_image(heatmaps[name], geometry, image, settings)
-        panel = figures.Panel(pixels, "")
-        label, note = episode.layout.short_names[name], NO_IMAGE if is_blank else ""
-        groups.append(figures.Group(label, image, [panel], note))
-        notes.append((name, reason))
-    vmax, clipped = _range(data, [*heatmaps.values()], cameras, settings, where)
+    views = _views(episode, settings, [frame])
+    groups = []
+    for view in views:
+        (image,), (note,) = view.images, view.notes
+        pixels = on_image(heatmaps[view.camera], view.geometry, image, settings)
+        groups.append(figures.Group(view.label, image, [figures.Panel(pixels, "")], note))
+    shown = _range(data, [*heatmaps.values()], cameras, settings, where)
     return partial(
         figures.combined_figure,
         groups,
         by_modality(data, array),
         by_token(data, array),
-        caption_of(episode, array.attrs, settings, [frame], notes=_reasons(episode, notes)),
-        vmax=vmax,
-        clipped=clipped,
-        unit=NORMALISATIONS[settings.normalisation],
-        cmap=settings.colormap,
-        alpha=settings.alpha,
-        width_in=settings.width,
+        caption_of(episode, array.attrs, settings, [frame], notes=_reasons(views)),
+        **_look(settings, shown),
     )
 
 
@@ -232,38 +217,33 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Draw:
     head: Any = "mean" if settings.heads is None else settings.heads
     layer = _single(settings.layers, _last_prefix_layer(data))
     where: PrefixWhere = {"frame": frame, "layer": layer, "head": head}
-    groups, maps, ends, notes = [], [], [], []
-    for camera in _cameras(episode, settings):
-        name, geometry, _ = analysis.camera_geometry(data, camera)
-        (image,), (is_blank,), reason = camera_pictures(episode, name, [frame])
-        notes.append((name, reason))
-        found = text_to_image(data, settings.word, name, **where)
+    views = _views(episode, settings, [frame])
+    groups, maps, ends = [], [], []
+    for view in views:
+        found = text_to_image(data, settings.word, view.camera, **where)
         heat = normalised(found, settings.normalisation)
         maps.append(heat)
         if settings.normalisation == "episode":
             every: PrefixWhere = {**where, "frame": "all"}
-            ends.append(percentile_of(text_to_image(data, settings.word, name, **every), settings.clip))
+            ends.append(
+                percentile_of(text_to_image(data, settings.word, view.camera, **every), settings.clip)
+            )
         labels = heat["label"].values.tolist() if "token" in heat.dims else [str(found.attrs["word"])]
         by_word = heat if "token" in heat.dims else heat.expand_dims("token")
-        pixels = on_image(by_word, geometry, image, settings)
+        (image,), (note,) = view.images, view.notes
+        pixels = on_image(by_word, view.geometry, image, settings)
         panels = [figures.Panel(pixel, f"“{label}”") for pixel, label in zip(pixels, labels, strict=True)]
-        label, note = f"{episode.layout.short_names[name]}, frame {frame}", NO_IMAGE if is_blank else ""
-        groups.append(figures.Group(label, image, panels, note))
+        groups.append(figures.Group(f"{view.label}, frame {frame}", image, panels, note))
     shares = cross_modal(data, **where)
-    facts = caption_of(episode, found.attrs, settings, [frame], image=False, notes=_reasons(episode, notes))
-    vmax, clipped = colour_range(maps, settings.normalisation, clip=settings.clip, episode_ends=ends)
+    facts = caption_of(episode, found.attrs, settings, [frame], image=False, notes=_reasons(views))
+    shown = colour_range(maps, settings.normalisation, clip=settings.clip, episode_ends=ends)
     return partial(
         figures.cross_modal_figure,
         groups,
         shares.load(),
         replace(facts, facts=["prefix attention", *facts.facts]),
-        vmax=vmax,
-        clipped=clipped,
-        unit=NORMALISATIONS[settings.normalisation].replace("all attention", "the word's attention"),
-        cmap=settings.colormap,
-        alpha=settings.alpha,
         columns=settings.columns,
-        width_in=settings.width,
+        **_look(settings, shown, of="the word's attention"),
     )
 
 
@@ -363,17 +343,52 @@ def _layers(episode: Episode, settings: PlotSettings) -> Any:
     return full or means[-2:] or -1
 
 
-def _reasons(episode: Episode, blank: Sequence[tuple[str, str]]) -> list[str]:
-    """Say why images are blank, cameras of one reason together.
+class _View(NamedTuple):
+    """What a camera showed at some frames."""
+
+    camera: str  # its full name
+    label: str  # its short name
+    geometry: ImageGeometry
+    images: list[Frame]  # (height, width, 3) uint8 each
+    notes: list[str]  # of each image, said beside it; "" for none
+    reason: str  # why images are blank; "" if none is
+
+
+def _views(episode: Episode, settings: PlotSettings, frames: Sequence[int]) -> list[_View]:
+    """Return what the chosen cameras showed at some frames."""
+    views = []
+    for camera in _cameras(episode, settings):
+        name, geometry, _ = analysis.camera_geometry(episode.arrays, camera)
+        images, is_blank, reason = camera_pictures(episode, name, frames)
+        notes = [NO_IMAGE if blank else "" for blank in is_blank]
+        views.append(_View(name, episode.layout.short_names[name], geometry, images, notes, reason))
+    return views
+
+
+def _reasons(views: Sequence[_View]) -> list[str]:
+    """Say why images are blank, cameras of one reason together."""
+    cameras: dict[str, list[str]] = {}
+    for view in views:
+        cameras.setdefault(view.reason, []).append(view.label)
+    return [f"{', '.join(names)}: {reason}" for reason, names in cameras.items() if reason]
+
+
+def _look(settings: PlotSettings, shown: ColourRange, *, of: str = "all attention") -> dict[str, Any]:
+    """Return how figures with images colour them, as arguments of such a figure.
 
     Args:
-        episode: the episode.
-        blank: full names of cameras and reasons; "" is none.
+        settings: of the plot.
+        shown: the range of the colours.
+        of: of what attention the values are shares, where they are not of all.
     """
-    cameras: dict[str, list[str]] = {}
-    for camera, reason in blank:
-        cameras.setdefault(reason, []).append(episode.layout.short_names[camera])
-    return [f"{', '.join(names)}: {reason}" for reason, names in cameras.items() if reason]
+    return {
+        "vmax": shown.vmax,
+        "clipped": shown.clipped,
+        "unit": NORMALISATIONS[settings.normalisation].replace("all attention", of),
+        "cmap": settings.colormap,
+        "alpha": settings.alpha,
+        "width_in": settings.width,
+    }
 
 
 def _one_layer(data: xr.Dataset, settings: PlotSettings) -> Any:

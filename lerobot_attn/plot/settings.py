@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lerobot_attn.figures.look import LookSettings
-from lerobot_attn.settings import check_ranges
-
-_RANGES = {"width": (2, 30), "columns": (2, 40), "dpi": (30, 1200)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +39,11 @@ class PlotSettings(LookSettings):
         *LookSettings._choices,
         *("frames", "layers", "denoise_steps", "heads"),
     )
+    _ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "width": (2, 30),
+        "columns": (2, 40),
+        "dpi": (30, 1200),
+    }
 
     def __post_init__(self) -> None:
         """Read choices given as text, and check what can be checked without an episode.
@@ -53,4 +55,3 @@ class PlotSettings(LookSettings):
         if isinstance(self.cameras, str):
             names = [name.strip() for name in self.cameras.split(",")]
             self._set("cameras", None if self.cameras == "all" else names)
-        check_ranges(self, _RANGES)
