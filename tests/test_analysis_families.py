@@ -12,6 +12,7 @@ from lerobot_attn.analysis.compare import Aspect, compare, compare_each
 from lerobot_attn.analysis.labels import policy_of
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout
 from lerobot_attn.analysis.reduce import group_sums, mean_over, row_sum
+from lerobot_attn.analysis.renamed import argument_renamed
 from lerobot_attn.analysis.select import executed_actions, executed_queries, layout_of, stored_layers
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import Kind
@@ -263,6 +264,45 @@ def test_a_cut_prompt_is_told_and_its_words_stay_words(episodes):
     assert "state" not in analysis.modality_share(data, frame=0).modality
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_state_that_is_a_token_of_its_own_is_among_the_tokens(episodes, name, kind):
+    """Last in the prefix or first in the suffix: all of the state's attention is among the tokens."""
+    plan, data = plan_of(name), getattr(episodes[name], kind)
+    is_token = bool(plan.n_prefix_state + plan.n_suffix_state)
+    for layer in sorted({*stored_layers(data)[0], *stored_layers(data)[1]}):
+        found = analysis.token_attention(data, frame=2, layer=layer).compute()
+        of_state = found.isel(token=found.kind.values == "state")
+        assert ("state token" in found.label.values.tolist()) == is_token
+        if is_token:
+            assert (of_state.label.values.tolist(), of_state.ordinal.values.tolist()) == (
+                ["state token"],
+                [-1],
+            )
+        shares = analysis.modality_share(data, frame=2, layer=layer).compute()
+        if "state" not in shares.modality.values:
+            assert not of_state.size
+            continue
+        expected = float(shares.sel(modality="state"))
+        np.testing.assert_allclose(float(of_state.sum("token", skipna=False)), expected, rtol=1e-3)
+        assert not np.isnan(expected)
+
+
+def test_a_state_token_of_the_suffix_that_a_layer_cannot_see_is_absent(tmp_path):
+    plan = dataclasses.replace(plan_of("pi0"), prefix_only_layers=(1, 3))
+    data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+    found = analysis.token_attention(data, frame=1, layer=[0, 1]).set_index(token="label")
+    assert np.isnan(found.sel(token="state token")).values.tolist() == [False, True]
+    share = planted_shares(plan, 1, 0)["state"]
+    assert float(found.sel(token="state token", layer=0)) == pytest.approx(share, abs=3e-3)
+
+
+def test_patches_of_the_prefix_look_at_its_own_state_token_alone(episodes):
+    for name, expected in (("smolvla", True), ("pi0", False)):
+        found = analysis.image_to_text(episodes[name].arrays, frame=0)
+        assert ("state token" in found.label.values.tolist()) == expected
+        assert "task" in found.kind.values.tolist()
+
+
 def test_special_tokens_are_a_modality(episodes):
     name = "smolvla with special tokens"
     data = episodes[name].arrays
@@ -308,6 +348,9 @@ def test_old_names_work_and_say_the_new_one(episodes):
         analysis.flow(data, frame=1)
     with pytest.warns(DeprecationWarning, match="sharpness is deprecated.*attention_entropy"):
         analysis.sharpness(analysis.attention(data, frame=1))
+    with pytest.warns(DeprecationWarning, match="sharpness= is deprecated.*effective_patches=") as caught:
+        argument_renamed("sharpness", "effective_patches")(lambda effective_patches: None)(sharpness=1)
+    assert caught[0].filename == __file__
     for function in (analysis.attention, analysis.image_heatmap, analysis.modality_share):
         with pytest.warns(DeprecationWarning, match="leave_out is deprecated.*exclude"):
             old = function(data, frame=1, leave_out=[0])

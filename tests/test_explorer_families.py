@@ -176,6 +176,19 @@ def test_words_are_those_of_the_task(family):
         assert np.argmax(of_word) in {planted_word(plan, frame) for frame in frames}
 
 
+def test_a_state_token_is_a_group_of_its_own(family):
+    plan, episode = family
+    found = tokens(episode, 0)
+    groups = {group["label"]: number for number, group in enumerate(found["groups"])}
+    assert ("state token" in groups) == bool(plan.n_prefix_state + plan.n_suffix_state)
+    if "state token" in groups:
+        number = groups["state token"]
+        assert found["groups"][number] == {"kind": "state", "ordinal": -1, "label": "state token"}
+        (segment,) = (segment for segment in episode.layout.segments if segment.kind == "state")
+        keys = [key for key, group in enumerate(found["group_of_key"]) if group == number]
+        assert keys == [*range(segment.start, segment.stop)]
+
+
 def test_ranges_are_the_analysis(family):
     _, episode = family
     found, every = ranges(episode, 1), ranges_of_steps(episode)

@@ -55,6 +55,14 @@ def test_every_figure_of_every_family(stores, family, kind):
     assert "episode_00000" in said(figure)
 
 
+@pytest.mark.parametrize("kind", ["text", "combined"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_token_has_its_bar(stores, family, kind):
+    plan, figure = FAMILIES[family], plot(stores(family), kind)
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert labels.count("state token") == bool(plan.n_prefix_state + plan.n_suffix_state)
+
+
 @pytest.mark.parametrize("family", ["pi05", "pi0", "pi0 without means", "smolvla"])
 def test_the_line_stands_after_the_last_executed_action(stores, family):
     plan, figure = FAMILIES[family], plot(stores(family), "actions")
@@ -140,6 +148,18 @@ def test_a_loop_without_reward_or_success_has_none_drawn(has_reward, has_success
     assert figure.axes[-1].get_xlabel() == "frame"
     labels = figure.axes[-1].get_legend_handles_labels()[1]
     assert ("reward" in labels, "solved" in labels) == (has_reward, has_success)
+
+
+def test_the_former_name_of_effective_patches_is_taken():
+    names = ["observation.images.image", "task"]
+    shares = xr.DataArray(
+        np.full((4, 2), 0.5, np.float32), {"frame": range(4), "modality": names}, ("frame", "modality")
+    )
+    number = {"observation.images.image": xr.DataArray(np.arange(4) + 3.0, dims="frame")}
+    rest = {"reward": None, "success": None, "inference_frames": np.array([0]), "caption": Caption([])}
+    with pytest.warns(DeprecationWarning, match="sharpness= is deprecated: it is called effective_patches="):
+        figure = timeline_figure(shares, sharpness=number, **rest)
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("kind", ["text", "combined", "cross-modal"])

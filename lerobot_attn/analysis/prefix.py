@@ -150,12 +150,14 @@ def image_to_text(
     choice = _PrefixChoice.of(dataset, **where)
     name, geometry, segment = camera_geometry(dataset, camera)
     groups, keys = token_groups(dataset)
-    if not groups:
+    # A state token that opens the suffix is no part of the prefix.
+    kept = [i for i in range(len(groups)) if (keys[:, : choice.n_prefix] == i).any()]
+    if not kept:
         raise SelectionError("the episode's policy got no language tokens")
-    members = _members(keys, range(len(groups)), choice.n_prefix)
+    members = _members(keys, kept, choice.n_prefix)
     by_patch = _gather(choice, columns=("token", members))
     by_place = on_grid(by_patch.rename(prefix_query="key"), geometry, segment)
-    result = _token_coordinates(by_place.transpose(..., "token").compute(), groups)
+    result = _token_coordinates(by_place.transpose(..., "token").compute(), [groups[i] for i in kept])
     result.attrs = {
         **choice.attributes(),
         "query": "each patch",

@@ -37,18 +37,19 @@ MODALITY_OF = {
 
 
 class TokenGroup(NamedTuple):
-    """Language tokens that are one thing to a reader."""
+    """Tokens of language or state that are one thing to a reader."""
 
     kind: Kind
-    ordinal: int  # which word of the task, or which dimension of the state; -1 for template
+    ordinal: int  # which word of the task, or which dimension of the state; -1 for template and state tokens
     label: str
 
 
 def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], NDArray[np.int16]]:
-    """Group the language tokens: each word of the task, each number of the state, each run of template.
+    """Group the tokens of language and state: each word, each number of the state, each run of template.
 
-    Words and numbers come first, in their order. Scaffold runs of the same text are one group; blanks and
-    punctuation alone are the group "(blanks)". Tokens whose role is unknown are a group each.
+    Words and numbers come first, in their order. Template runs of the same text are one group; blanks and
+    punctuation alone are the group "(blanks)". Tokens whose role is unknown are a group each. Where the state
+    is no part of the prompt, but a token of its own in prefix or suffix, that is the group "state token".
 
     Args:
         dataset: an episode's.
@@ -63,6 +64,9 @@ def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], NDArray[np.int1
     names = [str(name) for name in dataset["state_dim"].values] if "state_dim" in dataset.coords else []
     groups: dict[TokenGroup, int] = {}
     keys = np.full((len(kinds), layout.n_keys), -1, np.int16)
+    segments = [np.arange(s.start, s.stop) for s in layout.segments if s.kind == "state"]
+    of_state = np.concatenate(segments) if segments else np.array([], int)
+    state_tokens = TokenGroup(Kind.STATE, -1, "state token" if len(of_state) == 1 else "state tokens")
 
     for inference in range(len(kinds)):
         previous_kind, run = None, []
@@ -95,6 +99,9 @@ def token_groups(dataset: xr.Dataset) -> tuple[list[TokenGroup], NDArray[np.int1
                 group = TokenGroup(kind, slots[0], "".join(pieces).strip())
             index = groups.setdefault(group, len(groups))
             keys[inference, [layout.language.start + slot for slot in slots]] = index
+        present = of_state[dataset["key_kind"].values[inference, of_state] == Kind.STATE]
+        if len(present):
+            keys[inference, present] = groups.setdefault(state_tokens, len(groups))
     kinds_in_order = [*MODALITY_OF, Kind.IMAGE]
     order = sorted(groups, key=lambda g: (kinds_in_order.index(g.kind), g.ordinal))
     new = np.full(len(groups) + 1, -1, np.int16)
@@ -155,8 +162,9 @@ def token_attention(dataset: xr.Dataset, **where: Unpack[Where]) -> xr.DataArray
     Returns:
         (…, token) float32 share of all attention after the dimensions that `attention` keeps; the tokens of a
         word, and the digits of a number, are added up. Coordinates of token: `label`, `kind` ("task",
-        "state", "template" or "text") and `ordinal` (which word or state dimension). `dataset.state_dim`
-        names are the labels of state dimensions.
+        "state", "template" or "text") and `ordinal` (which word or state dimension, -1 for others).
+        `dataset.state_dim` names are the labels of state dimensions. A state that is a token of its own is
+        the token "state token"; NaN in a layer that cannot see it.
 
     Raises:
         SelectionError: no such frame, layer, …
@@ -173,7 +181,7 @@ def by_token(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
     """
     groups, keys = token_groups(dataset)
     if not groups:
-        raise SelectionError("the episode's policy got no language tokens")
+        raise SelectionError("the episode's policy got no tokens of language or state")
     result = _sum_by_group(dataset, array, keys, len(groups), "token")
     return result.assign_coords(
         token=np.arange(len(groups)),
