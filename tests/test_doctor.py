@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lerobot_attn.errors import Check
 from lerobot_attn.machine import doctor
-from lerobot_attn.machine.doctor import Finding, check_rendering, print_report, run_checks
+from lerobot_attn.machine.doctor import check_rendering, print_report, run_checks
 from lerobot_attn.machine.libero import ASSET_FOLDERS, config_path
 
 NAMES = ["Python", "torch", "LeRobot", "rendering", "LIBERO config", "LIBERO assets", "ffmpeg", "disk space"]
 
 
-def report(checks: list[Finding]) -> tuple[int, list[str]]:
+def report(checks: list[Check]) -> tuple[int, list[str]]:
     out = io.StringIO()
     status = print_report(checks, Console(file=out, width=40))
     return status, out.getvalue().splitlines()
@@ -26,13 +27,13 @@ def report(checks: list[Finding]) -> tuple[int, list[str]]:
     ("statuses", "expected"), [(["ok"], 0), (["ok", "warning"], 0), (["warning", "failed", "ok"], 1), ([], 0)]
 )
 def test_exit_status(statuses: list[str], expected: int) -> None:
-    assert report([Finding("a", status, "detail") for status in statuses])[0] == expected
+    assert report([Check("a", status, "detail") for status in statuses])[0] == expected
 
 
 def test_a_line_per_check_and_its_remedy_unwrapped_and_without_markup() -> None:
     remedy = "pip install 'lerobot_policy_attn[eval]' and then a good deal more than forty columns"
     status, lines = report(
-        [Finding("torch", "failed", "torch [is] missing", remedy), Finding("Python", "ok", "3.12.1")]
+        [Check("torch", "failed", "torch [is] missing", remedy), Check("Python", "ok", "3.12.1")]
     )
     assert status == 1
     assert lines == [
@@ -45,7 +46,17 @@ def test_a_line_per_check_and_its_remedy_unwrapped_and_without_markup() -> None:
 
 def test_an_unknown_status_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one of ok, warning, failed"):
-        Finding("a", "fine", "detail")
+        Check("a", "fine", "detail")
+
+
+def test_a_check_of_two_outcomes_says_whether_it_passed() -> None:
+    checks = [Check.of("a", passed, "detail") for passed in (True, False, None)]
+    assert [check.status for check in checks] == ["ok", "failed", "skipped"]
+    assert [check.passed for check in checks] == [True, False, None]
+    assert Check("a", "warning", "detail").passed is True
+    status, lines = report(checks)
+    assert (status, lines[-1]) == (1, "1 ok, 1 failed, 1 skipped")
+    assert lines[2] == "skipped a  detail"
 
 
 # The run
@@ -54,19 +65,19 @@ def test_an_unknown_status_is_refused() -> None:
 def test_a_check_that_breaks_is_a_failed_line_and_the_others_still_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def break_down(name: str) -> Finding:
+    def break_down(name: str) -> Check:
         raise OSError("libcudart.so: cannot open\nshared object file")
 
-    def leave(name: str) -> Finding:
+    def leave(name: str) -> Check:
         raise SystemExit("bye")
 
-    checks = {"torch": break_down, "LeRobot": leave, "last": lambda name: Finding(name, "ok", "fine")}
+    checks = {"torch": break_down, "LeRobot": leave, "last": lambda name: Check(name, "ok", "fine")}
     monkeypatch.setattr(doctor, "_CHECKS", checks)
     broken, left, last = run_checks(Console(file=io.StringIO()))
     assert broken.status == left.status == "failed"
     assert broken.detail == "the check broke: OSError: libcudart.so: cannot open shared object file"
     assert "lerobot_policy_attn[eval]" in broken.remedy
-    assert last == Finding("last", "ok", "fine")
+    assert last == Check("last", "ok", "fine")
 
 
 # A finder that hides what only the `eval` extra brings: the base install, as far as imports can tell.
@@ -208,7 +219,7 @@ def test_libero_config_missing_damaged_stale_and_right(home: Path) -> None:
     assert (check.status, check.remedy) == ("failed", "lerobot-attn setup-libero")
 
     path = write_libero_config()
-    assert doctor._check_libero_config("config") == Finding("config", "ok", str(path))
+    assert doctor._check_libero_config("config") == Check("config", "ok", str(path))
 
     right = path.read_text()
     for text, detail in [

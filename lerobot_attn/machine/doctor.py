@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from lerobot_attn.errors import FAILED, OK, SKIPPED, WARNING, Check
 from lerobot_attn.machine.libero import CONFIG_KEYS, assets_state, config_path
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
 PYTHON_FLOOR = (3, 12)
 EVAL_REMEDY = "pip install 'lerobot_policy_attn[eval]'"
 GL_REMEDY = (
@@ -37,7 +36,9 @@ GB = 1e9
 # A 300-frame LIBERO episode with the default settings is some hundred MB.
 DISK_WARNING_BYTES = 10 * GB
 DISK_FAILED_BYTES = 1 * GB
-_STYLES = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
+_STYLES = {OK: "green", WARNING: "yellow", FAILED: "bold red", SKIPPED: "dim"}
+
+Finding = Check  # the former name
 
 # Prints one JSON line: what rendered, and the picture's smallest and largest value.
 _RENDER_SCENE = """
@@ -67,36 +68,14 @@ torch.nn.functional.linear(torch.ones(2, 968, 64).bfloat16(), torch.ones(512, 64
 BFLOAT16_REMEDY = "export ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16, or run the policy in float32 or on a GPU"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        name: what was looked at.
-        status: `ok`, `warning` (works, with a limit) or `failed` (something will not work).
-        detail: what was found, one line.
-        remedy: what to do about it, one line; empty when nothing has to be done.
-    """
-
-    name: str
-    status: str
-    detail: str
-    remedy: str = ""
-
-    def __post_init__(self) -> None:
-        """Refuse a status that `print_report` would not know."""
-        if self.status not in _STYLES:
-            raise ValueError(f"status {self.status!r} is unknown, expected one of {', '.join(_STYLES)}")
-
-
-def run_checks(console: Console | None = None) -> list[Finding]:
+def run_checks(console: Console | None = None) -> list[Check]:
     """Run every check, in the order in which problems should be solved.
 
     Args:
         console: where progress is shown, if it is a terminal; by default standard error.
 
     Returns:
-        One `Finding` each. A check that breaks is reported as failed; none raises.
+        One `Check` each. A check that breaks is reported as failed; none raises.
     """
     console = Console(stderr=True) if console is None else console
     checks = []
@@ -107,11 +86,11 @@ def run_checks(console: Console | None = None) -> list[Finding]:
                 checks.append(function(name))
             # SystemExit: what an imported package may raise, too.
             except (Exception, SystemExit) as error:
-                checks.append(Finding(name, FAILED, f"the check broke: {_one_line(error)}", _repair(name)))
+                checks.append(Check(name, FAILED, f"the check broke: {_one_line(error)}", _repair(name)))
     return checks
 
 
-def print_report(checks: list[Finding], console: Console) -> int:
+def print_report(checks: list[Check], console: Console) -> int:
     """Print one line per check, and its remedy below where there is one.
 
     Returns:
@@ -134,13 +113,13 @@ def print_report(checks: list[Finding], console: Console) -> int:
     return 1 if counts[FAILED] else 0
 
 
-def check_rendering(name: str = "rendering") -> Finding:
+def check_rendering(name: str = "rendering") -> Check:
     """Render a small scene off screen.
 
     It runs in a process of its own: a broken EGL can abort the process that uses it.
     """
     if not _installed("mujoco"):
-        return Finding(name, FAILED, "mujoco is not installed", EVAL_REMEDY)
+        return Check(name, FAILED, "mujoco is not installed", EVAL_REMEDY)
     given = os.environ.get("MUJOCO_GL")
     # robosuite takes egl on Linux when nothing is said.
     fallback = "cgl" if sys.platform == "darwin" else "egl"
@@ -150,70 +129,70 @@ def check_rendering(name: str = "rendering") -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         done = _run_code(_RENDER_SCENE, folder=folder, environment=environment)
     if done is None:
-        return Finding(name, FAILED, f"no picture after {TIMEOUT_S} s ({used})", GL_REMEDY)
+        return Check(name, FAILED, f"no picture after {TIMEOUT_S} s ({used})", GL_REMEDY)
     result = _last_json(done.stdout)
     if result is None:
-        return Finding(name, FAILED, f"{_why_it_ended(done)} ({used})", GL_REMEDY)
+        return Check(name, FAILED, f"{_why_it_ended(done)} ({used})", GL_REMEDY)
     if result["low"] == result["high"]:
-        return Finding(name, FAILED, f"{result['renderer']} renders a blank picture ({used})", GL_REMEDY)
+        return Check(name, FAILED, f"{result['renderer']} renders a blank picture ({used})", GL_REMEDY)
     # A failure after the picture is one while the context closes, which LIBERO does after every task.
     if done.returncode:
-        return Finding(
+        return Check(
             name, WARNING, f"{result['renderer']} renders, then {_why_it_ended(done)} ({used})", GL_REMEDY
         )
-    return Finding(name, OK, f"{result['renderer']} ({used})")
+    return Check(name, OK, f"{result['renderer']} ({used})")
 
 
-def _check_python(name: str) -> Finding:
+def _check_python(name: str) -> Check:
     version = ".".join(str(part) for part in sys.version_info[:3])
     if sys.version_info[:2] < PYTHON_FLOOR:
         floor = ".".join(str(part) for part in PYTHON_FLOOR)
-        return Finding(name, FAILED, f"{version}, expected {floor} or newer", f"install Python {floor}")
-    return Finding(name, OK, version)
+        return Check(name, FAILED, f"{version}, expected {floor} or newer", f"install Python {floor}")
+    return Check(name, OK, version)
 
 
-def _check_torch(name: str) -> Finding:
+def _check_torch(name: str) -> Check:
     if not _installed("torch"):
-        return Finding(name, FAILED, "torch is not installed", EVAL_REMEDY)
+        return Check(name, FAILED, "torch is not installed", EVAL_REMEDY)
     import torch
 
     if not torch.cuda.is_available():
-        return Finding(name, OK, f"{torch.__version__}, CPU only: enough for the demo policy")
+        return Check(name, OK, f"{torch.__version__}, CPU only: enough for the demo policy")
     devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return Finding(name, OK, f"{torch.__version__}, CUDA: {devices}")
+    return Check(name, OK, f"{torch.__version__}, CUDA: {devices}")
 
 
-def _check_bfloat16(name: str) -> Finding:
+def _check_bfloat16(name: str) -> Check:
     """Run a layer in bfloat16, in a process of its own: some virtual machines announce AMX and lack it."""
     if not _installed("torch"):
-        return Finding(name, FAILED, "torch is not installed", EVAL_REMEDY)
+        return Check(name, FAILED, "torch is not installed", EVAL_REMEDY)
     done = _run_code(_BFLOAT16_LAYER)
     if done is None:
-        return Finding(name, WARNING, f"no result on the CPU after {TIMEOUT_S} s", BFLOAT16_REMEDY)
+        return Check(name, WARNING, f"no result on the CPU after {TIMEOUT_S} s", BFLOAT16_REMEDY)
     if done.returncode:
         detail = f"on the CPU, {_why_it_ended(done, 'a bfloat16 layer')}"
-        return Finding(name, WARNING, detail, BFLOAT16_REMEDY)
-    return Finding(name, OK, "runs on the CPU")
+        return Check(name, WARNING, detail, BFLOAT16_REMEDY)
+    return Check(name, OK, "runs on the CPU")
 
 
-def _check_lerobot(name: str) -> Finding:
+def _check_lerobot(name: str) -> Check:
     if not _installed("lerobot"):
-        return Finding(name, FAILED, "lerobot is not installed", EVAL_REMEDY)
+        return Check(name, FAILED, "lerobot is not installed", EVAL_REMEDY)
     version = importlib.metadata.version("lerobot")
     from lerobot_attn.plugin import check_lerobot
 
     problems = check_lerobot()
     if problems:
-        return Finding(name, FAILED, f"{version}: {'; '.join(problems)}", EVAL_REMEDY)
-    return Finding(name, OK, f"{version}, every patch point is there")
+        return Check(name, FAILED, f"{version}: {'; '.join(problems)}", EVAL_REMEDY)
+    return Check(name, OK, f"{version}, every patch point is there")
 
 
-def _check_libero_config(name: str) -> Finding:
+def _check_libero_config(name: str) -> Check:
     if not _installed("libero"):
-        return Finding(name, FAILED, "libero is not installed", EVAL_REMEDY)
+        return Check(name, FAILED, "libero is not installed", EVAL_REMEDY)
     path = config_path()
     if not path.exists():
-        return Finding(
+        return Check(
             name,
             FAILED,
             f"{path} does not exist: LIBERO would ask a question on stdin",
@@ -223,28 +202,28 @@ def _check_libero_config(name: str) -> Finding:
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return Finding(name, FAILED, f"{path} cannot be read: {_one_line(error)}", remedy)
+        return Check(name, FAILED, f"{path} cannot be read: {_one_line(error)}", remedy)
     if not isinstance(config, dict) or set(CONFIG_KEYS) - set(config):
-        return Finding(name, FAILED, f"{path} lacks some of {', '.join(CONFIG_KEYS)}", remedy)
+        return Check(name, FAILED, f"{path} lacks some of {', '.join(CONFIG_KEYS)}", remedy)
     # The others hold downloads, or are found elsewhere, and need not exist.
     for key in ("benchmark_root", "bddl_files", "init_states"):
         if not Path(str(config[key])).is_dir():
-            return Finding(name, FAILED, f"{path}: {key} is {config[key]}, which does not exist", remedy)
-    return Finding(name, OK, str(path))
+            return Check(name, FAILED, f"{path}: {key} is {config[key]}, which does not exist", remedy)
+    return Check(name, OK, str(path))
 
 
-def _check_libero_assets(name: str) -> Finding:
+def _check_libero_assets(name: str) -> Check:
     state = assets_state()
     if state.complete:
-        return Finding(name, OK, str(state.folder))
+        return Check(name, OK, str(state.folder))
     if not state.folder.exists():
-        return Finding(
+        return Check(
             name,
             WARNING,
             f"{state.folder} does not exist: hf-libero will download it from the Hub at first use",
             "without a connection to the Hub: lerobot-attn setup-libero --assets ARCHIVE_OR_FOLDER",
         )
-    return Finding(
+    return Check(
         name,
         FAILED,
         f"{state.folder} lacks {', '.join(state.missing)}",
@@ -252,7 +231,7 @@ def _check_libero_assets(name: str) -> Finding:
     )
 
 
-def _check_ffmpeg(name: str) -> Finding:
+def _check_ffmpeg(name: str) -> Check:
     import imageio_ffmpeg
 
     size_px = (16, 16)
@@ -265,21 +244,21 @@ def _check_ffmpeg(name: str) -> Finding:
         encoder.send(bytes(3 * size_px[0] * size_px[1]))
         encoder.close()
         if not path.is_file() or not path.stat().st_size:
-            return Finding(name, FAILED, f"{imageio_ffmpeg.get_ffmpeg_exe()} wrote no frame", _repair(name))
-    return Finding(name, OK, f"{imageio_ffmpeg.get_ffmpeg_version()}, encodes H.264")
+            return Check(name, FAILED, f"{imageio_ffmpeg.get_ffmpeg_exe()} wrote no frame", _repair(name))
+    return Check(name, OK, f"{imageio_ffmpeg.get_ffmpeg_version()}, encodes H.264")
 
 
-def _check_disk(name: str) -> Finding:
+def _check_disk(name: str) -> Check:
     folder = Path.cwd()
     free_bytes = shutil.disk_usage(folder).free
     detail = f"{free_bytes / GB:.1f} GB free in {folder}"
     if free_bytes >= DISK_WARNING_BYTES:
-        return Finding(name, OK, detail)
+        return Check(name, OK, detail)
     remedy = "free some space, or give lerobot-eval an --output_dir on a larger disk"
-    return Finding(name, FAILED if free_bytes < DISK_FAILED_BYTES else WARNING, detail, remedy)
+    return Check(name, FAILED if free_bytes < DISK_FAILED_BYTES else WARNING, detail, remedy)
 
 
-_CHECKS: dict[str, Callable[[str], Finding]] = {
+_CHECKS: dict[str, Callable[[str], Check]] = {
     "Python": _check_python,
     "torch": _check_torch,
     "bfloat16": _check_bfloat16,

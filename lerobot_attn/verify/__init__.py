@@ -7,8 +7,9 @@
 Reads nothing but the store and the videos beside it; what is missing is skipped, what is damaged fails.
 """
 
+from lerobot_attn.errors import Check
 from lerobot_attn.verify.checks import verify_episode
 from lerobot_attn.verify.contact_sheet import VerifySettings, contact_sheet
-from lerobot_attn.verify.findings import Check, VerifyReport
+from lerobot_attn.verify.findings import VerifyReport
 
 __all__ = ["Check", "VerifyReport", "VerifySettings", "contact_sheet", "verify_episode"]

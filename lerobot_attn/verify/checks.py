@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lerobot_attn.analysis.select import MEANS, RAW, executed_queries
-from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.errors import Check, StoreError, first_line
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
 from lerobot_attn.sizes import Progress
@@ -22,7 +22,7 @@ from lerobot_attn.store.damage import (
     was_cut,
 )
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.verify.findings import Check, VerifyReport
+from lerobot_attn.verify.findings import VerifyReport
 from lerobot_attn.verify.ticks import Ticks
 from lerobot_attn.verify.videos import against_eval_video, frame_counts
 
@@ -58,7 +58,7 @@ def verify_episode(
         try:
             checks += step()
         except Exception as error:  # damaged arrays raise whatever their codec raises
-            checks.append(Check(name, False, f"cannot be checked: {first_line(error)}"))
+            checks.append(Check.of(name, False, f"cannot be checked: {first_line(error)}"))
     ticks.finish()
     return VerifyReport(
         episode.path, tuple(checks), episode.has_random_weights, tuple(damaged), episode.policy_remark
@@ -68,13 +68,13 @@ def verify_episode(
 def _complete(episode: Episode) -> Check:
     found = f"{episode.n_frames} frames, {episode.n_inferences} inferences"
     if episode.is_complete:
-        return Check("complete", True, found)
+        return Check.of("complete", True, found)
     cause = (
         episode.attributes.get("error")
         or episode.attributes.get("interrupted_by")
         or ("cut by a repair" if was_cut(episode) else "the recording did not come to its end")
     )
-    return Check("complete", False, f"incomplete ({cause}): it holds {found}")
+    return Check.of("complete", False, f"incomplete ({cause}): it holds {found}")
 
 
 def _chunks(episode: Episode, damaged: list[Damage], ticks: Ticks) -> Check:
@@ -102,7 +102,7 @@ def _chunks(episode: Episode, damaged: list[Damage], ticks: Ticks) -> Check:
         notes.insert(0, f"damaged: {_some([str(damage) for damage in damaged], 1)}; see verify --repair")
     else:
         notes.insert(0, f"{report.n_chunks - report.n_missing} of {report.n_chunks} can be read")
-    return Check("chunks", not damaged, "; ".join(notes))
+    return Check.of("chunks", not damaged, "; ".join(notes))
 
 
 def _n_chunks(episode: Episode) -> int:
@@ -126,13 +126,13 @@ def _frame_table(episode: Episode) -> Check:
     )
     n, executed = episode.n_inferences, executed_queries(episode.arrays)
     if len(inference) == 0:
-        return Check(name, None, "the store holds no frames")
+        return Check.of(name, None, "the store holds no frames")
 
     def broken(wrong: NDArray[np.bool_], rule: str) -> Check | None:
         if not wrong.any():
             return None
         frame = int(np.flatnonzero(wrong)[0])
-        return Check(
+        return Check.of(
             name,
             False,
             f"frame {frame}: inference {inference[frame]}, action token {query[frame]}, but {rule}; "
@@ -158,7 +158,7 @@ def _frame_table(episode: Episode) -> Check:
             return check
     without = int((~has_token).sum())
     note = f"; the action of {without} of them is no token of a chunk" if without else ""
-    return Check(name, True, f"{len(inference)} frames follow from {n} inferences{note}")
+    return Check.of(name, True, f"{len(inference)} frames follow from {n} inferences{note}")
 
 
 def _layout(episode: Episode) -> Check:
@@ -202,13 +202,13 @@ def _layout(episode: Episode) -> Check:
     if not layout.first_action_query <= executed.start < executed.stop <= layout.n_queries:
         wrong.append(f"executed tokens {executed.start} to {executed.stop - 1} of {layout.n_queries}")
     if wrong:
-        return Check("layout", False, "; ".join(dict.fromkeys(wrong)))
+        return Check.of("layout", False, "; ".join(dict.fromkeys(wrong)))
     cameras = ", ".join(
         f"{short[c.name]} {c.geometry.grid_rows} x {c.geometry.grid_columns}"
         for c in layout.cameras
         if c.geometry is not None
     )
-    return Check("layout", True, f"{layout.n_keys} keys; patches of {cameras or 'no camera'}")
+    return Check.of("layout", True, f"{layout.n_keys} keys; patches of {cameras or 'no camera'}")
 
 
 def _rows(episode: Episode, inferences: Sequence[int], ticks: Ticks) -> list[Check]:
@@ -217,7 +217,7 @@ def _rows(episode: Episode, inferences: Sequence[int], ticks: Ticks) -> list[Che
     names = [name for name in (RAW, MEANS) if name in data]
     if not names or not inferences:
         reason = f"the store holds no {'suffix attention' if inferences else 'inference'}"
-        return [Check("row sums", None, reason), Check("masked keys", None, reason)]
+        return [Check.of("row sums", None, reason), Check.of("masked keys", None, reason)]
     tolerance = episode.row_sum_tolerance()
     missing = missing_chunks(episode)
     worst, worst_at = -1.0, ""
@@ -244,7 +244,7 @@ def _rows(episode: Episode, inferences: Sequence[int], ticks: Ticks) -> list[Che
     left_out = [f"{n} {state}" for n, state in ((n_damaged, "damaged"), (n_missing, "missing")) if n]
     note = f"; maps left out: {', '.join(left_out)}" if left_out else ""
     if n_rows == 0:
-        return [Check(name, None, f"no row was read{note}") for name in ("row sums", "masked keys")]
+        return [Check.of(name, None, f"no row was read{note}") for name in ("row sums", "masked keys")]
     which = "every inference" if len(inferences) == episode.n_inferences else f"inferences {list(inferences)}"
     sums_found = (
         f"largest deviation from 1 of {n_rows} rows of {which} is {worst:.1e}, allowed {tolerance:.1e}"
@@ -252,8 +252,8 @@ def _rows(episode: Episode, inferences: Sequence[int], ticks: Ticks) -> list[Che
     sums_fine = worst <= tolerance
     leak_found = "exactly 0" if leak == 0 else f"up to {leak:.1e} instead of 0: {leak_at}"
     return [
-        Check("row sums", sums_fine, (sums_found if sums_fine else f"{sums_found}: {worst_at}") + note),
-        Check("masked keys", leak == 0, leak_found + note),
+        Check.of("row sums", sums_fine, (sums_found if sums_fine else f"{sums_found}: {worst_at}") + note),
+        Check.of("masked keys", leak == 0, leak_found + note),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lerobot_attn.errors import RANDOM_WEIGHTS
+from lerobot_attn.errors import RANDOM_WEIGHTS, Check
 from lerobot_attn.store.damage import Damage
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check: its name, whether it passed (None: skipped), and what was found, in one line."""
-
-    name: str
-    passed: bool | None
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,9 @@ class VerifyReport:
             "passed": self.passed,
             "random_weights": self.random_weights,
             "policy_remark": self.policy_remark,
-            "checks": [asdict(check) for check in self.checks],
+            "checks": [
+                {"name": check.name, "passed": check.passed, "detail": check.detail} for check in self.checks
+            ],
             "damaged": [damage.to_dict() for damage in self.damaged],
         }
 

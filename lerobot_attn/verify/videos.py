@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lerobot_attn.errors import StoreError
+from lerobot_attn.errors import Check, StoreError
 from lerobot_attn.overlay import resized
 from lerobot_attn.store.damage import was_cut
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.video import Frame, count_frames, read_frames
-from lerobot_attn.verify.findings import Check
 from lerobot_attn.verify.ticks import Ticks
 
 _SHIFTS = (-2, -1, 0, 1, 2)
@@ -36,16 +35,16 @@ def frame_counts(episode: Episode) -> list[Check]:
         if camera in episode.videos:
             checks.append(_frame_count(name, episode.videos[camera], episode))
         elif camera in errors:
-            checks.append(Check(name, None, f"its video could not be written: {errors[camera]}"))
+            checks.append(Check.of(name, None, f"its video could not be written: {errors[camera]}"))
         elif camera in episode.attributes.get("videos", {}):
-            checks.append(Check(name, None, "its video is not beside the store"))
+            checks.append(Check.of(name, None, "its video is not beside the store"))
         else:
-            checks.append(Check(name, None, "no video of it was recorded"))
+            checks.append(Check.of(name, None, "no video of it was recorded"))
     name = "frames of evaluation"
     if episode.eval_video is not None:
         checks.append(_frame_count(name, episode.eval_video, episode))
     else:
-        checks.append(Check(name, None, _no_eval_video(episode)))
+        checks.append(Check.of(name, None, _no_eval_video(episode)))
     return checks
 
 
@@ -53,12 +52,12 @@ def _frame_count(name: str, video: Path, episode: Episode) -> Check:
     try:
         found = count_frames(video)
     except StoreError as error:
-        return Check(name, False, str(error))
+        return Check.of(name, False, str(error))
     if found == episode.n_frames:
-        return Check(name, True, f"{found}, as the store")
+        return Check.of(name, True, f"{found}, as the store")
     if found > episode.n_frames and was_cut(episode):
-        return Check(name, True, f"{found}, of which a repair left the store {episode.n_frames}")
-    return Check(name, False, f"{video.name} has {found} frames, the store {episode.n_frames}")
+        return Check.of(name, True, f"{found}, of which a repair left the store {episode.n_frames}")
+    return Check.of(name, False, f"{video.name} has {found} frames, the store {episode.n_frames}")
 
 
 @dataclass
@@ -78,12 +77,12 @@ def against_eval_video(episode: Episode, ticks: Ticks) -> list[Check]:
     """Check that a camera shows what the evaluation filmed, and at the same frames."""
     names = ("evaluation's view", "evaluation's timing")
     if episode.eval_video is None:
-        return [Check(name, None, _no_eval_video(episode)) for name in names]
+        return [Check.of(name, None, _no_eval_video(episode)) for name in names]
     if not episode.videos:
-        return [Check(name, None, "no camera video to compare with") for name in names]
+        return [Check.of(name, None, "no camera video to compare with") for name in names]
     matches = _matches(episode, ticks)
     if not matches:
-        return [Check(name, None, "the videos hold no frames to compare") for name in names]
+        return [Check.of(name, None, "the videos hold no frames to compare") for name in names]
     best = min(matches, key=lambda match: match.best)
     turned = min(matches, key=lambda match: match.turned)
     short = episode.layout.short_names
@@ -92,24 +91,24 @@ def against_eval_video(episode: Episode, ticks: Ticks) -> list[Check]:
         hint = "; an environment may film another view than the policy's"
         if turned.turned <= _SAME_IMAGE:
             hint = f"; {short[turned.camera]} turned by 180° differs by {turned.turned:.2f}"
-        view = Check(names[0], False, f"no camera's view: {found}, expected at most {_SAME_IMAGE:g}{hint}")
-        return [view, Check(names[1], None, "no camera shows what the evaluation filmed")]
-    return [Check(names[0], True, found), _timing(names[1], best)]
+        view = Check.of(names[0], False, f"no camera's view: {found}, expected at most {_SAME_IMAGE:g}{hint}")
+        return [view, Check.of(names[1], None, "no camera shows what the evaluation filmed")]
+    return [Check.of(names[0], True, found), _timing(names[1], best)]
 
 
 def _timing(name: str, match: _Match) -> Check:
     same = match.by_shift.get(0)
     others = {shift: value for shift, value in match.by_shift.items() if shift}
     if same is None or not others:
-        return Check(name, None, "too few frames to tell")
+        return Check.of(name, None, "too few frames to tell")
     shift = min(others, key=lambda key: others[key])
     margin = max(_CLEARLY[0], _CLEARLY[1] * same)
     found = ", ".join(f"{value:+d}: {match.by_shift[value]:.2f}" for value in sorted(match.by_shift))
     if same + margin < others[shift]:
-        return Check(name, True, f"each frame fits its own number best ({found})")
+        return Check.of(name, True, f"each frame fits its own number best ({found})")
     if others[shift] + margin < same:
-        return Check(name, False, f"frame t fits the evaluation's frame t{shift:+d} better ({found})")
-    return Check(name, None, f"the scene moves too little to tell ({found})")
+        return Check.of(name, False, f"frame t fits the evaluation's frame t{shift:+d} better ({found})")
+    return Check.of(name, None, f"the scene moves too little to tell ({found})")
 
 
 def _matches(episode: Episode, ticks: Ticks) -> list[_Match]:
