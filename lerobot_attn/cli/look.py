@@ -209,7 +209,7 @@ def verify(
         bool | None, typer.Option("--thorough", help="Check the rows of every inference, not of three.")
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="First drop what is damaged or left over, and say what.")
+        bool, typer.Option("--repair", help="First drop what is damaged, and say what.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --repair: say what would be dropped, and change nothing.")
@@ -224,7 +224,7 @@ def verify(
     """Check that maps, frames and videos belong together, and draw a contact sheet; exit status 1 on failure.
 
     Every chunk is read; what is damaged is named with its coordinates. --repair makes damaged maps missing
-    values (NaN), cuts the episode where its tables are damaged, and removes what a killed recording left.
+    values (NaN), and cuts the episode where its tables are damaged.
 
     The sheet shows the policy's view, the evaluation's frame and the overlay for the first, middle and last
     inference and every camera.

@@ -6,7 +6,8 @@
 
 Reads every chunk once, one at a time, and changes nothing; `lerobot_attn.store.repair` does. A flipped byte
 is noticed by the checksum of its chunk; arrays of older stores that carry none are named in the report.
-The group's own attributes carry no checksum.
+The group's own attributes carry no checksum. Files that no reader looks at, as a killed recording leaves
+them, are no damage.
 """
 
 from __future__ import annotations
@@ -14,29 +15,24 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.chunks import Grid, StoredArray, stored_arrays
-from lerobot_attn.store.files import unfinished
-from lerobot_attn.store.numbers import allowed_numbers
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, METADATA
 
 REPAIRED = "repaired"  # the attribute that lists what a repair dropped
-UNFINISHED_CHUNK = ".partial"  # a chunk whose writer was killed before the rename; Zarr's suffix
-_UNFINISHED_METADATA = unfinished(METADATA)  # likewise a commit
 # A store whose every map is damaged lists 5040 with all layers of Pi0.5 and 28 inferences.
 _MAX_LISTED = 100_000
 
-Kind = Literal["chunk", "shard", "metadata", "conflict", "rows", "unreadable"]
+Kind = Literal["chunk", "shard", "metadata", "conflict", "unreadable"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Damage:
 
     Attributes:
         kind: "chunk" or "shard" of an array; its "metadata" is not there; a "conflict" of two copies of it;
-            "rows" that contradict other arrays; "unreadable" where the file system refused, which may pass.
+            "unreadable" where the file system refused, which may pass.
         array: its name.
         chunk: the chunk's index along the leading dimensions; those that one chunk covers are left out.
         at: dimension → label; (first, last) where a chunk covers several. Empty: the whole array.
@@ -81,6 +77,19 @@ class Damage:
         return {"array": self.array, "chunk": list(self.chunk), "at": at, "reason": self.reason}
 
 
+class MetadataState(NamedTuple):
+    """How an array's own metadata agrees with the group's copy of it.
+
+    Attributes:
+        kind: that of the damage; "ahead" where it admits to rows that were not committed before a recording
+            or a repair was killed, which is no damage; None where they are the same.
+        reason: what is wrong, in one line; "" if nothing is.
+    """
+
+    kind: Kind | Literal["ahead"] | None
+    reason: str
+
+
 @dataclass(frozen=True)
 class DamageReport:
     """What `find_damage` found.
@@ -88,8 +97,6 @@ class DamageReport:
     Attributes:
         path: the store.
         damaged: what cannot be read as it was written.
-        inconsistent: rows of tables that contradict one another, though they can be read.
-        leftovers: files of a recording or repair that was killed; no reader looks at them.
         n_chunks: chunks that were looked for.
         n_missing: of these, what an earlier repair replaced by missing values; no damage any more.
         without_checksums: arrays in which a changed byte may go unnoticed, of a store by an older version.
@@ -97,8 +104,6 @@ class DamageReport:
 
     path: Path
     damaged: tuple[Damage, ...]
-    inconsistent: tuple[Damage, ...]
-    leftovers: tuple[Path, ...]
     n_chunks: int
     n_missing: int
     without_checksums: tuple[str, ...]
@@ -106,11 +111,11 @@ class DamageReport:
     @property
     def is_sound(self) -> bool:
         """Whether everything that the store says it holds is there and whole."""
-        return not self.damaged and not self.inconsistent
+        return not self.damaged
 
 
 def find_damage(path: str | Path, progress: Progress | None = None) -> DamageReport:
-    """Read every chunk of every array of a store, and compare what must agree.
+    """Read every chunk of every array of a store, and compare the two copies of each array's metadata.
 
     Args:
         path: the store's folder, `….zarr`.
@@ -123,15 +128,13 @@ def find_damage(path: str | Path, progress: Progress | None = None) -> DamageRep
     arrays = stored_arrays(episode)
     scan = _Scan(episode, arrays, progress)
     for array in arrays.values():
-        wrong = _metadata_damage(array)
-        if wrong is not None and (episode.is_complete or not is_ahead(array)):
-            scan.damaged.append(wrong)
+        kind, reason = metadata_of(array)
+        if kind is not None and kind != "ahead":
+            scan.damaged.append(Damage(kind, array.name, (), {}, reason))
         scan.read(array)
     return DamageReport(
         episode.path,
         tuple(scan.damaged),
-        tuple(_inconsistencies(episode, arrays)),
-        tuple(leftovers(episode.path, arrays.values())),
         scan.n_read,
         scan.n_missing,
         tuple(name for name, array in arrays.items() if not array.has_checksums),
@@ -260,95 +263,33 @@ def _labels(arrays: Mapping[str, StoredArray]) -> dict[str, list[Any]]:
     return labels
 
 
-def _metadata_damage(array: StoredArray) -> Damage | None:
-    """Compare an array's own metadata with the group's copy of it."""
+def metadata_of(array: StoredArray) -> MetadataState:
+    """Compare an array's own metadata with the group's copy of it, which is the one that readers use."""
     try:
         own = json.loads((array.folder / METADATA).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        reason = "it is missing"
+        return MetadataState("metadata", "it is missing")
     except OSError as error:
-        reason = f"the file system cannot read its {METADATA}: {error.strerror}"
-        return Damage("unreadable", array.name, (), {}, reason)
+        return MetadataState("unreadable", f"the file system cannot read its {METADATA}: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        reason = f"it cannot be parsed: {first_line(error)}"
-    else:
-        if own == array.metadata:
-            return None
-        if isinstance(own, dict):
-            odd = [key for key in sorted({*own, *array.metadata}) if own.get(key) != array.metadata.get(key)]
-            named = ", ".join(map(repr, odd))[:200]
-            return Damage("conflict", array.name, (), {}, f"it differs from the group's copy in {named}")
-        reason = "it cannot be parsed: it is no object"
-    return Damage("metadata", array.name, (), {}, reason)
+        return MetadataState("metadata", f"it cannot be parsed: {first_line(error)}")
+    if not isinstance(own, dict):
+        return MetadataState("metadata", "it cannot be parsed: it is no object")
+    odd = [key for key in sorted({*own, *array.metadata}) if own.get(key) != array.metadata.get(key)]
+    if not odd:
+        return MetadataState(None, "")
+    if odd == ["shape"] and _is_longer(own["shape"], array.array.shape):
+        return MetadataState("ahead", "")
+    named = ", ".join(map(repr, odd))[:200]
+    return MetadataState("conflict", f"it differs from the group's copy in {named}")
 
 
-def is_ahead(array: StoredArray) -> bool:
-    """Whether an array's own metadata admits to rows that were not committed before the recording ended."""
-    try:
-        own = json.loads((array.folder / METADATA).read_text(encoding="utf-8"))
-        ahead = own["shape"][0] > array.metadata["shape"][0]
-        own["shape"][0] = array.metadata["shape"][0]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
-    return bool(ahead) and own == array.metadata
-
-
-def leftovers(store: Path, arrays: Iterable[StoredArray]) -> Iterator[Path]:
-    """Yield the files that a killed process left: unfinished ones, and chunks beyond the last row."""
-    if (store / _UNFINISHED_METADATA).exists():
-        yield store / _UNFINISHED_METADATA
-    for array in arrays:
-        for folder, _, files in array.folder.walk():
-            for name in sorted(files):
-                file = folder / name
-                index = _index_of(file.relative_to(array.folder))
-                beyond = len(index) == len(array.n_files) > 0 and index[0] >= array.n_files[0]
-                if beyond or name == _UNFINISHED_METADATA or name.endswith(UNFINISHED_CHUNK):
-                    yield file
-
-
-def _index_of(file: Path) -> Grid:
-    """Return the index of the chunk that a file of an array holds, from its path `c/7/0/0`; () of others."""
-    first, *parts = file.parts
-    return tuple(map(int, parts)) if first == "c" and all(p.isdecimal() for p in parts) else ()
-
-
-def _inconsistencies(episode: Episode, arrays: Mapping[str, StoredArray]) -> Iterator[Damage]:
-    """Yield, of each table that says which frame belongs to which inference, the first row that cannot be."""
-    for name, n_rows in (("n_inferences", episode.n_inferences), ("n_frames", episode.n_frames)):
-        said = episode.attributes.get(name, n_rows)
-        if said != n_rows:
-            yield Damage(
-                "metadata", "attributes", (), {}, f"{name} is {repr(said)[:80]}, the arrays hold {n_rows}"
-            )
-    n_queries = arrays["action_chunk"].array.shape[1]
-    allowed = allowed_numbers(0, episode.n_inferences, n_queries)
-    rules: tuple[tuple[str, str, Callable[[NDArray[np.int32]], NDArray[np.bool_]], str], ...] = (
-        (
-            "frame_inference",
-            "frame",
-            allowed["frame_inference"].refuses,
-            f"the store holds {episode.n_inferences} inferences",
-        ),
-        (
-            "frame_query",
-            "frame",
-            allowed["frame_query"].refuses,
-            f"an inference has {n_queries} action tokens",
-        ),
-        (
-            "inference_frame",
-            "inference",
-            lambda values: np.diff(values, prepend=0) < 0,
-            "the frames of inferences must not descend",
-        ),
+def _is_longer(shape: Any, held: Grid) -> bool:
+    """Whether a shape has more rows than are held, and is the same otherwise."""
+    return (
+        isinstance(shape, list)
+        and len(shape) == len(held)
+        and tuple(shape[1:]) == held[1:]
+        and type(shape[0]) is int
+        and shape[0] > held[0]
     )
-    for name, dim, broken, rule in rules:
-        try:
-            values = np.asarray(arrays[name].array[...])
-        except Exception:  # a damaged chunk, listed as such
-            continue
-        wrong = np.flatnonzero(broken(values))
-        if len(wrong):
-            row = int(wrong[0])
-            yield Damage("rows", name, (), {dim: row}, f"it is {values[row]}, but {rule}")

@@ -13,7 +13,7 @@ Why by chunk, and not by cutting before the first damage: one flipped byte in th
 cost the whole episode, though every other map is whole. Most of a store is maps, so most damage falls there.
 
 Each file is written beside the old one and renamed, and each step leaves a store that opens; a repair that
-was killed is finished by the next one.
+was killed is finished by the next one. What a cut leaves behind stays on the disk, and no reader looks at it.
 """
 
 from __future__ import annotations
@@ -29,21 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.chunks import Grid, StoredArray, stored_arrays
 from lerobot_attn.store.damage import (
     REPAIRED,
-    UNFINISHED_CHUNK,
     Damage,
     find_damage,
-    is_ahead,
-    leftovers,
+    metadata_of,
 )
-from lerobot_attn.store.files import first_link, replace_json
+from lerobot_attn.store.files import first_link, replace_json, unfinished
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
@@ -60,8 +56,7 @@ class Repair:
         cut_by: what forces the episode to be cut.
         n_inferences: how many there were, and how many are left.
         n_frames: likewise.
-        rewritten: metadata and coordinates that are written anew from what else the store knows.
-        leftovers: files of a killed recording or repair that are removed.
+        rewritten: metadata of arrays that is written anew from the group's copy of it.
         refused: why the store cannot be repaired; nothing of it is touched then.
     """
 
@@ -71,13 +66,12 @@ class Repair:
     n_inferences: tuple[int, int] = (0, 0)
     n_frames: tuple[int, int] = (0, 0)
     rewritten: tuple[str, ...] = ()
-    leftovers: tuple[Path, ...] = ()
     refused: str | None = None
 
     @property
     def changes_nothing(self) -> bool:
         """Whether there is nothing to repair."""
-        return not (self.missing or self.cut_by or self.rewritten or self.leftovers)
+        return not (self.missing or self.cut_by or self.rewritten)
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """Yield what is dropped, in words.
@@ -102,13 +96,6 @@ class Repair:
                 yield f"    {damage}"
         for name in self.rewritten:
             yield f"  {'wrote' if done else 'would write'} {name} anew"
-        if self.leftovers:
-            example = self.leftovers[0].relative_to(self.path)
-            what = "files" if len(self.leftovers) > 1 else "file"
-            yield (
-                f"  {'removed' if done else 'would remove'} {len(self.leftovers)} {what} that a killed "
-                f"recording or repair left, e.g. {example}"
-            )
 
 
 def repair(
@@ -182,7 +169,8 @@ def _plan(episode: Episode, progress: Progress | None) -> Repair:
     path = episode.path
     report = find_damage(path, progress)
     arrays = stored_arrays(episode)
-    missing, cut_by, rewritten = [], list(report.inconsistent), []
+    missing, cut_by = [], []
+    rewritten = [f"{name}/{METADATA}" for name, array in arrays.items() if metadata_of(array).kind == "ahead"]
     for damage in report.damaged:
         array = arrays[damage.array]
         if damage.kind == "metadata":
@@ -193,14 +181,8 @@ def _plan(episode: Episode, progress: Progress | None) -> Repair:
             missing.append(damage)
         elif array.grows_with:
             cut_by.append(damage)
-        elif damage.array in _from_layout(episode):
-            rewritten.append(damage.array)
         else:
             raise _irreparable(path, damage)
-    if any(damage.kind == "metadata" for damage in report.inconsistent):
-        rewritten.append(METADATA)
-        cut_by = [damage for damage in cut_by if damage.kind != "metadata"]
-    rewritten += [f"{name}/{METADATA}" for name, array in arrays.items() if is_ahead(array)]
     n_inferences, n_frames = _cut(episode, arrays, cut_by)
     left = {"inference": n_inferences, "frame": n_frames}
     plan = Repair(
@@ -211,7 +193,6 @@ def _plan(episode: Episode, progress: Progress | None) -> Repair:
         (episode.n_inferences, n_inferences),
         (episode.n_frames, n_frames),
         tuple(rewritten),
-        report.leftovers,
     )
     if not plan.changes_nothing:
         _refuse_links(path)
@@ -241,13 +222,11 @@ def _cut(episode: Episode, arrays: Mapping[str, StoredArray], cut_by: Sequence[D
 
 
 def _first_row(array: StoredArray, damage: Damage) -> int:
-    if damage.kind == "rows":
-        return int(damage.at[str(array.grows_with)])  # type: ignore[arg-type]
     return int(array.selection(damage.chunk[:1])[0].start)
 
 
 def _apply(episode: Episode, plan: Repair) -> None:
-    """Drop what was planned: chunks first, then the group's metadata says so, then what nobody reads goes."""
+    """Drop what was planned: chunks first, then the group's metadata says so, then that of arrays."""
     path, arrays = episode.path, stored_arrays(episode)
     by_file: dict[Path, list[Damage]] = defaultdict(list)
     for damage in plan.missing:
@@ -258,7 +237,6 @@ def _apply(episode: Episode, plan: Repair) -> None:
             _drop_from_shard(array, file, [damage.chunk for damage in damages])
         else:
             file.unlink(missing_ok=True)
-    _write_coordinates(episode, plan)
     document = json.loads((path / METADATA).read_text(encoding="utf-8"))
     described = document["consolidated_metadata"]["metadata"]
     _say_so(document["attributes"], plan)
@@ -272,11 +250,6 @@ def _apply(episode: Episode, plan: Repair) -> None:
     for name in stale:
         (path / name).mkdir(exist_ok=True)
         replace_json(path / name / METADATA, described[name], durable=True)
-    arrays = stored_arrays(open_episode(path))
-    for file in list(leftovers(path, arrays.values())):
-        file.unlink()
-    for array in arrays.values():
-        _remove_empty_folders(array.folder)
 
 
 def _say_so(attributes: dict[str, Any], plan: Repair) -> None:
@@ -294,7 +267,7 @@ def _say_so(attributes: dict[str, Any], plan: Repair) -> None:
 
 def _drop_from_shard(array: StoredArray, file: Path, chunks: Sequence[Grid]) -> None:
     """Take chunks out of a shard's index; every other byte of the shard stays where it is."""
-    temporary = file.with_name(f"{file.name}{UNFINISHED_CHUNK}")
+    temporary = file.with_name(unfinished(file.name))
     shutil.copyfile(file, temporary)
     with temporary.open("r+b") as shard:
         index = array.index_of_shard(shard)
@@ -308,43 +281,11 @@ def _drop_from_shard(array: StoredArray, file: Path, chunks: Sequence[Grid]) -> 
     temporary.replace(file)
 
 
-def _from_layout(episode: Episode) -> dict[str, NDArray[np.integer[Any]]]:
-    """Return the fixed arrays that the token layout, an attribute of the group, says again."""
-    try:
-        layout = episode.layout
-    except StoreError:
-        return {}
-    rows, columns = layout.key_patch()
-    return {
-        "key_camera": layout.key_camera(),
-        "key_row": rows,
-        "key_column": columns,
-        "text_key": np.arange(layout.language.start, layout.language.stop),
-    }
-
-
-def _write_coordinates(episode: Episode, plan: Repair) -> None:
-    """Write the planned fixed arrays anew; Zarr replaces a chunk's file in one step."""
-    values = _from_layout(episode)
-    group = zarr.open_group(episode.path, mode="r+", zarr_format=3, use_consolidated=True)
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        for name in values.keys() & set(plan.rewritten):
-            array = group[name]
-            assert isinstance(array, zarr.Array)
-            array[...] = values[name]
-
-
-def _remove_empty_folders(folder: Path) -> None:
-    for inner, _, _ in folder.walk(top_down=False):
-        if inner != folder and not any(inner.iterdir()):
-            inner.rmdir()
-
-
 def _irreparable(path: Path, damage: Damage) -> StoreError:
     why = {
         "conflict": "which of the two is right cannot be told",
         "unreadable": "it may be whole: copy the store to another disk and try again",
-    }.get(damage.kind, "nothing else in the store says what it held")
+    }.get(damage.kind, "all of the episode needs it, so it can neither be dropped nor cut off")
     return StoreError(
         f"{path}: {damage}; it cannot be repaired, {why}; nothing was touched, and the other arrays can "
         f"be read with zarr.open_group(store)[name]"

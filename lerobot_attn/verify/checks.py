@@ -87,13 +87,10 @@ def _chunks(episode: Episode, damaged: list[Damage], ticks: Ticks) -> Check:
         done = n_read
 
     report = find_damage(episode.path, progress)
-    # Rows that contradict one another are the frame table's.
-    damaged += [*report.damaged, *(damage for damage in report.inconsistent if damage.kind != "rows")]
+    damaged += report.damaged
     notes = []
     if report.n_missing:
         notes.append(f"{report.n_missing} are missing since a repair")
-    if report.leftovers:
-        notes.append(f"{len(report.leftovers)} files of a killed recording or repair are left over")
     if report.without_checksums:
         notes.append(
             f"without checksums, so a changed byte may go unnoticed: {_some(report.without_checksums)}"
