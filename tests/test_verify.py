@@ -289,7 +289,7 @@ def test_what_cannot_be_checked_is_named(path):
 
 def test_a_layout_that_does_not_match_the_keys_fails(path):
     edit(path, "key_column", lambda values: values.__setitem__(slice(0, 256), values[255::-1].copy()))
-    assert failures(path) == {"layout": "key_column does not match the cameras' grids"}
+    assert failures(path) == {"layout": "key_column does not match the layout"}
 
 
 def test_a_camera_whose_video_has_another_size_fails(path):

@@ -19,24 +19,32 @@ from lerobot_attn.store.reader import Episode
 _DEFAULT_FPS = 20.0  # of an episode without videos: LIBERO's
 
 
+def identity(episode: Episode) -> dict[str, Any]:
+    """Return which episode it is, how long, and how it ended; opens no array."""
+    attributes = episode.attributes
+    return {
+        "task": episode.task,
+        "task_group": plain(attributes.get("task_group")),
+        "task_id": plain(attributes.get("task_id")),
+        "episode": plain(attributes.get("episode_index")),
+        "success": episode.success,
+        "complete": episode.is_complete,
+        "random_weights": episode.has_random_weights,
+        "policy_remark": episode.policy_remark,
+        "n_frames": episode.n_frames,
+        "n_inferences": episode.n_inferences,
+    }
+
+
 def facts(episode: Episode) -> dict[str, Any]:
     """Return an episode's sizes, labels, layout and cameras."""
     data, attributes, layout = episode.arrays, episode.attributes, episode.layout
     policy = attributes.get("policy", {})
     actions = layout.action_queries
     return {
-        "task": episode.task,
-        "task_group": plain(attributes.get("task_group")),
-        "task_id": plain(attributes.get("task_id")),
-        "episode": plain(attributes.get("episode_index")),
+        **identity(episode),
         "seed": plain(attributes.get("seed")),
-        "success": episode.success,
-        "complete": episode.is_complete,
-        "random_weights": episode.has_random_weights,
-        "policy_remark": episode.policy_remark,
         "policy": plain(policy.get("type")),
-        "n_frames": episode.n_frames,
-        "n_inferences": episode.n_inferences,
         "n_layers": plain(policy.get("n_layers")),
         "n_heads": plain(policy.get("n_heads")),
         "n_queries": layout.n_queries,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
-from lerobot_attn.explorer.values import plain
+from lerobot_attn.explorer.facts import identity
 from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode, open_episode
@@ -335,18 +335,8 @@ def _is_name(last: str) -> bool:
 
 def summary_of(id_: str, episode: Episode) -> Summary:
     """Return an episode's row in the run's table; looks at the size of each of its files."""
-    attributes = episode.attributes
     facts = {
-        "task_group": plain(attributes.get("task_group")),
-        "task_id": plain(attributes.get("task_id")),
-        "episode": plain(attributes.get("episode_index")),
-        "task": episode.task,
-        "success": episode.success,
-        "complete": episode.is_complete,
-        "n_frames": episode.n_frames,
-        "n_inferences": episode.n_inferences,
-        "random_weights": episode.has_random_weights,
-        "policy_remark": episode.policy_remark,
+        **identity(episode),
         "stored_bytes": _stored_bytes(episode),
         "camera": next(iter(episode.videos), None),
     }

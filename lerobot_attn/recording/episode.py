@@ -24,6 +24,7 @@ from lerobot_attn.layout import TokenLayout
 from lerobot_attn.recording.camera_videos import CameraVideos
 from lerobot_attn.recording.plan import Ending, EpisodePlan, EpisodeResult, Known
 from lerobot_attn.sizes import format_bytes
+from lerobot_attn.store.schema import coordinates_of
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 
 logger = logging.getLogger(__name__)
@@ -341,15 +342,11 @@ class EpisodeJob:
         }
         if known.state_dim is not None:
             sizes["state_dim"] = known.state_dim
-        rows, columns = layout.key_patch()
         coordinates: dict[str, np.ndarray] = {
             "flow_time": record.flow_time,
             "denoise_step": np.array(selection.denoise_steps, np.int32),
             "head": np.array(selection.heads, np.int32),
-            "text_key": np.arange(layout.language.start, layout.language.stop, dtype=np.int32),
-            "key_camera": layout.key_camera(),
-            "key_row": rows,
-            "key_column": columns,
+            **coordinates_of(layout),
             "action_dim": known.names.labels("action", sizes["action_dim"]),
         }
         optional = {

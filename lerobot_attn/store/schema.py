@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lerobot_attn.layout import Kind
+import numpy as np
+from numpy.typing import NDArray
+
+from lerobot_attn.layout import Kind, TokenLayout
 
 SCHEMA_NAME = "lerobot-attn/episode"
 SCHEMA_VERSION = 2  # 2: arrays of reward and success may be absent, and keys that a layer cannot see are NaN
@@ -279,6 +282,17 @@ ARRAYS: tuple[ArraySpec, ...] = (
 )
 
 BY_NAME: dict[str, ArraySpec] = {spec.name: spec for spec in ARRAYS}
+
+
+def coordinates_of(layout: TokenLayout) -> dict[str, NDArray[np.integer[Any]]]:
+    """Return the fixed arrays that a token layout says: array name → values, in the array's own dtype."""
+    rows, columns = layout.key_patch()
+    return {
+        "text_key": np.arange(layout.language.start, layout.language.stop, dtype=np.int32),
+        "key_camera": layout.key_camera(),
+        "key_row": rows,
+        "key_column": columns,
+    }
 
 
 def schema_table() -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.store.schema import EPISODE_SUFFIX, coordinates_of
 from lerobot_attn.store.video import Frame, VideoWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 from lerobot_attn.synthetic.plan import SyntheticPlan
@@ -102,19 +102,14 @@ def _sizes(plan: SyntheticPlan) -> dict[str, int]:
 
 
 def _coordinates(plan: SyntheticPlan) -> dict[str, NDArray[Any]]:
-    layout = plan.layout
-    rows, columns = layout.key_patch()
-    coordinates = {
+    coordinates: dict[str, NDArray[Any]] = {
         "flow_time": 1 - np.arange(plan.n_denoise_steps) / plan.n_denoise_steps,
         "denoise_step": np.arange(plan.n_denoise_steps),
         "layer": np.array(plan.layers, int),
         "all_layer": np.arange(plan.n_layers),
         "prefix_layer": np.array(plan.prefix_layers, int),
         "head": np.arange(plan.n_heads),
-        "text_key": np.arange(layout.language.start, layout.language.stop),
-        "key_camera": layout.key_camera(),
-        "key_row": rows,
-        "key_column": columns,
+        **coordinates_of(plan.layout),
         "action_dim": np.array([f"action_{i}" for i in range(plan.n_actions)], dtype=object),
         "state_dim": np.array([f"joint_{i}" for i in range(plan.n_state)], dtype=object),
     }

@@ -22,6 +22,7 @@ from lerobot_attn.store.damage import (
     was_cut,
 )
 from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.schema import coordinates_of
 from lerobot_attn.verify.findings import VerifyReport
 from lerobot_attn.verify.ticks import Ticks
 from lerobot_attn.verify.videos import against_eval_video, frame_counts
@@ -184,14 +185,9 @@ def _layout(episode: Episode) -> Check:
             if size != (geometry.height_px, geometry.width_px):
                 image = (geometry.height_px, geometry.width_px)
                 wrong.append(f"{short[camera.name]}'s video is {size}, its image {image}")
-    rows, columns = layout.key_patch()
-    for name, expected in (
-        ("key_camera", layout.key_camera()),
-        ("key_row", rows),
-        ("key_column", columns),
-    ):
+    for name, expected in coordinates_of(layout).items():
         if not np.array_equal(data[name].values, expected):
-            wrong.append(f"{name} does not match the cameras' grids")
+            wrong.append(f"{name} does not match the layout")
     for name in (RAW, MEANS):
         if name in data and data.sizes["key"] != layout.n_keys:
             wrong.append(f"{name} has {data.sizes['key']} keys, the layout {layout.n_keys}")
