@@ -500,7 +500,7 @@ def test_any_of_many_episodes_can_be_compared_with(pages, tmp_path):
 def test_a_drag_through_the_timeline_seeks(pages, url):
     page = pages.open(f"{url}?episode={LONG}&compare={SECOND}&lock=phase")
     plots = page.locator(".timeline .plots")
-    until(page, lambda: page.locator(".timeline canvas").count() == 3, "the timelines are there")
+    until(page, lambda: page.locator(".timeline canvas").count() == 4, "the timelines are there")
     for place, part, frame in ((0, 0.5, 14.5), (1, 0.5, 14.5), (0, 0.9, 26.5)):
         over = plots.nth(place).locator(".u-over").first.bounding_box()
         page.mouse.click(over["x"] + part * over["width"], over["y"] + 10)

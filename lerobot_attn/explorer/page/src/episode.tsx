@@ -17,6 +17,7 @@ import { announceDrawn, Controls, followKeys, play, Transport } from "./controls
 import { HeadGrid, StepStrip } from "./grid";
 import { percent } from "./heat";
 import { Help } from "./help";
+import { visiblePatches } from "./layout";
 import { EpisodeModel, sharedEnd } from "./model";
 import { PatchPanel } from "./patch";
 import { download } from "./picture";
@@ -163,14 +164,13 @@ export function EpisodePage(props: {
               />
             ))}
           </div>
-          <footer>
+          <footer class={second ? "two" : ""}>
             <Transport model={other.longest.value} isPlaying={stop.value !== null} toggle={toggle} />
             {both.map((model, i) => (
               <TimelinePanel
                 key={model.id}
                 model={model}
                 label={i ? "Timeline of the second episode" : "Timeline"}
-                isSecond={i > 0}
                 onSeek={i ? other.seek : (frame) => (state.frame.value = frame)}
               />
             ))}
@@ -288,7 +288,11 @@ function Side(props: {
   const { first, model, end, isSecond, isCompared } = props;
   const facts = model.facts.value;
   return (
-    <div class="side" data-episode={model.id} style={sizes(model)}>
+    <div
+      class={model.views.value.length > 2 ? "side many" : "side"}
+      data-episode={model.id}
+      style={sizes(model)}
+    >
       {isCompared && facts && (
         <h2 class="side-title">
           {episodeName(facts)} <Outcome of={facts} />{" "}
@@ -311,6 +315,7 @@ function Side(props: {
           aria-label="Layers, heads, denoise steps and actions"
           tabIndex={0}
         >
+          {isCompared && facts && <h2 class="side-title">More of {episodeName(facts)}</h2>}
           <HeadGrid model={model} />
           <StepStrip model={model} />
           <Actions model={model} />
@@ -325,11 +330,18 @@ function Side(props: {
   );
 }
 
-/** For the style sheet, which makes the cameras as large as the window has room for: how many, and how tall. */
+/** For the style sheet, which makes the cameras as large as the window has room for. */
 function sizes(model: EpisodeModel): Record<string, string> {
-  const views = model.views.value;
-  const tall = views.reduce((total, { geometry }) => total + geometry.height_px / geometry.width_px, 0);
-  return { "--cameras": String(views.length), "--tall": String(tall || 1) };
+  const geometries = model.views.value.map(({ geometry }) => geometry);
+  const tall = geometries.reduce((total, { height_px, width_px }) => total + height_px / width_px, 0);
+  // What lies on the letterbox is said below the picture, and takes a second line.
+  const isLetterboxed = geometries.some((geometry) => visiblePatches(geometry).includes(false));
+  return {
+    "--cameras": String(geometries.length),
+    "--tall": String(tall || 1),
+    "--rows": String(Math.ceil(geometries.length / 2)), // of compared cameras, two beside each other
+    "--caption-lines": isLetterboxed ? "2" : "1",
+  };
 }
 
 function ColourBar({ end }: { end: ReadonlySignal<number> }) {

@@ -90,7 +90,7 @@ function plot(target: HTMLElement, table: Table, plan: Plan, onDrawn: () => void
 
 const steps = uPlot.paths.stepped!({ align: 1 });
 
-function sharesPlan(facts: Facts, shares: Shares, table: Table, isAlone: boolean): Plan {
+function sharesPlan(facts: Facts, shares: Shares, table: Table): Plan {
   const { names, rows } = stacked(shares, table);
   const series = names.map((name) => {
     const fill = modalityColour(facts, name);
@@ -106,13 +106,13 @@ function sharesPlan(facts: Facts, shares: Shares, table: Table, isAlone: boolean
   });
   const values = (_: uPlot, ticks: number[]) => ticks.map((tick) => `${Math.round(tick * 100)} %`);
   return {
-    height: SHARES_PX + (isAlone ? 16 : 0),
+    height: SHARES_PX,
     series,
     data: rows,
     // The largest of heads sum to more than 1.
     scales: { share: { range: (_, __, most) => [0, Math.max(1, most)] } },
     axes: [{ scale: "share", values, splits: [0, 0.5, 1] }],
-    numbered: isAlone,
+    numbered: false,
   };
 }
 
@@ -143,10 +143,9 @@ function linesPlan(colour: Ink, shares: Shares, table: Table): Plan {
 export function TimelinePanel(props: {
   model: EpisodeModel;
   label: string;
-  isSecond: boolean;
   onSeek: (frame: number) => void;
 }) {
-  const { model, label, isSecond, onSeek } = props;
+  const { model, label, onSeek } = props;
   const sharesRef = useRef<HTMLDivElement>(null);
   const linesRef = useRef<HTMLDivElement>(null);
   const plots = useRef<uPlot[]>([]);
@@ -173,9 +172,7 @@ export function TimelinePanel(props: {
     if (!facts || !shares || !table || !width.value) return;
     plots.current.forEach((plot) => plot.destroy());
     const colour = ink(sharesRef.current!);
-    plots.current = [
-      plot(sharesRef.current!, table, sharesPlan(facts, shares, table, isSecond), movePlayhead),
-    ];
+    plots.current = [plot(sharesRef.current!, table, sharesPlan(facts, shares, table), movePlayhead)];
     if (linesRef.current) {
       plots.current.push(plot(linesRef.current, table, linesPlan(colour, shares, table), () => {}));
     }
@@ -200,35 +197,33 @@ export function TimelinePanel(props: {
   const [facts, modalities] = [model.facts.value, model.shares.value?.modalities];
   return (
     <section class="timeline" aria-label={label}>
-      {!isSecond && (
-        <div class="timeline-keys" aria-hidden="true">
+      <div class="timeline-keys" aria-hidden="true">
+        <span>
+          <b>shares</b> of attention:
+        </span>
+        {facts &&
+          modalities
+            ?.filter((name) => name !== "padding")
+            .map((name) => (
+              <span key={name}>
+                <i class="swatch" style={{ background: modalityColour(facts, name) }} />{" "}
+                {modalityLabel(facts, name)}
+              </span>
+            ))}
+        <span>
+          <i class="line accent" /> tokens it is worth (2^entropy)
+        </span>
+        {model.timeline.value?.reward && (
           <span>
-            <b>shares</b> of attention:
+            <i class="line dashed" /> reward
           </span>
-          {facts &&
-            modalities
-              ?.filter((name) => name !== "padding")
-              .map((name) => (
-                <span key={name}>
-                  <i class="swatch" style={{ background: modalityColour(facts, name) }} />{" "}
-                  {modalityLabel(facts, name)}
-                </span>
-              ))}
-          <span>
-            <i class="line accent" /> tokens it is worth (2^entropy)
-          </span>
-          {model.timeline.value?.reward && (
-            <span>
-              <i class="line dashed" /> reward
-            </span>
-          )}
-          <span>thin lines: the policy was asked</span>
-          {succeeded >= 0 && <span>success at frame {succeeded}</span>}
-        </div>
-      )}
+        )}
+        <span>thin lines: the policy was asked</span>
+        {succeeded >= 0 && <span>success at frame {succeeded}</span>}
+      </div>
       <div class="plots" onPointerDown={seek} onPointerMove={seek}>
         <div ref={sharesRef} class="plot" />
-        {!isSecond && <div ref={linesRef} class="plot" />}
+        <div ref={linesRef} class="plot" />
         {left.value !== null && <span class="playhead" style={{ left: `${left.value}px` }} />}
       </div>
     </section>
