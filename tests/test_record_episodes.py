@@ -292,11 +292,98 @@ def test_a_capture_that_fails_is_reported_and_the_loop_goes_on(tmp_path, caplog)
     assert [episode.is_complete for episode in open_run(tmp_path)] == [False, True]
 
 
+def batch_of_both(frame):
+    """Two environments, of which the second's picture is brighter."""
+    return {
+        scripted.CAMERA: torch.cat([batch_of(frame)[scripted.CAMERA], batch_of(frame + 20)[scripted.CAMERA]])
+    }
+
+
+def test_environments_of_a_batch_get_an_episode_each(tmp_path):
+    policy, lengths = make_policy(), (23, 13)
+    with record_episodes(
+        policy, tmp_path, AttentionConfig(layers="all", prefix_layers=[1]), fps=20
+    ) as recording:
+        with recording.episodes(["do as told", "do not"], seeds=[7, 8]) as episodes:
+            policy.reset()
+            for frame in range(max(lengths)):
+                actions = policy.select_action(batch_of_both(frame))
+                for env, episode in enumerate(episodes):
+                    if frame < lengths[env]:
+                        state = {"state": np.array([frame, env])}
+                        episode.step(state, actions[env], reward=frame + env)
+                    elif frame == lengths[env]:
+                        episode.success = True
+                        episode.finish()
+        with recording.episode() as episode:
+            run_loop(policy, episode, 3)
+    assert [result.reason for result in recording.results] == [None] * 3
+    *both, alone = open_run(tmp_path)
+    for env, episode in enumerate(both):
+        assert episode.is_complete
+        assert (episode.task, episode.success) == (("do as told", "do not")[env], (None, True)[env])
+        assert (episode.attributes["episode_index"], episode.attributes["seed"]) == (env, 7 + env)
+        data = episode.dataset.load()
+        frames = np.arange(lengths[env])
+        np.testing.assert_array_equal(data.frame_query, frames % 10 + 1)
+        np.testing.assert_array_equal(data.frame_inference, frames // 10)
+        np.testing.assert_array_equal(data.inference_frame, np.arange(0, lengths[env], 10))
+        np.testing.assert_array_equal(data.action[:, 0], np.full(lengths[env], env))
+        np.testing.assert_array_equal(data.action_chunk[:, 1:, 0], env)
+        np.testing.assert_array_equal(data.state[:, 1], np.full(lengths[env], env))
+        np.testing.assert_array_equal(data.reward, frames + env)
+        true = scripted.attention_of(1, 2, 0, 2)[env].numpy()
+        np.testing.assert_array_equal(data.suffix_attention[1, 2, 0], true.astype(np.float16))
+        shown = [frame.mean() for frame in read_frames(episode.videos[scripted.CAMERA])]
+        np.testing.assert_allclose(shown, 4 * (frames + 20 * env), atol=4)
+    assert (alone.attributes["episode_index"], alone.n_frames) == (2, 3)
+
+
+def test_an_exception_ends_every_episode_of_the_batch(tmp_path):
+    policy = make_policy()
+    with (  # noqa: PT012
+        record_episodes(policy, tmp_path, fps=20) as recording,
+        pytest.raises(RuntimeError),
+        recording.episodes(["a", "b"]) as episodes,
+    ):
+        for frame in range(4):
+            actions = policy.select_action(batch_of_both(frame))
+            for episode, action in zip(episodes, actions, strict=True):
+                episode.step(None, action)
+        episodes[0].finish()
+        raise RuntimeError("the robot broke")
+    assert [result.interrupted for result in recording.results] == [False, True]
+    assert [episode.is_complete for episode in open_run(tmp_path)] == [True, False]
+
+
+@pytest.mark.parametrize("n_episodes", [1, 3])
+def test_a_batch_of_another_size_is_refused(tmp_path, n_episodes):
+    policy = make_policy()
+    with (  # noqa: PT012
+        pytest.raises(CaptureError, match=rf"got a batch of 2, expected {n_episodes}.*recording\.episodes"),
+        record_episodes(policy, tmp_path, fps=20) as recording,
+        recording.episodes(["x"] * n_episodes) as episodes,
+    ):
+        action = policy.select_action(batch_of_both(0))
+        episodes[0].step(None, action[0])
+
+
 def test_mistakes_in_calling_are_told_at_once(tmp_path):
     policy = make_policy()
     with pytest.raises(ConfigError, match="fps: got 0"), record_episodes(policy, tmp_path, fps=0):
         pass
     with record_episodes(policy, tmp_path, fps=20) as recording:
+        with (
+            pytest.raises(ConfigError, match="each number once"),
+            recording.episodes(["a", "b"], indices=[4, 4]),
+        ):
+            pass
+        for wrong in ({"tasks": []}, {"tasks": "pick"}, {"tasks": ["a", "b"], "seeds": [1]}):
+            with (
+                pytest.raises(ConfigError, match="expected a list with one for each"),
+                recording.episodes(**wrong),
+            ):
+                pass
         with recording.episode() as episode:
             with pytest.raises(ConfigError, match="another one is open"), recording.episode():
                 pass

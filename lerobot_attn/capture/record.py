@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -192,6 +192,22 @@ class InferenceRecord:
                 self.layout.key_kind(mask, prompt.labels.kind)
                 for mask, prompt in zip(self.key_mask, self.prompts, strict=True)
             ]
+        )
+
+    def of(self, env: int) -> InferenceRecord:
+        """Return the part of one environment of the batch: a record of a batch of 1, without a copy."""
+
+        def cut(tensor: Tensor | None, axis: int) -> Any:
+            return None if tensor is None else tensor.narrow(axis, env, 1)
+
+        return replace(
+            self,
+            _suffix=cut(self._suffix, 2),
+            _suffix_mean=cut(self._suffix_mean, 2),
+            _prefix=cut(self._prefix, 1),
+            _token_id=cut(self._token_id, 0),
+            _key_mask=cut(self._key_mask, 0),
+            _action_chunk=cut(self._action_chunk, 0),
         )
 
     def wait(self) -> None:

@@ -52,6 +52,13 @@ class FrameEntry(NamedTuple):
     query: int  # the token that comes next in the chunk
 
 
+class Origin(NamedTuple):
+    """Which inference gave a frame's action, and which of its queries: `NO_TOKEN` where none did."""
+
+    inference: int
+    query: int
+
+
 @dataclass(frozen=True)
 class Views:
     """What the cameras of the whole batch showed at one frame, on its way to the host."""
@@ -64,6 +71,10 @@ class Views:
         """Host memory that the pictures take."""
         return sum(image.numel() for image in self.images.values())
 
+    def of(self, env: int) -> Views:
+        """Return the part of one environment: a batch of 1, without a copy."""
+        return Views(self.copies, {name: image[env : env + 1] for name, image in self.images.items()})
+
 
 class EpisodeJob:
     """Writes one episode. Runs on the writer's thread; others may read `n_written` and `result`.
@@ -73,7 +84,8 @@ class EpisodeJob:
         env: its environment's number in the batch.
         config: the capture and storage settings.
         strict: an action that is not the expected token of its chunk ends the episode. Otherwise the token
-            is looked for in the chunk, and one that is not there is recorded as none.
+            is looked for in the chunk and in the one before (an inference may end while actions of the last
+            one are still executed), and one that is not there is recorded as none.
 
     Attributes:
         n_written: inferences that the store holds.
@@ -94,6 +106,7 @@ class EpisodeJob:
         self._raw_bytes = 0
         self._videos = CameraVideos(plan)
         self._chunk: np.ndarray | None = None  # (chunk, action_dim): of the latest inference
+        self._chunk_before: np.ndarray | None = None
         self._rewards: list[float] = []
         self._successes: list[bool] = []
 
@@ -244,10 +257,12 @@ class EpisodeJob:
         frames = [entry.frame for entry in entries]
         for frame in frames:
             frame.copies.wait()
-        queries = [self._query_of(entry, len(self._rewards) + number) for number, entry in enumerate(entries)]
+        origins = [
+            self._origin_of(entry, self._store.n_frames + number) for number, entry in enumerate(entries)
+        ]
         rows: dict[str, np.ndarray] = {
-            "frame_inference": np.array([entry.inference for entry in entries], np.int32),
-            "frame_query": np.array(queries, np.int32),
+            "frame_inference": np.array([origin.inference for origin in origins], np.int32),
+            "frame_query": np.array([origin.query for origin in origins], np.int32),
             "action": np.stack([_row(frame.action, env) for frame in frames]),
         }
         if frames[0].reward is not None:
@@ -260,31 +275,35 @@ class EpisodeJob:
             rows["state"] = np.stack([_row(frame.state, env) for frame in frames])
         self._store.append_frames(rows)
 
-    def _query_of(self, entry: FrameEntry, number: int) -> int:
-        """Return which token of its inference's chunk gave a frame's action.
+    def _origin_of(self, entry: FrameEntry, number: int) -> Origin:
+        """Return which inference, and which token of its chunk, gave a frame's action.
 
         Raises:
             CaptureError: it is not the very token that comes next, and the recording is strict.
         """
         assert self._chunk is not None
         assert self._layout is not None
+        newest = entry.inference
         if entry.query == NO_TOKEN or entry.frame.policy_action is None:
-            return NO_TOKEN
+            return Origin(newest, NO_TOKEN)
         action = entry.frame.policy_action[self.env].numpy()
         stop = self._layout.query_of_action(len(self._chunk) - 1) + 1
         expected = self._layout.action_of_query(min(entry.query, stop - 1))
         if entry.query < stop and np.array_equal(action, self._chunk[expected], equal_nan=True):
-            return entry.query
+            return Origin(newest, entry.query)
         if self._strict:
             token = expected if entry.query < stop else len(self._chunk)
             raise CaptureError(
                 f"frame {number} of {self.plan.name} executed an action that is not token {token} of its "
                 "inference's chunk; expected a policy that serves its chunk in order"
             )
-        if action.shape != self._chunk.shape[1:]:
-            return NO_TOKEN
-        found = np.flatnonzero((self._chunk == action).all(axis=1))
-        return int(self._layout.query_of_action(int(found[0]))) if len(found) else NO_TOKEN
+        for inference, chunk in ((newest, self._chunk), (newest - 1, self._chunk_before)):
+            if chunk is None or action.shape != chunk.shape[1:]:
+                continue
+            found = np.flatnonzero((chunk == action).all(axis=1))
+            if len(found):
+                return Origin(inference, self._layout.query_of_action(int(found[0])))
+        return Origin(newest, NO_TOKEN)
 
     def _append_inference(self, record: InferenceRecord, frame: int, known: Known) -> None:
         env, layout = self.env, record.layout
@@ -302,7 +321,7 @@ class EpisodeJob:
         chunk = record.action_chunk[env]
         action_chunk = np.full((layout.n_queries, chunk.shape[1]), np.nan, np.float32)
         action_chunk[layout.action_queries] = chunk
-        self._chunk = chunk
+        self._chunk_before, self._chunk = self._chunk, chunk
         rows: dict[str, np.ndarray] = {
             "token_id": record.token_id[env],
             "token_text": np.array(record.token_text[env], dtype=object),

@@ -156,8 +156,9 @@ class EpisodeHandle:
     def _known(self) -> Known:
         return Known(self.task, self.state_dim, self.names, self.has_reward, self.has_success)
 
-    def _append(self, record: InferenceRecord) -> Callable[[], None]:
-        return partial(self._job.append, self._entries, record, self.n_frames, self._known())
+    def _append(self, record: InferenceRecord, asked_at: int | None) -> Callable[[], None]:
+        frame = self.n_frames if asked_at is None else asked_at
+        return partial(self._job.append, self._entries, record, frame, self._known())
 
     def _appended(self, record: InferenceRecord) -> None:
         self.n_queued += 1
@@ -175,10 +176,22 @@ class EpisodeHandle:
 
 
 def queue_inference(
-    writer: BackgroundWriter, handles: Sequence[EpisodeHandle], record: InferenceRecord
+    writer: BackgroundWriter,
+    handles: Sequence[EpisodeHandle],
+    record: InferenceRecord,
+    *,
+    asked_at: int | None = None,
 ) -> None:
-    """Hand an inference to the episodes of its batch; wait while the queue is full."""
-    writer.submit_shared({handle.plan.path: handle._append(record) for handle in handles}, record.n_bytes)
+    """Hand an inference to the episodes of its batch; wait while the queue is full.
+
+    Args:
+        writer: runs the jobs.
+        handles: the episodes.
+        record: what was captured.
+        asked_at: frame that the policy was shown; None: the one that is running.
+    """
+    jobs = {handle.plan.path: handle._append(record, asked_at) for handle in handles}
+    writer.submit_shared(jobs, record.n_bytes)
     # Only now: a Ctrl-C while the queue is full leaves the frames to `interrupt`.
     for handle in handles:
         handle._appended(record)

@@ -21,7 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention, find_tokenizer
+from lerobot_attn.capture import (
+    AttentionCapture,
+    HostCopies,
+    InferenceRecord,
+    capture_attention,
+    find_tokenizer,
+)
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError, ConfigError
 from lerobot_attn.policies.base import Probe, Site
@@ -30,7 +36,7 @@ from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
-from lerobot_attn.recording.loop_episode import LoopEpisode
+from lerobot_attn.recording.loop_episode import Chosen, LoopEpisode, shown_by
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
 from lerobot_attn.recording.provenance import check_encoder, checkpoint_facts, policy_facts, versions
 from lerobot_attn.recording.summary import TaskSummary
@@ -100,6 +106,7 @@ def record_episodes(
                 probes=probes,
             ) as capture,
             replaced_attribute(policy, "select_action", recording._observed(policy.select_action)),
+            replaced_attribute(policy, "predict_action_chunk", recording._asked(policy.predict_action_chunk)),
         ):
             recording._begin(capture, attributes or {})
             try:
@@ -133,7 +140,7 @@ class LoopRecording:
         self._handles: list[EpisodeHandle] = []
         self._kept: list[EpisodeResult] = []
         self._next: dict[str, int] = {}
-        self._open: LoopEpisode | None = None
+        self._open: list[LoopEpisode] = []  # one for each environment of the batch
         self._size_told = False
 
     @property
@@ -167,25 +174,91 @@ class LoopRecording:
             StoreError: an earlier recording's episode of that number was made otherwise
                 (`existing="skip"`).
         """
-        if self._open is not None:
-            raise ConfigError("episode: another one is open, expected one at a time; leave its block first")
-        plan = self._plan(task_folder(group, task_id), group, task_id, index, seed)
-        handle = None
-        if plan is not None:
-            handle = EpisodeHandle(plan, 0, self._config, self._writer, self._names, strict=False)
-            handle.task, handle.has_reward, handle.has_success = task, False, False
-            self._handles.append(handle)
-        episode = self._open = LoopEpisode(self._policy, self._capture, self._writer, self._config, handle)
-        try:
+        with self.episodes([task], group=group, task_id=task_id, indices=[index], seeds=[seed]) as (episode,):
             yield episode
+
+    @contextmanager
+    def episodes(
+        self,
+        tasks: Sequence[str],
+        *,
+        group: str = "loop",
+        task_id: int = 0,
+        indices: Sequence[int | None] | None = None,
+        seeds: Sequence[int | None] | None = None,
+    ) -> Iterator[list[LoopEpisode]]:
+        """Record one episode for each environment of a batch that the policy is asked about in one call.
+
+        They begin together. Tell each of its own frames with `step`, and call `finish` of one that ends
+        before the others: otherwise what the policy attends to there is kept in memory until the block is
+        left.
+
+        Args:
+            tasks: the instruction of each environment, in the order of the batch.
+            group: first part of the folder's name.
+            task_id: second part of the folder's name.
+            indices: the episodes' numbers; default: those after the last.
+            seeds: of the environments, if they have some.
+
+        Raises:
+            ConfigError: a number is not free, or an episode is open already, or there is not one number or
+                seed for each task.
+            StoreError: an earlier recording's episode of such a number was made otherwise
+                (`existing="skip"`).
+        """
+        if self._open:
+            raise ConfigError("episode: another one is open, expected one at a time; leave its block first")
+        rows = {"indices": indices or [None] * len(tasks), "seeds": seeds or [None] * len(tasks)}
+        for name, values in rows.items():
+            if isinstance(tasks, str) or not tasks or len(values) != len(tasks):
+                raise ConfigError(
+                    f"{name}: got {len(values)} for the tasks {tasks!r}, expected a list with one for each "
+                    "environment of the batch"
+                )
+        named = task_folder(group, task_id)
+        numbers = [index for index in rows["indices"] if index is not None]
+        if len(set(numbers)) < len(numbers) or 0 < len(numbers) < len(tasks):
+            raise ConfigError(f"indices: got {indices}, expected each number once, or none at all")
+        plans = [
+            self._plan(named, group, task_id, index, seed)
+            for index, seed in zip(rows["indices"], rows["seeds"], strict=True)
+        ]
+        opened = [
+            LoopEpisode(
+                self._policy,
+                self._capture,
+                self._writer,
+                self._config,
+                self._handle(plan, task),
+                self._enable,
+            )
+            for plan, task in zip(plans, tasks, strict=True)
+        ]
+        self._open = opened
+        self._enable()
+        try:
+            yield opened
+            for episode in opened:
+                episode.finish()
         except BaseException as error:
-            episode.interrupt(error)
+            for episode in opened:
+                episode.interrupt(error)
             raise
-        else:
-            episode.finish()
         finally:
-            self._open = None
-            self._capture.enabled = False
+            self._open = []
+            self._enable()
+
+    def _handle(self, plan: EpisodePlan | None, task: str) -> EpisodeHandle | None:
+        if plan is None:
+            return None
+        handle = EpisodeHandle(plan, 0, self._config, self._writer, self._names, strict=False)
+        handle.task, handle.has_reward, handle.has_success = task, False, False
+        self._handles.append(handle)
+        return handle
+
+    def _enable(self) -> None:
+        """Watch the policy as long as something of it is wanted."""
+        self._capture.enabled = any(episode.wants_inferences for episode in self._open)
 
     def _begin(self, capture: AttentionCapture, attributes: Mapping[str, Any]) -> None:
         self._capture = capture
@@ -249,12 +322,39 @@ class LoopRecording:
 
     def _observed(self, select_action: Any) -> Any:
         def observed_select_action(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            for episode in self._open:
+                episode.on_request()
             action = select_action(batch, *args, **kwargs)
-            if self._open is not None:
-                self._open.on_action(batch, action)
+            if any(episode.wants_inferences for episode in self._open):
+                self._on_action(batch, action)
             return action
 
         return observed_select_action
+
+    def _asked(self, predict_action_chunk: Any) -> Any:
+        def asked_predict_action_chunk(*args: Any, **kwargs: Any) -> Any:
+            for episode in self._open:
+                episode.on_request()
+            return predict_action_chunk(*args, **kwargs)
+
+        return asked_predict_action_chunk
+
+    def _on_action(self, batch: dict[str, Any], action: Any) -> None:
+        """Nothing that goes wrong here may reach the loop through the policy."""
+        rows, copies = None, HostCopies()
+        try:
+            rows = copies.copy(action.detach().float().reshape(len(self._open), -1))
+            copies.seal()
+        except Exception as error:
+            self._on_failure(
+                CaptureError(f"select_action returned no ({len(self._open)}, action_dim) tensor: {error}")
+            )
+        views = shown_by(self._capture, batch) if self._config.cameras else None
+        for env, episode in enumerate(self._open):
+            episode.on_action(
+                None if rows is None else Chosen(copies, rows[env : env + 1]),
+                None if views is None else views.of(env),
+            )
 
     def _on_record(self, record: InferenceRecord) -> None:
         if not self._size_told:
@@ -265,11 +365,18 @@ class LoopRecording:
                 format_bytes(self._capture.selection.bytes_per_inference(record.layout)),
                 format_bytes(shutil.disk_usage(self.folder).free),
             )
-        if self._open is not None:  # else it ended after its episode, on a thread of its own
-            self._open.on_inference(record)
+        if not self._open:
+            return  # it ended after its episode, on a thread of its own
+        if record.batch_size != len(self._open):
+            raise CaptureError(
+                f"the policy got a batch of {record.batch_size}, expected {len(self._open)}: an episode is "
+                "one robot's or environment's; open one for each with `recording.episodes(tasks)`"
+            )
+        for env, episode in enumerate(self._open):
+            episode.on_inference(record if record.batch_size == 1 else record.of(env))
 
     def _on_failure(self, error: Exception) -> None:
-        if self._open is None:
+        if not self._open:
             logger.error("An inference outside of every episode could not be captured: %s", error)
-        else:
-            self._open.fail(error)
+        for episode in self._open:
+            episode.fail(error)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,27 @@ from lerobot_attn.recording.plan import DimensionNames
 logger = logging.getLogger(__name__)
 
 
+class Chosen(NamedTuple):
+    """What `select_action` returned for an environment: (1, action_dim), on its way to the host."""
+
+    copies: HostCopies
+    row: Tensor
+
+
+def shown_by(capture: AttentionCapture, batch: dict[str, Any]) -> Views | None:
+    """Start to copy what the cameras of a batch show. What goes wrong costs the videos alone."""
+    copies = HostCopies()
+    try:
+        images = {name: copies.copy(view) for name, view in capture.adapter.camera_views(batch).items()}
+    except Exception as error:
+        logger.error("What the cameras show cannot be had, so there is no video of it: %s", error)
+        return None
+    copies.seal()
+    return Views(copies, images) if images else None
+
+
 class LoopEpisode:
-    """One episode of a loop; what `LoopRecording.episode` yields.
+    """One episode of a loop; what `LoopRecording.episode` yields, and `episodes` for each environment.
 
     Attributes:
         success: whether the episode succeeded; None until somebody knows. What `step` is told counts where
@@ -41,6 +60,7 @@ class LoopEpisode:
         writer: BackgroundWriter,
         config: AttentionConfig,
         handle: EpisodeHandle | None,
+        after_step: Callable[[], None],
     ):
         self.success: bool | None = None
         self._policy = policy
@@ -48,19 +68,25 @@ class LoopEpisode:
         self._writer = writer
         self._config = config
         self._handle = handle
+        self._after_step = after_step
         # Inferences whose frame has not been told yet: what the frame brings decides which arrays there are.
-        self._records: list[InferenceRecord] = []
-        self._chosen: tuple[HostCopies, Tensor] | None = None
+        self._records: list[tuple[InferenceRecord, int]] = []  # and the frame that the policy was shown
+        self._asked_at = 0
+        self._chosen: Chosen | None = None
         self._views: Views | None = None
         self._state_names: tuple[str, ...] = ()
         self._lock = threading.RLock()  # an inference may end on another thread than the loop's
         self._over = False
-        capture.enabled = handle is not None
 
     @property
     def is_recorded(self) -> bool:
         """Whether the episode is recorded: not if an earlier recording holds it, or nobody asked for it."""
         return self._handle is not None
+
+    @property
+    def wants_inferences(self) -> bool:
+        """Whether what the policy attends to next would be stored."""
+        return self._handle is not None and not self._over and self._handle.failure is None
 
     @property
     def n_frames(self) -> int:
@@ -89,7 +115,8 @@ class LoopEpisode:
             policy_action: (action_dim,) as the policy returned it. Needed only where it did not come from
                 `policy.select_action`: the token of the chunk is found by it.
             from_chunk: False where the action is no single token of a chunk: blended, overlapping, or changed
-                beyond what a postprocessor does. So is any action that is not found in the newest chunk.
+                beyond what a postprocessor does. So is any action that is neither in the newest chunk nor in
+                the one before.
 
         Raises:
             CaptureError: the episode is over; a reward or state at some frames only; an action of another
@@ -117,7 +144,7 @@ class LoopEpisode:
                 queue_views(self._writer, [handle], views)
             handle.add_frame(frame, has_token=from_chunk)
             handle.next_frame()
-            self._capture.enabled = handle.failure is None
+        self._after_step()
         handle.tell_failure(goes_on="the loop")
 
     def _frame(
@@ -152,7 +179,7 @@ class LoopEpisode:
                     f"{name} {given} at frame {handle.n_frames}, but was otherwise at frame 0; expected it "
                     "at every frame or at none"
                 )
-        copies, policy_row = self._chosen or (HostCopies(), None)
+        copies, policy_row = self._chosen if self._chosen is not None else (HostCopies(), None)
         self._chosen = None
         if policy_action is not None:
             policy_row = torch.from_numpy(as_row("policy_action", policy_action)[0])
@@ -173,50 +200,23 @@ class LoopEpisode:
             return None
         names = getattr(getattr(self._policy, "config", None), "image_features", None) or ()
         pictures = pictures_of(observation, list(names))
-        return self._copied(pictures) if pictures else None
+        return shown_by(self._capture, pictures) if pictures else None
 
-    def _copied(self, batch: dict[str, Any]) -> Views | None:
-        """Start to copy what the cameras of a batch show. What goes wrong costs the videos alone."""
-        copies = HostCopies()
-        try:
-            images = {
-                name: copies.copy(view) for name, view in self._capture.adapter.camera_views(batch).items()
-            }
-        except Exception as error:
-            logger.error("What the cameras show cannot be had, so there is no video of it: %s", error)
-            return None
-        copies.seal()
-        return Views(copies, images) if images else None
-
-    def on_action(self, batch: dict[str, Any], action: Any) -> None:
-        """The policy has chosen an action. Nothing that goes wrong here may reach the loop through it."""
-        if self._handle is None or self._over:
-            return
+    def on_request(self) -> None:
+        """The policy is asked about the frame that runs; what it answers may come some frames later."""
         with self._lock:
-            try:
-                copies = HostCopies()
-                rows = action.detach().float().reshape(-1, action.shape[-1])
-                self._chosen = copies, copies.copy(rows)
-                copies.seal()
-            except Exception as error:
-                self.fail(CaptureError(f"select_action returned no (batch, action_dim) tensor: {error}"))
-            self._views = self._copied(batch) if self._config.cameras else None
+            self._asked_at = self.n_frames
+
+    def on_action(self, chosen: Chosen | None, views: Views | None) -> None:
+        """The policy has chosen an action, and the cameras showed it something; None where nobody knows."""
+        with self._lock:
+            self._chosen, self._views = chosen, views
 
     def on_inference(self, record: InferenceRecord) -> None:
-        """The policy ran; the next frame tells what else there is.
-
-        Raises:
-            CaptureError: it ran for several environments at once.
-        """
+        """The policy ran, for this environment alone; the next frame tells what else there is."""
         with self._lock:
-            if self._handle is None or self._over:
-                return
-            if record.batch_size != 1:
-                raise CaptureError(
-                    f"the policy got a batch of {record.batch_size}, expected 1: an episode is one robot's "
-                    "or environment's"
-                )
-            self._records.append(record)
+            if self._handle is not None and not self._over:
+                self._records.append((record, self._asked_at))
 
     def fail(self, error: Exception) -> None:
         """What follows in this episode cannot be recorded."""
@@ -225,11 +225,14 @@ class LoopEpisode:
 
     def _queue_records(self, handle: EpisodeHandle) -> None:
         while self._records:
-            queue_inference(self._writer, [handle], self._records.pop(0))
+            record, asked_at = self._records.pop(0)
+            queue_inference(self._writer, [handle], record, asked_at=asked_at)
 
     def finish(self) -> None:
-        """The block was left."""
+        """End the episode; leaving its block does so. Of several, for one that ends before the others."""
         with self._lock:
+            if self._over:
+                return
             self._over = True
             if self._handle is None:
                 return
@@ -241,8 +244,10 @@ class LoopEpisode:
             logger.error("%s: the policy made no inference, nothing was recorded", self._handle.plan.name)
 
     def interrupt(self, error: BaseException) -> None:
-        """The block raised."""
+        """The block raised; an episode that had ended is whole."""
         with self._lock:
+            if self._over:
+                return
             self._over = True
             if self._handle is not None:
                 self._queue_records(self._handle)
