@@ -7,7 +7,7 @@ Knows no loop and no policy.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import numpy as np
@@ -190,7 +190,9 @@ def queue_inference(
         record: what was captured.
         asked_at: frame that the policy was shown; None: the one that is running.
     """
-    jobs = {handle.plan.path: handle._append(record, asked_at) for handle in handles}
+    jobs: dict[Hashable, Callable[[], None]] = {
+        handle.plan.path: handle._append(record, asked_at) for handle in handles
+    }
     writer.submit_shared(jobs, record.n_bytes)
     # Only now: a Ctrl-C while the queue is full leaves the frames to `interrupt`.
     for handle in handles:
