@@ -16,11 +16,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from lerobot_attn import open_run
 from lerobot_attn.figures import save_figure
 from lerobot_attn.overlay import OverlaySettings, write_overlay
 from lerobot_attn.plot import KINDS, PlotSettings, plot
 from lerobot_attn.report import comparison_figure
-from lerobot_attn.store.runs import open_run
 from lerobot_attn.verify import contact_sheet
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
