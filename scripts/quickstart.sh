@@ -52,8 +52,8 @@ say "Do maps, frames and videos belong together?"
 run lerobot-attn verify "$store" -o "$results/look/contact-sheet.png" </dev/null
 
 say "Where and at what it looked"
-run lerobot-attn plot "$store" --kind image -o "$results/look/soup.png" </dev/null
-run lerobot-attn plot "$other" --kind image -o "$results/look/milk.png" </dev/null
+run lerobot-attn plot "$store" --kind image --frames 0,20 -o "$results/look/soup.png" </dev/null
+run lerobot-attn plot "$other" --kind image --frames 0,20 -o "$results/look/milk.png" </dev/null
 run lerobot-attn plot "$store" --kind combined -o "$results/look/combined.png" </dev/null
 run lerobot-attn overlay "$store" -o "$results/look/overlay.mp4" </dev/null
 

@@ -101,11 +101,16 @@ _open: dict[int, Scene] = {}
 
 def _scene(task: int) -> Scene:
     if task not in _open:
-        for scene in _open.values():
-            scene.close()
-        _open.clear()
+        close_scenes()
         _open[task] = Scene(task, image_px=RENDER_PX)
     return _open[task]
+
+
+def close_scenes() -> None:
+    """Free the scene that this process has open, if any."""
+    for scene in _open.values():
+        scene.close()
+    _open.clear()
 
 
 def _run(job: tuple[Path, Trial]) -> tuple[Trial, Outcome]:
