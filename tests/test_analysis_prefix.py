@@ -526,6 +526,7 @@ def test_flow_to_groups_is_networkx_s(stack):
         ("modality", "actions"): np.flatnonzero(kinds == 5),
         ("task", "pick"): [13],
         ("task", "bowl"): [14, 15],
+        **({("state", "state token"): [N_PREFIX]} if stack.first else {}),
         ("state", "shoulder"): [17],
         ("state", "elbow"): [18],
     }

@@ -41,7 +41,7 @@ def prompts(*rows, names=("shoulder", "elbow"), first=2):
     n = max(map(len, rows))
     layout = TokenLayout(
         (
-            Segment("state", "state", 0, first),
+            Segment("image", "image", 0, first),
             Segment("language", "language", first, first + n),
             Segment("action", "action", first + n, first + n + 1),
         ),
@@ -50,7 +50,7 @@ def prompts(*rows, names=("shoulder", "elbow"), first=2):
     )
     texts = np.full((len(rows), n), "", dtype=object)
     kinds = np.full((len(rows), layout.n_keys), Kind.PADDING, np.int8)
-    kinds[:, :first], kinds[:, -1] = STATE, Kind.ACTION
+    kinds[:, :first], kinds[:, -1] = Kind.IMAGE, Kind.ACTION
     words, dims = np.full((len(rows), n), -1), np.full((len(rows), n), -1)
     for i, row in enumerate(rows):
         for slot, (piece, letter, *ordinal) in enumerate(row):
@@ -268,7 +268,7 @@ def test_an_episode_without_inferences(tmp_path, data):
     assert modality_share(dataset, frame="all").sizes["frame"] == 0
     assert action_self_attention(dataset).values.shape == (0, 5, 5)
     assert len(to_table(modality_share(dataset))) == 0
-    with pytest.raises(SelectionError, match="got no language tokens"):
+    with pytest.raises(SelectionError, match="got no tokens of language or state"):
         token_attention(dataset)
 
 

@@ -311,7 +311,7 @@ class TestLearning:
             return None
 
     def test_an_interrupted_training_ends_as_an_uninterrupted_one(self, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(learn._Loop, "EVERY", 2)
+        monkeypatch.setattr(learn.Loop, "EVERY", 2)
         monkeypatch.setattr(learn, "judge", lambda *args: {"aim": 0.0})
         whole = self.teach(data, tmp_path / "whole", 99)
         assert self.teach(data, tmp_path / "cut", 3) is None  # after the checkpoint of two steps

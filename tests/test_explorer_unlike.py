@@ -19,14 +19,14 @@ OTHER = "attention:other_0:episode_00000"
 # Prompts
 
 
-def bars(page):
-    """Return title → (label, value) of each bar of the words' panel."""
+def bars(shown):
+    """Return title → (label, value) of each bar of the words' panel of a page, or of one of its sides."""
     return {
         part.locator("h3").inner_text(): [
             (row.locator(".bar-label").inner_text(), row.locator(".bar-value").inner_text())
             for row in part.locator("li").all()
         ]
-        for part in page.locator("#words .bar-columns > *").all()
+        for part in shown.locator("#words .bar-columns > *").all()
     }
 
 
@@ -82,7 +82,8 @@ def test_an_empty_instruction(pages, tmp_path, other):
         page = pages.open(f"{address}?episode={FIRST}&frame=4&layer=2&head=mean{other}")
         first = page.locator(".side").first
         until(page, lambda: first.get_by_text("The instruction is empty").count() == 1, "it is said")
-        shown = bars(page)
+        until(page, lambda: "State" in bars(first), "the state has its bars")
+        shown = bars(first)
         assert "Words" not in shown
         expected = analysis.token_attention(data, frame=4, layer=2, head="mean", query="executed")
         state = expected.where(expected.kind == "state", drop=True)
