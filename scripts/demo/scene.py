@@ -126,11 +126,6 @@ class Scene:
         self.rest = {name: float(self.position(name)[2]) for name in self.names}
         self._upright = {name: self._pose(name)[2:].copy() for name in self.names}
 
-    @property
-    def n_official(self) -> int:
-        """Number of LIBERO's own initial states of the task."""
-        return len(self._official)
-
     def reset(self, official: int = 0, places: Mapping[str, Array] | None = None) -> None:
         """Begin anew from one of LIBERO's initial states, then wait as LeRobot does.
 
@@ -175,21 +170,6 @@ class Scene:
         """Do one action of shape (7,): six of the end effector, and the fingers (-1 open, 1 close)."""
         self.observation, _, _, _ = self._env.step(np.asarray(action, dtype=np.float64))
 
-    def hold(self) -> dict[str, Any]:
-        """Return all that `release` needs to go on from here."""
-        return {
-            "state": self.sim.get_state().flatten().copy(),
-            "fingers": np.array(self._gripper.current_action, dtype=float).copy(),
-            "timestep": self._robosuite.timestep,
-        }
-
-    def release(self, held: Mapping[str, Any]) -> None:
-        """Go on from where `hold` was called, in the same episode."""
-        self.sim.set_state_from_flattened(held["state"])
-        self._gripper.current_action = held["fingers"].copy()
-        self._robosuite.timestep = held["timestep"]
-        self.look()
-
     def position(self, name: str) -> Array:
         """Return the centre of an object or of the basket, shape (3,), metres."""
         return np.array(self.observation[f"{name}_1_pos"])
@@ -219,10 +199,6 @@ class Scene:
         axis_angle = LiberoProcessorStep()._quat2axisangle(turn)[0].numpy()
         parts = (self.hand, axis_angle, self.observation["robot0_gripper_qpos"])
         return np.concatenate(parts).astype(np.float32)
-
-    def success(self) -> bool:
-        """Return whether LIBERO calls the task, of which the first of `names` is the object, done."""
-        return bool(self._env.check_success())
 
     def in_basket(self, name: str) -> bool:
         """Return whether an object is in the basket, by LIBERO's own condition for the task's object."""
@@ -269,10 +245,6 @@ class Scene:
     def close(self) -> None:
         """Free the simulation and its rendering context."""
         self._env.close()
-
-    @property
-    def _gripper(self) -> Any:
-        return self._robosuite.robots[0].gripper
 
     def _pose(self, name: str) -> Array:
         """Return (x, y, z, and the quaternion) of an object, shape (7,)."""
