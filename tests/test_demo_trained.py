@@ -69,7 +69,10 @@ class TestCheckpoint:
 
         from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
 
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == "libero" else find(name, *rest)
+        )
         made = make_demo_checkpoint(tmp_path / "here")
         monkeypatch.undo()
         moved = made.rename(tmp_path / "there")
