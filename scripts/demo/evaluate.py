@@ -27,7 +27,15 @@ import hydra
 import numpy as np
 from generate import NAMED, RENDER_PX
 from omegaconf import DictConfig, OmegaConf
-from scene import BASKET, OBJECTS, SUITE, Scene, instruction, random_places, silence
+from scene import (
+    BASKET,
+    OBJECTS,
+    SUITE,
+    instruction,
+    random_places,
+    scene_of,
+    silence,
+)
 from tqdm import tqdm
 
 from lerobot_attn.errors import LerobotAttnError
@@ -72,7 +80,7 @@ def run(checkpoint: Path, trial: Trial) -> Outcome:
     import torch
     from rollout import PolicyActor
 
-    actor, scene = PolicyActor.of(checkpoint), _scene(trial.task)
+    actor, scene = PolicyActor.of(checkpoint), scene_of(trial.task, RENDER_PX)
     torch.manual_seed(trial.index)
     if trial.kind == "official":
         scene.reset(trial.index)
@@ -94,23 +102,6 @@ def run(checkpoint: Path, trial: Trial) -> Outcome:
         if scene.in_basket(trial.name):
             return Outcome(True, step + 1, reached, tuple(lifted))
     return Outcome(False, MOST_STEPS, reached, tuple(lifted))
-
-
-_open: dict[int, Scene] = {}
-
-
-def _scene(task: int) -> Scene:
-    if task not in _open:
-        close_scenes()
-        _open[task] = Scene(task, image_px=RENDER_PX)
-    return _open[task]
-
-
-def close_scenes() -> None:
-    """Free the scene that this process has open, if any."""
-    for scene in _open.values():
-        scene.close()
-    _open.clear()
 
 
 def _run(job: tuple[Path, Trial]) -> tuple[Trial, Outcome]:

@@ -19,7 +19,7 @@ import numpy as np
 from expert import CHUNK, GRIPS, HOVER, OPENED, Moment, Stage, act, holds, imagine
 from frames import write_shard
 from numpy.typing import NDArray
-from scene import BASKET, OBJECTS, Scene, is_place, random_place, random_places
+from scene import BASKET, OBJECTS, Scene, is_place, random_place, random_places, scene_of
 
 Array = NDArray[Any]
 
@@ -115,23 +115,10 @@ def generate(jobs: list[Job], processes: int, progress: Callable[[int], object])
 
 def _make(job: Job) -> int:
     """Make one shard in a worker process; return its number of frames."""
-    scene = _scene(job.task)
+    scene = scene_of(job.task, RENDER_PX)
     frames = approach_frames(scene, job) if job.kind == "approach" else episode_frames(scene, job)
     write_shard(job.path, frames)
     return job.n
-
-
-_open: dict[int, Scene] = {}
-
-
-def _scene(task: int) -> Scene:
-    """Return the task's scene; a process keeps one, for each holds a rendering context."""
-    if task not in _open:
-        for scene in _open.values():
-            scene.close()
-        _open.clear()
-        _open[task] = Scene(task, image_px=RENDER_PX)
-    return _open[task]
 
 
 def picture(scene: Scene) -> dict[str, Any]:

@@ -8,8 +8,6 @@ of those in sight? Chance is one over their number.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ import numpy as np
 import torch
 from generate import RENDER_PX, Job, approach_frames
 from numpy.typing import NDArray
-from scene import OBJECTS, Scene, instruction
+from rollout import load, observation
+from scene import OBJECTS, Scene
 
 from lerobot_attn import AttentionConfig, capture_attention
 
@@ -60,13 +59,7 @@ def grounding(
         frames: how many of each.
         progress: called after each frame.
     """
-    from lerobot.policies.factory import make_pre_post_processors
-
-    from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
-
-    with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints what it loads
-        policy = PI05TinyPolicy.from_pretrained(checkpoint).eval()
-    before, _ = make_pre_post_processors(policy.config, pretrained_path=str(checkpoint))
+    policy, before, _ = load(checkpoint)
     rng = np.random.default_rng(SEED)
     looks: list[Look] = []
     for task in tasks:
@@ -89,20 +82,14 @@ def grounding(
 @torch.no_grad()
 def _attention(policy: Any, before: Any, frame: dict[str, Any], named: int) -> Array:
     """Return the mean attention of the executed actions on each patch, (layers, 512)."""
-    images = torch.from_numpy(frame["images"]).permute(0, 3, 1, 2).float() / 255
-    observation = {
-        "observation.images.image": images[:1],
-        "observation.images.image2": images[1:],
-        "observation.state": torch.from_numpy(frame["state"])[None],
-        "task": [instruction(OBJECTS[named])],
-    }
+    seen = observation(frame["images"], frame["state"], OBJECTS[named])
     noise = torch.randn(
         (1, policy.config.chunk_size, policy.config.max_action_dim),
         generator=torch.Generator().manual_seed(0),
     )
     executed = policy.config.n_action_steps
     with capture_attention(policy, AttentionConfig(layers="all")) as capture:
-        policy.predict_action_chunk(before(observation), noise=noise)
+        policy.predict_action_chunk(before(seen), noise=noise)
         (record,) = capture.drain()
     assert record.suffix_attention is not None
     maps = np.asarray(record.suffix_attention[:, :, 0, :, :executed, :512], np.float32)

@@ -20,21 +20,40 @@ from scene import Scene, instruction
 Array = NDArray[Any]
 
 
+def load(checkpoint: Path) -> tuple[Any, Any, Any]:
+    """Return the policy of a checkpoint folder, its pre- and its postprocessor."""
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
+
+    with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints what it loads
+        policy = PI05TinyPolicy.from_pretrained(checkpoint).eval()
+    return policy, *make_pre_post_processors(policy.config, pretrained_path=str(checkpoint))
+
+
+def observation(images: Array, state: Array, name: str) -> dict[str, Any]:
+    """Return what LeRobot hands the preprocessor.
+
+    Args:
+        images: (2, px, px, 3) uint8, agent view and wrist.
+        state: (8,) float32.
+        name: of the object that is named.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    return {
+        "observation.images.image": pixels[:1],
+        "observation.images.image2": pixels[1:],
+        "observation.state": torch.from_numpy(state)[None],
+        "task": [instruction(name)],
+    }
+
+
 class PolicyActor:
     """A policy, its processors, and the actions of its last chunk that are still to be done."""
 
     def __init__(self, checkpoint: Path):
         """Load a checkpoint folder."""
-        from lerobot.policies.factory import make_pre_post_processors
-
-        from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
-
-        with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints what it loads
-            self._policy = PI05TinyPolicy.from_pretrained(checkpoint)
-        self._policy.eval()
-        self._before, self._after = make_pre_post_processors(
-            self._policy.config, pretrained_path=str(checkpoint)
-        )
+        self._policy, self._before, self._after = load(checkpoint)
         self._waiting: list[Array] = []
 
     @classmethod
@@ -50,14 +69,8 @@ class PolicyActor:
     def act(self, scene: Scene, name: str) -> Array:
         """Return the next action, (7,), when an object is named; looks at the scene if a new chunk is due."""
         if not self._waiting:
-            images = torch.from_numpy(np.ascontiguousarray(scene.images())).permute(0, 3, 1, 2).float() / 255
-            observation = {
-                "observation.images.image": images[:1],
-                "observation.images.image2": images[1:],
-                "observation.state": torch.from_numpy(scene.state())[None],
-                "task": [instruction(name)],
-            }
-            chunk = self._policy.predict_action_chunk(self._before(observation))
+            seen = observation(scene.images(), scene.state(), name)
+            chunk = self._policy.predict_action_chunk(self._before(seen))
             actions = self._after(chunk[0, : self._policy.config.n_action_steps])
             self._waiting = list(actions.float().numpy())
         return self._waiting.pop(0)

@@ -280,6 +280,24 @@ class Scene:
         return geoms[np.where(numbers <= context.scn.ngeom, numbers, 0)]
 
 
+_open: dict[int, Scene] = {}
+
+
+def scene_of(task: int, image_px: int) -> Scene:
+    """Return the task's scene; a process keeps one, for each holds a rendering context."""
+    if task not in _open:
+        close_scenes()
+        _open[task] = Scene(task, image_px=image_px)
+    return _open[task]
+
+
+def close_scenes() -> None:
+    """Free the scene that this process keeps, if any."""
+    for scene in _open.values():
+        scene.close()
+    _open.clear()
+
+
 def is_place(place: Array) -> bool:
     """Return whether an object may stand at (x, y), metres: in sight and within the hand's reach."""
     on_floor = FLOOR_X[0] < place[0] < FLOOR_X[1] and FLOOR_Y[0] < place[1] < FLOOR_Y[1]
