@@ -89,6 +89,16 @@ class TestCheckpoint:
         assert action.shape == (1, 7)
         assert torch.isfinite(action).all()
 
+    def test_each_variant_says_what_it_is(self, tmp_path):
+        remarks = set()
+        for variant in trained.VARIANTS:
+            made = make_demo_checkpoint(tmp_path / variant, variant=variant)
+            config = json.loads((made / "config.json").read_text())
+            assert config["remark"].startswith(trained.REMARK)
+            remarks.add(config["remark"])
+        assert len(remarks) == len(trained.VARIANTS) == 2
+        assert "low or high" in config["remark"]
+
     def test_a_variant_that_is_not_there(self, tmp_path):
         with pytest.raises(SetupError, match="no trained demo policy 'pi06'") as caught:
             make_demo_checkpoint(tmp_path / "new", variant="pi06")

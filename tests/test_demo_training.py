@@ -400,6 +400,19 @@ class TestReport:
             "2 of 4",
         ]
 
+    def test_table_counts_how_high_objects_were_carried(self):
+        needed = expert.carry_height(GRIPS["milk"]) - GRIPS["milk"].height
+        row = {"kind": "named", "task": 0, "name": "milk", "success": True, "steps": 9, "reached": "milk"}
+        heights = [needed, needed + 0.001, needed + 0.061, needed - 0.05, needed + 0.3]
+        rows = [{**row, "index": i, "lifted": ["milk"], "height": height} for i, height in enumerate(heights)]
+        rows.append({**row, "index": 9, "lifted": [], "height": 0.0})  # not lifted: not counted
+        head, _, counts = evaluate.table(rows).splitlines()[-3:]
+        cells = dict(
+            zip(*([cell.strip() for cell in line.split("|")] for line in (head, counts)), strict=True)
+        )
+        assert (cells["less"], cells["-1 to 1 cm"], cells["5 to 7 cm"], cells["more"]) == ("1", "2", "1", "1")
+        assert "episodes, of 5" in counts
+
     def test_tasks_are_the_suites_own(self, libero_ready):
         from libero.libero import benchmark
 

@@ -18,17 +18,20 @@ def demo_policy(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights instead of trained ones: the maps mean nothing.")
     ] = False,
-    variant: Annotated[str, typer.Option(help="Which trained policy.")] = "pi05_tiny",
+    variant: Annotated[
+        str,
+        typer.Option(help="Which trained policy: pi05_tiny; pi05_tiny_heights lifts low or high at random."),
+    ] = "pi05_tiny",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
     """Write a tiny Pi0.5 checkpoint, trained in simulation on libero_object, for trying things out."""
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
-    from lerobot_attn.demo.trained import REMARK
+    from lerobot_attn.demo.trained import REMARKS
 
     with status("Writing the demo checkpoint (loading LeRobot takes a while)"):
         path = make_demo_checkpoint(directory, random=random, variant=variant, seed=seed, overwrite=overwrite)
-    what = "random weights, so its attention maps mean nothing" if random else REMARK
+    what = "random weights, so its attention maps mean nothing" if random else REMARKS[variant]
     print(f"Wrote {path}: policy type pi05_tiny, {what}.")
     print(f"Use it with: lerobot-eval --policy.path={path} …")
 

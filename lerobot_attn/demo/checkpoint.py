@@ -167,7 +167,7 @@ def _write_random(directory: Path, seed: int) -> None:
 def _write_trained(directory: Path, variant: str) -> None:
     """Write a checkpoint with the trained weights that come with the package."""
     tokenizer_json = trained.tokenizer_json()
-    policy = trained.policy(variant, libero_config(vocab_size(tokenizer_json), **trained.SETTINGS))
+    policy = trained.policy(variant, libero_config(vocab_size(tokenizer_json), **trained.settings(variant)))
     save_policy(directory, policy, tokenizer_json, trained.STATE_RANGES, trained.ACTION_RANGES)
     (directory / "README.md").write_text(trained.card(), encoding="utf-8")
 

@@ -8,7 +8,7 @@ module loads neither torch nor LeRobot.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import SetupError
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
 
 WEIGHTS = Path(__file__).parent / "weights"
-DEFAULT = "pi05_tiny"
-VARIANTS = (DEFAULT,)
+DEFAULT, HEIGHTS = "pi05_tiny", "pi05_tiny_heights"
 
-# What everything that shows its maps says, in one line.
+# What everything that shows a policy's maps says, in one line.
 REMARK = "demo policy, trained in simulation on LIBERO's object suite"
+REMARKS = {DEFAULT: REMARK, HEIGHTS: f"{REMARK}, lifts low or high at random"}
+VARIANTS = tuple(REMARKS)
 
 # Fields of PI05TinyConfig that differ from the random policy's.
-SETTINGS = {"head_dim": 32, "random_weights": False, "remark": REMARK}
+SETTINGS = {"head_dim": 32, "random_weights": False}
 
 # Weights that no number of an inference depends on; Pi0.5 has them all the same.
 HEADS = (
@@ -59,6 +60,11 @@ def _three_digits(low: float, high: float) -> tuple[float, float]:
 
 STATE_RANGES = tuple(_three_digits(low, high) for low, high in _WORKSPACE)
 ACTION_RANGES = (*(3 * ((-0.7, 0.7),)), *(4 * ((-1.0, 1.0),)))
+
+
+def settings(variant: str) -> dict[str, Any]:
+    """Return the fields of PI05TinyConfig of a trained policy; of one that is not in the package, too."""
+    return {**SETTINGS, "remark": REMARKS.get(variant, REMARK)}
 
 
 def check(variant: str) -> None:

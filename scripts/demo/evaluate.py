@@ -12,6 +12,7 @@ becomes a line of JSON, so an interrupted evaluation goes on where it was. Print
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,8 +24,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import expert
 import hydra
 import numpy as np
+from expert import GRIPS
 from generate import NAMED, RENDER_PX
 from omegaconf import DictConfig, OmegaConf
 from scene import (
@@ -67,12 +70,21 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened: steps done, success, the objects that the hand came down on first and that it lifted."""
+    """What happened in one episode.
+
+    Attributes:
+        success: LIBERO's own.
+        steps: that were done.
+        reached: the object that the hand came down on first, "" if on none.
+        lifted: the objects that were lifted, in this order.
+        height: of the named object above where it stood, the most of the episode, metres.
+    """
 
     success: bool
     steps: int
     reached: str
     lifted: tuple[str, ...]
+    height: float
 
 
 def run(checkpoint: Path, trial: Trial) -> Outcome:
@@ -90,7 +102,7 @@ def run(checkpoint: Path, trial: Trial) -> Outcome:
     actor.begin()
     start = {name: scene.position(name) for name in scene.names}
     lifted: list[str] = []
-    reached = ""
+    reached, height = "", 0.0
     for step in range(MOST_STEPS):
         scene.step(actor.act(scene, trial.name))
         for name in scene.names:
@@ -99,9 +111,10 @@ def run(checkpoint: Path, trial: Trial) -> Outcome:
             below = np.hypot(*(scene.hand - start[name])[:2])
             if not reached and below < REACHED and scene.hand[2] < LOW:
                 reached = name
+        height = max(height, float(scene.position(trial.name)[2] - start[trial.name][2]))
         if scene.in_basket(trial.name):
-            return Outcome(True, step + 1, reached, tuple(lifted))
-    return Outcome(False, MOST_STEPS, reached, tuple(lifted))
+            return Outcome(True, step + 1, reached, tuple(lifted), round(height, 3))
+    return Outcome(False, MOST_STEPS, reached, tuple(lifted), round(height, 3))
 
 
 def _run(job: tuple[Path, Trial]) -> tuple[Trial, Outcome]:
@@ -165,7 +178,31 @@ def table(rows: list[dict[str, Any]]) -> str:
                 shown(row["success"] for row in own),
             )
             lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append("")
+    return "\n".join([*lines, *_heights(rows)]).rstrip("\n")
+
+
+def _heights(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table of how many episodes carried the object how much higher than the basket's rim asks."""
+    above = [
+        row["height"] - expert.carry_height(GRIPS[row["name"]]) + GRIPS[row["name"]].height
+        for row in rows
+        if row["name"] in row["lifted"] and "height" in row  # rows of older evaluations have none
+    ]
+    if not above:
+        return []
+    edges = np.array([-np.inf, -0.01, 0.01, 0.03, 0.05, 0.07, 0.09, np.inf])
+    names = [
+        "less",
+        *(f"{100 * a:.0f} to {100 * b:.0f} cm" for a, b in itertools.pairwise(edges[1:-1])),
+        "more",
+    ]
+    counts = np.histogram(above, edges)[0]
+    return [
+        f"| lifted higher than needed by | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+        f"| episodes, of {len(above)} | {' | '.join(map(str, counts))} |",
+    ]
 
 
 def evaluate(

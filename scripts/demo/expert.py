@@ -101,6 +101,11 @@ def holds(moment: Moment, grip: Grip) -> bool:
     return bool(between and level and grip.width - 0.02 < moment.opening < grip.width + 0.004)
 
 
+def carry_height(grip: Grip) -> float:
+    """Return how high over the floor the hand carries an object over the basket's rim, metres."""
+    return max(0.24, grip.height + RIM + 0.025)
+
+
 def act(moment: Moment, grip: Grip, *, lift: float = 0.0) -> tuple[Array, Stage]:
     """Return the teacher's action, shape (7,), and what it is doing.
 
@@ -139,7 +144,7 @@ def _deliver(moment: Moment, grip: Grip, lift: float) -> tuple[Array, float, Sta
     """Return where to, what the fingers do, the stage, and factors on the sideways move, (2,)."""
     hand, basket = moment.hand, moment.basket
     away = float(np.hypot(*(basket - hand)[:2]))
-    carry = max(0.24, grip.height + RIM + 0.025) + lift  # higher, and the arm is stretched
+    carry = carry_height(grip) + lift  # much higher, and the arm is stretched
     low = grip.height + 0.03
     share = min(1.0, max(0.0, (away - 0.025) / 0.025))
     goal = np.array([basket[0], basket[1], low + share * (carry - low)])

@@ -1,6 +1,7 @@
 """Train the demo policy from nothing but LIBERO's assets, in some hours on two cores.
 
     python scripts/demo/train.py                     # into outputs/demo; goes on where it was interrupted
+    python scripts/demo/train.py --config-name heights    # the variant that lifts low or high at random
     python scripts/demo/train.py --config-name miniature folder=DIR   # two minutes, to see that it runs
     python scripts/demo/train.py export=true         # and put the weights into the package
 
@@ -45,7 +46,8 @@ class Training:
         self.folder = Path(config.folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer_json = demo_tokenizer_json()
-        self.policy_config = libero_config(vocab_size(self.tokenizer_json), **trained.SETTINGS)
+        settings = trained.settings(config.variant)
+        self.policy_config = libero_config(vocab_size(self.tokenizer_json), **settings)
         torch.set_num_threads(config.threads)
 
     def run(self) -> None:
