@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.compare import Align, Aspect, compare_each, overall_table, patches_of
 from lerobot_attn.analysis.renamed import warn_renamed
-from lerobot_attn.analysis.select import Where
+from lerobot_attn.analysis.select import Where, seen_frame
 from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, Normalisation, colour_range
 from lerobot_attn.errors import ConfigError, SelectionError
@@ -279,12 +279,18 @@ def _without_sinks(a: Sequence[Episode], b: Sequence[Episode], settings: Compare
     return replace(settings, exclude=keys_to_exclude(settings.exclude, (*a, *b)))
 
 
+def _strip_frames(episode: Episode) -> list[int]:
+    """Return frames at five phases: those that the policy saw, unless its inferences are too few for that."""
+    frames = sorted({round(phase * (episode.n_frames - 1)) for phase in np.linspace(0, 1, _STRIP)})
+    seen = sorted({seen_frame(episode.arrays, frame) for frame in frames})
+    return seen if len(seen) == len(frames) else frames
+
+
 def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figures.Group, xr.DataArray]:
     """Return one side's heatmaps over its images at five phases, and the same on the patches."""
     data = episode.arrays
     camera, geometry, _ = analysis.camera_geometry(data, settings.camera)
-    frames = sorted({round(phase * (episode.n_frames - 1)) for phase in np.linspace(0, 1, _STRIP)})
-    where: Where = {**settings.where, "frame": frames}
+    where: Where = {**settings.where, "frame": (frames := _strip_frames(episode))}
     heat = analysis.image_heatmap(
         data, camera, normalisation=settings.normalisation, clip=settings.clip, **where
     )
@@ -386,7 +392,7 @@ def _side(episodes: Sequence[Episode]) -> str:
     outcomes = [episode.success for episode in episodes]
     solved = f"{outcomes.count(True)} of {len(episodes)} solved"
     if len(episodes) == 1:
-        solved = {True: "success", False: "failure", None: "unfinished"}[outcomes[0]]
+        solved = {True: "success", False: "failure", None: "outcome not recorded"}[outcomes[0]]
         return f"{store_name(episodes[0].path)} ({solved}): {episodes[0].task}"
     tasks = sorted({episode.task for episode in episodes})
     task = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"

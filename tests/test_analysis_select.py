@@ -11,7 +11,7 @@ import zarr
 from lerobot_attn import open_episode
 from lerobot_attn.analysis import attention
 from lerobot_attn.analysis.labels import ranges
-from lerobot_attn.analysis.select import executed_queries, frames_of, layout_of, stored_layers
+from lerobot_attn.analysis.select import executed_queries, frames_of, layout_of, seen_frame, stored_layers
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
 from lerobot_attn.store.writer import Compression, EpisodeWriter
@@ -600,3 +600,14 @@ def test_frames_of_counts_from_the_end(small):
 )
 def test_ranges(values, text):
     assert ranges(values) == text
+
+
+def test_seen_frame_is_the_image_that_the_inference_saw():
+    """Inference 1 saw frame 2, where 0 still acted (real-time chunking); inference 2 saw frame 6."""
+    data = xr.Dataset(
+        {
+            "frame_inference": ("frame", [0, 0, 0, 1, 1, 1, 2, 2]),
+            "inference_frame": ("inference", [0, 2, 6]),
+        }
+    )
+    assert [seen_frame(data, frame) for frame in range(8)] == [0, 0, 0, 3, 4, 5, 6, 6]

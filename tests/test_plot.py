@@ -263,10 +263,18 @@ def test_caption_is_inside_a_tight_bounding_box(episode):
         assert extent.x1 <= box.x1 + 0.01
 
 
+def test_by_default_the_map_lies_on_the_image_that_the_policy_saw(tmp_path):
+    """The middle frame is 5; the policy, asked at every third one, last saw frame 3."""
+    episode = open_episode(write_planted_episode(tmp_path, SyntheticPlan(n_frames=11)))
+    assert "frame 3 (inference 1) ·" in caption(plot(episode, "image", PlotSettings()))
+    given = caption(plot(episode, "image", PlotSettings(frames=5)))
+    assert "frame 5 (inference 1, which saw frame 3) ·" in given
+
+
 def test_caption_says_normalisation_sinks_and_fallback(plan, episode):
     settings = PlotSettings(frames=7, layers=1, normalisation="episode", exclude="sinks", clip=100)
     text = caption(plot(episode, "image", settings))
-    assert "frame 7 (inference 2)" in text
+    assert "frame 7 (inference 2, which saw frame 6)" in text
     assert "one range for the episode" in text
     assert re.search(r"\d+ key tokens? left out", text)
     assert "from stored means" in text

@@ -264,6 +264,17 @@ def frames_of(dataset: xr.Dataset, frame: Labels) -> int | list[int]:
     return positions("frame", frame, dataset.sizes.get("frame", 0))
 
 
+def seen_frame(dataset: xr.Dataset, frame: int) -> int:
+    """Return the frame whose image a frame's inference saw, if that inference also gave that frame's action.
+
+    Between two inferences the robot moves on, the map does not: over the image of the returned frame a map
+    lies where the policy looked. Where an older inference still acted there, `frame` itself is returned.
+    """
+    inference = dataset["frame_inference"].values
+    seen = int(dataset["inference_frame"].values[inference[frame]])
+    return seen if inference[seen] == inference[frame] else frame
+
+
 def stored_layers(dataset: xr.Dataset) -> tuple[list[int], list[int]]:
     """Return the layers with full maps, and those with means over the executed actions."""
     full = dataset["layer"].values.tolist() if RAW in dataset else []

@@ -67,7 +67,7 @@ def plot(
         Path | None, typer.Option("--output", "-o", help="PNG, PDF or SVG file. Default: {kind}.png")
     ] = None,
     frames: Annotated[
-        str | None, typer.Option(help="Frames, as 12 or 0,40,80 or 0-9, or all. Default: the middle one.")
+        str | None, typer.Option(help="Frames, as 12 or 0,40,80 or 0-9, or all. Default: one in the middle.")
     ] = None,
     cameras: Annotated[
         str | None, typer.Option(help="Cameras, by the end of the name. Default: all.")

@@ -42,7 +42,10 @@ def caption_of(
     data = episode.arrays
     facts = [f"{store_name(episode.path)}{outcome}{state}"]
     if isinstance(frames, list) and len(frames) == 1:
-        facts.append(f"frame {frames[0]} (inference {int(data['frame_inference'].values[frames[0]])})")
+        inference = int(data["frame_inference"].values[frames[0]])
+        saw = int(data["inference_frame"].values[inference])
+        older = f", which saw frame {saw}" if saw != frames[0] else ""
+        facts.append(f"frame {frames[0]} (inference {inference}{older})")
     elif isinstance(frames, str):
         facts.append(f"{frames} frames")
     else:

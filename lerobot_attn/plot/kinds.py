@@ -26,6 +26,7 @@ from lerobot_attn.analysis.select import (
     executed_actions,
     frames_of,
     prefix_only_layers,
+    seen_frame,
     stored_layers,
 )
 from lerobot_attn.analysis.spatial import (
@@ -322,7 +323,9 @@ def _range(
 
 
 def _frames(episode: Episode, settings: PlotSettings) -> Any:
-    return episode.n_frames // 2 if settings.frames is None else settings.frames
+    if settings.frames is None:
+        return seen_frame(episode.arrays, episode.n_frames // 2)
+    return settings.frames
 
 
 def _one_frame(episode: Episode, settings: PlotSettings) -> int:

@@ -16,7 +16,8 @@ class PlotSettings(LookSettings):
     """
 
     query: Any = None
-    # Frames: a number, a list, or 'all'. Default: the middle frame; every frame for evolution and timeline.
+    # Frames: a number, a list, or 'all'. Default: every frame for evolution and timeline; else the frame
+    # whose image the middle frame's inference saw.
     frames: Any = None
     # Cameras, by name or the end of it. Default: all that showed an image.
     cameras: Any = None
