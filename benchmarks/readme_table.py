@@ -99,7 +99,7 @@ def figures(documents: list[dict[str, Any]]) -> str:
     once = found(
         "size", "an episode: times smaller than float32 `.pt` files of the same tensors, each once, float32"
     )
-    rollout = found("overhead", "LIBERO rollout of 40 frames, capture default over without")
+    rollout = found("overhead", "LIBERO rollout of 60 frames, capture default over without")
     frame = found("explorer", "explorer, next frame, key held: p95")
     overlay = found("overlay_speed", "overlay of 280 full-size frames")
     anew = found("read", "one heatmap, store opened anew")
@@ -109,7 +109,7 @@ def figures(documents: list[dict[str, Any]]) -> str:
         f"reports (suffix-only maps, one `.pt` an action), {against_float32.value:.2g} times less than the "
         f"same two layers in float32 `.pt` files, {against_float16.value:.2g} times less than in float16, "
         f"and {once.value:.2g} times less than float32 with each tensor saved once.",
-        f"**Recording.** A LIBERO rollout of 40 frames takes {shown(rollout)} the time it takes without, on "
+        f"**Recording.** A LIBERO rollout of 60 frames takes {shown(rollout)} the time it takes without, on "
         "two CPU cores with the demo policy. On a GPU it is not measured yet.",
         f"**Looking.** A heatmap from a store that is opened anew takes {anew.value:.2g} ms, the explorer's "
         f"next frame {frame.value:.2g} ms (95th percentile), and an overlay is drawn at {overlay.value:.0f} "

@@ -3,7 +3,8 @@
     python examples/own_loop.py out
     lerobot-attn view out
 
-The demo policy's weights are random, so its maps mean nothing; put your policy and robot in its place.
+The demo policy was trained on LIBERO's pictures: on made-up ones its maps mean nothing. Put your policy and
+robot in its place.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Draw the README's pictures anew from a recorded run.
+"""Draw the README's pictures anew from recorded episodes of the trained demo policy.
 
-    python scripts/readme_images.py OUT [--other OUT2]
+    python scripts/readme_images.py OUT SWAP FAILURE
 
-Every kind of `lerobot-attn plot` from the run's first episode (record it with layers=all and
-prefix_layers=all), a comparison with the other run's first episode, a contact sheet and an overlay; small, in
-docs/images.
+OUT is a run of LIBERO's task 0, recorded with layers=all and prefix_layers=all: from its first episode every
+kind of `lerobot-attn plot`, a contact sheet and an overlay. SWAP is what examples/prompt_swap.py recorded:
+its first two episodes are compared. FAILURE is an episode that failed. Small pictures, in docs/images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lerobot_attn import open_run
+from lerobot_attn import open_episode, open_run
 from lerobot_attn.figures import save_figure
 from lerobot_attn.overlay import OverlaySettings, write_overlay
 from lerobot_attn.plot import KINDS, PlotSettings, plot
@@ -42,15 +42,17 @@ def main() -> int:
     """Draw them all, and say how large they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--other", type=Path, help="another run, for the comparison; default: the same")
+    parser.add_argument("swap", type=Path)
+    parser.add_argument("failure", type=Path)
     arguments = parser.parse_args()
-    episode = open_run(arguments.run)[0]
-    other = open_run(arguments.other)[0] if arguments.other else open_run(arguments.run)[1]
+    episode, swap = open_run(arguments.run)[0], open_run(arguments.swap)
+    failure = open_episode(arguments.failure)
     figures = {
         kind: plot(episode, kind, PlotSettings(word="soup" if kind == "cross-modal" else None))
         for kind in KINDS
     }
-    figures["comparison"] = comparison_figure([episode], [other])
+    figures["comparison"] = comparison_figure([swap[0]], [swap[1]])
+    figures["failure"] = plot(failure, "image", PlotSettings(frames=[0, failure.n_frames - 1], layers=-1))
     figures["contact-sheet"] = contact_sheet(episode)
     for name, figure in figures.items():
         shrink(save_figure(figure, FOLDER / f"{name}.png", dpi=DPI))
