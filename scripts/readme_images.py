@@ -18,9 +18,10 @@ from PIL import Image
 
 from lerobot_attn import open_episode, open_run
 from lerobot_attn.figures import save_figure
-from lerobot_attn.overlay import OverlaySettings, write_overlay
+from lerobot_attn.overlay import OverlaySettings, overlay_frames, write_overlay
 from lerobot_attn.plot import KINDS, PlotSettings, plot
 from lerobot_attn.report import comparison_figure
+from lerobot_attn.store.reader import Episode
 from lerobot_attn.verify import contact_sheet
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
@@ -38,6 +39,17 @@ def shrink(path: Path) -> None:
         path.unlink()
 
 
+def story(episode: Episode, frames: list[int]) -> Image.Image:
+    """Return frames of an episode's overlay, two in a row."""
+    settings = OverlaySettings(camera="image", size=300, frames=frames, normalisation="image")
+    shown = [Image.fromarray(frame) for frame in overlay_frames(episode, settings)]
+    width, height, gap = *shown[0].size, 12
+    sheet = Image.new("RGB", (2 * width + gap, -(-len(shown) // 2) * (height + gap) - gap), "white")
+    for index, picture in enumerate(shown):
+        sheet.paste(picture, (index % 2 * (width + gap), index // 2 * (height + gap)))
+    return sheet
+
+
 def main() -> int:
     """Draw them all, and say how large they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -46,18 +58,18 @@ def main() -> int:
     parser.add_argument("failure", type=Path)
     arguments = parser.parse_args()
     episode, swap = open_run(arguments.run)[0], open_run(arguments.swap)
-    failure = open_episode(arguments.failure)
-    figures = {
-        kind: plot(episode, kind, PlotSettings(word="soup" if kind == "cross-modal" else None))
-        for kind in KINDS
+    settings = {
+        **dict.fromkeys(("image", "combined", "heads", "text"), PlotSettings(frames=0)),
+        "cross-modal": PlotSettings(word="soup"),
     }
+    figures = {kind: plot(episode, kind, settings.get(kind, PlotSettings())) for kind in KINDS}
     figures["comparison"] = comparison_figure([swap[0]], [swap[1]])
-    figures["failure"] = plot(failure, "image", PlotSettings(frames=[0, failure.n_frames - 1], layers=-1))
     figures["contact-sheet"] = contact_sheet(episode)
     for name, figure in figures.items():
         shrink(save_figure(figure, FOLDER / f"{name}.png", dpi=DPI))
     clip = OverlaySettings(size=224, frames=list(range(0, episode.n_frames, 3)), fps=8)
     write_overlay(episode, FOLDER / "overlay.gif", clip)
+    story(open_episode(arguments.failure), [0, 60, 120, 200]).save(FOLDER / "failure.jpg", quality=88)
     for path in sorted(FOLDER.iterdir()):
         print(f"{path.stat().st_size / 1000:8.0f} kB  {path.relative_to(FOLDER.parent.parent)}")
     return 0

@@ -123,6 +123,28 @@ class TestInSimulation:
             assert set(outcome.lifted) <= {trial.name}, (trial, outcome)
         assert sum(bool(outcome.lifted) for outcome in outcomes) >= 3, outcomes
 
+    def test_another_word_in_the_same_scene_moves_the_map(
+        self, checkpoint, libero_ready, tmp_path, monkeypatch
+    ):
+        """Of four objects named in turn (examples/prompt_swap.py), three or four get a patch of their own."""
+        import numpy as np
+
+        from lerobot_attn import analysis, open_run
+
+        monkeypatch.syspath_prepend(str(SCRIPTS.parent.parent / "examples"))
+        import prompt_swap
+
+        monkeypatch.setattr(prompt_swap, "N_FRAMES", 1)
+        prompt_swap.main(str(checkpoint), tmp_path, [0])
+        run = open_run(tmp_path)
+        assert [
+            name in episode.task for episode, name in zip(run, prompt_swap.SCENES[0], strict=True)
+        ] == 4 * [True]
+        maps = [analysis.image_heatmap(episode.arrays, "image", frame=0, layer=-1).values for episode in run]
+        patches = np.array([np.unravel_index(each.argmax(), each.shape) for each in maps])
+        apart = [np.abs(patches - patch).max(1) > 1 for patch in patches]
+        assert sum(others.sum() == 3 for others in apart) >= 3, patches
+
     def test_it_looks_at_the_named_object_far_more_often_than_chance(self, checkpoint, libero_ready):
         import grounding
         import numpy as np

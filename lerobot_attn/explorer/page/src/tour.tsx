@@ -124,7 +124,7 @@ export const STOPS: Stop[] = [
     title: "State and the arm",
     at: "words",
     text: (facts) =>
-      `The robot's state is part of the prompt${facts.state_dims.length ? ` (${facts.state_dims.slice(0, 3).join(", ")} …)` : ""}: its bars stand beside the words, with the value at this frame. Below are the actions that came of it. Move to a frame where the arm turns: does the attention on a state dimension move with its value, or with nothing that you can see?`,
+      `The robot's state is part of the prompt${facts.state_dims.length ? ` (${facts.state_dims.slice(0, 3).join(", ")} …)` : ""}: its bars stand beside the words, with the value at this frame. Below are the actions that came of it. Move to a frame where the hand comes down, or the fingers close: does the attention on a state dimension move with its value, or with nothing that you can see?`,
     show: (_, facts) => {
       overview(facts);
       state.frame.value = part(facts, 0.75);
