@@ -10,6 +10,7 @@ import zarr
 from lerobot_attn import open_episode
 from lerobot_attn.analysis import attention
 from lerobot_attn.analysis.prefix import (
+    attention_from,
     cross_modal,
     image_to_text,
     prefix_attention,
@@ -675,3 +676,64 @@ def test_an_episode_without_inferences(tmp_path):
     data = write_small_store(tmp_path / "episode_00000.zarr", n_inferences=0, table=[]).dataset
     with pytest.raises(SelectionError, match="no inference to look at"):
         cross_modal(data)
+
+
+# Token → the rows that are meant, of each of the two inferences of the small store.
+ROWS_OF = {
+    "last": ([17], [18]),
+    "state": ([17], [17, 18]),
+    "mean": ([*range(8), *range(12, 18)], [*range(8), *range(12, 19)]),
+    "bowl": ([14, 15], [14, 15]),
+    1: ([14, 15], [14, 15]),
+    "PICK": ([13], [13]),
+}
+
+
+class TestAttentionFrom:
+    """Against means of the raw rows; the small store's two prompts differ in length."""
+
+    @pytest.mark.parametrize("token", list(ROWS_OF), ids=str)
+    def test_is_the_mean_of_the_rows_that_are_meant(self, tmp_path, token):
+        data = open_episode(write_small_store(tmp_path / "episode_00000.zarr")).arrays
+        raw = data.prefix_attention.values.astype(np.float32)  # (inference, layer, head, query, key)
+        found = attention_from(data, token, layer=1)
+        expected = [raw[i, 1][:, rows].mean((0, 1)) for i, rows in enumerate(ROWS_OF[token])]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+        assert found.dims == ("inference", "prefix_key")
+        by_frame = attention_from(data, token, layer=1, frame=[0, 2])
+        np.testing.assert_allclose(by_frame, [expected[TABLE[0][0]], expected[TABLE[2][0]]], rtol=1e-5)
+
+    def test_a_state_token_in_the_prefix_is_the_last(self, tmp_path):
+        plan = SyntheticPlan(prefix_layers=(0, 3), state_in_prompt=False, n_prefix_state=1)
+        data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+        (state,) = (segment for segment in plan.layout.segments if segment.kind == "state")
+        for token in ("last", "state"):
+            attended = attention_from(data, token, inference=0, layer=0)
+            assert int(attended.argmax()) == state.start  # everything else looks at itself
+        assert attention_from(data, "last", inference=0).attrs["layer"] == "layer 3"
+
+    @pytest.mark.parametrize(
+        ("plan", "token", "message"),
+        [
+            (
+                SyntheticPlan(prefix_layers=(0,)),
+                "bowls",
+                "word 'bowls' is not in the task",
+            ),
+            (
+                SyntheticPlan(),
+                "last",
+                "prefix attention was not captured; record with --eval.attention.prefix",
+            ),
+            (
+                SyntheticPlan(prefix_layers=(0,), state_in_prompt=False, n_suffix_state=1, n_queries=6),
+                "state",
+                "token 'state': this policy's prefix holds no state, expected last, mean or a word",
+            ),
+        ],
+        ids=["no such word", "not captured", "no state"],
+    )
+    def test_what_is_not_there_is_refused(self, tmp_path, plan, token, message):
+        data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+        with pytest.raises(SelectionError, match=message):
+            attention_from(data, token)

@@ -526,3 +526,55 @@ def test_any_name_fits_the_picture(tmp_path, name):
     assert (frame[-2:] == film_module.BACKGROUND).all()
     (shown,) = overlay_frames(found, OverlaySettings(frames=0, camera="all"))
     np.testing.assert_array_equal(shown, frame)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """An episode with prefix attention."""
+    plan = replace(PLAN, prefix_layers=(1, 3))
+    return open_episode(write_planted_episode(tmp_path_factory.mktemp("prefix"), plan))
+
+
+class TestPrefix:
+    """The language model's own attention: as planted, word w looks at patch w of the first camera."""
+
+    def test_a_words_patch_shines_in_every_frame(self, recorded):
+        settings = OverlaySettings(prefix_query="block", normalisation="frame", alpha=1.0)
+        geometry = recorded.layout.cameras[0].geometry
+        words = recorded.task.split()
+        patch = divmod(words.index("block"), geometry.grid_columns)
+        pixels = [[geometry.patch_at(y + 0.5, x + 0.5) == patch for x in range(96)] for y in range(96)]
+        shown = list(overlay_frames(recorded, settings))
+        assert len(shown) == recorded.n_frames
+        for frame in shown:
+            _, pure = views_of(frame, recorded, settings)
+            np.testing.assert_array_equal((pure == BRIGHTEST).all(axis=-1), pixels)
+
+    def test_the_header_says_so_and_nothing_of_steps_or_means(self, recorded):
+        film = film_of(recorded, OverlaySettings(prefix_query="state", layer=1))
+        header, footer = film._header_parts(), " ".join(film._footer_parts())
+        assert header[2:] == ["prefix", "layer 1", "head mean", "state, mean of its tokens"]
+        assert "means" not in footer
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"query": 3}, "query: got 3 with prefix_query"),
+            ({"denoise_step": 0}, "denoise_step: got 0 with prefix_query"),
+            ({"exclude": "sinks"}, "exclude: got 'sinks' with prefix_query"),
+            ({"prefix_query": 1.5}, "prefix_query: got 1.5, expected last, state, mean, or a word"),
+        ],
+    )
+    def test_what_the_prefix_does_not_have_is_refused(self, settings, message):
+        with pytest.raises(ConfigError, match=message):
+            OverlaySettings(**{"prefix_query": "last", **settings})
+
+    def test_as_a_command(self, recorded, tmp_path, monkeypatch, capsys):
+        target = tmp_path / "prefix.mp4"
+        options = ["--prefix-query", "mean", "--layer", "-1", "--frames", "0-2"]
+        status, *_ = run_cli(monkeypatch, capsys, "overlay", recorded.path, "-o", target, *options)
+        assert status == 0
+        assert count_frames(target) == 3
+        status, _, error = run_cli(monkeypatch, capsys, "overlay", recorded.path, "--prefix-query", "fork")
+        assert status == 1
+        assert error.strip().startswith("error: word 'fork' is not in the task")

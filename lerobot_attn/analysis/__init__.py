@@ -21,6 +21,7 @@ from lerobot_attn.analysis.compare import (
 from lerobot_attn.analysis.measures import attention_entropy, sharpness, stability
 from lerobot_attn.analysis.prefix import (
     PrefixWhere,
+    attention_from,
     cross_modal,
     image_to_text,
     prefix_attention,
@@ -60,6 +61,7 @@ __all__ = [
     "attention",
     "attention_entropy",
     "attention_flow",
+    "attention_from",
     "attention_rollout",
     "attention_sinks",
     "by_camera",

@@ -80,6 +80,57 @@ def prefix_attention(
     return result
 
 
+def attention_from(
+    dataset: xr.Dataset, token: str | int = "last", **where: Unpack[PrefixWhere]
+) -> xr.DataArray:
+    """Return what a token of the prefix attends to, or several tokens on average.
+
+    Args:
+        dataset: an episode's.
+        token: "last", the last one that is no padding (of SmolVLA the state token, of Pi0.5 the prompt's
+            end); "state", all of the state's; "mean", all that are no padding; or a word of the task, by its
+            text (any case) or its number from 0.
+        where: what to look at, see `PrefixWhere`.
+
+    Returns:
+        (…, prefix_key) float32 share of attention, computed. NaN in an inference whose prompt lacks the word.
+
+    Raises:
+        SelectionError: no such word, a policy whose prefix holds no state, prefix attention was not captured,
+            or no such frame, layer, …
+    """
+    choice = _PrefixChoice.of(dataset, **where)
+    weights, said = _queries(dataset, token, choice.n_prefix)
+    count = weights.sum(axis=1, keepdims=True)
+    weights = weights / np.where(count > 0, count, np.nan)
+    result = _gather(choice, rows=("token", weights[..., None])).isel(token=0, drop=True).compute()
+    result.attrs = {**choice.attributes(), "query": said}
+    return result
+
+
+def _queries(dataset: xr.Dataset, token: str | int, n_prefix: int) -> tuple[_Floats, str]:
+    """Return (inference, prefix token) float32, 1 for each token that is meant; and what to call them."""
+    kinds = dataset["key_kind"].values[:, :n_prefix]
+    filled = kinds != Kind.PADDING
+    if token == "last":
+        last = n_prefix - 1 - filled[:, ::-1].argmax(axis=1)
+        return (np.arange(n_prefix) == last[:, None]).astype(np.float32), "last token of the prefix"
+    if token == "mean":
+        return filled.astype(np.float32), "mean of the prefix's tokens"
+    if token == "state":
+        is_state = kinds == Kind.STATE
+        if not is_state.any():
+            raise SelectionError(
+                "token 'state': this policy's prefix holds no state, expected last, mean or a word"
+            )
+        return is_state.astype(np.float32), "state, mean of its tokens"
+    ordinal = find_word(dataset, token)
+    groups, keys = token_groups(dataset)
+    chosen = [i for i, group in enumerate(groups) if group.kind == Kind.TASK and group.ordinal == ordinal]
+    label = groups[chosen[0]].label if chosen else token
+    return _members(keys, chosen, n_prefix).sum(axis=2), f"word {label}"
+
+
 def text_to_image(
     dataset: xr.Dataset,
     word: str | int | None = None,

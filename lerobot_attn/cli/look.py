@@ -159,6 +159,12 @@ def overlay(
         int | None, typer.Option(help="Height of a view in pixels. Default: the camera's.")
     ] = None,
     frames: Annotated[str | None, typer.Option(help="Frames, as 0-99 or 0,5,10. Default: all.")] = None,
+    prefix_query: Annotated[
+        str | None,
+        typer.Option(
+            help="Show the language model's own attention, from this token: last, state, mean or a word."
+        ),
+    ] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Write a GIF, for a README.")] = False,
     settings: SettingsFile = None,
 ) -> None:
@@ -185,6 +191,7 @@ def overlay(
         fps=fps,
         size=size,
         frames=frames,
+        prefix_query=prefix_query,
     )
     target = output or Path("overlay.gif" if gif else "overlay.mp4")
     if gif and target.suffix.lower() != ".gif":

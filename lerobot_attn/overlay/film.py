@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from lerobot_attn import analysis
-from lerobot_attn.analysis.select import RAW, frames_of
+from lerobot_attn.analysis.select import MEANS, PREFIX, frames_of
 from lerobot_attn.analysis.spatial import NORMALISATIONS
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError
 from lerobot_attn.figures.fonts import missing_note, one_line
@@ -176,16 +176,18 @@ class Film:
         query = attrs["query"]
         if self._by_action:
             query = f"action {ACTION}"
-        return [
+        parts = [
             one_line(self._episode.layout.short_names[self._views[0].camera])
             if one_camera
             else f"{len(self._views)} cameras",
             f"frame {FRAME}/{self._episode.n_frames}",
+            "prefix" if attrs["source"] == PREFIX else "",
             attrs["layer"],
-            attrs["denoise_step"],
+            attrs.get("denoise_step", ""),
             f"head {settings.head}" if isinstance(settings.head, str) else attrs["head"],
             query,
         ]
+        return [part for part in parts if part]
 
     def _footer_parts(self) -> list[str]:
         settings, attrs = self._settings, self._attrs
@@ -193,7 +195,7 @@ class Film:
         return [
             f"colours: {NORMALISATIONS[settings.normalisation]}{over}",
             f"range ends at percentile {settings.clip:g}" if self._clipped else "",
-            "" if attrs["source"] == RAW else "from stored means",
+            "from stored means" if attrs["source"] == MEANS else "",
             attrs["left_out"],
             "grey: not in the store" if self._has_missing else "",
             "" if self._episode.is_complete else "incomplete episode",

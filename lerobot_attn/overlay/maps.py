@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis
-from lerobot_attn.analysis.select import RAW, default_query
+from lerobot_attn.analysis.prefix import attention_from
+from lerobot_attn.analysis.select import RAW, Where, default_query
 from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import by_camera, percentile_of
 from lerobot_attn.errors import LerobotAttnError, StoreError
@@ -41,7 +43,7 @@ def read_maps(
     """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
     data = episode.arrays
     where = settings.where
-    if where["query"] == "frame":
+    if where["query"] == "frame" and settings.prefix_query is None:
         where["query"] = default_query(data, by_frame=True)
     where["exclude"] = keys_to_exclude(settings.exclude, [episode])
     episode_wide = settings.normalisation == "episode"
@@ -54,7 +56,7 @@ def read_maps(
     for done, inference in enumerate(inferences, start=1):
         where["frame"] = needed[inference_of == inference].tolist()
         try:
-            array = analysis.attention(data, **where).load()
+            array = _attention(data, settings, where)
         except LerobotAttnError:
             raise
         except Exception as error:  # a damaged chunk raises whatever its codec raises
@@ -82,6 +84,16 @@ def read_maps(
     has_missing = any(bool(np.isnan(heat).any()) for heat in heat_of.values())
     by_action = where["query"] == "frame" and attrs["source"] == RAW
     return Maps(heat_of, vmax, largest > vmax, has_missing, attrs, len(inferences), by_action)
+
+
+def _attention(data: xr.Dataset, settings: OverlaySettings, where: Where) -> xr.DataArray:
+    """Return (frame, key): of the suffix's queries, or of a token of the prefix."""
+    if settings.prefix_query is None:
+        return analysis.attention(data, **where).load()
+    found = attention_from(
+        data, settings.prefix_query, frame=where["frame"], layer=settings.layer, head=settings.head
+    )
+    return found.rename(prefix_key="key")
 
 
 def is_damaged(episode: Episode) -> bool:

@@ -19,6 +19,9 @@ class OverlaySettings(OneMapSettings):
     shows every camera in a grid.
     """
 
+    # Show the language model's attention among the prefix instead, from this token of it: 'last', 'state',
+    # 'mean', or a word of the task by its text or number. Layers are then the language model's.
+    prefix_query: str | int | None = None
     normalisation: Normalisation = "episode"
     alpha: float = 0.6
     # Height of a view, pixels. Default: the camera's; 224 at most for a GIF.
@@ -39,7 +42,23 @@ class OverlaySettings(OneMapSettings):
         if not isinstance(self.camera, str | None):
             raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
         self._set("frames", check_numbers("frames", self.frames, "all"))
+        self._check_prefix_query()
         if self.size is not None:
             check_ranges(self, {"size": (32, 4320)})
             if self.size != int(self.size):
                 raise ConfigError(f"size: got {self.size!r}, expected a whole number of pixels")
+
+    def _check_prefix_query(self) -> None:
+        """Refuse what the prefix pass does not have."""
+        if self.prefix_query is None:
+            return
+        if isinstance(self.prefix_query, bool) or not isinstance(self.prefix_query, str | int):
+            raise ConfigError(
+                f"prefix_query: got {self.prefix_query!r}, expected last, state, mean, or a word of the task"
+            )
+        for name, none in (("query", "frame"), ("denoise_step", None), ("exclude", ())):
+            if getattr(self, name) != none:
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)!r} with prefix_query, which shows the prefix's own "
+                    f"attention; leave {name} out"
+                )
