@@ -68,8 +68,8 @@ def main() -> int:
     arguments = parser.parse_args()
     episodes = [found.id for found in Library(arguments.run).look().summaries]
     views = {
-        "explorer": f"?episode={episodes[0]}&frame=25&norm=image&patch=image:4:9",
-        "explorer-compare": f"?episode={episodes[0]}&compare={episodes[-1]}&lock=phase&frame=25&norm=image",
+        "explorer": f"?episode={episodes[0]}&frame=10&norm=image&patch=image:7:11",
+        "explorer-compare": f"?episode={episodes[0]}&compare={episodes[-1]}&lock=phase&frame=10&norm=image",
         "explorer-tour": f"?episode={episodes[0]}&tour=7",
     }
     with served(arguments.run) as address, sync_playwright() as playwright:
