@@ -40,4 +40,4 @@ def test_committed_notebook_was_run(notebook):
     assert "/home/" not in text
     assert "/root/" not in text
     assert NOTEBOOK.stat().st_size < 2_000_000
-    assert "random" in notebook.cells[0].source
+    assert "trained in simulation" in notebook.cells[0].source
