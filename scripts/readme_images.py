@@ -21,7 +21,6 @@ from lerobot_attn.figures import save_figure
 from lerobot_attn.overlay import OverlaySettings, overlay_frames, write_overlay
 from lerobot_attn.plot import KINDS, PlotSettings, plot
 from lerobot_attn.report import comparison_figure
-from lerobot_attn.store.reader import Episode
 from lerobot_attn.verify import contact_sheet
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
@@ -39,10 +38,10 @@ def shrink(path: Path) -> None:
         path.unlink()
 
 
-def story(episode: Episode, frames: list[int]) -> Image.Image:
+def story(path: Path, frames: list[int]) -> Image.Image:
     """Return frames of an episode's overlay, two in a row."""
     settings = OverlaySettings(camera="image", size=300, frames=frames, normalisation="image")
-    shown = [Image.fromarray(frame) for frame in overlay_frames(episode, settings)]
+    shown = [Image.fromarray(frame) for frame in overlay_frames(open_episode(path), settings)]
     width, height, gap = *shown[0].size, 12
     sheet = Image.new("RGB", (2 * width + gap, -(-len(shown) // 2) * (height + gap) - gap), "white")
     for index, picture in enumerate(shown):
@@ -69,7 +68,7 @@ def main() -> int:
         shrink(save_figure(figure, FOLDER / f"{name}.png", dpi=DPI))
     clip = OverlaySettings(size=224, frames=list(range(0, episode.n_frames, 3)), fps=8)
     write_overlay(episode, FOLDER / "overlay.gif", clip)
-    story(open_episode(arguments.failure), [0, 60, 120, 200]).save(FOLDER / "failure.jpg", quality=88)
+    story(arguments.failure, [0, 60, 120, 200]).save(FOLDER / "failure.jpg", quality=88)
     for path in sorted(FOLDER.iterdir()):
         print(f"{path.stat().st_size / 1000:8.0f} kB  {path.relative_to(FOLDER.parent.parent)}")
     return 0
