@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -121,17 +122,38 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_policy(demo_checkpoint: Path) -> Callable[..., tuple[Any, Any, Any]]:
     """Load the demo checkpoint as lerobot-eval does: settings → (policy, preprocessor, postprocessor)."""
+    return functools.partial(_load, demo_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def pi0_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a demo checkpoint of type pi0_tiny."""
+    return _random_checkpoint(tmp_path_factory, "pi0_tiny")
+
+
+@pytest.fixture(scope="session")
+def pi0_policy(pi0_checkpoint: Path) -> Callable[..., tuple[Any, Any, Any]]:
+    """Load it as lerobot-eval does: settings → (policy, preprocessor, postprocessor)."""
+    return functools.partial(_load, pi0_checkpoint)
+
+
+def _random_checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_type: str) -> Path:
+    from lerobot_attn.demo.checkpoint import make_demo_checkpoint
+
+    folder = tmp_path_factory.mktemp("demo") / policy_type
+    return make_demo_checkpoint(folder, policy_type=policy_type, random=True)
+
+
+def _load(checkpoint: Path, **settings: Any) -> tuple[Any, Any, Any]:
     from lerobot.configs import PreTrainedConfig
     from lerobot.envs.configs import LiberoEnv
     from lerobot.policies.factory import make_policy, make_pre_post_processors
 
-    import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401
+    import lerobot_attn.plugin
 
-    def load(**settings: Any) -> tuple[Any, Any, Any]:
-        overrides = [f"--{name}={value}" for name, value in settings.items()]
-        config = PreTrainedConfig.from_pretrained(demo_checkpoint, cli_overrides=overrides)
-        config.pretrained_path = demo_checkpoint
-        policy = make_policy(config, env_cfg=LiberoEnv()).eval()
-        return policy, *make_pre_post_processors(config, pretrained_path=str(demo_checkpoint))
-
-    return load
+    lerobot_attn.plugin.load()  # registers the demo policies
+    overrides = [f"--{name}={value}" for name, value in settings.items()]
+    config = PreTrainedConfig.from_pretrained(checkpoint, cli_overrides=overrides)
+    config.pretrained_path = checkpoint
+    policy = make_policy(config, env_cfg=LiberoEnv()).eval()
+    return policy, *make_pre_post_processors(config, pretrained_path=str(checkpoint))

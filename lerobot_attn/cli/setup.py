@@ -15,6 +15,12 @@ from lerobot_attn.cli.messages import status
 @app.command()
 def demo_policy(
     directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
+    policy_type: Annotated[
+        str,
+        typer.Option(
+            "--type", help="pi05_tiny, trained; pi0_tiny and smolvla_tiny, which have random weights alone."
+        ),
+    ] = "pi05_tiny",
     random: Annotated[
         bool, typer.Option("--random", help="Random weights instead of trained ones: the maps mean nothing.")
     ] = False,
@@ -25,14 +31,17 @@ def demo_policy(
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
-    """Write a tiny Pi0.5 checkpoint, trained in simulation on libero_object, for trying things out."""
+    """Write a checkpoint of a tiny policy for trying things out: Pi0.5, trained, or another family's."""
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
-    from lerobot_attn.demo.trained import REMARKS
+    from lerobot_attn.demo.trained import DEFAULT, REMARKS
 
+    random = random or policy_type != DEFAULT  # no other type has trained weights
     with status("Writing the demo checkpoint (loading LeRobot takes a while)"):
-        path = make_demo_checkpoint(directory, random=random, variant=variant, seed=seed, overwrite=overwrite)
+        path = make_demo_checkpoint(
+            directory, policy_type=policy_type, random=random, variant=variant, seed=seed, overwrite=overwrite
+        )
     what = "random weights, so its attention maps mean nothing" if random else REMARKS[variant]
-    print(f"Wrote {path}: policy type pi05_tiny, {what}.")
+    print(f"Wrote {path}: policy type {policy_type}, {what}.")
     print(f"Use it with: lerobot-eval --policy.path={path} …")
 
 

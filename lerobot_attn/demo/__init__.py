@@ -1,7 +1,7 @@
-"""The demo policy `pi05_tiny`: Pi0.5's own code and token layout with small towers.
+"""Demo policies: LeRobot's own code and token layouts with small towers.
 
-For machines without the released checkpoint: everything that records, stores or shows attention runs on it.
-The trained one fetches the named object of LIBERO's object suite, so its maps mean something; the one with
-random weights solves nothing, and its maps mean nothing. Importing this package loads neither torch nor
-LeRobot.
+For machines without the released checkpoints: everything that records, stores or shows attention runs on
+them. `pi05_tiny` comes trained: it fetches the named object of LIBERO's object suite, so its maps mean
+something. `pi0_tiny`, and `pi05_tiny` where that is asked for, has random weights: it solves nothing, and its
+maps mean nothing. Importing this package loads neither torch nor LeRobot.
 """

@@ -1,4 +1,4 @@
-"""Write a complete, movable checkpoint of the demo policy: trained, or with random weights.
+"""Write a complete, movable checkpoint of a demo policy: trained, or with random weights.
 
     lerobot-eval --policy.path=DIR --env.type=libero …
 
@@ -7,6 +7,7 @@ Knows which files a LeRobot checkpoint has only through LeRobot's own `save_pret
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,10 @@ from lerobot_attn.errors import SetupError
 if TYPE_CHECKING:
     import torch
 
-    from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
-    from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
-
 Ranges = tuple[tuple[float, float], ...]
+
+# Policy type → how its classes begin. LeRobot finds a type's modules by its name, and so does this one.
+POLICY_TYPES = {"pi05_tiny": "PI05Tiny", "pi0_tiny": "PI0Tiny"}
 
 # (q01, q99) of each number: LIBERO's workspace in round figures, not the statistics of a data set.
 _STATE_RANGES = (
@@ -48,17 +49,19 @@ _ACTION_RANGES = (
 def make_demo_checkpoint(
     directory: str | Path,
     *,
+    policy_type: str = trained.DEFAULT,
     random: bool = False,
     variant: str = trained.DEFAULT,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint of `pi05_tiny`; the global random state stays as it was.
+    """Write a checkpoint of a demo policy; the global random state stays as it was.
 
     Args:
         directory: Where to; made with its parents. The checkpoint can be moved later.
+        policy_type: One of `POLICY_TYPES`; pi05_tiny alone has trained weights.
         random: Whether its weights are random, so that its attention maps mean nothing, instead of trained.
-        variant: Which trained policy, one of `trained.VARIANTS`.
+        variant: Which trained policy of type pi05_tiny, one of `trained.VARIANTS`.
         seed: Seed of random weights. The same seed gives the same `model.safetensors`, byte for byte.
         overwrite: Whether the files of a checkpoint in `directory` may be replaced; other files there stay.
 
@@ -67,10 +70,11 @@ def make_demo_checkpoint(
         `policy_postprocessor.json` and their statistics; a trained policy's card as `README.md`.
 
     Raises:
-        SetupError: The directory cannot be used; there is no such variant; or, with random weights, LIBERO,
-            whose instructions the tokenizer learns, is not installed.
+        SetupError: The directory cannot be used; there is no such type or variant, or none of this type is
+            trained; or, with random weights, LIBERO is not installed: the tokenizer learns its instructions.
     """
     target = Path(directory)
+    _check_type(policy_type, random)
     if target.exists() and not target.is_dir():
         raise SetupError(
             f"cannot write a demo checkpoint to {target}: got a file, expected a directory; name another path"
@@ -89,7 +93,7 @@ def make_demo_checkpoint(
         # Written aside on the same disk and then moved: an interrupted run leaves no half-written file.
         with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as aside:
             if random:
-                _write_random(Path(aside), seed)
+                _write_random(Path(aside), policy_type, seed)
             else:
                 _write_trained(Path(aside), variant)
             for path in sorted(Path(aside).iterdir()):
@@ -102,19 +106,19 @@ def make_demo_checkpoint(
     return target
 
 
-def libero_config(vocabulary: int, **settings: Any) -> PI05TinyConfig:
-    """Return the policy's settings for LIBERO's two cameras, state and actions.
+def libero_config(vocabulary: int, policy_type: str = trained.DEFAULT, **settings: Any) -> Any:
+    """Return a policy's settings, e.g. a `PI05TinyConfig`, for LIBERO's two cameras, state and actions.
 
     Args:
         vocabulary: Number of token ids.
-        **settings: Other fields of `PI05TinyConfig`.
+        policy_type: One of `POLICY_TYPES`.
+        **settings: Other fields of its config.
     """
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-    from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
-
-    return PI05TinyConfig(
+    config = _part(policy_type, "configuration", "Config")
+    return config(
         device="cpu",  # fast enough everywhere; --policy.device=cuda works as well
         push_to_hub=False,
         vocab_size=vocabulary,
@@ -130,7 +134,7 @@ def libero_config(vocabulary: int, **settings: Any) -> PI05TinyConfig:
 
 
 def save_policy(
-    directory: Path, policy: PI05TinyPolicy, tokenizer_json: str, state_ranges: Ranges, action_ranges: Ranges
+    directory: Path, policy: Any, tokenizer_json: str, state_ranges: Ranges, action_ranges: Ranges
 ) -> None:
     """Write all files of a checkpoint into a directory.
 
@@ -143,10 +147,10 @@ def save_policy(
     """
     from lerobot.utils.constants import ACTION, OBS_STATE
 
-    from lerobot_attn.demo.processor_pi05_tiny import make_pi05_tiny_pre_post_processors
-
+    kind = policy.config.type
+    make_processors = getattr(_module("processor", kind), f"make_{kind}_pre_post_processors")
     stats = {OBS_STATE: statistics(state_ranges), ACTION: statistics(action_ranges)}
-    preprocessor, postprocessor = make_pi05_tiny_pre_post_processors(
+    preprocessor, postprocessor = make_processors(
         policy.config, dataset_stats=stats, tokenizer_json=tokenizer_json
     )
     policy.save_pretrained(directory)
@@ -154,13 +158,33 @@ def save_policy(
     postprocessor.save_pretrained(directory)
 
 
-def _write_random(directory: Path, seed: int) -> None:
-    """Write a checkpoint with random weights."""
-    # Here, for the checks above need not wait for torch and LeRobot.
-    from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
+def _check_type(policy_type: str, random: bool) -> None:
+    if policy_type not in POLICY_TYPES:
+        raise SetupError(
+            f"no demo policy of type {policy_type!r}: expected one of {', '.join(sorted(POLICY_TYPES))}"
+        )
+    if not random and policy_type != trained.DEFAULT:
+        raise SetupError(
+            f"no trained demo policy of type {policy_type}: only {trained.DEFAULT} comes with trained "
+            "weights; ask for random ones"
+        )
 
+
+def _module(part: str, policy_type: str) -> Any:
+    return importlib.import_module(f"lerobot_attn.demo.{part}_{policy_type}")
+
+
+def _part(policy_type: str, part: str, name: str) -> Any:
+    """Return the class of a type, e.g. its "modeling" module's class whose name ends with "Policy"."""
+    return getattr(_module(part, policy_type), POLICY_TYPES[policy_type] + name)
+
+
+def _write_random(directory: Path, policy_type: str, seed: int) -> None:
+    """Write a checkpoint with random weights."""
+    # Imports torch and LeRobot, which the checks above need not wait for.
+    make_policy = _part(policy_type, "modeling", "Policy")
     tokenizer_json = demo_tokenizer_json()
-    policy = PI05TinyPolicy(libero_config(vocab_size(tokenizer_json), init_seed=seed))
+    policy = make_policy(libero_config(vocab_size(tokenizer_json), policy_type, init_seed=seed))
     save_policy(directory, policy, tokenizer_json, _STATE_RANGES, _ACTION_RANGES)
 
 

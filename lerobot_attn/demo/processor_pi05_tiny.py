@@ -62,6 +62,33 @@ class DemoTokenizerProcessorStep(TokenizerProcessorStep):
         return {**super().get_config(), "tokenizer_json": self.tokenizer_json}
 
 
+def demo_tokenizer_step(
+    tokenizer_json: str | None, vocabulary: int, max_length: int, padding: str = "max_length"
+) -> DemoTokenizerProcessorStep:
+    """Return the step that tokenizes a demo policy's prompts, padding on the right.
+
+    Args:
+        tokenizer_json: The tokenizer as JSON text; None for the one of the installed LIBERO's instructions.
+        vocabulary: Number of token ids that the policy has embeddings for.
+        max_length: Slots of the prompt; a longer one is cut.
+        padding: "max_length", or "longest": as many slots as the batch's longest prompt needs.
+
+    Raises:
+        SetupError: LIBERO, whose instructions the tokenizer learns, is not installed.
+        ConfigError: The tokenizer has more ids than the policy has embeddings.
+    """
+    if tokenizer_json is None:
+        tokenizer_json = demo_tokenizer_json()
+    if vocab_size(tokenizer_json) > vocabulary:
+        raise ConfigError(
+            f"policy.vocab_size is {vocabulary}, expected at least the demo tokenizer's "
+            f"{vocab_size(tokenizer_json)}; raise policy.vocab_size"
+        )
+    return DemoTokenizerProcessorStep(
+        tokenizer_json=tokenizer_json, max_length=max_length, padding_side="right", padding=padding
+    )
+
+
 def make_pi05_tiny_pre_post_processors(
     config: PI05TinyConfig,
     dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
@@ -81,13 +108,7 @@ def make_pi05_tiny_pre_post_processors(
         SetupError: LIBERO, whose instructions the tokenizer learns, is not installed.
         ConfigError: The tokenizer has more ids than the policy has embeddings.
     """
-    if tokenizer_json is None:
-        tokenizer_json = demo_tokenizer_json()
-    if vocab_size(tokenizer_json) > config.vocab_size:
-        raise ConfigError(
-            f"policy.vocab_size is {config.vocab_size}, expected at least the demo tokenizer's "
-            f"{vocab_size(tokenizer_json)}; raise policy.vocab_size"
-        )
+    tokenizer = demo_tokenizer_step(tokenizer_json, config.vocab_size, config.tokenizer_max_length)
     steps = make_default_policy_processor_steps(config, dataset_stats)
     relative = RelativeActionsProcessorStep(
         enabled=config.use_relative_actions,
@@ -101,12 +122,7 @@ def make_pi05_tiny_pre_post_processors(
             relative,
             steps.normalize,  # before the state becomes words: those are bins of [-1, 1]
             Pi05PrepareStateTokenizerProcessorStep(max_state_dim=config.max_state_dim),
-            DemoTokenizerProcessorStep(
-                tokenizer_json=tokenizer_json,
-                max_length=config.tokenizer_max_length,
-                padding_side="right",
-                padding="max_length",
-            ),
+            tokenizer,
             steps.to_device,
         ],
         output_steps=[

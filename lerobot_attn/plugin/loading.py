@@ -20,13 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def load() -> None:
-    """Register the demo policy, and install the options if `lerobot-eval` is what is being started.
+    """Register the demo policies, and install the options if `lerobot-eval` is what is being started.
 
     Raises:
         SystemExit: attention capture is asked for on the command line, but cannot be offered. LeRobot's
             loader swallows exceptions; this one it does not.
     """
-    import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401  registers the policy type
+    import lerobot_attn.demo.configuration_pi0_tiny
+    import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401  each registers its policy type
 
     namespace = _running_eval_namespace()
     asked = asks_for_attention(sys.argv[1:])

@@ -1,0 +1,174 @@
+"""What LeRobot's flow-matching policies share: how an inference runs, and where it begins and ends.
+
+A policy prepares a batch, `model.sample_actions` runs the prefix once, and `model.denoise_step` runs the
+suffix in each Euler step. A family says what its tokens are and where its attention is reached.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lerobot_attn.layout import Camera, Segment, TokenLayout
+from lerobot_attn.policies.base import (
+    InferenceInputs,
+    ParsedPrompt,
+    PolicyDescription,
+    Probe,
+    Site,
+    SiteInfo,
+)
+from lerobot_attn.policies.taps import CompiledTap, check_sites, replaced_attribute
+
+logger = logging.getLogger(__name__)
+
+
+class FlowMatchingAdapter(ABC):
+    """Adapter of a policy whose `model` has `sample_actions` and `denoise_step`.
+
+    Attributes:
+        policy_types: the types as registered with LeRobot.
+        predicts: the policy's method that turns a batch into an action chunk.
+    """
+
+    policy_types: ClassVar[tuple[str, ...]] = ()
+    predicts: ClassVar[str] = "predict_action_chunk"
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+        self.model = policy.model
+
+    @abstractmethod
+    def describe(self) -> PolicyDescription:
+        """Return the sizes of the live policy."""
+
+    @abstractmethod
+    def sites(self) -> Mapping[Site, SiteInfo]:
+        """Return every site that `observe` can hand over."""
+
+    @abstractmethod
+    def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
+
+    @abstractmethod
+    def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
+        """Return what a decoded prompt says; None if its format is unknown."""
+
+    @abstractmethod
+    def _cameras(self, batch: dict[str, Any]) -> list[Camera]:
+        """Return the cameras that have tokens, in the order of their tokens."""
+
+    @abstractmethod
+    def _layout(self, cameras: list[Camera], n_text: int) -> TokenLayout:
+        """Return the tokens of an inference with this many language slots."""
+
+    @abstractmethod
+    def _tap(self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]) -> None:
+        """Hand the sites' attention to the probe, or to the graph if there is one, until the stack closes."""
+
+    @contextmanager
+    def observe(self, probe: Probe, sites: Iterable[Site], *, compiled: bool) -> Iterator[None]:
+        """Tap the attention, and the functions that bound an inference and its denoise steps."""
+        policy, model = self.policy, self.model
+        sites = check_sites(sites, self.sites())
+        predict: Callable[..., Tensor] = getattr(policy, self.predicts)
+        sample_actions: Callable[..., Tensor] = model.sample_actions
+        denoise_step: Callable[..., Tensor] = model.denoise_step
+        graph: CompiledTap | None = None
+        if "sample_actions" in vars(model) and getattr(policy.config, "compile_model", False):
+            # torch.compile put its wrapper on the instance; the class still has the plain function.
+            sample_actions = MethodType(type(model).sample_actions, model)
+            if compiled:
+                graph = CompiledTap(probe, sample_actions, policy.config.compile_mode)
+                sample_actions = graph.run
+            else:
+                logger.warning(
+                    "compile_model=true: while attention is captured the policy runs uncompiled; "
+                    "--eval.attention.compiled=true keeps it compiled"
+                )
+        elif compiled:
+            logger.warning("compiled=true changes nothing: the policy is not compiled (compile_model=false)")
+        cameras: list[Camera] = []
+        stepping: Probe | CompiledTap = graph or probe
+
+        def observed_predict(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            cameras[:] = self._cameras(batch)
+            try:
+                actions = predict(batch, *args, **kwargs)
+            except BaseException:
+                probe.abandon()
+                raise
+            probe.end(actions)
+            return actions
+
+        def observed_sample_actions(
+            images: list[Tensor],
+            img_masks: list[Tensor],
+            tokens: Tensor,
+            masks: Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Tensor:
+            layout = self._layout(cameras, tokens.shape[1])
+            probe.begin(InferenceInputs(layout, tokens, key_mask(layout, img_masks, masks)))
+            return sample_actions(images, img_masks, tokens, masks, *args, **kwargs)
+
+        def observed_denoise_step(*args: Any, **kwargs: Any) -> Tensor:
+            stepping.denoise_step(kwargs["timestep"] if "timestep" in kwargs else args[-1])
+            return denoise_step(*args, **kwargs)
+
+        with ExitStack() as stack:
+            for owner, name, value in (
+                (policy, self.predicts, observed_predict),
+                (model, "sample_actions", observed_sample_actions),
+                (model, "denoise_step", observed_denoise_step),
+            ):
+                stack.enter_context(replaced_attribute(owner, name, value))
+            self._tap(stack, probe, graph, sites)
+            yield
+
+
+def tiled(parts: Iterable[tuple[str, str, int]]) -> tuple[Segment, ...]:
+    """Return segments that follow one another, given as (kind, name, number of tokens)."""
+    segments, position = [], 0
+    for kind, name, length in parts:
+        segments.append(Segment(kind, name, position, position + length))
+        position += length
+    return tuple(segments)
+
+
+def key_mask(layout: TokenLayout, image_masks: list[Tensor], text_mask: Tensor) -> Tensor:
+    """Return (batch, key) bool: where the suffix may attend.
+
+    Args:
+        layout: the tokens.
+        image_masks: (batch,) bool of each camera that has tokens, in their order.
+        text_mask: (batch, text), true where a language slot is used.
+    """
+    batch, images = len(text_mask), iter(image_masks)
+    masks = []
+    for segment in layout.segments:
+        if segment.kind == "image":
+            mask = next(images).bool()[:, None].expand(-1, len(segment))
+        elif segment.kind == "language":
+            mask = text_mask.bool()
+        else:
+            mask = torch.ones(batch, len(segment), dtype=torch.bool, device=text_mask.device)
+            if segment.kind == "padding":
+                mask = ~mask
+        masks.append(mask)
+    return torch.cat(masks, dim=1)
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """Return images (batch, 3, height, width), as the policy got them in [0, 1], as whole numbers to 255."""
+    if images.dtype == torch.uint8:
+        return images
+    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)

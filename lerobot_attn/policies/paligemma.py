@@ -1,0 +1,118 @@
+"""What Pi0 and Pi0.5 share: images and words through PaliGemma, the suffix through the action expert.
+
+Both towers call their attention modules, and both passes force eager attention, so the probabilities can be
+tapped inside these modules. How a family writes its prompt, and what opens its suffix, its own module says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout
+from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream
+from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, tiled
+from lerobot_attn.policies.taps import CompiledTap, attention_tap, no_attention
+
+
+class PaliGemmaAdapter(FlowMatchingAdapter):
+    """Adapter of a policy whose towers are PaliGemma and a Gemma action expert.
+
+    Attributes:
+        suffix_opening: (kind, name, number) of the tokens before the actions in the suffix.
+    """
+
+    suffix_opening: ClassVar[tuple[tuple[str, str, int], ...]] = ()
+
+    def __init__(self, policy: Any):
+        super().__init__(policy)
+        towers = self.model.paligemma_with_expert
+        self._layers: dict[Stream, nn.ModuleList] = {
+            "vlm": towers.paligemma.model.language_model.layers,
+            "expert": towers.gemma_expert.model.layers,
+        }
+
+    def describe(self) -> PolicyDescription:
+        """Return the sizes of the live policy."""
+        config = self.policy.config
+        expert = self.model.paligemma_with_expert.gemma_expert.config
+        return PolicyDescription(
+            policy_type=config.type,
+            n_layers=len(self._layers["expert"]),
+            n_prefix_layers=len(self._layers["vlm"]),
+            n_heads=expert.num_attention_heads,
+            n_denoise_steps=config.num_inference_steps,
+            chunk_size=config.chunk_size,
+            n_action_steps=config.n_action_steps,
+            random_weights=bool(getattr(config, "random_weights", False)),
+            remark=str(getattr(config, "remark", "")),
+        )
+
+    def sites(self) -> Mapping[Site, SiteInfo]:
+        """Return the attention of every layer of both towers."""
+        towers = self.model.paligemma_with_expert
+        n_heads: dict[Stream, int] = {
+            "vlm": towers.paligemma.config.text_config.num_attention_heads,
+            "expert": towers.gemma_expert.config.num_attention_heads,
+        }
+        return {
+            Site(stream, layer): SiteInfo(
+                n_heads=n_heads[stream], keys="prefix" if stream == "vlm" else "prefix+suffix"
+            )
+            for stream, layers in self._layers.items()
+            for layer in range(len(layers))
+        }
+
+    def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
+        views = {}
+        for name in self._present_cameras(batch):
+            image = as_uint8(batch[name])
+            # The policy's own test for channels first.
+            views[name] = image.permute(0, 2, 3, 1) if image.shape[1] == 3 else image
+        return views
+
+    def _tap(self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]) -> None:
+        for site in sites:
+            module: Any = self._layers[site.stream][site.layer].self_attn
+            if graph is not None:
+                stack.callback(module.register_forward_hook(graph.hook(site)).remove)
+            else:
+                missed = partial(probe.fail, no_attention(site))
+                stack.enter_context(attention_tap(module, partial(probe.at, site), missed))
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        vision = self.model.paligemma_with_expert.paligemma.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def _present_cameras(self, batch: dict[str, Any]) -> list[str]:
+        return [name for name in self.policy.config.image_features if name in batch]
+
+    def _cameras(self, batch: dict[str, Any]) -> list[Camera]:
+        """The policy tokenises the cameras it got first, in the config's order, and then the missing ones."""
+        cameras = []
+        present = self._present_cameras(batch)
+        for name in present:
+            shape = batch[name].shape
+            height, width = (shape[2], shape[3]) if shape[1] == 3 else (shape[1], shape[2])
+            resolution = self.policy.config.image_resolution
+            geometry = ImageGeometry.letterbox(
+                (height, width), (resolution[0], resolution[1]), self._grid, padding="centred"
+            )
+            cameras.append(Camera(name, geometry))
+        missing = [name for name in self.policy.config.image_features if name not in present]
+        return cameras + [Camera(name, None) for name in missing]
+
+    def _layout(self, cameras: list[Camera], n_text: int) -> TokenLayout:
+        n_patches = self._grid[0] * self._grid[1]
+        prefix = [("image", camera.name, n_patches) for camera in cameras]
+        prefix.append(("language", "language", n_text))
+        suffix = [*self.suffix_opening, ("action", "action", self.policy.config.chunk_size)]
+        prefix_len = sum(length for _, _, length in prefix)
+        return TokenLayout(tiled([*prefix, *suffix]), prefix_len, tuple(cameras))
