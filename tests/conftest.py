@@ -137,6 +137,18 @@ def pi0_policy(pi0_checkpoint: Path) -> Callable[..., tuple[Any, Any, Any]]:
     return functools.partial(_load, pi0_checkpoint)
 
 
+@pytest.fixture(scope="session")
+def smolvla_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a demo checkpoint of type smolvla_tiny."""
+    return _random_checkpoint(tmp_path_factory, "smolvla_tiny")
+
+
+@pytest.fixture(scope="session")
+def smolvla_policy(smolvla_checkpoint: Path) -> Callable[..., tuple[Any, Any, Any]]:
+    """Load it as lerobot-eval does: settings → (policy, preprocessor, postprocessor)."""
+    return functools.partial(_load, smolvla_checkpoint)
+
+
 def _random_checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_type: str) -> Path:
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 

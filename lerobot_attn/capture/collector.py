@@ -300,7 +300,7 @@ class Collector:
         if n_steps != self._policy.n_denoise_steps:
             raise CaptureError(
                 f"the inference ran {n_steps} denoise steps, expected {self._policy.n_denoise_steps}; "
-                "was num_steps passed to the policy? set policy.config.num_inference_steps instead"
+                "was num_steps passed to the policy? set it in the policy's config instead"
             )
         expected = {
             (site, step)

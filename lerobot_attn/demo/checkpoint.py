@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Ranges = tuple[tuple[float, float], ...]
 
 # Policy type → how its classes begin. LeRobot finds a type's modules by its name, and so does this one.
-POLICY_TYPES = {"pi05_tiny": "PI05Tiny", "pi0_tiny": "PI0Tiny"}
+POLICY_TYPES = {"pi05_tiny": "PI05Tiny", "pi0_tiny": "PI0Tiny", "smolvla_tiny": "SmolVLATiny"}
 
 # (q01, q99) of each number: LIBERO's workspace in round figures, not the statistics of a data set.
 _STATE_RANGES = (

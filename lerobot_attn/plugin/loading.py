@@ -27,7 +27,8 @@ def load() -> None:
             loader swallows exceptions; this one it does not.
     """
     import lerobot_attn.demo.configuration_pi0_tiny
-    import lerobot_attn.demo.configuration_pi05_tiny  # noqa: F401  each registers its policy type
+    import lerobot_attn.demo.configuration_pi05_tiny
+    import lerobot_attn.demo.configuration_smolvla_tiny  # noqa: F401  each registers its policy type
 
     namespace = _running_eval_namespace()
     asked = asks_for_attention(sys.argv[1:])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ADAPTERS: dict[str, tuple[str, str]] = {
     "pi0": ("lerobot_attn.policies.pi0", "Pi0Adapter"),
     "pi05": ("lerobot_attn.policies.pi05", "Pi05Adapter"),
+    "smolvla": ("lerobot_attn.policies.smolvla", "SmolVLAAdapter"),
 }
 
 

@@ -1,7 +1,7 @@
 """Ways to reach the values inside a policy that families share. Knows no family and no probe's purpose.
 
-Eager: `attention_tap` runs an attention module so that its probabilities are handed over after the softmax
-and before they are applied to the values; what is handed back is applied instead.
+Eager: `tapped` and `attention_tap` run a function or an attention module so that its probabilities are handed
+over after the softmax and before they are applied to the values; what is handed back is applied instead.
 
 Compiled: `CompiledTap` compiles the policy together with what a probe keeps of its attention, which the graph
 returns as additional outputs. Nothing can be handed back there.
@@ -99,29 +99,35 @@ class _BeforeUse(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def attention_tap(module: nn.Module, exchange: Exchange, missed: Callable[[], None]) -> Iterator[None]:
-    """Hand an attention module's probabilities to `exchange` each time, before they are applied.
+def tapped(
+    function: Callable[..., Any], exchange: Exchange, missed: Callable[[], None]
+) -> Callable[..., Any]:
+    """Return a function that hands its attention probabilities to `exchange` before it applies them.
 
-    The module computes as it always does: nothing of it is replaced but the probabilities, and these only
-    where `exchange` returns a tensor.
+    It computes as it always does: nothing of it is replaced but the probabilities, and these only where
+    `exchange` returns a tensor.
 
     Args:
-        module: calls softmax and then multiplies its result with the values.
+        function: calls softmax and then multiplies its result with the values.
         exchange: gets (batch, head, query, key); returns None, or what is applied instead.
-        missed: called after a call of the module in which no such product came.
+        missed: called after a call in which no such product came.
     """
-    forward: Callable[..., Any] = module.forward
 
-    def tapped_forward(*args: Any, **kwargs: Any) -> Any:
+    def tapped_function(*args: Any, **kwargs: Any) -> Any:
         # The mode belongs to one call: it is kept per thread, and a real robot infers in a thread of its own.
         with _BeforeUse(exchange) as mode:
-            output = forward(*args, **kwargs)
+            output = function(*args, **kwargs)
         if not mode.n_exchanged:
             missed()
         return output
 
-    with replaced_attribute(module, "forward", tapped_forward):
+    return tapped_function
+
+
+@contextmanager
+def attention_tap(module: nn.Module, exchange: Exchange, missed: Callable[[], None]) -> Iterator[None]:
+    """Tap an attention module's forward pass as `tapped` does, while the context lasts."""
+    with replaced_attribute(module, "forward", tapped(module.forward, exchange, missed)):
         yield
 
 
@@ -207,23 +213,24 @@ class CompiledTap:
         """Return a forward hook for a module that returns (output, attention probabilities)."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._events is None:
-                return
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if weights is None:
-                self._fail(no_attention(site))
-                return
-            try:
-                kept = (
-                    weights
-                    if self._chooser is None
-                    else self._chooser.choose(site, self._n_steps - 1, weights)
-                )
-                self._events.append(_Event(site, kept))
-            except CaptureError as error:  # no exception may reach the policy
-                self._fail(error)
+            self.note(site, output[1] if isinstance(output, tuple) and len(output) > 1 else None)
 
         return hook
+
+    def note(self, site: Site, weights: Tensor | None) -> None:
+        """Take note of a site's attention inside the graph; None where it gave none."""
+        if self._events is None:
+            return
+        if weights is None:
+            self._fail(no_attention(site))
+            return
+        try:
+            kept = (
+                weights if self._chooser is None else self._chooser.choose(site, self._n_steps - 1, weights)
+            )
+            self._events.append(_Event(site, kept))
+        except CaptureError as error:  # no exception may reach the policy
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error
