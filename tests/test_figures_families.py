@@ -105,6 +105,18 @@ def test_shares_of_what_a_layer_sees_are_stacked_and_the_rest_is_hatched():
     assert (box.get_x() + box.get_width() / 2, box.get_label()) == (1, f"actions:\n{UNSEEN}")
 
 
+@pytest.mark.parametrize("family", ["smolvla", "pi0"])
+def test_a_mean_of_layers_that_see_unlike_keys_says_so(stores, family):
+    """The actions' mean leaves out the layers that cannot see them, so that a bar is more than the whole."""
+    figure = plot(stores(family), "evolution")
+    tops = {round(bar.get_y() + bar.get_height(), 3) for bar in figure.axes[1].patches}
+    is_mixed = family == "smolvla"
+    assert (max(tops) > 100.5) == is_mixed
+    assert ("actions over the 2 of 4 layers that see them" in said(figure)) == is_mixed
+    figure = plot(stores(family), "evolution", PlotSettings(layers=2))
+    assert "layers that see them" not in said(figure)
+
+
 def test_tokens_that_a_layer_cannot_see_are_hatched_and_missing_maps_are_said():
     coords = {
         "token": [0, 1, 2],

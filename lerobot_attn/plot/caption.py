@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
+from lerobot_attn.analysis import prefix_only_layers
 from lerobot_attn.analysis.spatial import NORMALISATIONS
 from lerobot_attn.errors import RANDOM_WEIGHTS
 from lerobot_attn.figures.canvas import Caption, store_name
@@ -66,6 +68,17 @@ def caption_of(
     if episode.policy_remark:
         said.append(episode.policy_remark)
     return Caption(facts, RANDOM_WEIGHTS if episode.has_random_weights else "", said)
+
+
+def unequal_views(data: xr.Dataset, layers: Iterable[int]) -> str:
+    """Say of a mean over layers that not all of them see the actions; "" where all do, or none."""
+    blind = [layer in prefix_only_layers(data) for layer in layers]
+    if all(blind) or not any(blind):
+        return ""
+    return (
+        f"mean of all layers: actions over the {blind.count(False)} of {len(blind)} layers that see them, so "
+        "bars end above 100 %"
+    )
 
 
 def _truncation(episode: Episode, frames: Any) -> list[str]:

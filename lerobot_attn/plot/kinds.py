@@ -42,7 +42,7 @@ from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.plot.cameras import camera_pictures, on_image
-from lerobot_attn.plot.caption import caption_of
+from lerobot_attn.plot.caption import caption_of, unequal_views
 from lerobot_attn.plot.settings import PlotSettings
 from lerobot_attn.settings import is_number
 from lerobot_attn.store.reader import Episode
@@ -169,7 +169,8 @@ def _evolution(episode: Episode, settings: PlotSettings) -> Draw:
     by_layer = analysis.modality_share(data, **where)
     by_step = analysis.modality_share(data, **steps)
     n_frames = np.atleast_1d(frames_of(data, frames)).size
-    facts = caption_of(episode, by_layer.attrs, settings, frames, image=False, leave="layer")
+    note = unequal_views(data, by_layer["layer"].values.tolist()) if settings.layers is None else ""
+    facts = caption_of(episode, by_layer.attrs, settings, frames, image=False, leave="layer", notes=[note])
     return partial(
         figures.evolution_figure,
         [
