@@ -448,3 +448,48 @@ def test_package_imports_neither_torch_nor_lerobot():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+class TestOtherFamilies:
+    @pytest.mark.parametrize("policy_type", ["pi0_tiny", "smolvla_tiny"])
+    def test_the_command_writes_random_weights_and_says_so(self, policy_type, tmp_path):
+        from typer.testing import CliRunner
+
+        from lerobot_attn.cli import app
+
+        done = CliRunner().invoke(app, ["demo-policy", str(tmp_path / "made"), "--type", policy_type])
+        assert done.exit_code == 0, done.output
+        said = " ".join(done.output.split())
+        assert f"policy type {policy_type}, random weights, so its attention maps mean nothing" in said
+        written = json.loads((tmp_path / "made" / "config.json").read_text())
+        assert (written["type"], written["random_weights"]) == (policy_type, True)
+
+    def test_moved_checkpoints_load_and_act_the_same(self, tmp_path):
+        actions = []
+        first = make_demo_checkpoint(tmp_path / "first", policy_type="smolvla_tiny", random=True, seed=4)
+        for place in (first, tmp_path / "moved"):
+            if place != first:
+                first.rename(place)
+            policy, preprocessor, postprocessor = load(place)
+            policy.reset()
+            torch.manual_seed(0)
+            actions.append(postprocessor(policy.select_action(preprocessor(observation()))))
+        assert torch.equal(*actions)
+
+    def test_what_there_is_not(self, tmp_path):
+        with pytest.raises(SetupError, match=r"no demo policy of type 'act_tiny': expected one of pi05"):
+            make_demo_checkpoint(tmp_path / "new", policy_type="act_tiny", random=True)
+        with pytest.raises(SetupError, match="only pi05_tiny comes with trained weights; ask for"):
+            make_demo_checkpoint(tmp_path / "new", policy_type="pi0_tiny")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("policy_type", ["pi0_tiny", "smolvla_tiny"])
+    def test_training_step(self, policy_type, tmp_path):
+        """LeRobot's own training code runs on them, so that they can be trained one day."""
+        checkpoint = make_demo_checkpoint(tmp_path / "new", policy_type=policy_type, random=True)
+        policy, preprocessor, _ = load(checkpoint)
+        policy.train()
+        loss, _ = policy.forward(preprocessor(observation()) | {"action": torch.zeros(1, ACTION_TOKENS, 7)})
+        loss.backward()
+        assert loss.isfinite()
+        assert policy.model.state_proj.weight.grad.abs().max() > 0

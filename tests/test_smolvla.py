@@ -142,6 +142,29 @@ class TestCompiledSmolVLA(SmolVLAContract):
         return compiled
 
 
+def test_traced_maps_are_the_uncompiled_ones(loaded, preprocessor, monkeypatch):
+    """The compiler follows the tap through the graphs, of which there are several. Inductor takes minutes."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compile_(function, backend="eager"))
+    small = {"num_vlm_layers": 2, "vision_depth": 1, "num_steps": 1, "resize_imgs_with_padding": (128, 128)}
+    policy = SmolVLATinyPolicy(
+        replace(loaded[0].config, compile_model=True, compile_mode="default", **small)
+    ).eval()
+    batch = preprocessor(raw_observation())
+    noise = torch.randn(2, CHUNK, 32, generator=torch.Generator().manual_seed(0))
+    actions, records = [], []
+    for is_compiled in (False, True):
+        config = replace(EVERYTHING, compiled=is_compiled)
+        with torch.inference_mode(), capture_attention(policy, config) as capture:
+            actions.append(policy.predict_action_chunk(batch, noise=noise))
+            records += capture.drain()
+    torch._dynamo.reset()
+    assert torch.equal(*actions)
+    plain, traced = records
+    for name in ("suffix_attention", "suffix_attention_mean", "prefix_attention", "flow_time"):
+        np.testing.assert_array_equal(getattr(traced, name), getattr(plain, name), err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def with_other_settings(loaded):
     """Make a policy of the same weights' seed with other settings."""
