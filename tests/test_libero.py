@@ -171,6 +171,35 @@ def test_asynchronous_batches(asynchronous):
     assert all(np.abs(states[i] - states[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+@pytest.mark.parametrize(("family", "first", "grid"), [("pi0", 1, (16, 16)), ("smolvla", 0, (8, 8))])
+def test_other_families_in_asynchronous_batches(libero_ready, request, tmp_path, family, first, grid):
+    """Pi0's suffix opens with the state, so that its first action is query 1."""
+    arguments = [
+        "--env.task=libero_object",
+        "--env.task_ids=[0]",
+        "--eval.n_episodes=2",
+        "--eval.batch_size=2",
+    ]
+    lerobot_eval(
+        request.getfixturevalue(f"{family}_checkpoint"),
+        tmp_path,
+        *arguments,
+        "--eval.save_attention_maps=true",
+        "--eval.attention.prefix_layers=[-1]",
+    )
+    run = open_run(tmp_path / "out")
+    check_views(run)
+    assert len(run) == 2
+    for episode in run:
+        data = episode.dataset
+        np.testing.assert_array_equal(data.frame_inference, np.arange(N_STEPS) // 5)
+        np.testing.assert_array_equal(data.frame_query, first + np.arange(N_STEPS) % 5)
+        assert (int(data.key_row.max()) + 1, int(data.key_column.max()) + 1) == grid
+        assert (data.key_kind[0] == Kind.STATE).sum() == 1
+        report = verify_episode(episode, thorough=True)
+        assert report.passed, report.to_dict()
+
+
 def test_eval_info_lists_the_stores(synchronous, asynchronous):
     for (folder, _), n in ((synchronous, 2), (asynchronous, 3)):
         info = json.loads((folder / "eval_info.json").read_text())

@@ -134,7 +134,7 @@ def test_unsupported_policy_before_any_environment(run_main, capsys, tmp_path):
     arguments = [*ENV, f"--output_dir={tmp_path / 'out'}", "--eval.save_attention_maps=true"]
     error = error_of(run_main, capsys, *arguments, policy=tmp_path / "act")
     assert error.startswith(
-        "error: attention capture does not support the policy type 'act'; supported: pi05"
+        "error: attention capture does not support the policy type 'act'; supported: pi0, pi05, smolvla"
     )
     assert not (tmp_path / "out").exists()
 
