@@ -186,7 +186,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         ("episode", facts["path"]),
         ("task", facts["task"]),
         ("outcome", _outcome(facts)),
-        ("policy", _policy(attributes.get("policy", {}))),
+        ("policy", _policy(attributes)),
         ("seed", str(attributes.get("seed"))),
         ("frames", f"{facts['n_frames']}, from {facts['n_inferences']} inferences"),
         ("saved", "; ".join(f"{name} {ranges(values)}" for name, values in facts["saved"].items())),
@@ -352,10 +352,13 @@ def _outcome(facts: dict[str, Any]) -> str:
     return f"INCOMPLETE ({cause}): it holds the {facts['n_inferences']} inferences committed before"
 
 
-def _policy(policy: dict[str, Any]) -> str:
+def _policy(attributes: dict[str, Any]) -> str:
+    policy = attributes.get("policy", {})
     path = f" from {policy['path']}" if policy.get("path") else ""
+    # SmolVLA's config names no dtype: what its attention was applied in is known all the same.
+    dtype = policy.get("dtype") or f"attention in {attributes.get('attention_dtype', 'an unknown dtype')}"
     return (
-        f"{policy.get('type')}{path}, {policy.get('dtype')}, {policy.get('n_layers')} layers, "
+        f"{policy.get('type')}{path}, {dtype}, {policy.get('n_layers')} layers, "
         f"{policy.get('n_heads')} heads, "
         f"{policy.get('n_denoise_steps')} denoise steps, {policy.get('n_action_steps')} of "
         f"{policy.get('chunk_size')} "

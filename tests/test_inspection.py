@@ -148,3 +148,15 @@ def test_script_is_the_command(tmp_path):
     command = [sys.executable, str(script), str(path), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["n_inferences"] == 4
+
+
+def test_a_policy_whose_config_names_no_dtype(tmp_path, monkeypatch, capsys):
+    """SmolVLA's: what is said is the dtype in which its attention was applied."""
+    path = tmp_path / "episode_00000.zarr"
+    policy = {"type": "smolvla", "dtype": None, "n_layers": 4}
+    writer = make_writer(path, policy=policy, attention_dtype="bfloat16")
+    writer.append_inference(inference_rows(np.random.default_rng(0), 0))
+    writer.close(complete=True)
+    _, out, _ = run_cli(monkeypatch, capsys, "inspect", path)
+    (line,) = [line for line in out.splitlines() if line.startswith("policy")]
+    assert "smolvla, attention in bfloat16, 4 layers" in line
