@@ -3,6 +3,7 @@
 
     python benchmarks/overhead.py                    # eight minutes on two idle cores
     python benchmarks/overhead.py --only inference   # without LIBERO
+    python benchmarks/overhead.py --policy smolvla_tiny --only rollouts   # another demo policy, or pi0_tiny
 
 Inference: `predict_action_chunk` on one observation, kinds in turns: without capture; with capture, records
 dropped; with capture and recording, where each inference is followed by the frames that it serves and by
@@ -41,6 +42,7 @@ AT_MOST = 1.05
 SUITE, TASK, SEED = "libero_object", 0, 1000
 RECORDED = "recorded"
 PARTS = ("inference", "rollouts")
+POLICIES = ("pi05_tiny", "pi0_tiny", "smolvla_tiny")
 
 Kinds = dict[str, Callable[[], Any]]
 
@@ -106,11 +108,12 @@ class Rollouts:
 
     Args:
         folder: where the checkpoint, the videos and the recordings go.
+        policy_type: of the demo policy, whose weights are random.
         n_frames: frames of an episode.
         image_px: height and width of the cameras' pictures.
     """
 
-    def __init__(self, folder: Path, n_frames: int, image_px: int):
+    def __init__(self, folder: Path, policy_type: str, n_frames: int, image_px: int):
         from lerobot.configs import PreTrainedConfig
         from lerobot.envs import make_env
         from lerobot.envs.configs import LiberoEnv
@@ -119,7 +122,7 @@ class Rollouts:
 
         from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 
-        checkpoint = make_demo_checkpoint(folder / "pi05_tiny", random=True)
+        checkpoint = make_demo_checkpoint(folder / policy_type, policy_type=policy_type, random=True)
         config = PreTrainedConfig.from_pretrained(checkpoint, cli_overrides=["--device=cpu"])
         config.pretrained_path = checkpoint
         env = LiberoEnv(
@@ -221,8 +224,14 @@ def main() -> int:
     parsed = arguments(
         __doc__,
         ("--only", {"choices": PARTS, "help": "one of the two parts"}),
+        ("--policy", {"choices": POLICIES, "default": POLICIES[0], "help": "of the rollouts"}),
         ("--frames", {"type": int, "default": 60, "help": "frames of a rollout (default: 60)"}),
     )
+    if parsed.policy != POLICIES[0] and parsed.only != "rollouts":
+        sys.exit(
+            f"error: --policy {parsed.policy}: inferences are measured with {POLICIES[0]} alone, expected "
+            "--only rollouts beside it"
+        )
     before = machine()
     quick, results, details = parsed.quick, [], {}
     sizes = {"depth": 2, "num_inference_steps": 2} if quick else {}
@@ -237,20 +246,22 @@ def main() -> int:
             os.environ.setdefault("MUJOCO_GL", "egl")
             os.environ.setdefault("SLURM_JOB_ID", "0")  # LeRobot's way to leave the progress bars out
             frames, image_px = (11, 64) if quick else (parsed.frames, 360)
-            rollouts = Rollouts(folder, frames, image_px)
+            rollouts = Rollouts(folder, parsed.policy, frames, image_px)
             settings = dict(itertools.islice(captures().items(), 1 if quick else None))
             kinds = {OFF: rollouts.kind(OFF, None)}
             kinds |= {name: rollouts.kind(name, config) for name, config in settings.items()}
             seconds = in_turns(kinds, parsed.runs, warm_up=not quick)
             rollouts.close()
-            results += compare(f"LIBERO rollout of {frames} frames", seconds, {"default": AT_MOST})
+            of = "" if parsed.policy == POLICIES[0] else f" with {parsed.policy}"
+            results += compare(f"LIBERO rollout of {frames} frames{of}", seconds, {"default": AT_MOST})
             details["rollout_s"] = seconds
     how = (
-        "demo policy (Pi0.5's code and tokens, 4 small layers), float32, 10 actions an inference; "
-        f"LIBERO {SUITE} task {TASK}, two cameras of 360 × 360, LeRobot's own evaluation with its video; "
+        f"demo policy ({parsed.policy}: LeRobot's own code and tokens, small layers), float32, 10 actions an "
+        f"inference; LIBERO {SUITE} task {TASK}, two cameras of 360 × 360, LeRobot's own evaluation with its video; "
         "kinds in turns in one process, ratios of each round; actions bit for bit the same"
     )
-    return finish("overhead", results, parsed, how=how, before=before, details=details)
+    document = "overhead" if parsed.policy == POLICIES[0] else f"overhead_{parsed.policy}"
+    return finish(document, results, parsed, how=how, before=before, details=details)
 
 
 if __name__ == "__main__":

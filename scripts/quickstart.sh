@@ -4,20 +4,33 @@
 #   bash scripts/quickstart.sh
 #
 # Needs Linux, Python 3.12 or newer and a network; no GPU. Can be run twice.
+# POLICY=smolvla_tiny                another demo policy, also pi0_tiny: random weights, so their maps mean nothing.
 # LIBERO_ASSETS=<archive or folder>  LIBERO's assets on a machine that cannot reach the Hub.
 # MUJOCO_GL=osmesa                   renders with OSMesa instead of EGL.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-policy=outputs/quickstart/pi05_tiny
+kind="${POLICY:-pi05_tiny}"
+policy="outputs/quickstart/$kind"
 results=outputs/quickstart/eval
 
 # Sourced for its `say` and `run`, and for the environment that it makes.
 source scripts/setup.sh eval
 export MUJOCO_GL="${MUJOCO_GL:-egl}"
 
-say "A demo policy: the real Pi0.5 code with small towers, trained in simulation to fetch what is named"
-run lerobot-attn demo-policy "$policy" --overwrite </dev/null
+if [ "$kind" = pi05_tiny ]; then
+    what="trained in simulation to fetch what is named"
+    length=280 # LeRobot's own for this suite
+    about="What the demo policy can do, how it was trained and which of its layers look: $policy/README.md. It is small and
+knows one suite; for your own maps give --policy.path a Pi0.5, pi0 or SmolVLA checkpoint."
+else
+    what="with random weights: it solves nothing, and its maps mean nothing"
+    length=60
+    about="This policy's weights are random. For maps that mean something leave POLICY out, or give --policy.path your own
+checkpoint: Pi0.5, pi0 or SmolVLA."
+fi
+say "A demo policy: LeRobot's own code with small towers ($kind), $what"
+run lerobot-attn demo-policy "$policy" --type "$kind" --overwrite </dev/null
 
 device="$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")' </dev/null)"
 echo "+ export MUJOCO_GL=$MUJOCO_GL"
@@ -31,6 +44,7 @@ evaluate() {
         --env.type=libero \
         --env.task=libero_object \
         --env.task_ids="[$1]" \
+        --env.episode_length="$length" \
         --eval.n_episodes="$2" \
         --eval.batch_size=1 \
         --eval.save_attention_maps=true \
@@ -83,6 +97,5 @@ Three ways to load a store, in Python:
 
 A walk through all of it: examples/walkthrough.ipynb
 
-What the demo policy can do, how it was trained and which of its layers look: $policy/README.md. It is small and knows
-one suite; for your own maps give --policy.path a Pi0.5 checkpoint.
+$about
 TEXT

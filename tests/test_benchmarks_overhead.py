@@ -76,14 +76,15 @@ def test_overhead_of_an_inference(run_quick):
 
 
 @pytest.mark.libero
-def test_overhead_of_a_rollout(libero_ready, tmp_path):
+@pytest.mark.parametrize(("policy", "of"), [("pi05_tiny", ""), ("smolvla_tiny", " with smolvla_tiny")])
+def test_overhead_of_a_rollout(libero_ready, tmp_path, policy, of):
     """In a process of its own, because the simulation leaves its GL context behind."""
     target = tmp_path / "result.json"
-    arguments = ["--quick", "--only", "rollouts", "--json", str(target)]
+    arguments = ["--quick", "--only", "rollouts", "--policy", policy, "--json", str(target)]
     with start("overhead", tmp_path, *arguments) as process:
         assert process.wait(300) == 0, process.log
     rows, document = read(target)
-    row = the_row(rows, "LIBERO rollout of 11 frames, capture default over without")
+    row = the_row(rows, f"LIBERO rollout of 11 frames{of}, capture default over without")
     seconds = document["details"]["rollout_s"]
     assert row["value"] == seconds["default"][0] / seconds["without capture"][0]
     assert (row["at_most"], row["headline"]) == (1.05, True)
