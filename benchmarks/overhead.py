@@ -257,8 +257,8 @@ def main() -> int:
             details["rollout_s"] = seconds
     how = (
         f"demo policy ({parsed.policy}: LeRobot's own code and tokens, small layers), float32, 10 actions an "
-        f"inference; LIBERO {SUITE} task {TASK}, two cameras of 360 × 360, LeRobot's own evaluation with its video; "
-        "kinds in turns in one process, ratios of each round; actions bit for bit the same"
+        f"inference; LIBERO {SUITE} task {TASK}, two cameras of 360 × 360, LeRobot's own evaluation with its "
+        "video; kinds in turns in one process, ratios of each round; actions bit for bit the same"
     )
     document = "overhead" if parsed.policy == POLICIES[0] else f"overhead_{parsed.policy}"
     return finish(document, results, parsed, how=how, before=before, details=details)
