@@ -360,7 +360,7 @@ def _policy(attributes: dict[str, Any]) -> str:
     return (
         f"{policy.get('type')}{path}, {dtype}, {policy.get('n_layers')} layers, "
         f"{policy.get('n_heads')} heads, "
-        f"{policy.get('n_denoise_steps')} denoise steps, {policy.get('n_action_steps')} of "
+        f"{policy.get('n_denoise_steps') or 'no'} denoise steps, {policy.get('n_action_steps')} of "
         f"{policy.get('chunk_size')} "
         "actions executed"
     )

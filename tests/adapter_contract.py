@@ -93,7 +93,7 @@ class AdapterContract:
         (record,) = capture.drain()
         adapter = adapter_for(policy)
         sizes, layout = adapter.describe(), record.layout
-        queries, keys, steps = layout.n_queries, layout.n_keys, sizes.n_denoise_steps
+        queries, keys, steps = layout.n_queries, layout.n_keys, max(1, sizes.n_denoise_steps)
         assert record.suffix_attention.shape == (steps, sizes.n_layers, 2, sizes.n_heads, queries, keys)
         assert record.suffix_attention_mean.shape == (steps, sizes.n_layers, 2, sizes.n_heads, keys)
         prefix = layout.prefix_len
@@ -215,7 +215,7 @@ class AdapterContract:
             with torch.enable_grad():
                 policy.predict_action_chunk(batch)
         (record,) = capture.drain()
-        for name in ("suffix_attention", "suffix_attention_mean", "prefix_attention", "flow_time"):
+        for name in ("suffix_attention", "suffix_attention_mean", "prefix_attention"):
             assert np.isfinite(getattr(record, name)).any(), name
         assert np.isfinite(record.action_chunk).all()
         assert not [
@@ -271,6 +271,9 @@ class AdapterContract:
             self.act(policy, batch, 0)
         (record,) = capture.drain()
         steps = adapter_for(policy).describe().n_denoise_steps
+        if not steps:  # one pass without a time, and not a step that pretends
+            assert np.isnan(record.flow_time).tolist() == [True]
+            return
         np.testing.assert_allclose(record.flow_time, 1 - np.arange(steps) / steps, atol=1e-6)
 
     def test_watching_changes_nothing(self, policy, batch):
@@ -320,7 +323,7 @@ class AdapterContract:
         with capture_attention(policy, config) as capture:
             self.act(policy, batch, 3)
         (part,) = capture.drain()
-        steps = [0, len(whole.flow_time) - 1]
+        steps = sorted({0, len(whole.flow_time) - 1})
         np.testing.assert_array_equal(part.suffix_attention, whole.suffix_attention[steps][:, -1:, :, 1:2])
         mean = whole.suffix_attention_mean[steps][:, [0, 2]][:, :, :, 1:2]
         np.testing.assert_array_equal(part.suffix_attention_mean, mean)

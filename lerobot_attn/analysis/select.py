@@ -240,7 +240,7 @@ def attention(
         "source": source,
         "query": query_text,
         "layer": in_words("layer", layer, layers, policy_count(dataset, "n_layers")),
-        "denoise_step": in_words("denoise step", denoise_step, steps, n_steps),
+        "denoise_step": "" if n_steps == 0 else in_words("denoise step", denoise_step, steps, n_steps),
         "head": in_words("head", head, heads, policy_count(dataset, "n_heads")),
         "left_out": f"{n_left_out} key token{plural} left out" if n_left_out else "",
     }

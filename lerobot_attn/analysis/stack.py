@@ -73,6 +73,11 @@ class LayerStack:
             raise SelectionError(
                 f"layer {layer!r}: {what} is of one layer's output, expected one of 0 to {n_layers - 1}"
             )
+        if policy.get("reads_last_prefix_layer"):
+            raise SelectionError(
+                f"{what} needs an expert whose layer l reads layer l of the language model, but each layer "
+                f"of {policy.get('type')} reads the last prefix layer's output"
+            )
         if int(policy.get("n_prefix_layers") or n_layers) != n_layers:
             raise SelectionError(
                 f"{what} needs an expert whose layer l reads layer l of the language model, but the policy's "

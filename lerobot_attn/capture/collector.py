@@ -297,9 +297,9 @@ class Collector:
 
     def _check_complete(self) -> None:
         n_steps = len(self._flow_times)
-        if n_steps != self._policy.n_denoise_steps:
+        if n_steps != self._policy.n_steps:
             raise CaptureError(
-                f"the inference ran {n_steps} denoise steps, expected {self._policy.n_denoise_steps}; "
+                f"the inference ran {n_steps} denoise steps, expected {self._policy.n_steps}; "
                 "was num_steps passed to the policy? set it in the policy's config instead"
             )
         expected = {

@@ -44,7 +44,7 @@ class Selection:
             mean_layers=resolve_indices("mean_layer", chosen, policy.n_layers),
             prefix_layers=resolve_indices("prefix_layer", config.prefix_layers, policy.n_prefix_layers),
             heads=resolve_indices("head", config.heads, policy.n_heads),
-            denoise_steps=resolve_indices("denoise step", config.denoise_steps, policy.n_denoise_steps),
+            denoise_steps=resolve_indices("denoise step", config.denoise_steps, policy.n_steps),
         )
         if not selection.sites:
             raise ConfigError(
@@ -144,7 +144,10 @@ class InferenceRecord:
 
     @property
     def flow_time(self) -> np.ndarray:
-        """(denoise_step,), float32: t of the Euler step, from 1 (noise) towards 0 (action)."""
+        """(denoise_step,), float32: t of the Euler step, from 1 (noise) towards 0 (action).
+
+        NaN of a policy that does not denoise.
+        """
         return self._array(self._flow_time)
 
     @property

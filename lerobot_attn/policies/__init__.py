@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Policy type as registered with LeRobot → where its adapter lives. A type derived from one of these uses its
 # parent's.
 ADAPTERS: dict[str, tuple[str, str]] = {
+    "act": ("lerobot_attn.policies.act", "ACTAdapter"),
     "pi0": ("lerobot_attn.policies.pi0", "Pi0Adapter"),
     "pi05": ("lerobot_attn.policies.pi05", "Pi05Adapter"),
     "smolvla": ("lerobot_attn.policies.smolvla", "SmolVLAAdapter"),

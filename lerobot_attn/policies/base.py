@@ -69,11 +69,19 @@ class PolicyDescription:
     n_layers: int  # layers of the expert, which run in the suffix pass
     n_prefix_layers: int  # layers of the language model, which run in the prefix pass
     n_heads: int
-    n_denoise_steps: int
+    n_denoise_steps: int  # 0 of a policy that does not denoise: one pass, recorded as one step without a time
     chunk_size: int
     n_action_steps: int  # actions executed of each chunk
     random_weights: bool = False  # a demo policy whose maps mean nothing
     remark: str = ""  # one line that everything that shows its maps says of it
+    reads_last_prefix_layer: bool = (
+        False  # every layer reads the prefix's last one, rather than that of its number
+    )
+
+    @property
+    def n_steps(self) -> int:
+        """Passes over the suffix in an inference: the denoise steps, or one."""
+        return max(self.n_denoise_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,10 @@ class Probe(Protocol):
         """An inference starts."""
 
     def denoise_step(self, flow_time: Tensor | float) -> None:
-        """The next Euler step starts; `flow_time` is its t, as a float or in every element of a tensor."""
+        """The next Euler step starts; `flow_time` is its t, as a float or in every element of a tensor.
+
+        A policy that does not denoise has one step, whose time is NaN.
+        """
 
     def at(self, site: Site, value: Tensor) -> Tensor | None:
         """Take the value of a site before the policy uses it.

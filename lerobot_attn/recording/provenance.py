@@ -45,6 +45,7 @@ def policy_facts(sizes: PolicyDescription) -> dict[str, Any]:
         "n_action_steps": sizes.n_action_steps,
         "random_weights": sizes.random_weights,
         "remark": sizes.remark,
+        **({"reads_last_prefix_layer": True} if sizes.reads_last_prefix_layer else {}),
     }
 
 

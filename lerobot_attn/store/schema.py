@@ -21,7 +21,8 @@ METADATA = "zarr.json"  # the file in which Zarr describes a group or an array
 
 DIMENSIONS: dict[str, str] = {
     "inference": "one run of the policy that yields an action chunk",
-    "denoise_step": "Euler step of flow matching inside an inference; labelled by the policy's step numbers",
+    "denoise_step": "Euler step of flow matching inside an inference; labelled by the policy's step numbers; "
+    "a single one of a policy that does not denoise (its `n_denoise_steps` is 0)",
     "layer": "layers whose full maps are stored",
     "all_layer": "layers whose means are stored",
     "prefix_layer": "layers whose prefix self-attention is stored",
@@ -221,7 +222,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "flow_time",
         ("denoise_step",),
         "float32",
-        "t of the Euler step: 1 is noise, 0 the action",
+        "t of the Euler step: 1 is noise, 0 the action; NaN of a policy that does not denoise",
         coordinate=True,
     ),
     ArraySpec("denoise_step", ("denoise_step",), "int32", "denoise step", coordinate=True),

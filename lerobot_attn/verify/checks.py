@@ -174,9 +174,12 @@ def _layout(episode: Episode) -> Check:
                 f"{short[camera.name]} has {len(segment)} keys, its grid "
                 f"{geometry.grid_rows} x {geometry.grid_columns}"
             )
+        # Cells that are centred on pixels end less than a cell before the image does.
         if (
-            geometry.pad_top_px + geometry.resized_height_px > geometry.input_height_px
-            or geometry.pad_left_px + geometry.resized_width_px > geometry.input_width_px
+            geometry.pad_top_px + geometry.resized_height_px
+            >= geometry.input_height_px * (geometry.grid_rows + 1) / geometry.grid_rows
+            or geometry.pad_left_px + geometry.resized_width_px
+            >= geometry.input_width_px * (geometry.grid_columns + 1) / geometry.grid_columns
         ):
             wrong.append(f"{short[camera.name]}'s image reaches beyond the policy's input")
         video = episode.attributes.get("videos", {}).get(camera.name)

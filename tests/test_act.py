@@ -1,0 +1,373 @@
+"""ACT: the contract, each way in which a map could be wrong, and a recording of it to the last picture."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lerobot")
+
+from adapter_contract import AdapterContract, act  # noqa: E402
+from lerobot.configs import PreTrainedConfig  # noqa: E402
+from lerobot.configs.types import FeatureType, PolicyFeature  # noqa: E402
+from lerobot.policies.act.configuration_act import ACTConfig  # noqa: E402
+from lerobot.policies.act.modeling_act import ACTPolicy  # noqa: E402
+
+from lerobot_attn.capture import capture_attention  # noqa: E402
+from lerobot_attn.config import AttentionConfig  # noqa: E402
+from lerobot_attn.layout import Kind  # noqa: E402
+from lerobot_attn.policies import adapter_for  # noqa: E402
+
+TOP, WRIST = "observation.images.top", "observation.images.wrist"
+SIZE = (96, 128)
+
+
+def make_policy(
+    policy_class=ACTPolicy, config_class=ACTConfig, *, cameras=(TOP, WRIST), env_state=0, **settings
+):
+    """A small ACT with random weights; its attention is made peaked, so that mixed-up indices show."""
+    features = {name: PolicyFeature(FeatureType.VISUAL, (3, *SIZE)) for name in cameras}
+    features["observation.state"] = PolicyFeature(FeatureType.STATE, (6,))
+    if env_state:
+        features["observation.environment_state"] = PolicyFeature(FeatureType.ENV, (env_state,))
+    torch.manual_seed(0)
+    policy = policy_class(
+        config_class(
+            **{
+                "device": "cpu",
+                "pretrained_backbone_weights": None,
+                "dim_model": 32,
+                "n_heads": 4,
+                "dim_feedforward": 64,
+                "n_encoder_layers": 2,
+                "n_decoder_layers": 3,
+                "n_vae_encoder_layers": 1,
+                "latent_dim": 8,
+                "chunk_size": 10,
+                "n_action_steps": 4,
+                "input_features": features,
+                "output_features": {"action": PolicyFeature(FeatureType.ACTION, (6,))},
+                **settings,
+            }
+        )
+    ).eval()
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if name.endswith("in_proj_weight"):
+                weight *= 3
+    return policy
+
+
+@PreTrainedConfig.register_subclass("act_of_somebody")
+@dataclass
+class DerivedConfig(ACTConfig):
+    pass
+
+
+class DerivedPolicy(ACTPolicy):
+    config_class = DerivedConfig
+    name = "act_of_somebody"
+
+
+def make_batch(n=2, seed=0, size=SIZE, cameras=(TOP, WRIST), env_state=0):
+    noise = torch.Generator().manual_seed(seed)
+    batch = {name: torch.rand(n, 3, *size, generator=noise) for name in cameras}
+    batch["observation.state"] = torch.rand(n, 6, generator=noise)
+    if env_state:
+        batch["observation.environment_state"] = torch.rand(n, env_state, generator=noise)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make_policy()
+
+
+@pytest.fixture
+def policy(made):
+    made.reset()
+    return made
+
+
+@pytest.fixture
+def batch():
+    return make_batch()
+
+
+class ACTContract(AdapterContract):
+    @pytest.fixture
+    def longer(self):
+        """No prompt changes the number of tokens here, but the size of the images does."""
+
+        @contextmanager
+        def with_wider_images():
+            yield make_batch(size=(96, 160))
+
+        return with_wider_images
+
+    @pytest.fixture
+    def break_policy(self, policy):
+        @contextmanager
+        def broken():
+            def fail(*args):
+                raise RuntimeError("the policy broke")
+
+            base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+            handle = base.model.decoder.layers[-1].linear1.register_forward_pre_hook(fail)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+        return broken
+
+
+class TestACT(ACTContract):
+    pass
+
+
+class TestACTInBfloat16(ACTContract):
+    """`--policy.use_amp=true`; a policy of bfloat16 weights LeRobot cannot run, for its latent is float32."""
+
+    is_bfloat16 = True
+
+    def act(self, policy, batch, seed, n=1):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return act(policy, batch, seed, n)
+
+
+class TestACTDerived(ACTContract):
+    @pytest.fixture
+    def policy(self):
+        return make_policy(DerivedPolicy, DerivedConfig, pre_norm=True, n_encoder_layers=3)
+
+
+class TestACTWithLora(ACTContract):
+    @pytest.fixture
+    def policy(self):
+        peft = pytest.importorskip("peft")
+        base = make_policy()
+        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["linear1", "linear2"])).eval()
+
+
+def captured(policy, batch, **settings):
+    with capture_attention(policy, AttentionConfig(layers="all", prefix_layers="all", **settings)) as capture:
+        actions, _ = act(policy, batch, 5)
+    (record,) = capture.drain()
+    return record, actions
+
+
+def test_stored_softmax_equals_an_independent_one(policy, batch):
+    """Softmaxed in float64 by numpy, from what the modules got and their own weights."""
+    modules = [layer.self_attn for layer in policy.model.encoder.layers]
+    modules += [layer.multihead_attn for layer in policy.model.decoder.layers]
+    got = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: got.__setitem__(
+                module, (*args[:2], kwargs.get("query"), kwargs.get("key"))
+            ),
+            with_kwargs=True,
+        )
+        for module in modules
+    ]
+    record, _ = captured(policy, batch)
+    for handle in handles:
+        handle.remove()
+
+    def true(module):
+        inputs = [part.double() for part in got[module] if part is not None]
+        weights = module.in_proj_weight.double().chunk(3)
+        biases = module.in_proj_bias.double().chunk(3)
+        q, k = (
+            (part @ weight.T + bias).unflatten(-1, (4, 8)).permute(1, 2, 0, 3)
+            for part, weight, bias in zip(inputs, weights, biases, strict=False)
+        )
+        scores = (q @ k.transpose(-2, -1) / 8**0.5).detach().numpy()
+        exponents = np.exp(scores - scores.max(-1, keepdims=True))
+        return exponents / exponents.sum(-1, keepdims=True)
+
+    for layer in range(2):
+        np.testing.assert_allclose(
+            record.prefix_attention[layer], true(modules[layer]), rtol=2**-10, atol=2**-18
+        )
+    for layer in range(3):
+        found = record.suffix_attention[0, layer][..., : record.layout.prefix_len]
+        np.testing.assert_allclose(found, true(modules[2 + layer]), rtol=2**-10, atol=2**-18)
+
+
+def test_maps_differ_so_that_a_mixed_up_index_shows(policy, batch):
+    record, _ = captured(policy, batch)
+    maps = record.suffix_attention[..., : record.layout.prefix_len].astype(np.float32)
+    for axis in range(1, 6):
+        assert np.abs(np.diff(maps, axis=axis)).max() > 0.01, axis
+
+
+def test_query_i_is_action_i(policy, batch):
+    """An action's own position decides its row, in the first layer and no other row."""
+    before, _ = captured(policy, batch)
+    with torch.no_grad():
+        policy.model.decoder_pos_embed.weight[6] += 1
+    after, _ = captured(policy, batch)
+    with torch.no_grad():
+        policy.model.decoder_pos_embed.weight[6] -= 1
+    first = [record.suffix_attention[0, 0].astype(np.float32) for record in (before, after)]
+    change = np.nanmax(np.abs(first[1] - first[0]), axis=(0, 1, 3))
+    assert change.argmax() == 6
+    assert np.delete(change, 6).max() < change[6] / 5
+
+
+def test_tokens_are_what_the_layout_says(policy, batch):
+    """Each input disturbed changes what the encoder is given at its own tokens, and nowhere else."""
+    given = []
+    handle = policy.model.encoder.register_forward_pre_hook(
+        lambda module, args: given.append(args[0].detach())
+    )
+    try:
+        record, _ = captured(policy, batch)
+        layout = record.layout
+        segments = {segment.name: segment for segment in layout.segments}
+        assert list(segments) == ["latent", "state", TOP, WRIST, "action"]
+        for name, key in (("state", "observation.state"), (TOP, TOP), (WRIST, WRIST)):
+            given.clear()
+            captured(policy, batch)
+            captured(policy, {**batch, key: batch[key] * 0.5})
+            changed = (given[1] - given[0]).abs().amax(dim=(1, 2)).numpy() > 0
+            expected = np.zeros(layout.prefix_len, bool)
+            expected[segments[name].start : segments[name].stop] = True
+            np.testing.assert_array_equal(changed, expected)
+    finally:
+        handle.remove()
+    kinds = record.key_kind[0]
+    assert (kinds[0], kinds[1], kinds[-1]) == (Kind.SPECIAL, Kind.STATE, Kind.ACTION)
+    assert not {Kind.TASK, Kind.TEXT, Kind.TEMPLATE, Kind.PADDING} & set(kinds.tolist())
+    assert record.token_id.shape == (2, 0)
+    assert record.prompt_truncated is None
+    assert not record.layers_seeing_suffix
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dilated"), [("resnet18", False), ("resnet50", False), ("resnet50", True)]
+)
+def test_cells_are_centred_where_the_geometry_says(backbone, dilated):
+    """By the gradient of a cell of the feature map in the image's pixels: fields are wide, centres exact."""
+    policy = make_policy(
+        vision_backbone=backbone,
+        replace_final_stride_with_dilation=dilated,
+        cameras=(TOP,),
+        n_decoder_layers=1,
+    )
+    size = (480, 640)
+    record, _ = captured(policy, make_batch(1, size=size, cameras=(TOP,)))
+    (camera,) = record.layout.cameras
+    geometry = camera.geometry
+    stride = 16 if dilated else 32
+    assert (geometry.grid_rows, geometry.grid_columns) == (480 // stride, 640 // stride)
+    for row, column in ((7, 11),):
+        if dilated:
+            row, column = 2 * row, 2 * column
+        image = make_batch(1, size=size, cameras=(TOP,))[TOP].requires_grad_()
+        policy.model.backbone(image)["feature_map"][0, :, row, column].sum().backward()
+        weight = image.grad[0].pow(2).sum(0).numpy()
+        weight /= weight.sum()
+        y = weight.sum(1) @ (np.arange(size[0]) + 0.5)
+        x = weight.sum(0) @ (np.arange(size[1]) + 0.5)
+        assert geometry.patch_at(y, x) == (row, column)
+        centre = [
+            (index + 0.5) * stride - pad
+            for index, pad in ((row, geometry.pad_top_px), (column, geometry.pad_left_px))
+        ]
+        assert abs(y - centre[0]) < stride / 4
+        assert abs(x - centre[1]) < stride / 4
+
+
+@pytest.mark.parametrize("camera", [TOP, WRIST])
+@pytest.mark.parametrize("at", [(0, 0), (100, 70), (130, 300), (230, 310)])
+def test_a_planted_object_lands_in_the_right_patch(policy, camera, at):
+    """A bright square changes the state of its own cell most, among all tokens that the encoder is given.
+
+    The backbone is a stub that keeps the ResNet's strides and paddings: a ResNet's fields are far wider than
+    the cells between them, which the gradients of the test above are for.
+    """
+    side, size = 9, (240, 320)
+
+    class Narrow(torch.nn.Module):
+        def forward(self, image):
+            for kernel, padding in ((7, 3), (3, 1), (3, 1), (3, 1), (3, 1)):
+                image = torch.nn.functional.avg_pool2d(image, kernel, 2, padding)
+            return {"feature_map": image.mean(1, keepdim=True).expand(-1, 512, -1, -1)}
+
+    dark = {name: torch.full((1, 3, *size), 0.2) for name in (TOP, WRIST)}
+    batch = {**dark, "observation.state": torch.zeros(1, 6)}
+    lit = {**batch, camera: dark[camera].clone()}
+    lit[camera][..., at[0] : at[0] + side, at[1] : at[1] + side] = 1
+    given, features = [], Narrow()
+    handles = [
+        policy.model.encoder.register_forward_pre_hook(lambda module, args: given.append(args[0].detach())),
+        policy.model.backbone.register_forward_hook(lambda module, args, output: features(args[0])),
+    ]
+    try:
+        captured(policy, batch)
+        record, _ = captured(policy, lit)
+    finally:
+        for handle in handles:
+            handle.remove()
+    token = int((given[1] - given[0]).norm(dim=-1)[:, 0].argmax())
+    layout = record.layout
+    index = [c.name for c in layout.cameras].index(camera)
+    assert layout.key_camera()[token] == index
+    rows, columns = layout.key_patch()
+    expected = layout.cameras[index].geometry.patch_at(at[0] + side / 2, at[1] + side / 2)
+    assert (rows[token], columns[token]) == expected
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_any_batch_size(policy, n):
+    record, _ = captured(policy, make_batch(n))
+    assert record.suffix_attention.shape[2] == record.batch_size == n
+
+
+def test_a_state_of_the_environment_is_a_token_and_cameras_may_be_none():
+    policy = make_policy(cameras=(), env_state=4)
+    record, _ = captured(policy, make_batch(cameras=(), env_state=4))
+    assert [segment.name for segment in record.layout.segments] == [
+        "latent",
+        "state",
+        "environment_state",
+        "action",
+    ]
+    assert record.layout.cameras == ()
+
+
+def test_temporal_ensembling_infers_at_every_step():
+    policy = make_policy(temporal_ensemble_coeff=0.01, n_action_steps=1)
+    expected, _ = act(policy, make_batch(), 0, n=3)
+    with capture_attention(policy) as capture:
+        found, _ = act(policy, make_batch(), 0, n=3)
+    assert torch.equal(found, expected)
+    assert len(capture.records) == 3
+
+
+def test_training_goes_on_unrecorded(policy, batch):
+    """The loss runs the same modules without an inference."""
+    target = {**batch, "action": torch.zeros(2, 10, 6), "action_is_pad": torch.zeros(2, 10, dtype=torch.bool)}
+    with capture_attention(policy) as capture:
+        policy.forward(target)
+        assert not capture.records
+        act(policy, batch, 0)
+    assert len(capture.records) == 1
+
+
+def test_normalised_images_are_no_pictures(policy, batch):
+    batch[TOP] = batch[TOP] * 2 - 1
+    assert set(adapter_for(policy).camera_views(batch)) == {WRIST}
+
+
+def test_compiled_changes_nothing_and_says_so(policy, batch, caplog):
+    with caplog.at_level("WARNING"):
+        captured(policy, batch, compiled=True)
+    assert [r.getMessage() for r in caplog.records] == [
+        "compiled=true changes nothing: LeRobot does not compile ACT"
+    ]
