@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from lerobot_attn.analysis.labels import ranges
+from lerobot_attn.analysis.labels import denoises, ranges
 from lerobot_attn.analysis.reduce import row_sum
 from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_actions, prefix_only_layers
 from lerobot_attn.analysis.tokens import by_modality
@@ -108,7 +108,8 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
     tolerance = episode.row_sum_tolerance() if episode.n_inferences else None
     coordinates = {}
     for name in ("layer", "all_layer", "prefix_layer", "denoise_step", "head"):
-        if episode.array_shape(name) is not None:
+        is_stand_in = name == "denoise_step" and not denoises(episode.arrays)
+        if episode.array_shape(name) is not None and not is_stand_in:
             coordinates[name] = _labels(episode, name)
     attributes = {k: v for k, v in episode.attributes.items() if k not in ("layout", "coordinates")}
     return {

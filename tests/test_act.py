@@ -14,10 +14,20 @@ from lerobot.configs import PreTrainedConfig  # noqa: E402
 from lerobot.configs.types import FeatureType, PolicyFeature  # noqa: E402
 from lerobot.policies.act.configuration_act import ACTConfig  # noqa: E402
 from lerobot.policies.act.modeling_act import ACTPolicy  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
+from test_explorer import client_of, values  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
+from lerobot_attn import open_run, record_episodes  # noqa: E402
+from lerobot_attn.analysis import attention, modality_share  # noqa: E402
+from lerobot_attn.analysis.propagation import attention_flow, attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention  # noqa: E402
+from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
+from lerobot_attn.errors import SelectionError  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
+from lerobot_attn.plot import plot  # noqa: E402
+from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
@@ -371,3 +381,107 @@ def test_compiled_changes_nothing_and_says_so(policy, batch, caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "compiled=true changes nothing: LeRobot does not compile ACT"
     ]
+
+
+def observation(t):
+    """A square that moves by 3 pixels a frame, in both cameras."""
+    batch = make_batch(1)
+    for name in (TOP, WRIST):
+        batch[name] = torch.full((1, 3, *SIZE), 0.2)
+        batch[name][..., 20 + 3 * t : 32 + 3 * t, 30:42] = 1
+    return batch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two episodes of one's own loop, which tells of each frame what the robot would."""
+    folder, policy = tmp_path_factory.mktemp("act"), make_policy()
+    config = AttentionConfig(layers="all", prefix_layers="all")
+    with record_episodes(policy, folder, config, fps=10) as recording:
+        for _ in range(2):
+            with recording.episode() as episode:
+                policy.reset()
+                for t in range(12):
+                    batch = observation(t)
+                    with torch.inference_mode():
+                        action = policy.select_action(batch)
+                    episode.step({name: value[0] for name, value in batch.items()}, action[0])
+                episode.success = True
+    return folder
+
+
+def test_a_recording_says_what_the_policy_lacks(run):
+    for episode in open_run(run):
+        data = episode.dataset
+        assert (episode.is_complete, episode.n_frames, data.sizes["inference"]) == (True, 12, 3)
+        assert data.frame_query.values.tolist() == [0, 1, 2, 3] * 3
+        assert data.sizes["text"] == 0
+        assert np.isnan(data.flow_time.values).tolist() == [True]
+        assert not data.layer_sees_suffix.values.any()
+        assert set(episode.videos) == {TOP, WRIST}
+        shares = modality_share(data, frame=0).compute()
+        assert "task" not in shares.modality.values
+        assert np.isnan(shares.sel(modality="actions"))
+        assert shares.sum() == pytest.approx(1, abs=1e-3)
+        assert attention(data, frame=0).attrs["denoise_step"] == ""
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_plots_are_drawn_or_refused_in_one_line(run, kind, tmp_path):
+    refusals = {
+        "denoise": "the policy does not denoise: an inference is one pass",
+        "actions": "no action attends to another",
+        "cross-modal": "the policy is given no instruction",
+    }
+    episode = open_run(run)[0]
+    if kind in refusals:
+        with pytest.raises(SelectionError, match=refusals[kind]) as caught:
+            plot(episode, kind)
+        assert "\n" not in str(caught.value)
+        return
+    figure = plot(episode, kind)
+    said = " ".join(text.get_text() for text in figure.findobj(Text))
+    assert "noise" not in said
+    assert "step" not in said
+    assert "nan" not in said
+
+
+@pytest.mark.parametrize("function", [attention_rollout, attention_flow])
+def test_attention_is_not_followed_through_layers_that_do_not_meet(run, function):
+    with pytest.raises(SelectionError, match=r"each layer of act reads the last prefix layer's output"):
+        function(open_run(run)[0].dataset, inference=0, query=0)
+
+
+def test_commands_take_the_recording(run, tmp_path):
+    store = str(open_run(run)[0].path)
+    film, sheet = str(tmp_path / "film.mp4"), str(tmp_path / "sheet.png")
+    for command in (
+        ["inspect", store],
+        ["verify", store, "-o", sheet],
+        ["overlay", store, "-o", film],
+        ["overlay", store, "-o", str(tmp_path / "state.mp4"), "--prefix-query", "state"],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, (command, done.output)
+        if command[0] == "inspect":
+            said = " ".join(done.output.split())
+            assert "act, attention in float32, 3 layers, 4 heads, no denoise steps" in said
+            assert "denoise_step 0;" not in said
+
+
+def test_the_explorer_serves_the_recording(run):
+    with client_of(run) as client:
+        first = client.get("/api/run").json()["episodes"][0]
+        facts = client.get(f"/api/episodes/{first['id']}").json()
+        assert (facts["flow_time"], facts["denoise_steps"]) == ([None], [0])
+        base = f"/api/episodes/{first['id']}/{first['version']}"
+        means = values(client.get(f"{base}/inferences/0/means/0"))
+        maps = values(client.get(f"{base}/inferences/0/maps/0/2"))
+        prefix_len = facts["prefix_len"]
+        for slab in (means, maps):
+            assert np.isnan(slab[..., prefix_len:]).all()
+            assert np.abs(slab[..., :prefix_len].astype(np.float32).sum(-1) - 1).max() < 2**-9
+        tokens = client.get(f"{base}/inferences/0/tokens").json()
+        assert "task" not in str(tokens)
+        for address in ("shares", "timeline", "ranges/0", f"cameras/{TOP}/frames/4.jpg"):
+            assert client.get(f"{base}/{address}").status_code == 200, address

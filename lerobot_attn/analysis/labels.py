@@ -133,6 +133,11 @@ def policy_count(dataset: xr.Dataset, name: str) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def denoises(dataset: xr.Dataset) -> bool:
+    """Return whether the policy denoises; the single step of one that does not stands for its one pass."""
+    return policy_count(dataset, "n_denoise_steps") != 0
+
+
 def policy_of(dataset: xr.Dataset) -> Mapping[str, Any]:
     """Return what the store says of the policy; nothing where it says nothing."""
     policy = said_of(dataset).get("policy")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.labels import in_words, picked, policy_count, policy_of, stored_labels
 from lerobot_attn.analysis.rows import Rows
-from lerobot_attn.analysis.select import PREFIX, HeadChoice, Labels, LayerChoice
+from lerobot_attn.analysis.select import PREFIX, HeadChoice, Labels, LayerChoice, layout_of
 from lerobot_attn.analysis.spatial import camera_geometry, on_grid
 from lerobot_attn.analysis.tokens import (
     ACTIONS,
@@ -155,6 +155,10 @@ def text_to_image(
     """
     choice = _PrefixChoice.of(dataset, **where)
     name, geometry, segment = camera_geometry(dataset, camera)
+    if not len(layout_of(dataset).language):
+        raise SelectionError(
+            "the policy is given no instruction, so there are no words that attend to images"
+        )
     ordinal = None if word is None else find_word(dataset, word)
     groups, keys = token_groups(dataset)
     words = [g for g in groups if g.kind == Kind.TASK and ordinal in (None, g.ordinal)]

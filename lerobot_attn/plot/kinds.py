@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
-from lerobot_attn.analysis.labels import policy_count
+from lerobot_attn.analysis.labels import denoises, policy_count
 from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, text_to_image
 from lerobot_attn.analysis.select import (
     Where,
@@ -64,6 +64,10 @@ def _heads(episode: Episode, settings: PlotSettings) -> Draw:
 
 
 def _denoise(episode: Episode, settings: PlotSettings) -> Draw:
+    if not denoises(episode.arrays):
+        raise SelectionError(
+            "the policy does not denoise: an inference is one pass, so there are no denoise steps to draw"
+        )
     steps = "all" if settings.denoise_steps is None else settings.denoise_steps
     return _image_grid(episode, settings, along="denoise_step", panels=steps)
 
@@ -167,16 +171,17 @@ def _evolution(episode: Episode, settings: PlotSettings) -> Draw:
     where = _where(episode, settings, frame=frames, layer=_listed(layers), query="executed")
     steps = {**where, "denoise_step": "all", "layer": _single(settings.layers, "mean")}
     by_layer = analysis.modality_share(data, **where)
-    by_step = analysis.modality_share(data, **steps)
     n_frames = np.atleast_1d(frames_of(data, frames)).size
     note = unequal_views(data, by_layer["layer"].values.tolist()) if settings.layers is None else ""
     facts = caption_of(episode, by_layer.attrs, settings, frames, image=False, leave="layer", notes=[note])
+    title = ", ".join(filter(None, ["through layers", by_layer.attrs["denoise_step"]]))
+    panels = [(title, _over_frames(by_layer))]
+    if denoises(data):
+        by_step = analysis.modality_share(data, **steps)
+        panels.append((f"from noise to action, {by_step.attrs['layer']}", _over_frames(by_step)))
     return partial(
         figures.evolution_figure,
-        [
-            (f"through layers, {by_layer.attrs['denoise_step']}", _over_frames(by_layer)),
-            (f"from noise to action, {by_step.attrs['layer']}", _over_frames(by_step)),
-        ],
+        panels,
         replace(facts, facts=[*facts.facts, f"mean of {n_frames} frames" if n_frames > 1 else ""]),
         width_in=settings.width,
     )

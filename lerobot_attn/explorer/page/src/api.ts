@@ -93,7 +93,8 @@ export interface Facts {
   prefix_only_layers: number[];
   heads: number[];
   denoise_steps: number[];
-  flow_time: number[];
+  /** Of each denoise step; null where the policy does not denoise. */
+  flow_time: (number | null)[];
   state_dims: string[];
   action_dims: string[];
   segments: Segment[];

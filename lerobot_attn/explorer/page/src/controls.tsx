@@ -4,7 +4,7 @@ import { effect, type ReadonlySignal } from "@preact/signals";
 import { COLOUR_MAPS, type ColourMap } from "./colormaps";
 import { NORMALISATIONS, type Normalisation } from "./heat";
 import { isAll } from "./labels";
-import { actionOfQuery, countActions } from "./layout";
+import { actionOfQuery, countActions, denoises } from "./layout";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -91,16 +91,18 @@ export function Controls({ model }: { model: EpisodeModel }) {
         ]}
         onChange={(value) => (state.head.value = chosen<"mean" | "max">(value))}
       />
-      <Select
-        label="Denoise step"
-        keys="[ ]"
-        value={String(model.step.value)}
-        options={facts.denoise_steps.map((label, i) => ({
-          value: String(label),
-          name: `${label} (t ${facts.flow_time[i]?.toFixed(1)})`,
-        }))}
-        onChange={(value) => (state.step.value = Number(value))}
-      />
+      {denoises(facts) && (
+        <Select
+          label="Denoise step"
+          keys="[ ]"
+          value={String(model.step.value)}
+          options={facts.denoise_steps.map((label, i) => ({
+            value: String(label),
+            name: `${label} (t ${facts.flow_time[i]?.toFixed(1)})`,
+          }))}
+          onChange={(value) => (state.step.value = Number(value))}
+        />
+      )}
       <Select
         label="Camera"
         keys="c"

@@ -4,7 +4,7 @@ import { batch, useSignalEffect } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import type { Choice, HeadChoice, Slab } from "./api";
 import { patches, pick, rangeEnd, type Blind } from "./heat";
-import type { CameraView } from "./layout";
+import { type CameraView, denoises } from "./layout";
 import type { EpisodeModel } from "./model";
 import { paintPatches } from "./paint";
 import * as state from "./state";
@@ -201,7 +201,7 @@ export function StepStrip({ model }: { model: EpisodeModel }) {
     paintCells(canvas.current, cells, view, model.ranges.ofDenoiseSteps(view.camera.name));
   });
 
-  if (!facts || !view || !facts.mean_layers.length) return null;
+  if (!facts || !view || !facts.mean_layers.length || !denoises(facts)) return null;
   const size: [number, number] = [facts.denoise_steps.length, 1];
   const isStale = model.steps.value?.inference !== model.shown.value?.inference;
   return (

@@ -77,6 +77,11 @@ export function visiblePatches(geometry: Geometry): boolean[] {
   return rows.flatMap((row) => columns.map((column) => row && column));
 }
 
+/** Whether the policy denoises; one that does not has a single step without a flow time. */
+export function denoises(facts: Pick<Facts, "flow_time">): boolean {
+  return facts.flow_time.some((time) => time !== null);
+}
+
 /** Number of the action in its chunk that a suffix query is; a state token may come before the actions. */
 export function actionOfQuery(facts: Pick<Facts, "action_queries">, query: number): number {
   return query - facts.action_queries[0];
