@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Write what is generated into README and docs: the benchmarks' results, and the table of a store's arrays.
+"""Write what is generated into README and docs: benchmarks' results, tables of arrays and of policies.
 
     python benchmarks/readme_table.py            # rewrite them
     python benchmarks/readme_table.py --check    # exit status 1 where one differs
 
 What is rewritten stands between two markers, each on a line of its own: `<!-- benchmarks -->` and
 `<!-- /benchmarks -->` around the table in docs/benchmarks.md, `figures` around README's best ones (both made
-of benchmarks/results), and `schema` around the table in docs/store.md. Runs no benchmark.
+of benchmarks/results), `schema` around the table in docs/store.md, and `policies` around the one in
+docs/policies.md. Runs no benchmark.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 
 from common import RESULTS, Result, shown, target
 
+from lerobot_attn.policies import ADAPTERS
+from lerobot_attn.policies.families import markdown
 from lerobot_attn.store.schema import schema_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "store.md", ROOT / "README.md"]
+PAGES = [*(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "policies", "store")), ROOT / "README.md"]
 # What the implementation that this package succeeds is reported to write for an episode: suffix-only maps, a
 # `.pt` for each action. Reported, not measured here: which layers and which dtype it kept is not known.
 ORIGINAL_BYTES = 2.8e9
@@ -122,6 +125,7 @@ PARTS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "benchmarks": table,
     "figures": figures,
     "schema": lambda documents: schema_table(),
+    "policies": lambda documents: markdown(ADAPTERS),
 }
 
 

@@ -360,6 +360,24 @@ def test_temporal_ensembling_infers_at_every_step():
     assert len(capture.records) == 3
 
 
+def test_an_ensembled_action_is_no_token_of_a_chunk(tmp_path):
+    policy = make_policy(temporal_ensemble_coeff=0.01, n_action_steps=1)
+    with (
+        record_episodes(policy, tmp_path, AttentionConfig(layers=[-1]), fps=10) as recording,
+        recording.episode() as episode,
+    ):
+        policy.reset()
+        for t in range(4):
+            batch = observation(t)
+            with torch.inference_mode():
+                action = policy.select_action(batch)
+            episode.step({name: value[0] for name, value in batch.items()}, action[0])
+    (found,) = open_run(tmp_path)
+    assert found.dataset.frame_query.values.tolist() == [0, -1, -1, -1]
+    assert found.dataset.frame_inference.values.tolist() == [0, 1, 2, 3]
+    assert attention(found.dataset, frame=2).attrs["query"].startswith("mean of executed action")
+
+
 def test_training_goes_on_unrecorded(policy, batch):
     """The loss runs the same modules without an inference."""
     target = {**batch, "action": torch.zeros(2, 10, 6), "action_is_pad": torch.zeros(2, 10, dtype=torch.bool)}

@@ -129,12 +129,13 @@ def test_unknown_setting_in_the_config_file(run_main, capsys, tmp_path):
 
 
 def test_unsupported_policy_before_any_environment(run_main, capsys, tmp_path):
-    (tmp_path / "act").mkdir()
-    (tmp_path / "act" / "config.json").write_text(json.dumps({"type": "act", "device": "cpu"}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"type": "tdmpc", "device": "cpu"}))
     arguments = [*ENV, f"--output_dir={tmp_path / 'out'}", "--eval.save_attention_maps=true"]
-    error = error_of(run_main, capsys, *arguments, policy=tmp_path / "act")
+    error = error_of(run_main, capsys, *arguments, policy=tmp_path / "other")
     assert error.startswith(
-        "error: attention capture does not support the policy type 'act'; supported: pi0, pi05, smolvla"
+        "error: attention capture does not support the policy type 'tdmpc' (no attention: convolutions and "
+        "MLPs); supported: act, pi"
     )
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Commands that get a machine ready: demo-policy, doctor, setup-libero."""
+"""Commands about this machine: demo-policy, doctor, policies, setup-libero."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def doctor() -> None:
     from lerobot_attn.machine.doctor import print_report, run_checks
 
     raise typer.Exit(print_report(run_checks(), Console()))
+
+
+@app.command()
+def policies() -> None:
+    """List LeRobot's policy types: whose attention is captured, edited, compiled, and why others' is not."""
+    from lerobot_attn.machine.policies import print_policies
+
+    print_policies(Console())
 
 
 @app.command()

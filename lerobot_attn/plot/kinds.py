@@ -65,9 +65,7 @@ def _heads(episode: Episode, settings: PlotSettings) -> Draw:
 
 def _denoise(episode: Episode, settings: PlotSettings) -> Draw:
     if not denoises(episode.arrays):
-        raise SelectionError(
-            "the policy does not denoise: an inference is one pass, so there are no denoise steps to draw"
-        )
+        raise SelectionError("the policy does not denoise: an inference is one pass, not several steps")
     steps = "all" if settings.denoise_steps is None else settings.denoise_steps
     return _image_grid(episode, settings, along="denoise_step", panels=steps)
 

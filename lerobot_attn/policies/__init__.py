@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import UnsupportedPolicyError
+from lerobot_attn.policies.families import WHY_NOT
 
 if TYPE_CHECKING:
     from lerobot_attn.policies.base import PolicyAdapter
@@ -37,8 +38,9 @@ def adapter_type(config: Any) -> str:
         if name in ADAPTERS:
             return name
     got = getattr(config, "type", None) or type(config).__name__
+    why = f" ({WHY_NOT[got]})" if got in WHY_NOT else ""
     raise UnsupportedPolicyError(
-        f"attention capture does not support the policy type {got!r}; supported: "
+        f"attention capture does not support the policy type {got!r}{why}; supported: "
         f"{', '.join(sorted(ADAPTERS))} "
         "and policies derived from them; evaluate without --eval.save_attention_maps or use a supported "
         "policy"

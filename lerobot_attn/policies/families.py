@@ -1,0 +1,91 @@
+"""Which of LeRobot's policy types are captured, and for each of the others why not. Imports no framework.
+
+`lerobot-attn policies` prints it for the LeRobot that is installed; docs/policies.md has the same table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """What is offered for a policy type that has an adapter."""
+
+    captured: str  # which attention
+    edited: bool  # whether a probe may replace attention before it is applied
+    compiled: bool  # whether a compiled policy can be read and stay compiled
+
+
+class Row(NamedTuple):
+    """A policy type in the table. `why_not` is empty for one that is captured."""
+
+    policy_type: str
+    captured: str
+    edited: str
+    compiled: str
+    why_not: str
+
+
+HEADINGS = ("policy type", "captured", "edited", "stays compiled", "why not")
+
+# Of those with an adapter.
+FAMILIES: dict[str, Family] = {
+    "act": Family("the decoder's cross-attention, the encoder's self-attention", True, False),
+    "pi0": Family("the action expert's and the language model's attention", True, True),
+    "pi05": Family("the action expert's and the language model's attention", True, True),
+    "smolvla": Family("the action expert's and the language model's attention", True, True),
+}
+
+_HUB = "needs {} from the Hub to be built, so that no adapter could be tested"
+
+# Of LeRobot's other types, found by building them or by reading their code (LeRobot 0.6.1).
+WHY_NOT: dict[str, str] = {
+    "diffusion": "no attention over images: a U-Net over pooled features (its softmax makes keypoints)",
+    "eo1": _HUB.format("Qwen2.5-VL"),
+    "evo1": _HUB.format("InternVL3"),
+    "fastwam": _HUB.format("Wan 2.2"),
+    "gaussian_actor": "no attention: a convolutional encoder and MLPs",
+    "groot": _HUB.format("Qwen3-VL"),
+    "lingbot_va": _HUB.format("Wan's autoencoder and text encoder"),
+    "molmoact2": _HUB.format("its model and configuration"),
+    "multi_task_dit": "no map of an image: each image enters as one vector (CLIP's, from the Hub)",
+    "pi0_fast": _HUB.format("its tokenizer of actions"),
+    "tdmpc": "no attention: convolutions and MLPs",
+    "vla_jepa": _HUB.format("Qwen3-VL and V-JEPA"),
+    "vqbet": "no map of an image: each image enters as one vector",
+    "wall_x": _HUB.format("its Qwen2.5-VL with experts"),
+    "xvla": "no adapter yet; it builds offline, and its attention goes through a kernel that can be tapped",
+}
+
+
+def table(
+    policy_types: Iterable[str], adapters: Collection[str], parents: Mapping[str, Sequence[str]] | None = None
+) -> list[Row]:
+    """Return a row for each policy type, captured ones first.
+
+    Args:
+        policy_types: as registered with LeRobot.
+        adapters: those that have an adapter.
+        parents: policy type → the types that it is derived from, nearest first; without it, none is.
+    """
+    rows = []
+    for name in sorted(policy_types):
+        served = next((one for one in (name, *(parents or {}).get(name, ())) if one in adapters), None)
+        if served is None:
+            why = WHY_NOT.get(name, "not known to this version of lerobot-attn")
+            rows.append(Row(name, "no", "", "", why))
+            continue
+        family = FAMILIES[served]
+        captured = family.captured + (f" (as {served})" if served != name else "")
+        rows.append(Row(name, captured, *("yes" if has else "no" for has in family[1:]), ""))
+    return sorted(rows, key=lambda row: bool(row.why_not))
+
+
+def markdown(adapters: Collection[str]) -> str:
+    """Return the table of LeRobot's own types as Markdown, for docs/policies.md."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    for row in table({*adapters, *WHY_NOT}, adapters):
+        lines.append(f"| `{row.policy_type}` | {' | '.join(row[1:])} |")
+    return "\n".join(re.sub(" +", " ", line) for line in lines)
