@@ -79,7 +79,8 @@ def table(
             continue
         family = FAMILIES[served]
         captured = family.captured + (f" (as {served})" if served != name else "")
-        rows.append(Row(name, captured, *("yes" if has else "no" for has in family[1:]), ""))
+        edited, compiled = ("yes" if has else "no" for has in (family.edited, family.compiled))
+        rows.append(Row(name, captured, edited, compiled, ""))
     return sorted(rows, key=lambda row: bool(row.why_not))
 
 
