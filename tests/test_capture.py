@@ -105,7 +105,7 @@ def test_what_the_policy_does_not_have(policy, settings, message):
 
 def test_unsupported_policy_is_named(policy, monkeypatch):
     monkeypatch.delitem(ADAPTERS, "scripted")
-    with pytest.raises(UnsupportedPolicyError, match=r"policy type 'scripted'; supported: pi0, pi05, "):
+    with pytest.raises(UnsupportedPolicyError, match=r"policy type 'scripted'; supported: .*pi05"):
         adapter_type(policy.config)
     with pytest.raises(UnsupportedPolicyError), capture_attention(policy):
         pass

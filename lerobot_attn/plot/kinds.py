@@ -172,9 +172,7 @@ def _evolution(episode: Episode, settings: PlotSettings) -> Draw:
     n_frames = np.atleast_1d(frames_of(data, frames)).size
     note = unequal_views(data, by_layer["layer"].values.tolist()) if settings.layers is None else ""
     facts = caption_of(episode, by_layer.attrs, settings, frames, image=False, leave="layer", notes=[note])
-    panels = [
-        (", ".join(filter(None, ["through layers", by_layer.attrs["denoise_step"]])), _over_frames(by_layer))
-    ]
+    panels = [(f"through layers, {by_layer.attrs['denoise_step']}".rstrip(", "), _over_frames(by_layer))]
     if denoises(data):
         by_step = analysis.modality_share(data, **steps)
         panels.append((f"from noise to action, {by_step.attrs['layer']}", _over_frames(by_step)))
