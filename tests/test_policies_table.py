@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("lerobot")
 
+import lerobot.policies  # noqa: F401  (registers LeRobot's own)
 from lerobot.configs import PreTrainedConfig
 from typer.testing import CliRunner
 
