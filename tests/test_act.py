@@ -503,3 +503,31 @@ def test_the_explorer_serves_the_recording(run):
         assert "task" not in str(tokens)
         for address in ("shares", "timeline", "ranges/0", f"cameras/{TOP}/frames/4.jpg"):
             assert client.get(f"{base}/{address}").status_code == 200, address
+
+
+def test_without_cameras_what_is_about_images_is_refused_in_one_line(tmp_path):
+    policy = make_policy(cameras=(), env_state=4)
+    config = AttentionConfig(layers="all", prefix_layers="all")
+    with (
+        record_episodes(policy, tmp_path, config, fps=10) as recording,
+        recording.episode() as episode,
+    ):
+        policy.reset()
+        for _ in range(5):
+            batch = make_batch(1, cameras=(), env_state=4)
+            with torch.inference_mode():
+                action = policy.select_action(batch)
+            episode.step({name: value[0] for name, value in batch.items()}, action[0])
+    (found,) = open_run(tmp_path)
+    for kind in ("image", "heads", "combined"):
+        with pytest.raises(SelectionError, match=r"^the episode's policy saw no camera image$"):
+            plot(found, kind)
+    for kind in ("timeline", "evolution", "text"):
+        plot(found, kind)
+    store = str(found.path)
+    assert CliRunner().invoke(app, ["inspect", store]).exit_code == 0
+    done = CliRunner().invoke(app, ["verify", store, "-o", str(tmp_path / "sheet.png")])
+    assert "the episode's policy saw no camera image" in done.output
+    assert "0 failed" in " ".join(done.output.split())
+    done = CliRunner().invoke(app, ["overlay", store, "-o", str(tmp_path / "film.mp4")])
+    assert isinstance(done.exception, SelectionError)

@@ -26,6 +26,9 @@ NORMALISATIONS: dict[str, str] = {
 }
 
 
+NO_CAMERAS = "the episode's policy saw no camera image"
+
+
 class ColourRange(NamedTuple):
     """The colour range of several heatmaps begins at 0; where it ends, and whether values lie beyond."""
 
@@ -49,7 +52,7 @@ def camera_geometry(dataset: xr.Dataset, camera: str | None = None) -> tuple[str
     """
     layout, names = layout_of(dataset), camera_names(dataset)
     if not names:
-        raise SelectionError("the episode's policy saw no camera image")
+        raise SelectionError(NO_CAMERAS)
     images = [segment for segment in layout.segments if segment.kind == "image"]
     name = names[0] if camera is None else camera
     found = [c for c in layout.cameras if c.name == name]
@@ -202,7 +205,13 @@ def colour_range(
             that of the cameras and episodes ends.
         clip: percentile of the patches at which it ends; 100 is the largest.
         episode_ends: for "episode", of `episode_ranges`, one for each camera and episode that is shown.
+
+    Raises:
+        SelectionError: there is no heatmap, because no camera showed an image.
     """
+    heatmaps = [*heatmaps]
+    if not heatmaps:
+        raise SelectionError(NO_CAMERAS)
     if normalisation == "frame":
         return ColourRange(1.0, False)
     shown = np.concatenate([np.ravel(np.asarray(heatmap)) for heatmap in heatmaps])

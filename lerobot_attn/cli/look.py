@@ -269,7 +269,9 @@ def verify(
         print(json.dumps(facts[0] if single else facts, indent=2))
     for _, reason in () if repair else run.damaged:  # a repair has said so already
         print(f"error: {reason}", file=sys.stderr)
-    if sheet and single:
+    if sheet and single and reports[0].passed and all(camera.is_empty for camera in run[0].layout.cameras):
+        print("No contact sheet: the episode's policy saw no camera image", file=sys.stderr)
+    elif sheet and single:
         try:
             with status("Drawing the contact sheet"):
                 file = save_figure(contact_sheet(run[0], chosen), output, dpi=chosen.dpi)

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 
 from lerobot_attn import analysis
 from lerobot_attn.analysis.select import MEANS, Where
-from lerobot_attn.errors import RANDOM_WEIGHTS, ConfigError, LerobotAttnError, StoreError, first_line
+from lerobot_attn.analysis.spatial import NO_CAMERAS
+from lerobot_attn.errors import (
+    RANDOM_WEIGHTS,
+    ConfigError,
+    LerobotAttnError,
+    SelectionError,
+    StoreError,
+    first_line,
+)
 from lerobot_attn.figures.canvas import Caption, colorbar, new_figure, store_name, styled
 from lerobot_attn.figures.scale import colormap as check_colormap
 from lerobot_attn.inspection import sampled_inferences
@@ -73,7 +81,7 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
 
     Raises:
         StoreError: the episode is empty or damaged.
-        SelectionError: no such layer or step.
+        SelectionError: no such layer or step, or no camera showed an image.
     """
     if episode.n_frames == 0:
         raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
@@ -84,6 +92,8 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
     frames = [min(int(data["inference_frame"].values[i]), episode.n_frames - 1) for i in inferences]
     where: Where = {"frame": frames, "layer": settings.layer, "denoise_step": settings.denoise_step}
     cameras = analysis.camera_names(data)
+    if not cameras:
+        raise SelectionError(NO_CAMERAS)
     try:
         array = analysis.attention(data, **where).load()
         # Where it lies is the question here, not how much.
