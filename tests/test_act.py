@@ -1,5 +1,7 @@
 """ACT: the contract, each way in which a map could be wrong, and a recording of it to the last picture."""
 
+import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from matplotlib.text import Text  # noqa: E402
 from test_explorer import client_of, values  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from lerobot_attn import open_run, record_episodes  # noqa: E402
+from lerobot_attn import open_episode, open_run, record_episodes  # noqa: E402
 from lerobot_attn.analysis import attention, modality_share  # noqa: E402
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention  # noqa: E402
@@ -29,6 +31,7 @@ from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
+from lerobot_attn.verify import verify_episode  # noqa: E402
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 SIZE = (96, 128)
@@ -531,3 +534,19 @@ def test_without_cameras_what_is_about_images_is_refused_in_one_line(tmp_path):
     assert "0 failed" in " ".join(done.output.split())
     done = CliRunner().invoke(app, ["overlay", store, "-o", str(tmp_path / "film.mp4")])
     assert isinstance(done.exception, SelectionError)
+
+
+@pytest.mark.parametrize(("more", "passes"), [(0, True), (1, False)])
+def test_verify_knows_how_far_cells_reach(run, tmp_path, more, passes):
+    """Half a cell of the image may lie beyond the last one, and no more."""
+    source = open_run(run)[0].path
+    store = tmp_path / source.name
+    shutil.copytree(source, store)
+    described = store / "zarr.json"
+    group = json.loads(described.read_text(encoding="utf-8"))
+    for camera in group["attributes"]["layout"]["cameras"]:
+        camera["geometry"]["pad_top_px"] += more
+    described.write_text(json.dumps(group), encoding="utf-8")
+    (check,) = (check for check in verify_episode(open_episode(store)).checks if check.name == "layout")
+    assert check.status == ("ok" if passes else "failed"), check
+    assert ("reaches beyond the policy's input" in check.detail) == (not passes)

@@ -174,12 +174,12 @@ def _layout(episode: Episode) -> Check:
                 f"{short[camera.name]} has {len(segment)} keys, its grid "
                 f"{geometry.grid_rows} x {geometry.grid_columns}"
             )
-        # Cells that are centred on pixels end less than a cell before the image does.
+        # Cells of a convolution are centred on its strides: half a cell may lie beyond the last one.
+        is_resized = geometry.resized_height_px != geometry.height_px
+        half = 0 if is_resized else geometry.input_height_px / geometry.grid_rows / 2
         if (
-            geometry.pad_top_px + geometry.resized_height_px
-            >= geometry.input_height_px * (geometry.grid_rows + 1) / geometry.grid_rows
-            or geometry.pad_left_px + geometry.resized_width_px
-            >= geometry.input_width_px * (geometry.grid_columns + 1) / geometry.grid_columns
+            geometry.pad_top_px + geometry.resized_height_px > geometry.input_height_px + half
+            or geometry.pad_left_px + geometry.resized_width_px > geometry.input_width_px + half
         ):
             wrong.append(f"{short[camera.name]}'s image reaches beyond the policy's input")
         video = episode.attributes.get("videos", {}).get(camera.name)
