@@ -26,7 +26,7 @@ from lerobot_attn.analysis.propagation import attention_flow, attention_rollout 
 from lerobot_attn.capture import capture_attention  # noqa: E402
 from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
-from lerobot_attn.errors import SelectionError  # noqa: E402
+from lerobot_attn.errors import ConfigError, SelectionError  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
@@ -379,6 +379,19 @@ def test_an_ensembled_action_is_no_token_of_a_chunk(tmp_path):
     assert found.dataset.frame_query.values.tolist() == [0, -1, -1, -1]
     assert found.dataset.frame_inference.values.tolist() == [0, 1, 2, 3]
     assert attention(found.dataset, frame=2).attrs["query"].startswith("mean of executed action")
+
+
+def test_a_policy_of_one_layer_needs_no_setting():
+    """LeRobot's ACT has one decoder layer unless told otherwise; the default is to keep the last two."""
+    policy = make_policy(n_decoder_layers=1)
+    with capture_attention(policy) as capture:
+        act(policy, make_batch(), 0)
+    assert next(capture.drain()).suffix_attention.shape[1] == 1
+    with (
+        pytest.raises(ConfigError, match="layer -3 does not exist: this policy has 1"),
+        capture_attention(policy, AttentionConfig(layers=[-3])),
+    ):
+        pass
 
 
 def test_training_goes_on_unrecorded(policy, batch):

@@ -38,9 +38,12 @@ class Selection:
         Raises:
             ConfigError: a layer, head or denoise step does not exist, or no layer is chosen.
         """
-        chosen = config.layers if config.mean_layers == "auto" else config.mean_layers
+        layers = config.layers
+        if layers == AttentionConfig().layers == [-2, -1] and policy.n_layers == 1:
+            layers = [-1]  # unless told otherwise the last two, of which there is but one
+        chosen = layers if config.mean_layers == "auto" else config.mean_layers
         selection = cls(
-            layers=resolve_indices("layer", config.layers, policy.n_layers),
+            layers=resolve_indices("layer", layers, policy.n_layers),
             mean_layers=resolve_indices("mean_layer", chosen, policy.n_layers),
             prefix_layers=resolve_indices("prefix_layer", config.prefix_layers, policy.n_prefix_layers),
             heads=resolve_indices("head", config.heads, policy.n_heads),
