@@ -694,7 +694,7 @@ class TestAttentionFrom:
 
     @pytest.mark.parametrize("token", list(ROWS_OF), ids=str)
     def test_is_the_mean_of_the_rows_that_are_meant(self, tmp_path, token):
-        data = open_episode(write_small_store(tmp_path / "episode_00000.zarr")).arrays
+        data = write_small_store(tmp_path / "episode_00000.zarr").arrays
         raw = data.prefix_attention.values.astype(np.float32)  # (inference, layer, head, query, key)
         found = attention_from(data, token, layer=1)
         expected = [raw[i, 1][:, rows].mean((0, 1)) for i, rows in enumerate(ROWS_OF[token])]
@@ -709,7 +709,7 @@ class TestAttentionFrom:
         (state,) = (segment for segment in plan.layout.segments if segment.kind == "state")
         for token in ("last", "state"):
             attended = attention_from(data, token, inference=0, layer=0)
-            assert int(attended.argmax()) == state.start  # everything else looks at itself
+            assert int(attended.values.argmax()) == state.start  # everything else looks at itself
         assert attention_from(data, "last", inference=0).attrs["layer"] == "layer 3"
 
     @pytest.mark.parametrize(
