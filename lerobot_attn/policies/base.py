@@ -74,9 +74,7 @@ class PolicyDescription:
     n_action_steps: int  # actions executed of each chunk
     random_weights: bool = False  # a demo policy whose maps mean nothing
     remark: str = ""  # one line that everything that shows its maps says of it
-    reads_last_prefix_layer: bool = (
-        False  # every layer reads the prefix's last one, rather than that of its number
-    )
+    reads_last_prefix_layer: bool = False  # every layer reads the prefix's last, not the one of its number
 
     @property
     def n_steps(self) -> int:

@@ -133,9 +133,8 @@ class SmolVLAAdapter(FlowMatchingAdapter):
         present = self._present_cameras(batch)
         for name in present:
             height, width = _newest(batch[name]).shape[-2:]
-            resized = (
-                config.resize_imgs_with_padding
-            )  # (width, height), or None: images are taken as they are
+            # (width, height), or None: images are taken as they are.
+            resized = config.resize_imgs_with_padding
             input_px = (resized[1], resized[0]) if resized else (height, width)
             geometry = ImageGeometry.letterbox(
                 (height, width), input_px, self._grid(input_px), padding="left_top"
