@@ -49,9 +49,8 @@ def main(checkpoint: str, folder: Path, scenes: list[int]) -> None:
         for scene, name in ((number, name) for number in scenes for name in SCENES[number]):
             settings = LiberoEnv(task="libero_object", task_ids=[scene])
             env_preprocess, _ = make_env_pre_post_processors(settings, policy.config)
-            env = make_env(settings)["libero_object"][
-                scene
-            ]  # made anew, it begins with its first initial state
+            # Made anew, it begins with its first initial state.
+            env = make_env(settings)["libero_object"][scene]
             instruction = f"pick up the {name} and place it in the basket"
             with recording.episode(task=instruction, group="scene", task_id=scene) as episode:
                 policy.reset()

@@ -144,6 +144,15 @@ class Segment:
         return self.stop - self.start
 
 
+def tiled(parts: Iterable[tuple[str, str, int]]) -> tuple[Segment, ...]:
+    """Return segments that follow one another, given as (kind, name, number of tokens)."""
+    segments, position = [], 0
+    for kind, name, length in parts:
+        segments.append(Segment(kind, name, position, position + length))
+        position += length
+    return tuple(segments)
+
+
 # The kind of a segment's tokens; the tokens of a prompt are told apart by `prompt.label_text`.
 _SEGMENT_KINDS = {
     "image": Kind.IMAGE,

@@ -101,9 +101,7 @@ def attention_from(
     """
     choice = _PrefixChoice.of(dataset, **where)
     weights, said = _queries(dataset, token, choice.n_prefix)
-    count = weights.sum(axis=1, keepdims=True)
-    weights = weights / np.where(count > 0, count, np.nan)
-    result = _gather(choice, rows=("token", weights[..., None])).isel(token=0, drop=True).compute()
+    result = _gather(choice, rows=("token", _averaged(weights)[..., None])).isel(token=0, drop=True).compute()
     result.attrs = {**choice.attributes(), "query": said}
     return result
 
@@ -165,9 +163,7 @@ def text_to_image(
     if not words:
         raise SelectionError("the task's words are not known: its tokens carry no labels")
     queries = _members(keys, [groups.index(group) for group in words], choice.n_prefix)
-    count = queries.sum(axis=1, keepdims=True)
-    queries /= np.where(count > 0, count, np.nan)
-    attended = _gather(choice, rows=("token", queries))
+    attended = _gather(choice, rows=("token", _averaged(queries)))
     result = on_grid(attended.rename(prefix_key="key"), geometry, segment).compute()
     said = ", ".join(group.label for group in words)
     result = _token_coordinates(result, words) if word is None else result.isel(token=0, drop=True)
@@ -243,9 +239,7 @@ def cross_modal(dataset: xr.Dataset, **where: Unpack[PrefixWhere]) -> xr.DataArr
     present = set(np.unique(keys[:, : choice.n_prefix]).tolist())
     kept = [i for i, name in enumerate(names) if i in present and name not in (ACTIONS, PADDING)]
     members = _members(keys, kept, choice.n_prefix)
-    count = members.sum(axis=1, keepdims=True)
-    queries = members / np.where(count > 0, count, np.nan)
-    result = _gather(choice, rows=("from_modality", queries), columns=("to_modality", members))
+    result = _gather(choice, rows=("from_modality", _averaged(members)), columns=("to_modality", members))
     labels = [names[i] for i in kept]
     result = result.transpose(..., "from_modality", "to_modality")
     result = result.assign_coords(from_modality=labels, to_modality=labels)
@@ -347,6 +341,13 @@ def _members(keys: NDArray[np.int16], groups: Iterable[int], n_prefix: int) -> _
     """Return (inference, prefix token, group) float32: 1 where the token is of the group."""
     members: NDArray[np.bool_] = keys[:, :n_prefix, None] == np.array(list(groups), int)
     return members.astype(np.float32)
+
+
+def _averaged(members: _Floats) -> _Floats:
+    """Return weights that average over the members, (inference, prefix token, …); NaN without members."""
+    count = members.sum(axis=1, keepdims=True)
+    weights: _Floats = members / np.where(count > 0, count, np.float32(np.nan))
+    return weights
 
 
 def _token_coordinates(array: xr.DataArray, groups: Sequence[TokenGroup]) -> xr.DataArray:

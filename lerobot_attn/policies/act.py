@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
+from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import (
     InferenceInputs,
     ParsedPrompt,
@@ -156,12 +156,7 @@ class ACTAdapter:
             cameras.append(Camera(name, self._geometry(batch[name].shape[-2:], grid)))
             sizes.append(("image", name, grid[0] * grid[1]))
         sizes.append(("action", "action", config.chunk_size))
-        segments: list[Segment] = []
-        position = 0
-        for kind, name, length in sizes:
-            segments.append(Segment(kind, name, position, position + length))
-            position += length
-        layout = TokenLayout(tuple(segments), len(tokens), tuple(cameras))
+        layout = TokenLayout(tiled(sizes), len(tokens), tuple(cameras))
         n_envs = tokens.shape[1]
         return InferenceInputs(
             layout=layout,

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lerobot_attn.layout import Camera, Segment, TokenLayout
+from lerobot_attn.layout import Camera, TokenLayout
 from lerobot_attn.policies.base import (
     InferenceInputs,
     ParsedPrompt,
@@ -133,15 +133,6 @@ class FlowMatchingAdapter(ABC):
                 stack.enter_context(replaced_attribute(owner, name, value))
             self._tap(stack, probe, graph, sites)
             yield
-
-
-def tiled(parts: Iterable[tuple[str, str, int]]) -> tuple[Segment, ...]:
-    """Return segments that follow one another, given as (kind, name, number of tokens)."""
-    segments, position = [], 0
-    for kind, name, length in parts:
-        segments.append(Segment(kind, name, position, position + length))
-        position += length
-    return tuple(segments)
 
 
 def key_mask(layout: TokenLayout, image_masks: list[Tensor], text_mask: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout
+from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream
-from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, tiled
+from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
 from lerobot_attn.policies.taps import CompiledTap, attention_tap, no_attention
 
 

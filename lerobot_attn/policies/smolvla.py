@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout
+from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo
-from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, tiled
+from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
 from lerobot_attn.policies.prompts import parse_task_line
 from lerobot_attn.policies.taps import CompiledTap, no_attention, replaced_attribute, tapped
 

@@ -24,10 +24,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import expert
 import hydra
 import numpy as np
-from expert import GRIPS
+from expert import GRIPS, carry_height
 from generate import NAMED, RENDER_PX
 from omegaconf import DictConfig, OmegaConf
 from scene import (
@@ -185,7 +184,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _heights(rows: list[dict[str, Any]]) -> list[str]:
     """Return a table of how many episodes carried the object how much higher than the basket's rim asks."""
     above = [
-        row["height"] - expert.carry_height(GRIPS[row["name"]]) + GRIPS[row["name"]].height
+        row["height"] - carry_height(GRIPS[row["name"]]) + GRIPS[row["name"]].height
         for row in rows
         if row["name"] in row["lifted"] and "height" in row  # rows of older evaluations have none
     ]
