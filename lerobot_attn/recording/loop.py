@@ -14,34 +14,28 @@ Knows the policy by what it is asked and answers. Knows no environment, and LeRo
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lerobot_attn.capture import (
-    AttentionCapture,
     HostCopies,
     InferenceRecord,
     capture_attention,
     find_tokenizer,
 )
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError, ConfigError
+from lerobot_attn.errors import CaptureError, ConfigError
 from lerobot_attn.policies.base import Probe, Site
 from lerobot_attn.policies.taps import replaced_attribute
 from lerobot_attn.prompt import Tokenizer
-from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.loop_episode import Chosen, LoopEpisode, shown_by
-from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
-from lerobot_attn.recording.provenance import check_encoder, checkpoint_facts, policy_facts, versions
-from lerobot_attn.recording.summary import TaskSummary
-from lerobot_attn.sizes import folder_bytes, format_bytes
-from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.recording.plan import DimensionNames, EpisodePlan
+from lerobot_attn.recording.provenance import check_encoder
+from lerobot_attn.recording.series import EpisodeSeries
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +103,7 @@ def record_episodes(
             replaced_attribute(policy, "predict_action_chunk", recording._asked(policy.predict_action_chunk)),
         ):
             recording._begin(capture, attributes or {})
+            capture.enabled = False
             try:
                 yield recording
             except BaseException as error:
@@ -120,7 +115,7 @@ def record_episodes(
     recording._raise_of_failures()
 
 
-class LoopRecording:
+class LoopRecording(EpisodeSeries):
     """The episodes of a loop; what `record_episodes` yields.
 
     Attributes:
@@ -130,23 +125,8 @@ class LoopRecording:
     def __init__(
         self, policy: Any, run_folder: RunFolder, config: AttentionConfig, fps: float, names: DimensionNames
     ):
-        self.folder = run_folder.path
-        self._policy = policy
-        self._run_folder = run_folder
-        self._config = config
-        self._fps = float(fps)
-        self._names = names
-        self._writer = BackgroundWriter(config.queue_mb * 1_000_000)
-        self._handles: list[EpisodeHandle] = []
-        self._kept: list[EpisodeResult] = []
-        self._next: dict[str, int] = {}
+        super().__init__(policy, run_folder, config, fps, names)
         self._open: list[LoopEpisode] = []  # one for each environment of the batch
-        self._size_told = False
-
-    @property
-    def results(self) -> list[EpisodeResult]:
-        """What became of the episodes so far, in their order; of an unwritten one, that it is incomplete."""
-        return [*self._kept, *(handle.outcome() for handle in self._handles)]
 
     @contextmanager
     def episode(
@@ -260,66 +240,6 @@ class LoopRecording:
         """Watch the policy as long as something of it is wanted."""
         self._capture.enabled = any(episode.wants_inferences for episode in self._open)
 
-    def _begin(self, capture: AttentionCapture, attributes: Mapping[str, Any]) -> None:
-        self._capture = capture
-        capture.enabled = False
-        policy = {**checkpoint_facts(getattr(self._policy, "config", None)), **policy_facts(capture.policy)}
-        self._attributes = {"versions": versions(), "policy": policy, **attributes}
-        self._run_folder.settle(self._attributes, self._config.to_dict())
-        if capture.policy.random_weights:
-            logger.warning("This policy has %s", RANDOM_WEIGHTS)
-        if capture.policy.remark:
-            logger.info("This policy is a %s", capture.policy.remark)
-
-    def _end(self) -> None:
-        self._writer.close(0)
-        results = self.results
-        saved = tuple(result for result in results if result.reason is None)
-        summary = TaskSummary(
-            name=str(self.folder),
-            saved=saved,
-            not_saved=tuple(result for result in results if result.reason is not None),
-            stored_bytes=sum(folder_bytes(result.path) for result in saved if result.path is not None),
-            waited_s=self._writer.waited_s,
-        )
-        failed = any(result.failed for result in summary.not_saved)
-        logger.log(logging.ERROR if failed else logging.INFO, "%s", summary.line())
-
-    def _raise_of_failures(self) -> None:
-        failed = [result for result in self.results if result.failed and not result.interrupted]
-        if failed:
-            raise CaptureError(
-                f"attention of {len(failed)} of {len(self.results)} episodes could not be saved whole: "
-                f"episode {failed[0].index}: {failed[0].reason}"
-            )
-
-    def _plan(
-        self, name: str, group: str, task_id: int, index: int | None, seed: int | None
-    ) -> EpisodePlan | None:
-        index = self._next.get(name, 0) if index is None else index
-        path = self.folder / name / f"episode_{index:05d}{EPISODE_SUFFIX}"
-        taken = {handle.plan.path for handle in self._handles} | {result.path for result in self._kept}
-        if index < 0 or path in taken:
-            raise ConfigError(f"index: got {index}, expected an episode number of {name} that is not taken")
-        self._next[name] = max(self._next.get(name, 0), index + 1)
-        if self._config.episodes is not None and index not in self._config.episodes:
-            return None
-        kept = self._run_folder.kept(path, seed)
-        if kept is not None:
-            sizes = (kept.n_frames, kept.n_inferences, kept.raw_bytes())
-            self._kept.append(EpisodeResult(index, path, None, False, False, True, *sizes))
-            return None
-        said = {
-            **self._attributes,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "task_group": group,
-            "task_id": task_id,
-            "episode_index": index,
-            "seed": seed,
-            "eval_video": None,
-        }
-        return EpisodePlan(index=index, path=path, fps=self._fps, attributes=said)
-
     def _observed(self, select_action: Any) -> Any:
         def observed_select_action(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             for episode in self._open:
@@ -357,14 +277,7 @@ class LoopRecording:
             )
 
     def _on_record(self, record: InferenceRecord) -> None:
-        if not self._size_told:
-            self._size_told = True
-            logger.info(
-                "Attention goes to %s: about %s an inference before compression; %s free",
-                self.folder,
-                format_bytes(self._capture.selection.bytes_per_inference(record.layout)),
-                format_bytes(shutil.disk_usage(self.folder).free),
-            )
+        self._tell_size(record.layout)
         if not self._open:
             return  # it ended after its episode, on a thread of its own
         if record.batch_size != len(self._open):
