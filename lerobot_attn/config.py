@@ -7,7 +7,7 @@ hand, with `resolve_indices`.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.settings import check_choice, from_mapping, read_mapping
@@ -20,6 +20,7 @@ COMPRESSORS = ("zstd", "lz4", "blosclz", "zlib", "none")
 KEEP = ("all", "success", "failure")
 ON_ERROR = ("continue", "abort")
 EXISTING = ("refuse", "skip", "overwrite")
+WHEN_BEHIND = ("auto", "wait", "drop")
 FLOAT16_MANTISSA_BITS = 10
 
 
@@ -71,8 +72,11 @@ class StorageSettings:
     level: int = 1
     # Mantissa bits kept of float16's 10, rounded to nearest: lossy. Default: lossless.
     keep_bits: int | None = None
-    # Memory for maps that wait to be written, MB; when it is full the policy waits.
+    # Memory for maps that wait to be written, MB.
     queue_mb: int = 512
+    # When that is full: wait (the policy does), or drop the inference, which the store says; auto: drop on a
+    # robot, wait elsewhere.
+    when_behind: str = "auto"
     # When capture fails: continue (evaluate on, exit status 1 at the end) or abort (stop at once).
     on_error: str = "continue"
     # Where the folder holds episodes: refuse; skip (keep the complete ones of this run, record the others);
@@ -100,6 +104,7 @@ class StorageSettings:
         check_choice(self, "compressor", COMPRESSORS)
         check_choice(self, "on_error", ON_ERROR)
         check_choice(self, "existing", EXISTING)
+        check_choice(self, "when_behind", WHEN_BEHIND)
         _check_range(self, "level", 0, 9)
         _check_range(self, "queue_mb", 1, 1_000_000)
         if self.keep_bits is not None:
@@ -172,6 +177,25 @@ class AttentionConfig(StorageSettings, CaptureSettings):
     def for_evaluation(self) -> "AttentionConfig":
         """Return the settings with what an evaluation takes "auto" for: the means of all layers."""
         return replace(self, mean_layers="all") if self.mean_layers == "auto" else self
+
+    def for_robots(self) -> "AttentionConfig":
+        """Return the settings with what a robot takes "auto" for: the means of all layers, and no waiting.
+
+        Raises:
+            ConfigError: episodes are to be kept by their success, which nobody tells on a robot.
+        """
+        if self.keep != "all":
+            raise ConfigError(
+                f"keep: got {self.keep!r}, expected 'all' on a robot, because nobody tells whether an "
+                "episode succeeded; remove what you do not want afterwards"
+            )
+        settings = self.for_evaluation()
+        return replace(settings, when_behind="drop") if self.when_behind == "auto" else settings
+
+    @property
+    def when_full(self) -> Literal["wait", "drop"]:
+        """What to do with an inference while the writer's queue is full."""
+        return "drop" if self.when_behind == "drop" else "wait"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""

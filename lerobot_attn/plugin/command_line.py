@@ -7,17 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.plugin.compatibility import FLAG
 
 
+class Options(NamedTuple):
+    """How a script's attention options are written, without the dashes."""
+
+    flag: str
+    attention: str
+
+
+EVAL = Options(f"eval.{FLAG}", "eval.attention")
+ROLLOUT = Options(FLAG, "attention")
+
+
 def asks_for_attention(argv: Sequence[str]) -> bool:
-    """Whether the command line, or the config file that it names, mentions the options."""
+    """Whether the command line, or the config file that it names, mentions the options of any script."""
     from lerobot.configs import parser
 
-    if any(arg.startswith((f"--eval.{FLAG}", "--eval.attention")) for arg in argv):
+    named = tuple(f"--{name}" for options in (EVAL, ROLLOUT) for name in options)
+    if any(arg.startswith(named) for arg in argv):
         return True
     config_path = parser.parse_arg("config_path", argv)
     try:
@@ -26,36 +38,41 @@ def asks_for_attention(argv: Sequence[str]) -> bool:
         return False  # LeRobot will say what is wrong with it
 
 
-def expand_attention_file(argv: Sequence[str]) -> list[str]:
+def expand_attention_file(argv: Sequence[str], options: Options = EVAL) -> list[str]:
     """Replace `--eval.attention=FILE` by the options that the YAML file holds; later options override them.
+
+    Args:
+        argv: the command line's arguments.
+        options: how they are written there.
 
     Raises:
         ConfigError: the file cannot be read or holds something else than attention settings.
     """
     from lerobot_attn.config import AttentionConfig
 
+    option = f"--{options.attention}"
     expanded: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
-        if argument == "--eval.attention":
+        if argument == option:
             path = next(arguments, None)
-        elif argument.startswith("--eval.attention="):
+        elif argument.startswith(f"{option}="):
             path = argument.partition("=")[2]
         else:
             expanded.append(argument)
             continue
         if not path:
-            raise ConfigError("--eval.attention: got nothing, expected a YAML file of attention settings")
-        expanded += attention_options(AttentionConfig.from_yaml(path).to_dict())
+            raise ConfigError(f"{option}: got nothing, expected a YAML file of attention settings")
+        expanded += attention_options(AttentionConfig.from_yaml(path).to_dict(), options)
     return expanded
 
 
-def attention_options(settings: dict[str, Any]) -> list[str]:
+def attention_options(settings: dict[str, Any], options: Options = EVAL) -> list[str]:
     """Return settings as `--eval.attention.name=value` options; unset ones are left out."""
     from lerobot_attn.plugin.launch import option_text
 
     return [
-        f"--eval.attention.{name}={option_text(value)}"
+        f"--{options.attention}.{name}={option_text(value)}"
         for name, value in settings.items()
         if value is not None
     ]

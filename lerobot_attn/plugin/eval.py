@@ -14,9 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lerobot_attn.errors import ConfigError, LerobotAttnError
-from lerobot_attn.plugin.command_line import expand_attention_file
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.plugin.command_line import EVAL
 from lerobot_attn.plugin.compatibility import FLAG
+from lerobot_attn.plugin.script import with_options
 
 if TYPE_CHECKING:
     from lerobot_attn.recording.run import RunRecorder, TaskPlan
@@ -41,8 +42,6 @@ def install(namespace: dict[str, Any]) -> None:
 
 
 def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
-    from lerobot.configs import parser
-
     from lerobot_attn.plugin.options import AttentionEvalPipelineConfig, plain_eval_config
 
     run_original = inspect.unwrap(original)  # takes the parsed config
@@ -63,39 +62,7 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
             )
         return result
 
-    # The parser reads the config's class from here, and cannot resolve a name.
-    eval_main.__annotations__["cfg"] = AttentionEvalPipelineConfig
-    parsed = parser.wrap()(eval_main)
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
-            with _one_line_errors():
-                return parsed(*args, **kwargs)
-        before = sys.argv
-        try:
-            with _one_line_errors():
-                sys.argv = [before[0], *expand_attention_file(before[1:])]
-                return parsed()
-        finally:
-            sys.argv = before
-
-    wrapper.lerobot_attn = True  # type: ignore[attr-defined]
-    return wrapper
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, LerobotAttnError):
-            cause = cause.__cause__  # the config parser wraps what our settings' checks raise
-        if cause is None:
-            raise
-        logger.debug("", exc_info=True)
-        sys.exit(f"error: {cause}")
+    return with_options(original, eval_main, AttentionEvalPipelineConfig, EVAL)
 
 
 def _start_run(cfg: Any, config: Any) -> RunRecorder:

@@ -1,7 +1,7 @@
-"""The plugin's start: LeRobot's loader imports it in every command, and it acts in `lerobot-eval` alone.
+"""The plugin's start: LeRobot's loader imports it in every command, and it acts in two of them.
 
-There too only once `--eval.save_attention_maps=true` is given: otherwise the original `eval_main` runs with
-the config that it would have had without this package.
+In `lerobot-eval` and `lerobot-rollout`, and there only once `--eval.save_attention_maps=true` or
+`--save_attention_maps=true` is given: otherwise their original functions run as without this package.
 """
 
 from __future__ import annotations
@@ -9,14 +9,29 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lerobot_attn.plugin.command_line import asks_for_attention
-from lerobot_attn.plugin.compatibility import EVAL_MODULE, FLAG, check_lerobot, incompatible
+from lerobot_attn.plugin.compatibility import (
+    EVAL_MODULE,
+    FLAG,
+    ROLLOUT_MODULE,
+    check_lerobot,
+    check_rollout,
+    incompatible,
+)
 from lerobot_attn.plugin.eval import install
+from lerobot_attn.plugin.rollout import install_rollout
 
 logger = logging.getLogger(__name__)
+
+_Check = Callable[[dict[str, Any]], list[str]]
+_SCRIPTS: dict[str, tuple[_Check, Callable[[dict[str, Any]], None]]] = {
+    EVAL_MODULE: (check_lerobot, install),
+    ROLLOUT_MODULE: (check_rollout, install_rollout),
+}
 
 
 def load() -> None:
@@ -30,28 +45,34 @@ def load() -> None:
     import lerobot_attn.demo.configuration_pi05_tiny
     import lerobot_attn.demo.configuration_smolvla_tiny  # noqa: F401  each registers its policy type
 
-    namespace = _running_eval_namespace()
+    running = _running_script()
     asked = asks_for_attention(sys.argv[1:])
-    if namespace is None:
+    if running is None:
         if asked:
-            sys.exit(f"error: --eval.{FLAG} works with lerobot-eval, not with {Path(sys.argv[0]).name}")
+            sys.exit(
+                f"error: --eval.{FLAG} works with lerobot-eval and --{FLAG} with lerobot-rollout, not with "
+                f"{Path(sys.argv[0]).name}"
+            )
         return
-    problems = check_lerobot(namespace)
+    module, namespace = running
+    check, install_in = _SCRIPTS[module]
+    problems = check(namespace)
     if not problems:
-        install(namespace)
+        install_in(namespace)
     elif asked:
         sys.exit(f"error: {incompatible(problems)}")
     elif {"--help", "-h"} & set(sys.argv[1:]):
-        logger.warning("--eval.%s is not available: %s", FLAG, incompatible(problems))
+        logger.warning("%s is not available: %s", FLAG, incompatible(problems))
 
 
-def _running_eval_namespace() -> dict[str, Any] | None:
-    """Return the globals of the evaluation script if its `main` is what called the plugin loader."""
+def _running_script() -> tuple[str, dict[str, Any]] | None:
+    """Return the module and the globals of the script whose `main` called the plugin loader."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "main":
-            spec = frame.f_globals.get("__spec__")
-            if EVAL_MODULE in (frame.f_globals.get("__name__"), getattr(spec, "name", None)):
-                return frame.f_globals
+            spec = getattr(frame.f_globals.get("__spec__"), "name", None)
+            for module in _SCRIPTS:
+                if module in (frame.f_globals.get("__name__"), spec):
+                    return module, frame.f_globals
         frame = frame.f_back
     return None

@@ -7,14 +7,21 @@ fails, the key's later jobs are dropped and the failure is kept for whoever asks
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
+# What to do with a job that does not fit: wait until it does; drop it; or take it nevertheless.
+WhenFull = Literal["wait", "drop", "take"]
+
+_NICENESS = 10  # the policy and the loop go first
 _TRIM_BYTES = 1_000_000
 
 
@@ -74,17 +81,23 @@ class BackgroundWriter:
         """
         self._queue([_Job(key, run, n_bytes, always)])
 
-    def submit_shared(self, runs: Mapping[Hashable, Callable[[], None]], n_bytes: int) -> None:
-        """Queue one job for each key, all of which use the same arrays; wait while those do not fit.
+    def submit_shared(
+        self, runs: Mapping[Hashable, Callable[[], None]], n_bytes: int, *, when_full: WhenFull = "wait"
+    ) -> bool:
+        """Queue one job for each key, all of which use the same arrays.
 
         All are queued or, when the wait is interrupted, none.
 
         Args:
             runs: key → what to do.
             n_bytes: memory that the arrays hold until the last of the jobs is done.
+            when_full: what to do while they do not fit.
+
+        Returns:
+            Whether they were queued; never False unless they may be dropped.
         """
         jobs = [_Job(key, run, 0, always=False) for key, run in runs.items()]
-        self._queue([*jobs[:-1], replace(jobs[-1], n_bytes=n_bytes)])
+        return self._queue([*jobs[:-1], replace(jobs[-1], n_bytes=n_bytes)], when_full)
 
     def failure(self, key: Hashable) -> BaseException | None:
         """Return what went wrong first with a key's jobs, if anything."""
@@ -117,18 +130,21 @@ class BackgroundWriter:
         with self._timed():
             self._thread.join(timeout_s)
 
-    def _queue(self, jobs: Sequence[_Job]) -> None:
+    def _queue(self, jobs: Sequence[_Job], when_full: WhenFull = "wait") -> bool:
         n_bytes = sum(job.n_bytes for job in jobs)
         with self._condition:
             if self._closing:
                 raise RuntimeError("the writer is closed")
-            if n_bytes and not self._has_room(n_bytes):
+            if n_bytes and when_full != "take" and not self._has_room(n_bytes):
+                if when_full == "drop":
+                    return False
                 with self._timed():
                     self._condition.wait_for(lambda: self._has_room(n_bytes))
             self._jobs.extend(jobs)
             self._pending_bytes += n_bytes
             self._n_unfinished += len(jobs)
             self._condition.notify_all()
+        return True
 
     def _has_room(self, n_bytes: int) -> bool:
         return not self._pending_bytes or self._pending_bytes + n_bytes <= self._max_bytes
@@ -142,6 +158,10 @@ class BackgroundWriter:
             self.waited_s += time.perf_counter() - started
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # elsewhere threads have no priority of their own
+            with suppress(OSError):
+                # Threads and processes that it starts (codecs, the video encoder) inherit it.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._jobs or self._closing)

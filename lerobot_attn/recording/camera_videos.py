@@ -26,10 +26,13 @@ class CameraVideos:
 
     Attributes:
         errors: camera → why its video could not be written; there is no file of it then.
+        n_repeated: frames that show the pictures of the frame before.
     """
 
     def __init__(self, plan: EpisodePlan):
         self.errors: dict[str, str] = {}
+        self.n_repeated = 0
+        self._last: dict[str, np.ndarray] = {}
         self._plan = plan
         self._videos: dict[str, VideoWriter] = {}
 
@@ -41,8 +44,15 @@ class CameraVideos:
             if camera not in self._videos:
                 self._videos[camera] = self._open(camera, picture)
             self._videos[camera].write(picture)
+            self._last[camera] = picture
         except Exception as error:  # an encoder fails in many ways, and the maps matter more
             self._give_up(camera, error)
+
+    def repeat(self) -> None:
+        """Append what every camera showed last."""
+        self.n_repeated += 1
+        for camera, picture in self._last.items():
+            self.write(camera, picture)
 
     def close(self, n_frames: int | None) -> dict[str, dict[str, Any]]:
         """Finish the videos; return what the store says of those that are there.

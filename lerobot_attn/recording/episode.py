@@ -10,8 +10,8 @@ import errno
 import logging
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ class Frame:
     action: np.ndarray | None = None  # (batch, action_dim) as the environment got it
     reward: np.ndarray | None = None  # (batch,); None in a loop without rewards
     success: np.ndarray | None = None  # (batch,); None in a loop that cannot tell
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)  # optional arrays of frames: (batch, …)
 
 
 class FrameEntry(NamedTuple):
@@ -50,6 +51,7 @@ class FrameEntry(NamedTuple):
     frame: Frame
     inference: int
     query: int  # the token that comes next in the chunk
+    is_certain: bool = False  # the loop itself says so; otherwise the action is compared with the chunk
 
 
 class Origin(NamedTuple):
@@ -118,14 +120,22 @@ class EpisodeJob:
         for camera, images in views.images.items():
             self._videos.write(camera, images[self.env].numpy())
 
+    def show_again(self) -> None:
+        """Show the last pictures once more, where the next frame's were dropped: frames stay aligned."""
+        if self._store is not None:
+            self._videos.repeat()
+
     def append(
         self,
         entries: Sequence[FrameEntry],
         record: InferenceRecord | None,
         frame: int,
         known: Known | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the frames up to here and then the inference made at `frame`; commit both.
+
+        `more` holds this inference's values of optional arrays, by their names.
 
         Raises:
             StoreError: the disk is full.
@@ -135,7 +145,7 @@ class EpisodeJob:
             self._append_frames(entries)
             if record is not None:
                 assert known is not None
-                self._append_inference(record, frame, known)
+                self._append_inference(record, frame, known, more or {})
             if self._store is not None:
                 self._store.commit()
                 self.n_written = self._store.n_inferences
@@ -175,6 +185,10 @@ class EpisodeJob:
             failure: what went wrong with the jobs before, if anything did.
         """
         store, problem = self._store, failure
+        if ending.discarded_by is not None:
+            self._videos.close(n_frames=None)
+            self._drop(ending.discarded_by)
+            return
         whole = problem is None and ending.interrupted_by is None
         videos = self._videos.close(n_frames=store.n_frames if whole and store is not None else None)
         if store is None or store.n_inferences == 0:
@@ -192,7 +206,10 @@ class EpisodeJob:
             "raw_bytes": self._raw_bytes,
             "error": None if problem is None else str(problem),
             "interrupted_by": ending.interrupted_by,
+            **ending.attributes,
         }
+        if self._videos.n_repeated:
+            attributes["n_repeated_pictures"] = self._videos.n_repeated
         if self._videos.errors:
             attributes["video_errors"] = self._videos.errors
         try:
@@ -273,6 +290,8 @@ class EpisodeJob:
             self._successes.extend(rows["success"].tolist())
         if frames[0].state is not None:
             rows["state"] = np.stack([_row(frame.state, env) for frame in frames])
+        for name in frames[0].more:
+            rows[name] = np.stack([frame.more[name][env] for frame in frames])
         self._store.append_frames(rows)
 
     def _origin_of(self, entry: FrameEntry, number: int) -> Origin:
@@ -284,6 +303,8 @@ class EpisodeJob:
         assert self._chunk is not None
         assert self._layout is not None
         newest = entry.inference
+        if entry.is_certain:
+            return Origin(newest, entry.query)
         if entry.query == NO_TOKEN or entry.frame.policy_action is None:
             return Origin(newest, NO_TOKEN)
         action = entry.frame.policy_action[self.env].numpy()
@@ -305,7 +326,9 @@ class EpisodeJob:
                 return Origin(inference, self._layout.query_of_action(int(found[0])))
         return Origin(newest, NO_TOKEN)
 
-    def _append_inference(self, record: InferenceRecord, frame: int, known: Known) -> None:
+    def _append_inference(
+        self, record: InferenceRecord, frame: int, known: Known, more: Mapping[str, Any]
+    ) -> None:
         env, layout = self.env, record.layout
         record.wait()
         if self._store is None:
@@ -330,6 +353,7 @@ class EpisodeJob:
             "key_kind": record.key_kind[env],
             "inference_frame": np.int32(frame),  # type: ignore[dict-item]
             "action_chunk": action_chunk,
+            **{name: np.asarray(value) for name, value in more.items()},
         }
         if self._has_truncation:
             truncated = record.prompt_truncated
@@ -382,6 +406,7 @@ class EpisodeJob:
                 if coordinate != "prefix_layer" and not set(chosen) <= record.layers_seeing_suffix:
                     sees = [layer in record.layers_seeing_suffix for layer in chosen]
                     coordinates[f"{coordinate}_sees_suffix"] = np.array(sees)
+        optional |= known.more
         if self._has_truncation:
             optional.add("prompt_truncated")
         if "state_dim" in sizes:

@@ -7,15 +7,16 @@ Knows no loop and no policy.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from lerobot_attn.capture import InferenceRecord
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
-from lerobot_attn.recording.background import BackgroundWriter
+from lerobot_attn.recording.background import BackgroundWriter, WhenFull
 from lerobot_attn.recording.episode import NO_TOKEN, EpisodeJob, Frame, FrameEntry, Views
 from lerobot_attn.recording.plan import DimensionNames, Ending, EpisodePlan, EpisodeResult, Known
 
@@ -41,6 +42,8 @@ class EpisodeHandle:
         n_frames: frames that have taken place.
         n_queued: inferences that were handed over.
         ended: what ended the episode; None while it runs.
+        more: names of optional arrays that its frames and inferences come with.
+        attributes: what its store says of itself once it is closed.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class EpisodeHandle:
         self.n_frames = 0
         self.n_queued = 0
         self.ended: str | None = None
+        self.more: frozenset[str] = frozenset()
+        self.attributes: dict[str, Any] = {}
         self._config = config
         self._writer = writer
         self._job = EpisodeJob(plan, env, config, strict=strict)
@@ -72,7 +77,12 @@ class EpisodeHandle:
     @property
     def failure(self) -> BaseException | None:
         """What went wrong first, on either thread."""
-        return self._writer.failure(self.plan.path)
+        return self._writer.failure(self.key)
+
+    @property
+    def key(self) -> Hashable:
+        """The key of its jobs. An episode that was discarded and filmed again has the path of the first."""
+        return self._job
 
     @property
     def result(self) -> EpisodeResult | None:
@@ -86,7 +96,7 @@ class EpisodeHandle:
 
     def fail(self, error: BaseException) -> None:
         """What follows in this episode cannot be recorded; its queued jobs are dropped."""
-        self._writer.fail(self.plan.path, error)
+        self._writer.fail(self.key, error)
 
     def tell_failure(self, *, goes_on: str) -> None:
         """Say once that the episode failed.
@@ -110,6 +120,17 @@ class EpisodeHandle:
         """Note a frame whose action came from the newest inference, or from no single token of it."""
         self._entries.append(FrameEntry(frame, self.n_queued - 1, self._query if has_token else NO_TOKEN))
 
+    def add_frame_of(self, frame: Frame, inference: int, query: int, *, is_certain: bool) -> None:
+        """Note a frame whose action is said to be this query of this inference of the episode.
+
+        Args:
+            frame: the frame.
+            inference: the inference's number in the store.
+            query: the action token's index, or `NO_TOKEN`.
+            is_certain: whether that is known; otherwise the chunks are searched for the action.
+        """
+        self._entries.append(FrameEntry(frame, inference, query, is_certain))
+
     def next_frame(self) -> None:
         """The frame is over."""
         self.n_frames += 1
@@ -129,16 +150,21 @@ class EpisodeHandle:
             successes: (step,) likewise.
             success: whether it succeeded, where the frames do not say it.
         """
-        self._close(Ending(self.ended, success=success), rewards, successes)
+        self._close(Ending(self.ended, success=success, attributes=self.attributes), rewards, successes)
+
+    def discard(self, reason: str) -> None:
+        """Queue the end of an episode that nobody wants: its store and videos are removed."""
+        self._close(Ending(None, discarded_by=reason))
 
     def interrupt(self, error: BaseException) -> None:
         """Queue the end of an episode whose loop raised; one that had ended is whole."""
         if self.ended is not None:
-            self._close(Ending(self.ended))
+            self._close(Ending(self.ended, attributes=self.attributes))
             return
         # The frame in flight was shown to the policy, but its outcome is not known.
         self._entries = [entry for entry in self._entries if entry.frame.action is not None]
-        self._close(Ending(None, f"{type(error).__name__}: {error}".strip().rstrip(":")))
+        cause = f"{type(error).__name__}: {error}".strip().rstrip(":")
+        self._close(Ending(None, cause, attributes=self.attributes))
 
     def outcome(self) -> EpisodeResult:
         """Return what became of the episode; of one that nobody closed, as if the process had been killed."""
@@ -154,11 +180,24 @@ class EpisodeHandle:
         )
 
     def _known(self) -> Known:
-        return Known(self.task, self.state_dim, self.names, self.has_reward, self.has_success)
+        return Known(self.task, self.state_dim, self.names, self.has_reward, self.has_success, self.more)
 
-    def _append(self, record: InferenceRecord, asked_at: int | None) -> Callable[[], None]:
+    def _append(
+        self, record: InferenceRecord, asked_at: int | None, more: Mapping[str, Any] | None
+    ) -> Callable[[], None]:
         frame = self.n_frames if asked_at is None else asked_at
-        return partial(self._job.append, self._entries, record, frame, self._known())
+        return partial(self._job.append, self._entries, record, frame, self._known(), more)
+
+    def _dropped(self, asked_at: int | None) -> None:
+        """Let the store say that the writer could not keep up."""
+        if "dropped_inferences" not in self.attributes:
+            logger.warning(
+                "%s: the writer cannot keep up, inferences are dropped; capture fewer layers, or set "
+                "when_behind=wait",
+                self.plan.name,
+            )
+        frames = self.attributes.setdefault("dropped_inferences", [])
+        frames.append(self.n_frames if asked_at is None else asked_at)
 
     def _appended(self, record: InferenceRecord) -> None:
         self.n_queued += 1
@@ -168,7 +207,7 @@ class EpisodeHandle:
     def _close(
         self, ending: Ending, rewards: np.ndarray | None = None, successes: np.ndarray | None = None
     ) -> None:
-        key, job, entries, n_frames = self.plan.path, self._job, self._entries, self.n_frames
+        key, job, entries, n_frames = self.key, self._job, self._entries, self.n_frames
         self._entries = []
         self._writer.submit(key, lambda: job.append(entries, None, n_frames))
         self._writer.submit(key, lambda: job.check_against(rewards, successes))
@@ -181,29 +220,59 @@ def queue_inference(
     record: InferenceRecord,
     *,
     asked_at: int | None = None,
-) -> None:
-    """Hand an inference to the episodes of its batch; wait while the queue is full.
+    more: Mapping[str, Any] | None = None,
+    when_full: WhenFull = "wait",
+) -> bool:
+    """Hand an inference to the episodes of its batch.
 
     Args:
         writer: runs the jobs.
         handles: the episodes.
         record: what was captured.
         asked_at: frame that the policy was shown; None: the one that is running.
+        more: this inference's values of the episodes' optional arrays.
+        when_full: what to do while the queue is full.
+
+    Returns:
+        Whether it was taken; otherwise the queue was full, and nothing happened.
     """
+    if when_full == "drop" and any(not handle.n_queued for handle in handles):
+        when_full = "take"  # an episode's first inference makes its store
     jobs: dict[Hashable, Callable[[], None]] = {
-        handle.plan.path: handle._append(record, asked_at) for handle in handles
+        handle.key: handle._append(record, asked_at, more) for handle in handles
     }
-    writer.submit_shared(jobs, record.n_bytes)
+    if not writer.submit_shared(jobs, record.n_bytes, when_full=when_full):
+        for handle in handles:
+            handle._dropped(asked_at)
+        return False
     # Only now: a Ctrl-C while the queue is full leaves the frames to `interrupt`.
     for handle in handles:
         handle._appended(record)
+    return True
 
 
-def queue_views(writer: BackgroundWriter, handles: Sequence[EpisodeHandle], views: Views) -> None:
-    """Hand a frame's pictures over on their own: a chunk of frames of many cameras would be too much."""
-    writer.submit_shared(
-        {handle.plan.path: partial(handle._job.show, views) for handle in handles}, views.n_bytes
-    )
+def queue_views(
+    writer: BackgroundWriter,
+    handles: Sequence[EpisodeHandle],
+    views: Views,
+    *,
+    when_full: WhenFull = "wait",
+) -> bool:
+    """Hand a frame's pictures over on their own: a chunk of frames of many cameras would be too much.
+
+    Returns:
+        Whether they were taken; otherwise the queue was full. The videos show the frame before once more
+        then, and say so.
+    """
+    if writer.submit_shared(
+        {handle.key: partial(handle._job.show, views) for handle in handles},
+        views.n_bytes,
+        when_full=when_full,
+    ):
+        return True
+    for handle in handles:
+        writer.submit(handle.key, handle._job.show_again)
+    return False
 
 
 def write_out(

@@ -141,7 +141,7 @@ class LoopEpisode:
             views = self._views or self._views_of(observation)
             self._views = None
             if views is not None:
-                queue_views(self._writer, [handle], views)
+                queue_views(self._writer, [handle], views, when_full=self._config.when_full)
             handle.add_frame(frame, has_token=from_chunk)
             handle.next_frame()
         self._after_step()
@@ -226,7 +226,9 @@ class LoopEpisode:
     def _queue_records(self, handle: EpisodeHandle) -> None:
         while self._records:
             record, asked_at = self._records.pop(0)
-            queue_inference(self._writer, [handle], record, asked_at=asked_at)
+            queue_inference(
+                self._writer, [handle], record, asked_at=asked_at, when_full=self._config.when_full
+            )
 
     def finish(self) -> None:
         """End the episode; leaving its block does so. Of several, for one that ends before the others."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Known:
         names: names of the state's and the action's dimensions.
         has_reward: whether frames come with a reward.
         has_success: whether frames say if the task is solved.
+        more: names of the other optional arrays that frames and inferences come with.
     """
 
     task: str
@@ -78,6 +79,7 @@ class Known:
     names: DimensionNames
     has_reward: bool = True
     has_success: bool = True
+    more: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,12 @@ class Ending:
         ended_by: what ended it; None if it was interrupted.
         interrupted_by: the loop's own exception, as one line.
         success: whether it succeeded, where the frames do not say.
+        discarded_by: who does not want the episode, which is removed; None if it is wanted.
+        attributes: what else the store says of itself.
     """
 
     ended_by: str | None
     interrupted_by: str | None = None
     success: bool | None = None
+    discarded_by: str | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)

@@ -55,6 +55,7 @@ class RolloutRecorder:
         self._state: np.ndarray | None = None
         self._frame: Frame | None = None
         self._views: Views | None = None
+        self._has_token = True  # whether the inference that gives the actions is in the store
 
     def on_observation(self, state: np.ndarray | None, tasks: Sequence[str] | None) -> None:
         """The policy is about to be shown an observation.
@@ -98,9 +99,9 @@ class RolloutRecorder:
         copies.seal()
         record, self._record = self._record, None
         if record is not None and active:
-            queue_inference(self._writer, active, record)
+            self._has_token = queue_inference(self._writer, active, record, when_full=self._config.when_full)
         for episode in active:
-            episode.add_frame(self._frame)
+            episode.add_frame(self._frame, has_token=self._has_token)
 
     def on_step(self, action: np.ndarray, reward: np.ndarray, success: np.ndarray, ended: np.ndarray) -> None:
         """The environments have taken the action.
@@ -116,7 +117,7 @@ class RolloutRecorder:
             return
         views, self._views = self._views, None
         if views is not None and views.images and self._active:
-            queue_views(self._writer, self._active, views)
+            queue_views(self._writer, self._active, views, when_full=self._config.when_full)
         frame.action, frame.reward, frame.success = action, reward, success
         for episode in self._active:
             episode.next_frame()
