@@ -6,7 +6,7 @@ Reads metadata, and of the maps only what three inferences need.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,6 +188,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         ("task", facts["task"]),
         ("outcome", _outcome(facts)),
         ("policy", _policy(attributes)),
+        *_robot(attributes),
         ("seed", str(attributes.get("seed"))),
         ("frames", f"{facts['n_frames']}, from {facts['n_inferences']} inferences"),
         ("saved", "; ".join(f"{name} {ranges(values)}" for name, values in facts["saved"].items())),
@@ -267,6 +268,9 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+_FIRST = {"dropped_inferences": "asked at frame {}", "policy_errors": "{}"}
+
+
 class _Bar:
     """A bar of so many characters; of "#" where the terminal is not UTF-8."""
 
@@ -299,6 +303,19 @@ def _videos(facts: dict[str, Any]) -> Iterator[str]:
         yield f"{camera}: could not be written ({reason})"
 
 
+def _robot(attributes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say which robot the policy moved, and which episode of which data set that is."""
+    if attributes.get("robot_type"):
+        yield (
+            "robot",
+            f"{attributes['robot_type']}, strategy {attributes.get('strategy')}, "
+            f"inference {attributes.get('inference')}",
+        )
+    dataset = attributes.get("dataset")
+    if isinstance(dataset, Mapping):
+        yield "data set", f"{dataset.get('repo_id')}, episode {attributes.get('episode_index')}"
+
+
 def _remarks(facts: dict[str, Any]) -> Iterator[str]:
     """Say what a reader of the numbers must know."""
     if facts["prompts_truncated"]:
@@ -311,6 +328,16 @@ def _remarks(facts: dict[str, Any]) -> Iterator[str]:
             f"layers {ranges(facts['layers_without_suffix'])} cannot see the suffix: shares of actions are "
             "those of the other layers"
         )
+    attributes = facts["attributes"]
+    for name, what in (
+        ("dropped_inferences", "inferences are missing, because the writer could not keep up"),
+        ("policy_errors", "times the policy raised"),
+    ):
+        found = attributes.get(name)
+        if isinstance(found, list) and found:
+            yield f"{len(found)} {what}; the first: {_FIRST[name].format(found[0])}"
+    if attributes.get("n_repeated_pictures"):
+        yield f"{attributes['n_repeated_pictures']} frames show the pictures of the frame before"
 
 
 def _labels(episode: Episode, name: str) -> list[int]:

@@ -75,11 +75,15 @@ class Scripted(Robot):
         pass
 
     def get_observation(self) -> dict[str, Any]:
+        self.before_look()
         if self.n_looks == self.config.breaks_at:
             raise ConnectionError("the robot's cable came loose")
         self.calls_s.append(time.perf_counter())
         self.n_looks += 1
         return look(self.n_looks, self.config.seed)
+
+    def before_look(self) -> None:
+        """For tests to replace: what happens just before the robot is looked at."""
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
         self.sent.append(dict(action))

@@ -284,7 +284,7 @@ def test_only_the_plugin_touches_lerobots_scripts(name):
     text = MODULES[name].read_text(encoding="utf-8")
     touches = any(used.module.startswith(("lerobot.scripts", "lerobot.rollout")) for used in IMPORTS[name])
     # launch.py names the module on a command line; the plugin alone reaches into it.
-    assert not touches
+    assert not touches or room_of(name) == "plugin"
     if "lerobot.scripts" in text or "lerobot.rollout" in text:
         assert name.startswith("lerobot_attn.plugin") or name == "lerobot_attn.machine.doctor", name
 

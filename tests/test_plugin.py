@@ -262,7 +262,10 @@ def test_an_incompatible_lerobot_cannot_swallow_the_flag(demo_checkpoint, tmp_pa
 def test_other_commands_are_left_alone_but_say_that_the_flag_is_not_theirs(tmp_path):
     process = run_code_of(tmp_path / "flag", TRAIN, "--eval.save_attention_maps=true")
     assert process.wait() == 1
-    assert "error: --eval.save_attention_maps works with lerobot-eval, not with lerobot-train" in process.log
+    expected = (
+        "works with lerobot-eval and --save_attention_maps with lerobot-rollout, not with lerobot-train"
+    )
+    assert f"error: --eval.save_attention_maps {expected}" in process.log
     assert "evaluation script unchanged" in process.output
     code = f"{TRAIN.replace('main()', '')}\nimport lerobot.scripts.lerobot_eval as e; before = dict(vars(e))"
     code += "\nimport lerobot_policy_attn\nassert dict(vars(e)) == before\nprint('unchanged')"

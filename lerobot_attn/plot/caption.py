@@ -47,6 +47,9 @@ def caption_of(
         inference = int(data["frame_inference"].values[frames[0]])
         saw = int(data["inference_frame"].values[inference])
         older = f", which saw frame {saw}" if saw != frames[0] else ""
+        before = int(data["observed_before"].values[inference]) if "observed_before" in data else 0
+        if before:
+            older = f", which saw the robot {before} frames before frame 0"
         facts.append(f"frame {frames[0]} (inference {inference}{older})")
     elif isinstance(frames, str):
         facts.append(f"{frames} frames")

@@ -4,6 +4,7 @@ from lerobot_attn.plugin.command_line import attention_options, expand_attention
 from lerobot_attn.plugin.compatibility import EVAL_MODULE, FLAG, PATCH_POINTS, check_lerobot
 from lerobot_attn.plugin.eval import install, recording
 from lerobot_attn.plugin.loading import load
+from lerobot_attn.plugin.rollout import install_rollout
 
 __all__ = [
     "EVAL_MODULE",
@@ -13,6 +14,7 @@ __all__ = [
     "check_lerobot",
     "expand_attention_file",
     "install",
+    "install_rollout",
     "load",
     "recording",
 ]

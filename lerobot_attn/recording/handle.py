@@ -62,6 +62,7 @@ class EpisodeHandle:
         self.state_dim: int | None = None
         self.names = names
         self.has_reward = self.has_success = True
+        self.has_pictures = False
         self.n_frames = 0
         self.n_queued = 0
         self.ended: str | None = None
@@ -264,11 +265,14 @@ def queue_views(
         Whether they were taken; otherwise the queue was full. The videos show the frame before once more
         then, and say so.
     """
-    if writer.submit_shared(
-        {handle.key: partial(handle._job.show, views) for handle in handles},
-        views.n_bytes,
-        when_full=when_full,
-    ):
+    if when_full == "drop" and not all(handle.has_pictures for handle in handles):
+        when_full = "take"  # there is nothing yet to show once more
+    shows: dict[Hashable, Callable[[], None]] = {
+        handle.key: partial(handle._job.show, views) for handle in handles
+    }
+    for handle in handles:
+        handle.has_pictures = True
+    if writer.submit_shared(shows, views.n_bytes, when_full=when_full):
         return True
     for handle in handles:
         writer.submit(handle.key, handle._job.show_again)

@@ -244,7 +244,7 @@ class RobotRecording(EpisodeSeries):
                 if inference.record is not None:
                     held[id(inference)] = inference
         n_bytes = sum(inference.record.n_bytes for inference in held.values() if inference.record)
-        for inference in held.values():
+        for inference in [*held.values()][:-1]:  # never the newest
             if n_bytes <= self._config.queue_mb * 1_000_000:
                 return
             if inference.record is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lerobot_attn.capture import HostCopies, InferenceRecord
 from lerobot_attn.config import AttentionConfig
+from lerobot_attn.errors import CaptureError
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.episode import NO_TOKEN, Frame, Views
 from lerobot_attn.recording.handle import EpisodeHandle, queue_inference, queue_views
@@ -99,8 +100,9 @@ class RobotEpisode:
         self._writer = writer
         self._config = config
         self._cameras = cameras if config.cameras else {}
-        self._numbers: dict[Inference, int] = {}  # inference → its number in the store
+        self._numbers: dict[Inference, int | None] = {}  # inference → its number in the store, if it is there
         self._frames: dict[int, int] = {}  # number of a look at the robot → the first frame that shows it
+        self._waiting: list[tuple[Tick, Frame, Views | None]] = []  # frames before the first inference
         self._began_s = 0.0
 
     def add(self, tick: Tick, shown: Mapping[str, Any]) -> None:
@@ -113,34 +115,47 @@ class RobotEpisode:
         handle = self.handle
         if handle is None or handle.failure is not None:
             return
-        if handle.n_frames == 0:
+        number = handle.n_frames + len(self._waiting)
+        if number == 0:
             self._began_s = tick.sent_s
-        self._frames.setdefault(tick.observed, handle.n_frames)
+        self._frames.setdefault(tick.observed, number)
         state = shown.get("observation.state")
-        if handle.n_frames == 0 and state is not None:
-            handle.state_dim = as_row("state", state).values.shape[1]
-        for inference in self._due(tick):
-            self._queue(handle, inference)
-        views = self._views(shown)
-        if views is not None:
-            queue_views(self._writer, [handle], views, when_full=self._config.when_full)
+        values = None if state is None else as_row("state", state).values
+        if number == 0 and values is not None:
+            handle.state_dim = values.shape[1]
         frame = Frame(
             tick.copies,
             tick.policy_action,
-            None if state is None else as_row("state", state).values,
+            values,
             as_row("action", shown["action"]).values,
             more={"frame_time": np.array([tick.sent_s - self._began_s])},
         )
-        origin = tick.origin
-        number = None if origin is None else self._numbers.get(origin.inference)
-        if origin is None or number is None or origin.row == NO_TOKEN or not tick.has_token:
-            handle.add_frame(frame, has_token=False)
-        else:
-            record = origin.inference.record
-            assert record is not None  # it has a number
-            query = record.layout.query_of_action(origin.row)
-            handle.add_frame_of(frame, number, query, is_certain=origin.is_certain)
-        handle.next_frame()
+        for inference in self._due(tick):
+            self._queue(handle, inference)
+        self._waiting.append((tick, frame, self._views(shown)))
+        if handle.n_queued:  # a store begins with an inference
+            self._let_in(handle)
+        elif sum(views.n_bytes for _, _, views in self._waiting if views) > self._config.queue_mb * 1_000_000:
+            handle.fail(
+                CaptureError(f"{number} frames went by without an inference, expected one before them")
+            )
+
+    def _let_in(self, handle: EpisodeHandle) -> None:
+        """Hand over the frames that waited for the first inference, and the newest one."""
+        for tick, frame, views in self._waiting:
+            if views is not None:
+                queue_views(self._writer, [handle], views, when_full=self._config.when_full)
+            origin = tick.origin
+            number = None if origin is None else self._numbers.get(origin.inference)
+            if origin is None or number is None or origin.row == NO_TOKEN or not tick.has_token:
+                handle.add_frame(frame, has_token=False)
+            else:
+                record = origin.inference.record
+                assert record is not None  # it has a number
+                query = record.layout.query_of_action(origin.row)
+                handle.add_frame_of(frame, number, query, is_certain=origin.is_certain)
+            handle.next_frame()
+        self._waiting.clear()
 
     def say(self, name: str, value: Any) -> None:
         """Let the store say something of itself."""
@@ -207,8 +222,7 @@ class RobotEpisode:
             },
             when_full=self._config.when_full,
         )
-        if taken:
-            self._numbers[inference] = handle.n_queued - 1
+        self._numbers[inference] = handle.n_queued - 1 if taken else None
 
     def _views(self, shown: Mapping[str, Any]) -> Views | None:
         images = {}

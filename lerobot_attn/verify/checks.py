@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lerobot_attn.analysis.select import MEANS, RAW, executed_queries
+from lerobot_attn.analysis.select import MEANS, RAW, action_queries, executed_queries
 from lerobot_attn.errors import Check, StoreError, first_line
 from lerobot_attn.inspection import sampled_inferences
 from lerobot_attn.layout import Kind
@@ -140,15 +140,21 @@ def _frame_table(episode: Episode) -> Check:
     # -1 says that the frame's action is no token of a chunk, so there is no place to check.
     has_token = query != -1
     step = np.diff(inference, prepend=0)
-    shift = starts[np.clip(inference, 0, max(n - 1, 0))] + query - executed.start - np.arange(len(inference))
+    before = np.asarray(tables["observed_before"].array[...]) if "observed_before" in tables else 0
+    asked = (starts - before)[np.clip(inference, 0, max(n - 1, 0))]
+    # How many frames later or earlier than its place in the chunk an action was executed.
+    shift = np.arange(len(inference)) - (asked + query - executed.start)
+    waits = "inference_delay" not in tables
+    if not waits:  # a robot that moves on while the policy thinks: any action of the chunk may be sent
+        executed = action_queries(episode.arrays)
     rules = [
         ((inference < 0) | (inference >= n), f"the store has inferences 0 to {n - 1}"),
-        ((step < 0) | (step > 1), "inferences must follow one another, beginning with 0"),
+        ((step < 0) | (waits & (step > 1)), "inferences must follow one another, beginning with 0"),
         (
             has_token & ((query < executed.start) | (query >= executed.stop)),
             f"executed are tokens {executed.start} to {executed.stop - 1}",
         ),
-        (has_token & (shift != 0), "it is not as many frames after its inference as its token says"),
+        (waits & has_token & (shift != 0), "it is not as many frames after its inference as its token says"),
     ]
     for wrong, rule in rules:
         check = broken(wrong, rule)
@@ -156,6 +162,10 @@ def _frame_table(episode: Episode) -> Check:
             return check
     without = int((~has_token).sum())
     note = f"; the action of {without} of them is no token of a chunk" if without else ""
+    late = int((has_token & (shift != 0)).sum())
+    if late:
+        most = int(np.abs(shift[has_token]).max())
+        note += f"; {late} actions were sent up to {most} frames off their place in the chunk"
     return Check.of(name, True, f"{len(inference)} frames follow from {n} inferences{note}")
 
 
