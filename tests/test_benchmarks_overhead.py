@@ -297,3 +297,13 @@ def test_a_benchmark_runs_from_anywhere(tmp_path, monkeypatch):
     with start("gpu_overhead", tmp_path) as process:
         assert process.wait() == 1
     assert process.log.splitlines()[-1].startswith("error: no CUDA device, so no GPU figures")
+
+
+def test_a_robots_loop_is_timed_with_and_without(run_quick, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows, document = run_quick("robot_loop")
+    assert set(document["details"]["jitter_p99_ms"]) == {"with", "without"}
+    (ticks,) = document["details"]["tick_ms"]
+    assert len(ticks) > 20
+    assert min(ticks) > 0
+    assert any("p99 of the ticks' jitter" in row for row in rows)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
+import shlex
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,7 @@ from lerobot_attn import open_run, plugin  # noqa: E402
 from lerobot_attn.store.video import count_frames  # noqa: E402
 from lerobot_attn.verify import verify_episode  # noqa: E402
 
+RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
 FPS = 32  # a power of two: times of frames are exact
 
 
@@ -158,6 +162,7 @@ def rollout(demo_checkpoint, tmp_path, monkeypatch):
         return Scripted.made[-1]
 
     run.stores = tmp_path / "attention"
+    run.checkpoint = demo_checkpoint
     run.dataset = tmp_path / "dataset_True"
     return run
 
@@ -573,3 +578,25 @@ def test_ctrl_c_ends_the_rollout_lets_the_robot_go_and_closes_the_store(demo_che
     assert episode.is_complete, output
     assert episode.attributes["ended_by"] == "the rollout's end"
     passes(episode)
+
+
+COMMANDS = re.findall(r"^lerobot-rollout .*?[^\\]$", RECIPES, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_docs_are_understood(command, rollout, monkeypatch):
+    """They are parsed; the arm that they name is not at hand."""
+    command = command.replace("\\\n", "").replace("CHECKPOINT", str(rollout.checkpoint))
+    seen = []
+
+    def build(cfg, event):
+        seen.append(cfg)
+        raise NotImplementedError("no arm here")
+
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    monkeypatch.setattr(lerobot_rollout, "build_rollout_context", build)
+    with pytest.raises(NotImplementedError):
+        lerobot_rollout.main()
+    (cfg,) = seen
+    assert cfg.save_attention_maps
+    assert cfg.robot.port == "/dev/ttyACM0"

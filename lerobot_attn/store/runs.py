@@ -8,7 +8,7 @@ Knows what stores are called and how to open one. Knows nothing of what they hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +34,7 @@ class TableRow(NamedTuple):
     inferences: int
     bytes: int
     complete: bool
+    dataset: str | None  # the data set's repo_id, whose episode `episode` is
     path: str
 
     @classmethod
@@ -49,8 +50,13 @@ class TableRow(NamedTuple):
             episode.n_inferences,
             episode.stored_bytes(),
             episode.is_complete,
+            _dataset(episode.attributes.get("dataset")),
             str(episode.path),
         )
+
+
+def _dataset(found: Any) -> str | None:
+    return str(found["repo_id"]) if isinstance(found, Mapping) and found.get("repo_id") else None
 
 
 class Run:
@@ -115,7 +121,10 @@ class Run:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per episode: its task, success, frames, inferences, bytes, complete and path."""
+        """One row per episode: its task, success, frames, inferences, bytes, complete, dataset and path.
+
+        Of a robot's rollout `dataset` and `episode` say which episode of which data set it is.
+        """
         import pandas as pd
 
         return pd.DataFrame([TableRow.of(episode) for episode in self], columns=list(TableRow._fields))
