@@ -84,6 +84,8 @@ class StorageSettings:
     existing: str = "refuse"
     # Folder for the stores; default: {output_dir}/attention.
     dir: str | None = None
+    # Start the explorer beside the recording: the page shows each inference soon after it ends.
+    view: bool = False
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -110,6 +112,7 @@ class StorageSettings:
         if self.keep_bits is not None:
             _check_range(self, "keep_bits", 1, FLOAT16_MANTISSA_BITS)
         _check_bool(self, "cameras")
+        _check_bool(self, "view")
 
 
 @dataclass

@@ -36,6 +36,9 @@ def view(
     base_path: Annotated[
         str, typer.Option(help="Path of a proxy that passes it on, as /proxy/8123/. Others need none.")
     ] = "",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Where nothing is recorded yet, wait for the first episode.")
+    ] = False,
 ) -> None:
     """Serve recordings to the browser, live while they grow, until Ctrl-C."""
     from lerobot_attn.explorer.server import serve
@@ -47,6 +50,7 @@ def view(
         open_browser=browser,
         allow_hosts=allow_host or (),
         base_path=base_path,
+        wait=wait,
     )
 
 

@@ -36,7 +36,7 @@ from lerobot_attn.explorer.page_files import ASK_AGAIN, IMMUTABLE, PageFiles, do
 from lerobot_attn.explorer.pictures import FramePictures, video_version
 from lerobot_attn.store.reader import Episode
 
-POLL_S = 0.5  # seconds between two looks at the library while somebody listens to its events
+POLL_S = 0.1  # seconds between two looks at the library while somebody listens to its events
 _LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
 _KEEP_ALIVE_S = 15.0
 _LATEST = "latest"  # as a version: whatever is in the episode's place
@@ -246,8 +246,8 @@ class _Explorer:
                     yield ": here\n\n"
                     silent_s = 0.0
             told, others = now, others_now
-            # Looking at thousands of stores takes long; half of the time at least is left for answers.
-            pause_s = max(POLL_S, time.monotonic() - started)
+            # Looking at thousands of stores takes long; three quarters of the time are left for answers.
+            pause_s = max(POLL_S, 3 * (time.monotonic() - started))
             await asyncio.sleep(pause_s)
             silent_s += pause_s
 

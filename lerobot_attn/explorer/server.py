@@ -6,13 +6,14 @@ import contextlib
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 
-from lerobot_attn.errors import ConfigError
+from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.explorer import facts, slabs, tables
 from lerobot_attn.explorer.app import create_app
 from lerobot_attn.explorer.base_path import base_path as checked_base_path
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8123
 _TRIED_PORTS = 20
+_WAIT_S = 0.2  # between two looks for the first episode
 _LOOK_S = 0.2  # what is spent on reading a run's stores before the server answers
 
 
@@ -36,6 +38,7 @@ def serve(
     open_browser: bool = True,
     allow_hosts: Sequence[str] = (),
     base_path: str = "",
+    wait: bool = False,
 ) -> None:
     """Serve the explorer until it is interrupted.
 
@@ -48,14 +51,15 @@ def serve(
             all that end so, "*" for any.
         base_path: path under which a proxy shows the server, e.g. "/proxy/8123/"; only for a proxy that
             passes its path on and does not say so in `X-Forwarded-Prefix`.
+        wait: where there is no episode yet, wait until the first one is recorded.
 
     Raises:
-        StoreError: no episode at the path.
+        StoreError: no episode at the path, and nobody waits for one.
         ConfigError: the address cannot be listened at, or a name or path is none.
     """
     names = [host_pattern(name) for name in allow_hosts]
     base = checked_base_path(base_path)
-    library = Library(path)
+    library = _first_episode(path) if wait else Library(path)
     listener = _listen(host, port)
     local = _is_loopback(host)
     bound = listener.getsockname()[1]
@@ -95,6 +99,19 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.is_closing = True
         await super().shutdown(sockets)
+
+
+def _first_episode(path: str | Path) -> Library:
+    """Return the library of a path once there is an episode; Ctrl-C ends the wait."""
+    told = False
+    while True:
+        try:
+            return Library(path)
+        except StoreError:
+            if not told:
+                print(f"Waiting for the first episode in {path}", flush=True)
+            told = True
+        time.sleep(_WAIT_S)
 
 
 def _warm_up(library: Library) -> None:

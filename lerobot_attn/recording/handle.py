@@ -136,6 +136,10 @@ class EpisodeHandle:
         """The frame is over."""
         self.n_frames += 1
         self._query += 1
+        if self._config.view and len(self._entries) == 1 and self.n_queued:
+            # Somebody watches: an inference is on the page as soon as its first frame is in the store, and
+            # not only with the next inference.
+            self._write_frames()
 
     def finish(
         self,
@@ -205,12 +209,17 @@ class EpisodeHandle:
         self._query = record.layout.query_of_action(0)
         self._entries = []
 
+    def _write_frames(self) -> None:
+        """Queue the frames that are not queued yet."""
+        job, entries, n_frames = self._job, self._entries, self.n_frames
+        self._entries = []
+        self._writer.submit(self.key, lambda: job.append(entries, None, n_frames))
+
     def _close(
         self, ending: Ending, rewards: np.ndarray | None = None, successes: np.ndarray | None = None
     ) -> None:
-        key, job, entries, n_frames = self.key, self._job, self._entries, self.n_frames
-        self._entries = []
-        self._writer.submit(key, lambda: job.append(entries, None, n_frames))
+        key, job = self.key, self._job
+        self._write_frames()
         self._writer.submit(key, lambda: job.check_against(rewards, successes))
         self._writer.submit(key, lambda: job.close(ending, self._writer.failure(key)), always=True)
 

@@ -25,6 +25,7 @@ from lerobot_attn.capture import HostCopies, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, first_line
 from lerobot_attn.prompt import Tokenizer
+from lerobot_attn.recording.beside import explorer_beside
 from lerobot_attn.recording.episode import NO_TOKEN
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle
@@ -75,7 +76,7 @@ def record_robot(
     config = config.for_robots()
     run_folder = RunFolder(folder, config.existing, _REMEDIES)
     check_encoder(policy, config)
-    with run_folder.claim():
+    with run_folder.claim(), explorer_beside(run_folder.path, config.view):
         recording = RobotRecording(policy, run_folder, config, fps, names, cameras, task)
         with capture_attention(
             policy,
