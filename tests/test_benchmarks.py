@@ -21,7 +21,9 @@ BENCHMARKS = {
     "write": ("bare codec", "torch.save"),
     "read": ("one raw map", "full scan with Dask"),
     "explorer": ("next frame, key held", "another layer", "first view", "memory"),
+    "live": ("watching live", "median", "p95"),
 }
+IN_A_BROWSER = ("explorer", "live")
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -57,10 +59,10 @@ def rewrite(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.browser] * (name == "explorer")) for name in BENCHMARKS]
+    "name", [pytest.param(name, marks=[pytest.mark.browser] * (name in IN_A_BROWSER)) for name in BENCHMARKS]
 )
 def test_runs_at_tiny_sizes(name, tmp_path):
-    if name == "explorer":
+    if name in IN_A_BROWSER:
         require(why_no_browser())
     file = tmp_path / "result.json"
     done = run(name, "--quick", "--json", file)
