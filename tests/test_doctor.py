@@ -142,6 +142,14 @@ def test_lerobot_problems_and_a_broken_import_are_failures(monkeypatch: pytest.M
     assert check.status == "failed"
     assert check.detail.endswith(": rollout is gone; run_one has moved")
 
+    monkeypatch.setattr(plugin, "check_lerobot", lambda: [])
+    monkeypatch.setattr(plugin, "check_rollout", lambda: ["the queue has no merge"])
+    check = doctor._check_lerobot("LeRobot")
+    assert check.status == "warning"  # evaluations are recorded all the same
+    assert "lerobot-rollout: the queue has no merge" in check.detail
+    monkeypatch.undo()
+    assert doctor._check_lerobot("LeRobot").status == "ok"
+
     monkeypatch.setitem(sys.modules, "lerobot_attn.plugin", None)
     monkeypatch.setattr(doctor, "_CHECKS", {"LeRobot": doctor._check_lerobot})
     (check,) = run_checks(Console(file=io.StringIO()))

@@ -179,12 +179,16 @@ def _check_lerobot(name: str) -> Check:
     if not _installed("lerobot"):
         return Check(name, FAILED, "lerobot is not installed", EVAL_REMEDY)
     version = importlib.metadata.version("lerobot")
-    from lerobot_attn.plugin import check_lerobot
+    from lerobot_attn.plugin import check_lerobot, check_rollout
 
     problems = check_lerobot()
     if problems:
         return Check(name, FAILED, f"{version}: {'; '.join(problems)}", EVAL_REMEDY)
-    return Check(name, OK, f"{version}, every patch point is there")
+    problems = check_rollout()
+    if problems:  # evaluations are recorded all the same
+        remedy = "to record robots: pip install 'lerobot[core-scripts]', or a supported LeRobot"
+        return Check(name, WARNING, f"{version}: lerobot-rollout: {'; '.join(problems)}", remedy)
+    return Check(name, OK, f"{version}, every patch point is there, of evaluations and of rollouts")
 
 
 def _check_libero_config(name: str) -> Check:
