@@ -96,11 +96,18 @@ class Scripted(Robot):
 
 
 def look(number: int, seed: int = 0) -> dict[str, Any]:
-    """Return what the robot shows at a look: noise by the number, which the first joint tells."""
+    """Return what the robot shows at a look: its first joint and its pictures' brightness tell which."""
     noise = np.random.default_rng([seed, number])
     joints = dict(zip(JOINTS, noise.uniform(-1, 1, len(JOINTS)).tolist(), strict=True))
     joints[JOINTS[0]] = number / 1000
-    return {**joints, **{name: noise.integers(0, 256, shape, np.uint8) for name, shape in CAMERAS.items()}}
+    shades = dict(zip(CAMERAS, brightness_of(number), strict=True))
+    return {**joints, **{name: np.full(shape, shades[name], np.uint8) for name, shape in CAMERAS.items()}}
+
+
+def brightness_of(number: int) -> tuple[int, int]:
+    """Return the grey of each camera's picture at a look, of 255."""
+    shade = 16 + 3 * number % 220
+    return shade, 252 - shade
 
 
 @TeleoperatorConfig.register_subclass("scripted_hand")
