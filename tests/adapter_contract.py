@@ -38,6 +38,11 @@ def act(policy, batch, seed, n=1):
     return torch.stack(actions), torch.get_rng_state()
 
 
+def rows_that_exist(record):
+    """(batch, query) bool: all, but for tokens that an autoregressive policy did not read."""
+    return record.key_kind[:, record.layout.prefix_len :] != Kind.PADDING
+
+
 class Editor:
     """A probe that replaces attention by what a function makes of it, and notes where it was asked."""
 
@@ -70,11 +75,13 @@ class AdapterContract:
         settings: capture settings that every test has besides its own.
         is_bfloat16: whether the policy computes in bfloat16.
         can_edit: whether attention can be edited; False for a policy that stays compiled.
+        n_blocked: so many keys, from the first, are blocked in order to change actions.
     """
 
     settings: ClassVar[dict[str, Any]] = {}
     is_bfloat16 = False
     can_edit = True
+    n_blocked = 1
 
     def act(self, policy, batch, seed, n=1):
         """Return n actions of a fresh episode and the random state after them; the same for the same seed."""
@@ -99,10 +106,11 @@ class AdapterContract:
         prefix = layout.prefix_len
         assert record.prefix_attention.shape == (sizes.n_prefix_layers, 2, sizes.n_heads, prefix, prefix)
         assert record.suffix_attention.dtype == np.float16
-        assert len(layout.actions) == sizes.chunk_size
+        assert len(layout.actions) == (sizes.n_decode_steps or sizes.chunk_size)
         assert record.action_chunk.shape[:2] == (2, sizes.chunk_size)
         first = layout.first_action_query
-        assert record.executed_queries == slice(first, first + sizes.n_action_steps)
+        n_executed = sizes.n_decode_steps or sizes.n_action_steps
+        assert record.executed_queries == slice(first, first + n_executed)
         maps = record.suffix_attention.nbytes + record.suffix_attention_mean.nbytes
         assert capture.selection.bytes_per_inference(layout) == (maps + record.prefix_attention.nbytes) // 2
         sites = adapter.sites()
@@ -144,7 +152,7 @@ class AdapterContract:
     def test_an_edit_acts_and_what_acted_is_recorded(self, policy, batch):
         def blocked(value):
             value = value.clone()
-            value[..., 0] = 0
+            value[..., : self.n_blocked] = 0
             return value / value.sum(-1, keepdim=True)
 
         actions, _ = self.act(policy, batch, 7)
@@ -159,8 +167,8 @@ class AdapterContract:
         (after,) = capture.drain()
         assert not torch.equal(actions, edited)
         assert set(editor.seen) == set(adapter_for(policy).sites())
-        assert before.suffix_attention[..., 0].any()
-        assert not after.suffix_attention[..., 0].any()
+        assert np.nan_to_num(before.suffix_attention[..., 0]).any()
+        assert not np.nan_to_num(after.suffix_attention[..., 0]).any()
         assert not after.suffix_attention_mean[..., 0].any()
         assert not after.prefix_attention[..., 0].any()
         again, _ = self.act(policy, batch, 7)
@@ -251,7 +259,10 @@ class AdapterContract:
         (record,) = capture.drain()
         tolerance = 2**-11 + record.layout.n_keys * 2**-25 + (2**-8 if self.is_bfloat16 else 0)
         prefix_len = record.layout.prefix_len
-        for maps in (record.suffix_attention, record.suffix_attention_mean):
+        is_read = rows_that_exist(record)
+        assert np.isnan(np.moveaxis(record.suffix_attention, 4, 3)[:, :, ~is_read]).all()
+        suffix = np.moveaxis(record.suffix_attention, 4, 3)[:, :, is_read]  # (step, layer, row, head, key)
+        for maps in (suffix, record.suffix_attention_mean):
             for layer in range(maps.shape[1]):
                 n_seen = record.layout.n_keys if layer in record.layers_seeing_suffix else prefix_len
                 seen = maps[:, layer, ..., :n_seen].astype(np.float32)
@@ -259,7 +270,7 @@ class AdapterContract:
                 assert np.isnan(maps[:, layer, ..., n_seen:]).all()
         is_padding = record.key_kind == Kind.PADDING
         for env in range(2):
-            assert not record.suffix_attention[:, :, env][..., is_padding[env]].any()
+            assert not record.suffix_attention[:, :, env, :, is_read[env]][..., is_padding[env]].any()
             prefix = record.prefix_attention[:, env].astype(np.float32)
             padding = is_padding[env, : record.layout.prefix_len]
             assert not prefix[..., padding].any()
@@ -334,9 +345,12 @@ class AdapterContract:
         with capture_attention(policy, self.config(layers="all")) as capture:
             self.act(policy, batch, 0)
         (record,) = capture.drain()
-        first = record.layout.first_action_query
-        executed = record.suffix_attention[..., first : first + policy.config.n_action_steps, :]
-        expected = executed.astype(np.float32).mean(-2)
+        is_read = rows_that_exist(record)
+        expected = np.full(record.suffix_attention_mean.shape, np.nan, np.float32)
+        for env in range(2):
+            queries = np.arange(record.layout.n_queries)[record.executed_queries]
+            rows = record.suffix_attention[:, :, env][..., queries[is_read[env, queries]], :]
+            expected[:, :, env] = rows.astype(np.float32).mean(-2)
         np.testing.assert_allclose(record.suffix_attention_mean, expected, rtol=2**-9, atol=2**-23)
 
     def test_paused_capture_records_nothing(self, policy, batch):

@@ -149,6 +149,14 @@ def smolvla_policy(smolvla_checkpoint: Path) -> Callable[..., tuple[Any, Any, An
     return functools.partial(_load, smolvla_checkpoint)
 
 
+@pytest.fixture(scope="session")
+def fast_policy() -> Callable[..., Any]:
+    """Make a small Pi0-FAST without the Hub: settings → policy."""
+    from fast_policy import make_policy
+
+    return make_policy
+
+
 def _random_checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_type: str) -> Path:
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 

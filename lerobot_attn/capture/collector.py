@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lerobot_attn.capture.copies import HostCopies
+from lerobot_attn.capture.decoding import DecodedRows, mean_of_rows
 from lerobot_attn.capture.record import (
     InferenceRecord,
     LabelledPrompt,
@@ -119,6 +120,7 @@ class Collector:
             self._flow_times: list[Tensor | float] = []
             self._seen: set[tuple[Site, int]] = set()
             self._dtypes: set[torch.dtype] = set()
+            self._rows = DecodedRows(self._prefix_len, self._n_queries)
             self._inputs = inputs
 
     def denoise_step(self, flow_time: Tensor | float) -> None:
@@ -131,6 +133,10 @@ class Collector:
         if self._inputs is None:
             return
         with self._guard():
+            if self._policy.n_decode_steps and site.stream == "expert":
+                self._check("suffix", site, value, 1, self._rows.n_keys(site))
+                self._rows.add(site, self._choose_heads(value.detach()))
+                return
             self._take(site, self.choose(site, len(self._flow_times) - 1, value.detach()))
 
     def choose(self, site: Site, denoise_step: int, value: Tensor) -> _Chosen | None:
@@ -166,6 +172,8 @@ class Collector:
         if self._inputs is None:
             return
         with self._guard():
+            if self._policy.n_decode_steps:
+                self._take_decoded(self._inputs)
             record = self._record(self._inputs, action_chunk)
             self.abandon()
             self.n_inferences += 1
@@ -203,6 +211,22 @@ class Collector:
             if self._on_failure is None:
                 raise
             self._on_failure(error)
+
+    def _take_decoded(self, inputs: InferenceInputs) -> None:
+        """Take the maps that the rows of the decoded tokens make up."""
+        if len(inputs.decoded) != 1:
+            raise CaptureError(
+                "the policy never said which tokens it decoded, expected it to before it ended"
+            )
+        for site in self._selection.sites:
+            if site.stream != "expert":
+                continue
+            maps = self._rows.maps(site, inputs.decoded[0], len(self._selection.heads))
+            if maps is None:
+                continue
+            mean = mean_of_rows(maps) if site.layer in self._mean_slot else None
+            kept = maps if site.layer in self._layer_slot else None
+            self._take(site, _Chosen(kept, mean, maps.new_empty(0)))
 
     def _take(self, site: Site, chosen: _Chosen | None) -> None:
         if chosen is None:
@@ -243,6 +267,11 @@ class Collector:
                 copies.copy_into(flow_time[slot], value.reshape(-1)[0])
             else:
                 flow_time[slot] = value
+        decoded, key_mask = None, inputs.key_mask
+        if self._policy.n_decode_steps:
+            tokens = inputs.decoded[0]
+            decoded = copies.copy(torch.where(tokens.is_used, tokens.token_id, -1))
+            key_mask = torch.cat([key_mask[:, : self._prefix_len], tokens.is_read], dim=1)
         dtype = max(self._dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
         record = InferenceRecord(
             index=self.n_inferences,
@@ -257,9 +286,11 @@ class Collector:
             _prefix=self._prefix,
             _flow_time=flow_time,
             _token_id=copies.copy(inputs.token_id),
-            _key_mask=copies.copy(inputs.key_mask),
+            _key_mask=copies.copy(key_mask),
             _action_chunk=copies.copy(action_chunk.float()),
             _label=self._label,
+            _decoded=decoded,
+            _pieces=self._decoder.pieces,
         )
         copies.seal()
         return record

@@ -107,6 +107,8 @@ class InferenceRecord:
     _key_mask: Tensor = field(repr=False)
     _action_chunk: Tensor = field(repr=False)
     _label: Callable[[np.ndarray, np.ndarray], LabelledPrompt] = field(repr=False)
+    _decoded: Tensor | None = field(repr=False, default=None)
+    _pieces: Callable[[list[int]], list[str]] | None = field(repr=False, default=None)
 
     @property
     def batch_size(self) -> int:
@@ -128,7 +130,8 @@ class InferenceRecord:
     def suffix_attention(self) -> np.ndarray | None:
         """(denoise_step, layer, batch, head, query, key), float16, rows sum to 1; None without layers.
 
-        Keys that a layer cannot see (the suffix's, in a cross-attention layer) are NaN.
+        Keys that a layer cannot see (the suffix's, in a cross-attention layer) are NaN. So are the rows of
+        tokens that an autoregressive policy did not decode or did not read.
         """
         return self._numpy(self._suffix)
 
@@ -136,7 +139,7 @@ class InferenceRecord:
     def suffix_attention_mean(self) -> np.ndarray | None:
         """(denoise_step, all_layer, batch, head, key), float16: mean over the executed action queries.
 
-        Keys that a layer cannot see are NaN.
+        Of an autoregressive policy over the tokens that were read. Keys that a layer cannot see are NaN.
         """
         return self._numpy(self._suffix_mean)
 
@@ -160,13 +163,36 @@ class InferenceRecord:
 
     @property
     def key_mask(self) -> np.ndarray:
-        """(batch, key), bool: True where the suffix may attend."""
+        """(batch, key), bool: True where the suffix may attend.
+
+        Of an autoregressive policy False at the tokens that the inference did not read, which attend to
+        nothing either: their rows are NaN.
+        """
         return self._array(self._key_mask)
 
     @property
     def action_chunk(self) -> np.ndarray:
         """(batch, chunk, action_dim), float32, in the policy's normalised units."""
         return self._array(self._action_chunk)
+
+    @property
+    def suffix_token_id(self) -> np.ndarray | None:
+        """(batch, query), int32: the tokens that an autoregressive policy decoded, -1 behind the last one.
+
+        None of a policy that decodes none.
+        """
+        return None if self._decoded is None else self._array(self._decoded).astype(np.int32, copy=False)
+
+    @property
+    def suffix_token_text(self) -> list[list[str]] | None:
+        """The decoded piece of each of these tokens, (batch, query); None of a policy that decodes none."""
+        if self.suffix_token_id is None or self._pieces is None:
+            return None
+        found = []
+        for ids in self.suffix_token_id:
+            n = int((ids >= 0).sum())
+            found.append(self._pieces(ids[:n].tolist()) + [""] * (len(ids) - n))
+        return found
 
     @property
     def prompts(self) -> list[PromptLabels]:
@@ -214,6 +240,7 @@ class InferenceRecord:
             _token_id=cut(self._token_id, 0),
             _key_mask=cut(self._key_mask, 0),
             _action_chunk=cut(self._action_chunk, 0),
+            _decoded=cut(self._decoded, 0),
         )
 
     def wait(self) -> None:
@@ -229,6 +256,8 @@ class InferenceRecord:
 
 
 def executed_queries(layout: TokenLayout, policy: PolicyDescription) -> slice:
-    """Return the suffix queries whose actions are executed."""
+    """Return the suffix queries whose actions are executed; all, where no token is an action."""
     queries = layout.action_queries
+    if policy.n_decode_steps:  # all of them together make the actions
+        return queries
     return slice(queries.start, min(queries.stop, queries.start + policy.n_action_steps))

@@ -17,6 +17,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "act": ("lerobot_attn.policies.act", "ACTAdapter"),
     "pi0": ("lerobot_attn.policies.pi0", "Pi0Adapter"),
     "pi05": ("lerobot_attn.policies.pi05", "Pi05Adapter"),
+    "pi0_fast": ("lerobot_attn.policies.pi0_fast", "Pi0FastAdapter"),
     "smolvla": ("lerobot_attn.policies.smolvla", "SmolVLAAdapter"),
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from lerobot_attn.layout import TokenLayout
@@ -75,11 +75,34 @@ class PolicyDescription:
     random_weights: bool = False  # a demo policy whose maps mean nothing
     remark: str = ""  # one line that everything that shows its maps says of it
     reads_last_prefix_layer: bool = False  # every layer reads the prefix's last, not the one of its number
+    # Tokens that an autoregressive policy decodes at most; 0 of one that decodes none. They are its suffix,
+    # and the chunk's actions are made of all of them together: none of them is an action.
+    n_decode_steps: int = 0
 
     @property
     def n_steps(self) -> int:
         """Passes over the suffix in an inference: the denoise steps, or one."""
         return max(self.n_denoise_steps, 1)
+
+
+class DecodedTokens(NamedTuple):
+    """What an autoregressive policy decoded in an inference.
+
+    Attributes:
+        token_id: (batch, query) integer, in the order in which they were decoded.
+        is_used: (batch, query) bool, True up to the token that ends the actions and at that one; what was
+            decoded behind it, while others of the batch had not ended, changes nothing.
+    """
+
+    token_id: Tensor
+    is_used: Tensor
+
+    @property
+    def is_read(self) -> Tensor:
+        """(batch, query) bool: the tokens that were read to decode another one, so all used but the last."""
+        read = self.is_used.roll(-1, dims=1)
+        read[:, -1] = False
+        return read
 
 
 @dataclass(frozen=True)
@@ -90,11 +113,13 @@ class InferenceInputs:
         layout: the keys' segments, cameras and geometry.
         token_id: (batch, text) integer, the language tokens.
         key_mask: (batch, key) bool, True where the suffix may attend.
+        decoded: what an autoregressive policy has decoded: one element when it has, before `end`.
     """
 
     layout: TokenLayout
     token_id: Tensor
     key_mask: Tensor
+    decoded: list[DecodedTokens] = field(default_factory=list)
 
 
 class ParsedPrompt(NamedTuple):
@@ -114,6 +139,9 @@ class Probe(Protocol):
 
     `begin`, then `at` for the sites of the prefix pass, then for each denoise step `denoise_step` and `at`,
     then `end`. If the policy raises, `abandon` comes instead of `end`.
+
+    An autoregressive policy has a single step, in which `at` comes once for each token that is read: one
+    query, and the keys of the prefix, of the tokens before it and of itself.
     """
 
     @property
@@ -135,8 +163,8 @@ class Probe(Protocol):
         Args:
             site: which one.
             value: attention probabilities (batch, head, query, key), rows sum to 1. The queries and keys of
-                the "vlm" stream are the prefix's; those of the "expert" are the suffix's queries and the keys
-                that the layer sees.
+                the "vlm" stream are the prefix's; those of the "expert" are the suffix's queries (the one
+                that is read, of an autoregressive policy) and the keys that the layer sees.
 
         Returns:
             None to leave it, or a tensor of the same shape, dtype and device that the policy uses instead.

@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "act": Family("the decoder's cross-attention, the encoder's self-attention", True, False),
     "pi0": Family("the action expert's and the language model's attention", True, True),
     "pi05": Family("the action expert's and the language model's attention", True, True),
+    "pi0_fast": Family("each decoded token's attention, and that among the prefix", True, False),
     "smolvla": Family("the action expert's and the language model's attention", True, True),
 }
 
@@ -51,7 +52,6 @@ WHY_NOT: dict[str, str] = {
     "lingbot_va": _HUB.format("Wan's autoencoder and text encoder"),
     "molmoact2": _HUB.format("its model and configuration"),
     "multi_task_dit": "no map of an image: each image enters as one vector (CLIP's, from the Hub)",
-    "pi0_fast": _HUB.format("its tokenizer of actions"),
     "tdmpc": "no attention: convolutions and MLPs",
     "vla_jepa": _HUB.format("Qwen3-VL and V-JEPA"),
     "vqbet": "no map of an image: each image enters as one vector",

@@ -1,7 +1,8 @@
-"""What Pi0 and Pi0.5 share: images and words through PaliGemma, the suffix through the action expert.
+"""What Pi0, Pi0.5 and Pi0-FAST share: images and words through PaliGemma.
 
-Both towers call their attention modules, and both passes force eager attention, so the probabilities can be
-tapped inside these modules. How a family writes its prompt, and what opens its suffix, its own module says.
+The suffix of Pi0 and Pi0.5 goes through the action expert. Both towers call their attention modules, and both
+passes force eager attention, so the probabilities can be tapped inside these modules. How a family writes its
+prompt, and what opens its suffix, its own module says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,47 @@ from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
 from lerobot_attn.policies.taps import CompiledTap, attention_tap, no_attention
 
 
-class PaliGemmaAdapter(FlowMatchingAdapter):
+class PaliGemmaCameras:
+    """The cameras of a policy whose images go through PaliGemma's vision tower."""
+
+    policy: Any
+    model: Any
+
+    def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
+        views = {}
+        for name in self._present_cameras(batch):
+            image = as_uint8(batch[name])
+            # The policy's own test for channels first.
+            views[name] = image.permute(0, 2, 3, 1) if image.shape[1] == 3 else image
+        return views
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        vision = self.model.paligemma_with_expert.paligemma.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def _present_cameras(self, batch: dict[str, Any]) -> list[str]:
+        return [name for name in self.policy.config.image_features if name in batch]
+
+    def _cameras(self, batch: dict[str, Any]) -> list[Camera]:
+        """The policy tokenises the cameras it got first, in the config's order, and then the missing ones."""
+        cameras = []
+        present = self._present_cameras(batch)
+        for name in present:
+            shape = batch[name].shape
+            height, width = (shape[2], shape[3]) if shape[1] == 3 else (shape[1], shape[2])
+            resolution = self.policy.config.image_resolution
+            geometry = ImageGeometry.letterbox(
+                (height, width), (resolution[0], resolution[1]), self._grid, padding="centred"
+            )
+            cameras.append(Camera(name, geometry))
+        missing = [name for name in self.policy.config.image_features if name not in present]
+        return cameras + [Camera(name, None) for name in missing]
+
+
+class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
     """Adapter of a policy whose towers are PaliGemma and a Gemma action expert.
 
     Attributes:
@@ -67,15 +108,6 @@ class PaliGemmaAdapter(FlowMatchingAdapter):
             for layer in range(len(layers))
         }
 
-    def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
-        views = {}
-        for name in self._present_cameras(batch):
-            image = as_uint8(batch[name])
-            # The policy's own test for channels first.
-            views[name] = image.permute(0, 2, 3, 1) if image.shape[1] == 3 else image
-        return views
-
     def _tap(self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]) -> None:
         for site in sites:
             module: Any = self._layers[site.stream][site.layer].self_attn
@@ -84,30 +116,6 @@ class PaliGemmaAdapter(FlowMatchingAdapter):
             else:
                 missed = partial(probe.fail, no_attention(site))
                 stack.enter_context(attention_tap(module, partial(probe.at, site), missed))
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        vision = self.model.paligemma_with_expert.paligemma.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return side, side
-
-    def _present_cameras(self, batch: dict[str, Any]) -> list[str]:
-        return [name for name in self.policy.config.image_features if name in batch]
-
-    def _cameras(self, batch: dict[str, Any]) -> list[Camera]:
-        """The policy tokenises the cameras it got first, in the config's order, and then the missing ones."""
-        cameras = []
-        present = self._present_cameras(batch)
-        for name in present:
-            shape = batch[name].shape
-            height, width = (shape[2], shape[3]) if shape[1] == 3 else (shape[1], shape[2])
-            resolution = self.policy.config.image_resolution
-            geometry = ImageGeometry.letterbox(
-                (height, width), (resolution[0], resolution[1]), self._grid, padding="centred"
-            )
-            cameras.append(Camera(name, geometry))
-        missing = [name for name in self.policy.config.image_features if name not in present]
-        return cameras + [Camera(name, None) for name in missing]
 
     def _layout(self, cameras: list[Camera], n_text: int) -> TokenLayout:
         n_patches = self._grid[0] * self._grid[1]

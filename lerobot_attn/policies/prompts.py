@@ -1,4 +1,4 @@
-"""How families write their prompts: the words of the task, by their characters."""
+"""How families write their prompts: the task's words and the state's numbers, by their characters."""
 
 from __future__ import annotations
 
@@ -30,3 +30,37 @@ def parse_task_line(prompt: str) -> ParsedPrompt | None:
     if match is None:
         return None
     return ParsedPrompt(spans_of(match, "task", Kind.TASK, r"\S+"), is_truncated=not match["end"])
+
+
+class TaskAndState:
+    r"""Finds the task's words and the state's numbers in `Task: pick up the soup, State: 128 97 …;\n`.
+
+    Where LeRobot has cut its end off, in the task or among the numbers, the rest is still understood.
+
+    Args:
+        closing: what stands behind the semicolon and blanks, e.g. "Action:".
+    """
+
+    def __init__(self, closing: str):
+        start, state = r"Task: (?P<task>.*), State:", r"(?P<state>(?: +-?\d{})*) *"
+        cut = _start_of(closing.rstrip(":"))
+        self._whole = re.compile(rf"{start}{state.format('+')};\s*{re.escape(closing)}", re.DOTALL)
+        self._cut = (
+            re.compile(rf"{start}{state.format('*')}(?:;\s*{cut})?\Z", re.DOTALL),
+            re.compile(rf"Task: (?P<task>.*?){_start_of(', State')}\Z", re.DOTALL),
+        )
+
+    def parse(self, prompt: str) -> ParsedPrompt | None:
+        """Return the words and numbers, also those that are left of a prompt that was cut; None of others."""
+        whole = self._whole.search(prompt)
+        match = whole or next(filter(None, (pattern.search(prompt) for pattern in self._cut)), None)
+        if match is None:
+            return None
+        words = spans_of(match, "task", Kind.TASK, r"\S+")
+        numbers = spans_of(match, "state", Kind.STATE, r"-?\d+")
+        return ParsedPrompt([*words, *numbers], is_truncated=whole is None)
+
+
+def _start_of(text: str) -> str:
+    """Return a pattern that matches any beginning of a text, also none of it."""
+    return f"(?:{re.escape(text[0])}{_start_of(text[1:])})?" if text else ""
