@@ -17,9 +17,17 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from lerobot_attn.analysis.decoded import decodes, is_read
 from lerobot_attn.analysis.labels import denoises, ranges
 from lerobot_attn.analysis.reduce import row_sum
-from lerobot_attn.analysis.select import MEANS, QueryChoice, attention, executed_actions, prefix_only_layers
+from lerobot_attn.analysis.select import (
+    MEANS,
+    QueryChoice,
+    action_queries,
+    attention,
+    executed_actions,
+    prefix_only_layers,
+)
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError, first_line
 from lerobot_attn.sizes import format_bytes
@@ -64,12 +72,15 @@ def segment_mass(episode: Episode, inference: int) -> SegmentMass:
         maps = attention(
             dataset, inference=inference, layer="all", denoise_step="all", head="all", query=query
         ).load()
+        if "query" in maps.dims:
+            maps = maps.isel(query=is_read(dataset, inference)[action_queries(dataset)])
         sums = row_sum(maps).values
         known = sums[np.isfinite(sums)]
         deviation = float(np.abs(known - 1).max()) if known.size else math.nan
         # `maps` counts action tokens, from 0 also where a state token opens the suffix.
         over = ["denoise_step", "layer", "head", *(["query"] if "query" in maps.dims else [])]
-        executed = maps.isel(query=executed_actions(dataset)) if "query" in maps.dims else maps
+        is_all = "query" not in maps.dims or decodes(dataset)
+        executed = maps if is_all else maps.isel(query=executed_actions(dataset))
         # Each key is averaged over the rows that have it: neither a missing map nor a key that a layer cannot
         # see counts.
         shares = by_modality(dataset, executed.mean(over))
@@ -93,6 +104,8 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
     looked_at, masses, deviations, missing = [], [], [], []
     has_maps = any(episode.array_shape(name) for name in ("suffix_attention", "suffix_attention_mean"))
     for inference in inferences if has_maps else []:
+        if decodes(episode.arrays) and not is_read(episode.arrays, inference).any():
+            continue  # it decoded nothing that attends: nothing is missing
         found = segment_mass(episode, inference)
         missing.append(found.missing)
         if found.missing < 1:
@@ -227,7 +240,10 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         for name, share in facts["attention_mass"].items():
             bar = round(min(max(share, 0.0), 1.0) * 40) if math.isfinite(share) else 0
             mass.add_row(_plain(name), f"{share:6.1%}", _Bar(bar))
+        decoded = facts["attributes"].get("policy", {}).get("n_decode_steps")
         title = "mean attention of the executed actions, over all saved layers, heads and denoise steps"
+        if decoded:
+            title = "mean attention of the decoded tokens, over all saved layers and heads"
         parts += [_title(f"{title} of inferences {sampled}"), mass]
     parts += [Text(line, style="yellow") for line in _remarks(facts)]
     parts.append(_sanity(facts))
@@ -385,12 +401,13 @@ def _policy(attributes: dict[str, Any]) -> str:
     path = f" from {policy['path']}" if policy.get("path") else ""
     # SmolVLA's config names no dtype: what its attention was applied in is known all the same.
     dtype = policy.get("dtype") or f"attention in {attributes.get('attention_dtype', 'an unknown dtype')}"
+    steps = f"{policy.get('n_denoise_steps') or 'no'} denoise steps"
+    if policy.get("n_decode_steps"):
+        steps = f"up to {policy['n_decode_steps']} decode steps"
     return (
         f"{policy.get('type')}{path}, {dtype}, {policy.get('n_layers')} layers, "
         f"{policy.get('n_heads')} heads, "
-        f"{policy.get('n_denoise_steps') or 'no'} denoise steps, {policy.get('n_action_steps')} of "
-        f"{policy.get('chunk_size')} "
-        "actions executed"
+        f"{steps}, {policy.get('n_action_steps')} of {policy.get('chunk_size')} actions executed"
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.decoded import ALL_IN_WORDS, check_read, decodes, is_read, token_in_words
 from lerobot_attn.analysis.labels import integers
 from lerobot_attn.analysis.renamed import warn_renamed
 from lerobot_attn.analysis.rows import Rows
@@ -120,7 +121,10 @@ def attention_rollout(
                 action = layout_of(dataset).action_of_query(int(queries[0]))
                 said = f"action {action}, executed at the frame"
         else:
-            shares[at] = _rolled(stack, number, starts)
+            read = is_read(dataset, number)
+            shares[at] = _rolled(stack, number, _of_read(starts, read))
+            if not isinstance(query, str) and not rows.is_list:
+                said = token_in_words(dataset, query, number)
     coords: dict[str, Any] = _key_coordinates(dataset)
     coords |= stack.coordinates() | {"layer": stack.top}
     array = xr.DataArray(shares, coords, ("inference", "denoise_step", "head", "query", "key"))
@@ -205,7 +209,8 @@ def attention_flow(
         said = f"action {layout.action_of_query(token)}, executed at the frame"
     else:
         assert isinstance(query_number, int)
-        token, said = layout.query_of_action(query_number), f"action {query_number}"
+        token, said = layout.query_of_action(query_number), token_in_words(dataset, query_number, number)
+        check_read(dataset, query_number, number)
     wanted, coords, dim = _targets(dataset, targets, number)
     values = _flows(stack, number, token, wanted, min_share)
     at: dict[str, Any] = {rows.dim: rows.numbers, "layer": stack.top, "denoise_step": stack.steps[0]}
@@ -247,13 +252,22 @@ def _starts(dataset: xr.Dataset, query: QueryChoice) -> tuple[_Floats, str]:
     if query == "frame":
         return one, "the action executed at the frame"
     if query == "all":
-        return one[actions], "every action"
+        return one[actions], "every decoded token" if decodes(dataset) else "every action"
     if query == "executed":
         return one[executed_queries(dataset)].mean(axis=0, keepdims=True), executed_in_words(dataset)
     if query == "mean":
-        return one[actions].mean(axis=0, keepdims=True), "mean of all actions"
+        said = ALL_IN_WORDS if decodes(dataset) else "mean of all actions"
+        return one[actions].mean(axis=0, keepdims=True), said
     assert isinstance(query, int)
-    return one[[layout.query_of_action(query)]], f"action {query}"
+    return one[[layout.query_of_action(query)]], token_in_words(dataset, query)
+
+
+def _of_read(starts: _Floats, is_read: NDArray[np.bool_]) -> _Floats:
+    """Leave out tokens that have no rows; a row of weights without any token that has one is NaN."""
+    kept = starts * is_read
+    total = kept.sum(axis=1, keepdims=True)
+    weights: _Floats = kept / np.where(total > 0, total, np.float32(np.nan))
+    return weights
 
 
 def _rolled(stack: LayerStack, inference: int, starts: _Floats) -> _Floats:

@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.decoded import ALL_IN_WORDS, check_read, decodes, mean_of_read, token_in_words
 from lerobot_attn.analysis.labels import (
     from_end,
     in_words,
@@ -124,6 +125,8 @@ def executed_actions(dataset: xr.Dataset) -> slice:
 
 def executed_in_words(dataset: xr.Dataset) -> str:
     """Say which actions are averaged over: "mean of executed actions 0-9"."""
+    if decodes(dataset):
+        return ALL_IN_WORDS
     executed = executed_actions(dataset)
     return f"mean of executed actions {executed.start}-{executed.stop - 1}"
 
@@ -372,7 +375,7 @@ def _select_rows(
         array = array.assign_coords(inference=labels)
         if source == MEANS:
             return array, mean_text
-        return _reduce_query(dataset, array, query)
+        return _reduce_query(dataset, array, query, chosen)
     frames = frames_of(dataset, frame)
     wanted, order = np.unique(np.array(frames, int), return_inverse=True)
     inferences = dataset["frame_inference"].values[wanted]
@@ -399,7 +402,7 @@ def _select_rows(
     array = array.isel(inference=unique)
     text = mean_text
     if source == RAW:
-        array, text = _reduce_query(dataset, array, query)
+        array, text = _reduce_query(dataset, array, query, unique)
     if query == "executed" and default_query(dataset, by_frame=True) != "frame":
         text += "; actions of frames are no tokens of a chunk"
     if isinstance(frames, int):
@@ -408,19 +411,24 @@ def _select_rows(
     return array.transpose("frame", ...), text
 
 
-def _reduce_query(dataset: xr.Dataset, array: xr.DataArray, query: QueryChoice) -> tuple[xr.DataArray, str]:
+def _reduce_query(
+    dataset: xr.Dataset, array: xr.DataArray, query: QueryChoice, inferences: Any
+) -> tuple[xr.DataArray, str]:
     layout = layout_of(dataset)
     actions = layout.action_queries
     if query == "executed":
-        array = array.isel(query=executed_queries(dataset)).astype(np.float32)
-        return array.mean("query", skipna=False), executed_in_words(dataset)
+        mean = mean_of_read(dataset, array, inferences, executed_queries(dataset))
+        return mean, executed_in_words(dataset)
     if query == "mean":
-        return array.isel(query=actions).astype(np.float32).mean("query", skipna=False), "mean of all actions"
+        text = executed_in_words(dataset) if decodes(dataset) else "mean of all actions"
+        return mean_of_read(dataset, array, inferences, actions), text
     if query == "all":
         array = array.isel(query=actions)
-        return array.assign_coords(query=np.arange(array.sizes["query"])), "every action"
+        text = "every decoded token" if decodes(dataset) else "every action"
+        return array.assign_coords(query=np.arange(array.sizes["query"])), text
     assert isinstance(query, int)
-    return array.isel(query=layout.query_of_action(query)), f"action {query}"
+    check_read(dataset, query, inferences)
+    return array.isel(query=layout.query_of_action(query)), token_in_words(dataset, query, inferences)
 
 
 def _without(array: xr.DataArray, keys: Sequence[int], *, may_lack_keys: bool) -> xr.DataArray:

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.decoded import decodes, is_read
 from lerobot_attn.analysis.labels import (
     from_end,
     in_words,
@@ -128,6 +129,8 @@ class LayerStack:
     def suffix(self, inference: int, layer: int) -> _Floats:
         """Return (denoise_step, head, query, key) float32; 0 where the layer cannot see the key."""
         maps = self.dataset[RAW].isel(inference=inference).sel(layer=layer)
+        if decodes(self.dataset):  # a token that was not read attends to nothing, and nothing to it
+            maps = maps.where(xr.DataArray(is_read(self.dataset, inference), dims="query"), 0)
         is_blind = layer in prefix_only_layers(self.dataset)
         return np.stack([self._fused(maps.sel(denoise_step=step), is_blind) for step in self.steps])
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import xarray as xr
 
+from lerobot_attn.analysis.decoded import decodes
 from lerobot_attn.analysis.select import RAW, prefix_only_layers
 from lerobot_attn.analysis.tokens import prompt_truncated
 from lerobot_attn.explorer.means import mean_layers
@@ -50,6 +51,7 @@ def facts(episode: Episode) -> dict[str, Any]:
         "n_queries": layout.n_queries,
         "n_keys": layout.n_keys,
         "prefix_len": layout.prefix_len,
+        "decodes": decodes(data),
         "first_action_query": layout.first_action_query,
         "action_queries": [actions.start, actions.stop],
         "executed_queries": attributes.get("executed_queries"),

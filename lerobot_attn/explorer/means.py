@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.decoded import mean_of_read
 from lerobot_attn.analysis.select import MEANS, RAW, executed_queries, prefix_only_layers, stored_layers
 from lerobot_attn.errors import LerobotAttnError, SelectionError
 
@@ -56,8 +57,9 @@ def means(
     for layer in added:  # one at a time, for a full map is large
         if layer not in full:
             raise SelectionError(f"layer {layer} was not recorded: the episode holds means of layers {there}")
-        maps = data[RAW].isel(at | {"layer": full.index(layer), "query": executed_queries(data)})
-        mean = maps.astype(np.float32).mean("query", skipna=False).values
+        maps = data[RAW].isel(at | {"layer": full.index(layer)})
+        numbers = np.arange(data.sizes["inference"])[inferences]
+        mean = mean_of_read(data, maps, numbers, executed_queries(data)).values
         parts.append(mean[:, None])
     found: NDArray[np.floating[Any]] = np.concatenate(parts, axis=1)[:, np.argsort([*of_stored, *added])]
     return found

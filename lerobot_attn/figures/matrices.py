@@ -21,6 +21,7 @@ from lerobot_attn.figures.canvas import (
 from lerobot_attn.figures.fonts import one_line
 from lerobot_attn.figures.scale import UNSEEN, colormap
 
+_MOST_TEXTS = 24  # tokens that are named along an axis
 _LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 
 
@@ -32,11 +33,12 @@ def action_figure(
     unit: str,
     executed: slice | None,
     unseen: Sequence[bool] = (),
+    tokens: Sequence[str] | None = None,
     cmap: str = "viridis",
     width_in: float = 7.0,
     columns: int = 4,
 ) -> Figure:
-    """Draw action-to-action attention.
+    """Draw action-to-action attention, or that among decoded tokens.
 
     Args:
         panels: titles and (query, action_key) arrays.
@@ -45,6 +47,7 @@ def action_figure(
         executed: the actions of the chunk that are executed, by their number; a line marks the last. None if
             that is not known.
         unseen: for each panel, whether its layer cannot see the actions; it is hatched.
+        tokens: the text of each token, where they are decoded ones and no actions.
         cmap: a matplotlib colour map.
         width_in: width of the figure, inches.
         columns: panels in a row.
@@ -66,13 +69,17 @@ def action_figure(
             axes.text(0.5, 0.5, UNSEEN, ha="center", va="center", transform=axes.transAxes, bbox=_LABEL_BOX)
         else:
             say_missing(axes, values)
-        if executed is not None and not blind[index]:
+        if executed is not None and tokens is None and not blind[index]:
             for draw in (axes.axhline, axes.axvline):
                 draw(executed.stop - 0.5, color="white", linewidth=0.6, linestyle=":")
         if index % columns == 0:
-            axes.set_ylabel("query: action token")
+            axes.set_ylabel(f"query: {'action' if tokens is None else 'decoded'} token")
         if index // columns == rows - 1:
-            axes.set_xlabel("key: action token")
+            axes.set_xlabel(f"key: {'action' if tokens is None else 'decoded'} token")
+        if tokens is not None and len(tokens) <= _MOST_TEXTS:
+            texts = [one_line(text, 10) for text in tokens]
+            axes.set_xticks(range(len(texts)), texts, rotation=90)
+            axes.set_yticks(range(len(texts)), texts)
         shown.append(axes)
     colorbar(figure, shown, cmap, 0, vmax, unit)
     return figure

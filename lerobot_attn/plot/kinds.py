@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
+from lerobot_attn.analysis.decoded import check_steps, of_read_tokens
 from lerobot_attn.analysis.labels import denoises, policy_count
 from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, text_to_image
 from lerobot_attn.analysis.select import (
@@ -64,8 +65,7 @@ def _heads(episode: Episode, settings: PlotSettings) -> Draw:
 
 
 def _denoise(episode: Episode, settings: PlotSettings) -> Draw:
-    if not denoises(episode.arrays):
-        raise SelectionError("the policy does not denoise: an inference is one pass, not several steps")
+    check_steps(episode.arrays)
     steps = "all" if settings.denoise_steps is None else settings.denoise_steps
     return _image_grid(episode, settings, along="denoise_step", panels=steps)
 
@@ -189,7 +189,7 @@ def _actions(episode: Episode, settings: PlotSettings) -> Draw:
     layers = settings.layers if settings.layers is not None else (stored_layers(data)[0] or [-1])
     where = _where(episode, settings, frame=frame, layer=_listed(layers))
     del where["query"]
-    values = analysis.action_self_attention(data, **where)
+    values, tokens = of_read_tokens(data, analysis.action_self_attention(data, **where), frame)
     along = [dim for dim in values.dims if dim not in ("query", "action_key")]
     if len(along) > 1:
         raise SelectionError(
@@ -197,17 +197,15 @@ def _actions(episode: Episode, settings: PlotSettings) -> Draw:
         )
     name = str(along[0]) if along else "layer"
     stacked = values if along else values.expand_dims(name)
-    titles = (
-        [f"{name.replace('_', ' ')} {value}" for value in np.atleast_1d(values[name].values)]
-        if (name in values.coords)
-        else [values.attrs[name]]
-    )
+    named = np.atleast_1d(values[name].values).tolist() if name in values.coords else []
+    titles = [f"{name.replace('_', ' ')} {value}" for value in named] or [values.attrs[name]]
     return partial(
         figures.action_figure,
         [(title, panel.values) for title, panel in zip(titles, stacked, strict=True)],
         caption_of(episode, values.attrs, settings, [frame], image=False, leave=name),
         unit=values.attrs["units"],
         executed=None if data.attrs.get("executed_queries") is None else executed_actions(data),
+        tokens=tokens,
         unseen=[*_is_unseen(data, np.atleast_1d(values["layer"].values), len(titles))]
         if "layer" in values.coords
         else [],

@@ -104,6 +104,7 @@ class EpisodeJob:
         self._store: EpisodeWriter | None = None
         self._layout: TokenLayout | None = None
         self._has_truncation = False
+        self._is_decoded = False
         self._known: Known | None = None
         self._raw_bytes = 0
         self._videos = CameraVideos(plan)
@@ -304,16 +305,14 @@ class EpisodeJob:
         assert self._layout is not None
         newest = entry.inference
         if entry.is_certain:
-            return Origin(newest, entry.query)
+            return Origin(newest, NO_TOKEN if self._is_decoded else entry.query)
         if entry.query == NO_TOKEN or entry.frame.policy_action is None:
             return Origin(newest, NO_TOKEN)
         action = entry.frame.policy_action[self.env].numpy()
-        stop = self._layout.query_of_action(len(self._chunk) - 1) + 1
-        expected = self._layout.action_of_query(min(entry.query, stop - 1))
-        if entry.query < stop and np.array_equal(action, self._chunk[expected], equal_nan=True):
-            return Origin(newest, entry.query)
+        token = min(entry.query - self._layout.first_action_query, len(self._chunk))
+        if token < len(self._chunk) and np.array_equal(action, self._chunk[token], equal_nan=True):
+            return Origin(newest, self._query_of(token))
         if self._strict:
-            token = expected if entry.query < stop else len(self._chunk)
             raise CaptureError(
                 f"frame {number} of {self.plan.name} executed an action that is not token {token} of its "
                 "inference's chunk; expected a policy that serves its chunk in order"
@@ -323,8 +322,13 @@ class EpisodeJob:
                 continue
             found = np.flatnonzero((chunk == action).all(axis=1))
             if len(found):
-                return Origin(inference, self._layout.query_of_action(int(found[0])))
+                return Origin(inference, self._query_of(int(found[0])))
         return Origin(newest, NO_TOKEN)
+
+    def _query_of(self, action: int) -> int:
+        """Return the query that is an action of the chunk; none where decoded tokens spell it together."""
+        assert self._layout is not None
+        return NO_TOKEN if self._is_decoded else self._layout.query_of_action(action)
 
     def _append_inference(
         self, record: InferenceRecord, frame: int, known: Known, more: Mapping[str, Any]
@@ -334,6 +338,7 @@ class EpisodeJob:
         if self._store is None:
             self._layout, self._known = layout, known
             self._has_truncation = record.prompt_truncated is not None
+            self._is_decoded = record.suffix_token_id is not None
             self._store = self._create(record, known)
         elif layout != self._layout:
             raise CaptureError(
@@ -343,7 +348,8 @@ class EpisodeJob:
         labels = record.prompts[env].labels
         chunk = record.action_chunk[env]
         action_chunk = np.full((layout.n_queries, chunk.shape[1]), np.nan, np.float32)
-        action_chunk[layout.action_queries] = chunk
+        if not self._is_decoded:
+            action_chunk[layout.action_queries] = chunk
         self._chunk_before, self._chunk = self._chunk, chunk
         rows: dict[str, np.ndarray] = {
             "token_id": record.token_id[env],
@@ -355,6 +361,9 @@ class EpisodeJob:
             "action_chunk": action_chunk,
             **{name: np.asarray(value) for name, value in more.items()},
         }
+        if record.suffix_token_id is not None and record.suffix_token_text is not None:
+            rows["suffix_token_id"] = record.suffix_token_id[env]
+            rows["suffix_token_text"] = np.array(record.suffix_token_text[env], dtype=object)
         if self._has_truncation:
             truncated = record.prompt_truncated
             rows["prompt_truncated"] = np.bool_(truncated is not None and truncated[env])  # type: ignore[assignment]
@@ -409,6 +418,8 @@ class EpisodeJob:
         optional |= known.more
         if self._has_truncation:
             optional.add("prompt_truncated")
+        if self._is_decoded:
+            optional |= {"suffix_token_id", "suffix_token_text"}
         if "state_dim" in sizes:
             optional.add("state")
             coordinates["state_dim"] = known.names.labels("state", sizes["state_dim"])

@@ -126,7 +126,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         _MAPS,
         "float16",
         "attention probability of the suffix-only pass, softmax over key; rows sum to 1; keys that a layer "
-        "cannot see are NaN",
+        "cannot see are NaN, and so are the rows of tokens that an autoregressive policy did not read",
         sharded=True,
         optional=True,
         fill_value=NAN,
@@ -135,8 +135,8 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "suffix_attention_mean",
         ("inference", "denoise_step", "all_layer", "head", "key"),
         "float16",
-        "suffix attention averaged over the action tokens that are executed; sums to 1 over key; keys that "
-        "a layer cannot see are NaN",
+        "suffix attention averaged over the action tokens that are executed (of an autoregressive policy "
+        "over the decoded tokens that were read); sums to 1 over key; keys that a layer cannot see are NaN",
         sharded=True,
         optional=True,
         fill_value=NAN,
@@ -159,6 +159,22 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "text_state_dim", ("inference", "text"), "int16", "which state dimension, -1 elsewhere", fill_value=-1
     ),
     ArraySpec("key_kind", ("inference", "key"), "int8", "what each key token is", flags=Kind),
+    ArraySpec(
+        "suffix_token_id",
+        ("inference", "query"),
+        "int32",
+        "token ids that an autoregressive policy decoded, the one that ends them among them; -1 behind it",
+        optional=True,
+        fill_value=-1,
+    ),
+    ArraySpec(
+        "suffix_token_text",
+        ("inference", "query"),
+        "string",
+        "decoded piece of each of these tokens",
+        optional=True,
+        fill_value="",
+    ),
     ArraySpec(
         "prompt_truncated",
         ("inference",),
@@ -205,7 +221,8 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "action_chunk",
         ("inference", "query", "action_dim"),
         "float32",
-        "actions that the inference yielded, one per action token, in the policy's normalised units",
+        "actions that the inference yielded, one per action token, in the policy's normalised units; NaN "
+        "where the token is no action",
         fill_value=NAN,
     ),
     ArraySpec(

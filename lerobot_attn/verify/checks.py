@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.decoded import is_read
 from lerobot_attn.analysis.select import MEANS, RAW, action_queries, executed_queries
 from lerobot_attn.errors import Check, StoreError, first_line
 from lerobot_attn.inspection import sampled_inferences
@@ -231,18 +232,24 @@ def _rows(episode: Episode, inferences: Sequence[int], ticks: Ticks) -> list[Che
     n_rows = n_damaged = n_missing = 0
     for inference in inferences:
         masked = data["key_kind"].values[inference] == Kind.PADDING
+        read = is_read(data, inference)
         for found in _maps(episode, names, inference, missing):
             n_damaged += found.state == "damaged"
             n_missing += found.state == "missing"
             if found.values is None:
                 continue
-            sums = found.values.sum(axis=-1, dtype=np.float64)
+            values = found.values
+            if values.ndim == 3 and not np.isnan(values[:, ~read]).all():
+                worst, worst_at = np.inf, f"{found.place}: a token that was not read has a row"
+            # Tokens that an autoregressive policy did not read have none, nor their mean if it read no token.
+            values = values[:, read] if values.ndim == 3 else values[: None if read.any() else 0]
+            sums = values.sum(axis=-1, dtype=np.float64)
             n_rows += sums.size
             # A row of NaN is as far from 1 as can be.
-            deviation = float(np.nan_to_num(np.abs(sums - 1), nan=np.inf).max())
+            deviation = float(np.nan_to_num(np.abs(sums - 1), nan=np.inf).max(initial=0))
             if deviation > worst:
                 worst, worst_at = deviation, found.place
-            on_masked = found.values[..., masked[: found.values.shape[-1]]]
+            on_masked = values[..., masked[: values.shape[-1]]]
             most = float(np.nan_to_num(np.abs(on_masked), nan=np.inf).max(initial=0))
             if most > leak:
                 leak, leak_at = most, found.place
