@@ -34,11 +34,14 @@ export function Actions({ model }: { model: EpisodeModel }) {
       <h2 id="actions-title">
         Actions{" "}
         <small>
-          the chunk as the policy yielded it;{" "}
-          {query < 0
-            ? "the action of this frame is no token of a chunk"
-            : `the line is action ${actionOfQuery(facts, query)}, executed at this frame`}
-          {facts.executed_queries && "; shaded: all that are executed"}
+          {facts.decodes
+            ? "the action executed at this frame; all decoded tokens together make the chunk"
+            : `the chunk as the policy yielded it; ${
+                query < 0
+                  ? "the action of this frame is no token of a chunk"
+                  : `the line is action ${actionOfQuery(facts, query)}, executed at this frame`
+              }`}
+          {!facts.decodes && facts.executed_queries && "; shaded: all that are executed"}
         </small>
       </h2>
       <div class="actions">
@@ -49,12 +52,14 @@ export function Actions({ model }: { model: EpisodeModel }) {
             </li>
           ))}
         </ul>
-        <canvas
-          ref={canvas}
-          role="img"
-          aria-label={`Lines of ${facts.action_dims.length} action dimensions over ${countActions(facts)} action tokens`}
-          style={{ height: `${facts.action_dims.length * ROW_PX}px` }}
-        />
+        {!facts.decodes && (
+          <canvas
+            ref={canvas}
+            role="img"
+            aria-label={`Lines of ${facts.action_dims.length} action dimensions over ${countActions(facts)} action tokens`}
+            style={{ height: `${facts.action_dims.length * ROW_PX}px` }}
+          />
+        )}
       </div>
     </section>
   );

@@ -79,6 +79,8 @@ export interface Facts {
   n_keys: number;
   /** Keys of the prefix; the key of a suffix query is `prefix_len` plus its number. */
   prefix_len: number;
+  /** Whether the suffix is made of decoded tokens, none of which is an action of its own. */
+  decodes?: boolean;
   first_action_query: number;
   /** First suffix query that is an action, and the one after the last; a state token may come before. */
   action_queries: [number, number];

@@ -3,7 +3,7 @@
 import { effect, type ReadonlySignal } from "@preact/signals";
 import { COLOUR_MAPS, type ColourMap } from "./colormaps";
 import { NORMALISATIONS, type Normalisation } from "./heat";
-import { isAll } from "./labels";
+import { averagedInWords, isAll, tokenInWords } from "./labels";
 import { actionOfQuery, countActions, denoises } from "./layout";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
@@ -111,16 +111,16 @@ export function Controls({ model }: { model: EpisodeModel }) {
         onChange={(value) => (state.camera.value = value)}
       />
       <Select
-        label="Action token"
+        label={facts.decodes ? "Decoded token" : "Action token"}
         value={String(state.query.value)}
         options={[
-          { value: "executed", name: "mean of the executed" },
+          { value: "executed", name: facts.decodes ? "mean of all" : "mean of the executed" },
           ...(facts.layers.length
             ? [
-                { value: "frame", name: "the one executed now" },
+                ...(facts.decodes ? [] : [{ value: "frame", name: "the one executed now" }]),
                 ...numbers(
                   Array.from({ length: nActions }, (_, i) => i),
-                  (label) => `action ${label}`,
+                  (label) => tokenInWords(facts, label),
                 ),
               ]
             : []),
@@ -153,12 +153,12 @@ export function Controls({ model }: { model: EpisodeModel }) {
       {lacksMap && (
         <p class="note" role="status">
           No full map of layer {layer} was recorded (of {facts.layers.join(", ") || "none"}): this is the mean
-          of the executed actions.
+          of {averagedInWords(facts)}.
         </p>
       )}
       {!lacksMap && isNoToken && (
         <p class="note" role="status">
-          The action of this frame is no token of a chunk: this is the mean of the executed actions.
+          The action of this frame is no token of a chunk: this is the mean of {averagedInWords(facts)}.
         </p>
       )}
       {isBlind && (
@@ -168,7 +168,7 @@ export function Controls({ model }: { model: EpisodeModel }) {
       )}
       {!lacksMap && shown?.row && (
         <p class="note" role="status">
-          Action token {actionOfQuery(facts, shown.row.query)} alone.
+          {facts.decodes ? "Decoded" : "Action"} token {actionOfQuery(facts, shown.row.query)} alone.
         </p>
       )}
     </section>

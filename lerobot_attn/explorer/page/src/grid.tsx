@@ -4,6 +4,7 @@ import { batch, useSignalEffect } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import type { Choice, HeadChoice, Slab } from "./api";
 import { patches, pick, rangeEnd, type Blind } from "./heat";
+import { averagedInWords } from "./labels";
 import { type CameraView, denoises } from "./layout";
 import type { EpisodeModel } from "./model";
 import { paintPatches } from "./paint";
@@ -132,7 +133,7 @@ export function HeadGrid({ model }: { model: EpisodeModel }) {
       <h2 id="heads-title">
         Layers and heads{" "}
         <small>
-          {across}; camera {view.camera.label}, mean of the executed actions
+          {across}; camera {view.camera.label}, mean of {averagedInWords(facts)}
         </small>
       </h2>
       <div class="grid-with-labels">

@@ -70,6 +70,16 @@ export function headInWords(head: HeadChoice, { heads, n_heads }: Pick<Facts, "h
   return `${head === "mean" ? "mean" : "largest"} of ${inWords("head", heads, n_heads)}`;
 }
 
+/** One token of the suffix: "action 3", or "decoded token 3" where the policy decodes them one by one. */
+export function tokenInWords({ decodes }: Pick<Facts, "decodes">, number: number | string): string {
+  return `${decodes ? "decoded token" : "action"} ${number}`;
+}
+
+/** What the stored means are over, after "mean of ". */
+export function averagedInWords({ decodes }: Pick<Facts, "decodes">): string {
+  return decodes ? "the decoded tokens" : "the executed actions";
+}
+
 /** Whether these are all that the policy has, as far as is known. */
 export function isAll(labels: readonly number[], total: number | null): boolean {
   return total === null || labels.length >= total;

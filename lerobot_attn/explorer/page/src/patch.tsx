@@ -36,7 +36,10 @@ export function PatchPanel({ model }: { model: EpisodeModel }) {
       void model.fullMap().then((map) => {
         if (!map || model.shown.value !== shown || model.layer.value !== layer) return;
         const values = [...columnOf(map.slab, key, head)].slice(...facts.action_queries);
-        const rows = most(values.map((share, action) => ({ label: `action ${action}`, share })));
+        const what = facts.decodes ? "token" : "action"; // the heading says which tokens
+        const named = values.map((share, action) => ({ label: `${what} ${action}`, share }));
+        // Tokens that were not read look at nothing.
+        const rows = most(facts.decodes ? named.filter(({ share }) => !Number.isNaN(share)) : named);
         tokens.value = { layer: map.layer, rows };
       });
     }, 60);
@@ -117,7 +120,9 @@ export function PatchPanel({ model }: { model: EpisodeModel }) {
           </div>
           {tokens.value && (
             <div>
-              <h3>Action tokens, in layer {tokens.value.layer}</h3>
+              <h3>
+                {facts.decodes ? "Decoded" : "Action"} tokens, in layer {tokens.value.layer}
+              </h3>
               <Bars rows={tokens.value.rows.map((found) => ({ ...found, colour }))} />
             </div>
           )}

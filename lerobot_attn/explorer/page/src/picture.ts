@@ -2,8 +2,8 @@
 
 import type { Facts } from "./api";
 import { NORMALISATIONS, type Normalisation } from "./heat";
-import { headInWords, inWords } from "./labels";
-import { actionOfQuery } from "./layout";
+import { averagedInWords, headInWords, inWords, tokenInWords } from "./labels";
+import { actionOfQuery, denoises } from "./layout";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -27,14 +27,17 @@ export function caption(model: EpisodeModel): string[] {
       : `layer ${model.layer.value}`;
   const head = headInWords(model.head.value, facts);
   const query = shown.row
-    ? `action ${actionOfQuery(facts, shown.row.query)}`
-    : `mean of executed actions${executedInWords(facts)}`;
+    ? tokenInWords(facts, actionOfQuery(facts, shown.row.query))
+    : facts.decodes
+      ? `mean of ${averagedInWords(facts)}`
+      : `mean of executed actions${executedInWords(facts)}`;
+  const step = denoises(facts) ? `denoise step ${shown.step} · ` : "";
   const word = model.word.value;
   return [
     `${facts.task_group ?? ""} ${facts.task_id ?? ""} · episode ${facts.episode ?? "?"} · ${facts.task}`,
     word
       ? `frame ${shown.frame} · what “${shown.tokens.groups[word.group]?.label}” looks at in the prefix, layer ${word.layer}, ${headInWords(word.head, facts)} · ${UNITS[state.normalisation.value]}`
-      : `frame ${shown.frame} · ${layer} · ${head} · denoise step ${shown.step} · ${query} · ${UNITS[state.normalisation.value]}`,
+      : `frame ${shown.frame} · ${layer} · ${head} · ${step}${query} · ${UNITS[state.normalisation.value]}`,
     ...(facts.random_weights ? ["random weights: the maps mean nothing"] : []),
     ...(facts.policy_remark ? [facts.policy_remark] : []),
   ];

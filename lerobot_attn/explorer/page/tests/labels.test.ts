@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { byPath, Frames, headInWords, inWords, isAll } from "../src/labels";
+import { averagedInWords, byPath, Frames, headInWords, inWords, isAll, tokenInWords } from "../src/labels";
 
 describe("all frames of an episode", () => {
   const frames = new Frames(5);
@@ -49,6 +49,17 @@ describe("labels in words", () => {
     [[3], 4, "layer 3"],
   ])("%j of %s", (labels, total, text) => {
     expect(inWords("layer", labels, total)).toBe(text);
+  });
+
+  it("call a decoded token no action", () => {
+    expect([tokenInWords({}, 3), tokenInWords({ decodes: true }, 3)]).toEqual([
+      "action 3",
+      "decoded token 3",
+    ]);
+    expect([averagedInWords({}), averagedInWords({ decodes: true })]).toEqual([
+      "the executed actions",
+      "the decoded tokens",
+    ]);
   });
 
   it("knows when they are all", () => {
