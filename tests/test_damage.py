@@ -49,7 +49,10 @@ PLAN = SyntheticPlan(
 )
 N_CHUNKS_OF_A_SHARD = {"suffix_attention": 4, "suffix_attention_mean": 2, "prefix_attention": 2}
 # What only episodes of other families hold.
-ABSENT = {"prompt_truncated", "layer_sees_suffix", "all_layer_sees_suffix"}
+ABSENT = {
+    *("prompt_truncated", "layer_sees_suffix", "all_layer_sees_suffix"),
+    *("suffix_token_id", "suffix_token_text"),
+}
 HELD = [spec for spec in ARRAYS if spec.name not in ABSENT]
 MAY_BE_MISSING = {spec.name for spec in HELD if spec.fill_value != spec.fill_value}
 CUTS = [spec.name for spec in HELD if spec.grows_with and spec.name not in MAY_BE_MISSING]

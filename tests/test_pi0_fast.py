@@ -38,6 +38,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from lerobot_attn import open_episode, open_run, record_episodes  # noqa: E402
 from lerobot_attn.analysis import action_self_attention, attention, modality_share  # noqa: E402
+from lerobot_attn.analysis.prefix import attention_from  # noqa: E402
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention  # noqa: E402
 from lerobot_attn.cli import app  # noqa: E402
@@ -609,6 +610,8 @@ def test_a_token_is_named_by_its_text_or_id(episode):
     name = text if text.isprintable() and text != "\ufffd" else f"#{number}"
     assert attention(data, inference=1, query=0).attrs["query"] == f'decoded token 0 "{name}"'
     assert attention(data, inference="all", query=0).attrs["query"] == "decoded token 0"
+    nameless = data.drop_vars("suffix_token_id")
+    assert attention(nameless, inference=1, query=0).attrs["query"] == "decoded token 0"
     with pytest.raises(SelectionError, match=f"token {n} was not read in inference 1, expected one of 0 to"):
         attention(data, inference=1, query=n)
     every = attention(data, inference="all", query=n)
@@ -631,8 +634,16 @@ def test_attention_is_followed_through_the_layers(episode):
         attention_rollout(data, inference=1, query="mean"), every[:n].mean(0), atol=1e-5
     )
     assert np.isfinite(attention_flow(data, inference=1, query=0)).all()
-    with pytest.raises(SelectionError, match=rf"decoded token {n} was not read in inference 1, expected one"):
-        attention_flow(data, inference=1, query=n)
+    for function in (attention_flow, attention_rollout):
+        with pytest.raises(SelectionError, match=f"decoded token {n} was not read in .* expected one of 0"):
+            function(data, inference=1, query=n)
+
+
+def test_the_last_prefix_token_decided_the_first_decoded_one(episode):
+    data = episode.dataset
+    found = attention_from(data, "last", inference=1, layer=2)
+    expected = data.prefix_attention.values[1, 2, :, PREFIX - 1].astype(np.float32).mean(axis=0)
+    np.testing.assert_allclose(found.values[..., :PREFIX], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

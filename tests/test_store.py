@@ -84,6 +84,8 @@ def make_writer(path, compression=None, **attributes):
             "reward",
             "success",
             "prompt_truncated",
+            "suffix_token_id",
+            "suffix_token_text",
         },
     )
 
@@ -99,6 +101,8 @@ def inference_rows(rng, index):
         "text_state_dim": np.array([-1, -1, -1, 0, -1]),
         "key_kind": np.array([1] * 4 + [4, 4, 2, 3, 4] + [5] * 5),
         "prompt_truncated": np.bool_(index % 2),
+        "suffix_token_id": np.array([7, 8, 9, -1, -1]),
+        "suffix_token_text": np.array(["Action", ":", "|", "", ""], dtype=object),
         "inference_frame": np.int32(2 * index),
         "action_chunk": rng.random((5, 3), dtype=np.float32),
     }

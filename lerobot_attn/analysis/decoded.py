@@ -134,6 +134,8 @@ def token_texts(dataset: xr.Dataset) -> NDArray[np.object_]:
 
     Its text, or "#371", its id, where the text cannot be read or there was no tokenizer.
     """
+    if "suffix_token_id" not in dataset or "suffix_token_text" not in dataset:
+        return np.full((dataset.sizes["inference"], dataset.sizes["query"]), "", object)
     ids = dataset["suffix_token_id"].values
     names: NDArray[np.object_] = dataset["suffix_token_text"].values.astype(object)
     for place in zip(*np.nonzero(ids >= 0), strict=True):

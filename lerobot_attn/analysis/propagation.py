@@ -106,6 +106,8 @@ def attention_rollout(
     query = default_query(dataset, by_frame=by_frame) if query is None else query
     rows = Rows.of(dataset, frame, inference)
     query = checked_query(dataset, query, by_frame=by_frame)
+    if isinstance(query, int):
+        check_read(dataset, query, rows.inferences)
     stack = LayerStack.of(dataset, "rollout", layer, denoise_step, head)
     starts, said = _starts(dataset, query)
     each = 1 if query == "frame" else len(starts)
