@@ -1,5 +1,6 @@
 """Pi0-FAST, small and without the Hub: the contract, each way in which a map could be wrong, a recording."""
 
+import re
 import shutil
 from contextlib import contextmanager
 
@@ -764,21 +765,28 @@ class OutOfOrder(InEvaluation):
         return action + 0.25
 
 
-@pytest.mark.parametrize(("policy_class", "n_failures"), [(InEvaluation, 0), (OutOfOrder, 2)])
+@pytest.mark.parametrize(
+    ("policy_class", "n_tokens", "n_failures"),
+    [(InEvaluation, N_TOKENS, 0), (InEvaluation, N_ACTIONS - 2, 0), (OutOfOrder, N_TOKENS, 2)],
+)
 def test_an_evaluation_finds_each_frames_inference(
-    fast_policy, tmp_path, monkeypatch, policy_class, n_failures
+    fast_policy, tmp_path, monkeypatch, policy_class, n_tokens, n_failures
 ):
     """By the very action, though no token is that action."""
     monkeypatch.setenv("SLURM_JOB_ID", "0")  # LeRobot's own way to leave its progress bars out
     policy = fast_policy(
-        policy_class, output_features={"action": PolicyFeature(FeatureType.ACTION, (4,))}, temperature=1.0
+        policy_class,
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (4,))},
+        temperature=1.0,
+        max_decoding_steps=n_tokens,
     )
     _, run = evaluate(tmp_path, {0: scripted.make_envs((7, 2 * N_ACTIONS + 1))}, policy=policy)
     assert len(run.failures) == n_failures
     if n_failures:
-        said = "frame 0 of episode_00000 executed an action that is not token 0 of its inference's chunk"
-        assert said.partition(" of episode_00000 ")[0] in run.failures[0]
-        assert said.partition(" of episode_00000 ")[2] in run.failures[0]
+        found = [
+            re.search(r"frame (\d+) of .* that is not token (\d+) of its", said) for said in run.failures
+        ]
+        assert [one.groups() for one in found] == [("0", "0")] * 2
         return
     for episode, length in zip(open_run(tmp_path), (7, 2 * N_ACTIONS + 1), strict=True):
         data = episode.dataset

@@ -152,7 +152,8 @@ class RobotEpisode:
             else:
                 record = origin.inference.record
                 assert record is not None  # it has a number
-                query = record.layout.query_of_action(origin.row)
+                # Of a policy that decodes tokens a chunk may have more actions than there are tokens.
+                query = record.layout.first_action_query + origin.row
                 handle.add_frame_of(frame, number, query, is_certain=origin.is_certain)
             handle.next_frame()
         self._waiting.clear()
