@@ -26,9 +26,10 @@ def modules_of(folder: Path) -> dict[str, Path]:
 
 
 MODULES = modules_of(ROOT)
+OUTSIDE_ROOMS = ("lerobot_policy_attn", "scripts", "benchmarks")
 OUTSIDE = {
     name: path
-    for folder in ("lerobot_policy_attn", "scripts", "benchmarks")
+    for folder in OUTSIDE_ROOMS
     for name, path in modules_of(ROOT.parent / folder).items()
 }
 
@@ -145,7 +146,7 @@ def room_of(module: str) -> str | None:
     first, *rest = module.split(".")
     if first == "lerobot_attn":
         return rest[0] if rest else first
-    return first if first in ORDER else None
+    return first if first in OUTSIDE_ROOMS else None
 
 
 def inner_name(module: str) -> str:
