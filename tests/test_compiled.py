@@ -1,7 +1,7 @@
 """Capture while the policy stays compiled: the maps are those of the uncompiled policy, within rounding.
 
-One test compiles for real (inductor; with fewer layers and denoise steps, for compiling takes minutes). The
-others look at what surrounds the graph, with the compiler told to run it eagerly.
+Pi0.5 and Pi0 are compiled for real (inductor; with fewer layers and denoise steps, for compiling takes
+minutes). The other tests look at what surrounds the graph, with the compiler told to run it eagerly.
 """
 
 from dataclasses import replace
@@ -18,6 +18,7 @@ from test_pi05 import Pi05Contract, raw_observation  # noqa: E402
 
 from lerobot_attn.capture import capture_attention  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
+from lerobot_attn.demo.modeling_pi0_tiny import PI0TinyPolicy  # noqa: E402
 from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy  # noqa: E402
 from lerobot_attn.errors import CaptureError  # noqa: E402
 
@@ -28,10 +29,13 @@ MAPS = ("suffix_attention", "suffix_attention_mean", "prefix_attention")
 @pytest.fixture(scope="module")
 def loaded(demo_policy):
     policy, preprocessor, _ = demo_policy(num_inference_steps=2)
-    config = replace(
-        policy.config, depth=2, vision_depth=1, compile_model=True, compile_mode="default", empty_cameras=0
-    )
-    return PI05TinyPolicy(config).eval(), preprocessor(raw_observation())
+    return PI05TinyPolicy(small(policy.config)).eval(), preprocessor(raw_observation())
+
+
+def small(config, **settings):
+    """The settings of a policy that is compiled within seconds."""
+    sizes = {"depth": 2, "vision_depth": 1, "empty_cameras": 0, **settings}
+    return replace(config, compile_model=True, compile_mode="default", **sizes)
 
 
 @pytest.fixture
@@ -65,6 +69,17 @@ def seeded():
 
 
 def test_compiled_maps_are_the_uncompiled_ones(policy, batch):
+    check_compiled(policy, batch)
+
+
+def test_compiled_maps_of_pi0_are_the_uncompiled_ones(pi0_policy):
+    """Whose suffix opens with a state token, and whose denoise step is given the state."""
+    policy, preprocessor, _ = pi0_policy()
+    policy = PI0TinyPolicy(small(policy.config, num_inference_steps=1, depth=1)).eval()
+    check_compiled(policy, preprocessor(raw_observation()))
+
+
+def check_compiled(policy, batch):
     expected_actions, (expected,) = infer(policy, batch, AttentionConfig(**EVERYTHING))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
