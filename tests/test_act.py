@@ -31,6 +31,7 @@ from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
+from lerobot_attn.store.video import read_frames  # noqa: E402
 from lerobot_attn.verify import verify_episode  # noqa: E402
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
@@ -407,6 +408,28 @@ def test_training_goes_on_unrecorded(policy, batch):
 def test_normalised_images_are_no_pictures(policy, batch):
     batch[TOP] = batch[TOP] * 2 - 1
     assert set(adapter_for(policy).camera_views(batch)) == {WRIST}
+
+
+def test_the_loops_observation_shows_what_was_normalised(policy, tmp_path):
+    """Also where normalised values happen to lie in [0, 1], as those of a grey wall do."""
+    grey = torch.full((1, 3, *SIZE), 0.6)
+    seen = {TOP: grey, WRIST: grey.clone(), "observation.state": torch.zeros(1, 6)}
+    seen[WRIST][..., 10:40, 10:40] = 0.1
+    batch = {**seen, **{name: (seen[name] - 0.5) / 0.25 for name in (TOP, WRIST)}}
+    assert set(adapter_for(policy).camera_views(batch)) == {TOP}
+    with (
+        record_episodes(policy, tmp_path, AttentionConfig(layers=[-1]), fps=10) as recording,
+        recording.episode() as episode,
+    ):
+        for _ in range(4):
+            with torch.inference_mode():
+                action = policy.select_action(batch)
+            episode.step({name: value[0] for name, value in seen.items()}, action[0])
+    (found,) = open_run(tmp_path)
+    for name in (TOP, WRIST):
+        (first, *_) = read_frames(found.videos[name])
+        expected = seen[name][0].permute(1, 2, 0).numpy() * 255
+        assert np.abs(first - expected).mean() < 4, name
 
 
 def test_compiled_changes_nothing_and_says_so(policy, batch, caplog):

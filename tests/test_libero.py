@@ -127,11 +127,10 @@ def frame_difference(a, b):
     return np.abs(a.astype(float) - b).mean()
 
 
-def check_views(run):
+def check_views(run, cameras=("image", "image2")):
     """The first camera is what LeRobot filmed; a frame's best match is the frame of its own number."""
     for episode in run:
-        view = list(read_frames(episode.videos["observation.images.image"]))
-        wrist = list(read_frames(episode.videos["observation.images.image2"]))
+        view, wrist = (list(read_frames(episode.videos[f"observation.images.{name}"])) for name in cameras)
         filmed = list(read_frames(episode.eval_video))
         assert len(view) == len(wrist) == len(filmed) == N_STEPS
         same = np.mean([frame_difference(a, b) for a, b in zip(view, filmed, strict=True)])
@@ -198,6 +197,59 @@ def test_other_families_in_asynchronous_batches(libero_ready, request, tmp_path,
         assert (data.key_kind[0] == Kind.STATE).sum() == 1
         report = verify_episode(episode, thorough=True)
         assert report.passed, report.to_dict()
+
+
+@pytest.fixture
+def act_checkpoint(tmp_path):
+    """A small ACT with random weights, whose preprocessor normalises images as LeRobot's does."""
+    torch = pytest.importorskip("torch")
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.factory import make_pre_post_processors
+    from test_act import make_policy
+
+    cameras = ("observation.images.top", "observation.images.wrist")
+    visual = {name: PolicyFeature(FeatureType.VISUAL, (3, 256, 256)) for name in cameras}
+    state = {"observation.state": PolicyFeature(FeatureType.STATE, (8,))}
+    policy = make_policy(
+        input_features=visual | state, output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))}
+    )
+    rgb = {"mean": torch.tensor([0.485, 0.456, 0.406]), "std": torch.tensor([0.229, 0.224, 0.225])}
+    stats = {name: {key: value.reshape(3, 1, 1) for key, value in rgb.items()} for name in cameras}
+    for name, size in (("observation.state", 8), ("action", 7)):
+        stats[name] = {"mean": torch.zeros(size), "std": torch.ones(size)}
+    folder = tmp_path / "checkpoint"
+    policy.save_pretrained(folder)
+    for pipeline in make_pre_post_processors(policy.config, dataset_stats=stats):
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_act_is_filmed_as_its_cameras_saw_it(libero_ready, act_checkpoint, tmp_path):
+    """Its images are normalised on their way to the policy, and the cameras have other names there."""
+    names = {"image": "top", "image2": "wrist"}
+    renamed = {f"observation.images.{old}": f"observation.images.{new}" for old, new in names.items()}
+    log = lerobot_eval(
+        act_checkpoint,
+        tmp_path,
+        *("--env.task=libero_object", "--env.task_ids=[0]", "--eval.n_episodes=2", "--eval.batch_size=2"),
+        f"--rename_map={json.dumps(renamed)}",
+        "--eval.save_attention_maps=true",
+        "--eval.attention.prefix_layers=[-1]",
+    )
+    assert "2 of 2 episodes saved" in log
+    run = open_run(tmp_path / "out")
+    check_views(run, cameras=("top", "wrist"))
+    for episode in run:
+        np.testing.assert_array_equal(episode.dataset.frame_query, np.arange(N_STEPS) % 5)
+        report = verify_episode(episode, thorough=True)
+        assert [check.name for check in report.checks if check.passed is not True] in (
+            [],
+            ["evaluation's timing"],
+        ), report.to_dict()
+        written = write_overlay(
+            episode, tmp_path / f"{episode.path.stem}.mp4", OverlaySettings(camera="all", layer=-1)
+        )
+        assert count_frames(written.path) == N_STEPS
 
 
 def test_eval_info_lists_the_stores(synchronous, asynchronous):

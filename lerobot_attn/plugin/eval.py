@@ -184,7 +184,9 @@ def _wrap_rollout(original: Callable[..., Any], run: RunRecorder) -> Callable[..
         call = bound.arguments
         env, policy = call["env"], call["policy"]
         with run.rollout(env.num_envs, call["seeds"]) as recorder, ExitStack() as stack:
-            observers = _Observers(run, recorder, env, policy, call["env_preprocessor"])
+            observers = _Observers(
+                run, recorder, env, policy, call["env_preprocessor"], call.get("preprocessor")
+            )
             call["env_preprocessor"] = observers.env_preprocessor
             stack.enter_context(replaced_attribute(env, "step", observers.step))
             stack.enter_context(replaced_attribute(policy, "select_action", observers.select_action))
@@ -198,19 +200,35 @@ def _wrap_rollout(original: Callable[..., Any], run: RunRecorder) -> Callable[..
 class _Observers:
     """Stand-ins for what a rollout calls: each calls the original and tells the recorder."""
 
-    def __init__(self, run: RunRecorder, recorder: Any, env: Any, policy: Any, env_preprocessor: Any):
+    def __init__(
+        self,
+        run: RunRecorder,
+        recorder: Any,
+        env: Any,
+        policy: Any,
+        env_preprocessor: Any,
+        preprocessor: Any,
+    ):
         self._run = run
         self._recorder = recorder
         self._env = env
         self._step = env.step
         self._select_action = policy.select_action
         self._env_preprocessor = env_preprocessor
+        # The environment's name of an observation → the policy's (`--rename_map`).
+        self._renamed: dict[str, str] = {}
+        for step in getattr(preprocessor, "steps", ()):
+            self._renamed |= getattr(step, "rename_map", {})
 
     def env_preprocessor(self, observation: dict[str, Any]) -> dict[str, Any]:
         tasks = observation.get("task")
         result: dict[str, Any] = self._env_preprocessor(observation)
         state = result.get("observation.state")
-        self._recorder.on_observation(None if state is None else state.detach().cpu().numpy().copy(), tasks)
+        self._recorder.on_observation(
+            None if state is None else state.detach().cpu().numpy().copy(),
+            tasks,
+            {self._renamed.get(name, name): value for name, value in result.items()},
+        )
         return result
 
     def select_action(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

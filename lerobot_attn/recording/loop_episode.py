@@ -20,7 +20,7 @@ from lerobot_attn.errors import CaptureError
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.episode import Frame, Views
 from lerobot_attn.recording.handle import EpisodeHandle, queue_inference, queue_views
-from lerobot_attn.recording.observation import as_row, pictures_of, state_of
+from lerobot_attn.recording.observation import as_row, cameras_of, pictures_of, state_of
 from lerobot_attn.recording.plan import DimensionNames
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class LoopEpisode:
         after_step: Callable[[], None],
     ):
         self.success: bool | None = None
-        self._policy = policy
+        self._cameras = cameras_of(policy)
         self._capture = capture
         self._writer = writer
         self._config = config
@@ -108,7 +108,7 @@ class LoopEpisode:
         Args:
             observation: the frame's, as robots, environments or data sets give it. State is taken from
                 "observation.state", "state", "agent_pos", or else its plain numbers; pictures of cameras only
-                where the policy's own batch does not show them.
+                where the policy's own batch does not show them, or has them normalised (ACT's).
             action: (action_dim,), or name → number, as the robot or environment got it.
             reward: of the frame; give it at every frame or at none.
             success: whether the task is solved; an array of it is stored if the first frame has it.
@@ -138,7 +138,9 @@ class LoopEpisode:
                     )
                 )
             self._queue_records(handle)
-            views = self._views or self._views_of(observation)
+            # Of a batch that was normalised nobody knows what the values were, also where they fit a picture.
+            views = None if self._cameras.are_normalised else self._views
+            views = views or self._views_of(observation) or self._views
             self._views = None
             if views is not None:
                 queue_views(self._writer, [handle], views, when_full=self._config.when_full)
@@ -198,8 +200,7 @@ class LoopEpisode:
     def _views_of(self, observation: Mapping[str, Any] | None) -> Views | None:
         if not self._config.cameras or observation is None:
             return None
-        names = getattr(getattr(self._policy, "config", None), "image_features", None) or ()
-        pictures = pictures_of(observation, list(names))
+        pictures = pictures_of(observation, self._cameras.names)
         return shown_by(self._capture, pictures) if pictures else None
 
     def on_request(self) -> None:

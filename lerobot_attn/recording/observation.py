@@ -1,6 +1,6 @@
 """What an observation or action of anybody's loop holds: state, pictures, rows of numbers.
 
-Knows no policy and no store.
+Of a policy it knows the names of the cameras alone; no store.
 """
 
 from __future__ import annotations
@@ -24,11 +24,32 @@ class Row(NamedTuple):
     names: tuple[str, ...]
 
 
+class PolicyCameras(NamedTuple):
+    """The cameras of a policy.
+
+    Attributes:
+        names: of its image features.
+        are_normalised: whether its preprocessor normalises images. What a camera showed is then no longer in
+            the policy's batch, not even where the values happen to lie in [0, 1].
+    """
+
+    names: tuple[str, ...] = ()
+    are_normalised: bool = False
+
+
 class State(NamedTuple):
     """The robot's state at one frame: (1, state_dim) float32, None without one; and its names."""
 
     values: np.ndarray | None
     names: tuple[str, ...]
+
+
+def cameras_of(policy: Any) -> PolicyCameras:
+    """Return the cameras that a policy's config names; none where it has no such config."""
+    config = getattr(policy, "config", None)
+    names = getattr(config, "image_features", None) or ()
+    modes = getattr(config, "normalization_mapping", None) or {}
+    return PolicyCameras(tuple(names), modes.get("VISUAL", "IDENTITY") != "IDENTITY")
 
 
 def as_row(what: str, value: Any) -> Row:
@@ -68,15 +89,18 @@ def state_of(observation: Mapping[str, Any] | None) -> State:
     return State(*as_row("state", numbers)) if numbers else State(None, ())
 
 
-def pictures_of(observation: Mapping[str, Any], cameras: Sequence[str]) -> dict[str, Tensor]:
+def pictures_of(
+    observation: Mapping[str, Any] | None, cameras: Sequence[str], n_envs: int = 1
+) -> dict[str, Tensor]:
     """Return the pictures of a policy's cameras in an observation, as a policy's batch has them.
 
     Args:
         observation: with pictures under the cameras' whole or short names, also inside "pixels".
         cameras: the policy's.
+        n_envs: how many environments the observation is of.
 
     Returns:
-        camera → (1, 3, height, width) float32 in [0, 1]; cameras that are not there are left out.
+        camera → (n_envs, 3, height, width) float32 in [0, 1]; cameras that are not there are left out.
     """
     if not isinstance(observation, Mapping):
         return {}
@@ -86,23 +110,23 @@ def pictures_of(observation: Mapping[str, Any], cameras: Sequence[str]) -> dict[
     for camera in cameras:
         for place in places:
             picture = place.get(camera, place.get(camera.rsplit(".", 1)[-1]))
-            tensor = _as_picture(picture)
+            tensor = _as_pictures(picture, n_envs)
             if tensor is not None:
                 found[camera] = tensor
                 break
     return found
 
 
-def _as_picture(value: Any) -> Tensor | None:
+def _as_pictures(value: Any, n_envs: int) -> Tensor | None:
     if not isinstance(value, Tensor | np.ndarray):
         return None
     tensor = torch.as_tensor(value).detach()
-    if tensor.ndim == 4 and len(tensor) == 1:
-        tensor = tensor[0]
-    if tensor.ndim != 3:
+    if tensor.ndim == 3:
+        tensor = tensor[None]
+    if tensor.ndim != 4 or len(tensor) != n_envs:
         return None
-    if tensor.shape[0] != 3 and tensor.shape[-1] == 3:
-        tensor = tensor.permute(2, 0, 1)
-    if tensor.shape[0] != 3:
+    if tensor.shape[1] != 3 and tensor.shape[-1] == 3:
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.shape[1] != 3:
         return None
-    return (tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float())[None]
+    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()

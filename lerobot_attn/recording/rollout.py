@@ -7,7 +7,7 @@ LeRobot's scripts nor how attention is observed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from lerobot_attn.errors import CaptureError
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.episode import EpisodeJob, Frame, Views
 from lerobot_attn.recording.handle import EpisodeHandle, queue_inference, queue_views
+from lerobot_attn.recording.observation import PolicyCameras, pictures_of
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
 
 
@@ -30,6 +31,7 @@ class RolloutRecorder:
         config: the capture settings.
         writer: where jobs go; keys are store paths.
         camera_views: what the cameras show the policy, from the batch that the policy gets.
+        cameras: the policy's; what its batch does not show of them is taken from the observation.
         names: names of state and action dimensions.
     """
 
@@ -40,11 +42,13 @@ class RolloutRecorder:
         config: AttentionConfig,
         writer: BackgroundWriter,
         camera_views: Callable[[dict[str, Any]], dict[str, Tensor]],
+        cameras: PolicyCameras | None = None,
         names: DimensionNames | None = None,
     ):
         self._config = config
         self._writer = writer
         self._camera_views = camera_views
+        self._cameras = cameras or PolicyCameras()
         names = names or DimensionNames()
         self._episodes = [
             EpisodeHandle(plan, env, config, writer, names)
@@ -53,18 +57,25 @@ class RolloutRecorder:
         ]
         self._record: InferenceRecord | None = None
         self._state: np.ndarray | None = None
+        self._observation: Mapping[str, Any] | None = None
         self._frame: Frame | None = None
         self._views: Views | None = None
         self._has_token = True  # whether the inference that gives the actions is in the store
 
-    def on_observation(self, state: np.ndarray | None, tasks: Sequence[str] | None) -> None:
+    def on_observation(
+        self,
+        state: np.ndarray | None,
+        tasks: Sequence[str] | None,
+        observation: Mapping[str, Any] | None = None,
+    ) -> None:
         """The policy is about to be shown an observation.
 
         Args:
             state: (batch, state_dim), in the robot's units; None if there is none.
             tasks: instruction of each environment.
+            observation: what the policy's preprocessor is given, under the names that the policy has for it.
         """
-        self._state = state
+        self._state, self._observation = state, observation
         for episode in self._active:
             if tasks is not None:
                 episode.task = str(tasks[episode.env])
@@ -93,7 +104,7 @@ class RolloutRecorder:
         active = self._active
         copies = HostCopies()
         if self._config.cameras and active:
-            images = {name: copies.copy(view) for name, view in self._camera_views(batch).items()}
+            images = {name: copies.copy(view) for name, view in self._shown(batch).items()}
             self._views = Views(copies, images)
         self._frame = Frame(copies, copies.copy(action.float()), self._state)
         copies.seal()
@@ -159,6 +170,25 @@ class RolloutRecorder:
     def wants_inferences(self) -> bool:
         """Whether some environment's episode still needs what the policy attends to."""
         return any(episode.failure is None for episode in self._active)
+
+    def _shown(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return camera → what it showed, (batch, height, width, 3) uint8.
+
+        From the policy's batch, and what that does not show from the observation before it was preprocessed;
+        the other way round where the preprocessor normalises images.
+        """
+        present = [name for name in self._cameras.names if name in batch]
+
+        def pictures() -> dict[str, Any]:
+            found = pictures_of(self._observation, present, len(batch[present[0]])) if present else {}
+            # An image that the preprocessor resized is another one.
+            return {name: image for name, image in found.items() if image.shape == batch[name].shape}
+
+        first, second = (lambda: batch), pictures
+        if self._cameras.are_normalised:
+            first, second = second, first
+        shown = self._camera_views(first())
+        return shown if shown.keys() >= set(present) else {**self._camera_views(second()), **shown}
 
     @property
     def _active(self) -> list[EpisodeHandle]:

@@ -28,6 +28,7 @@ from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.beside import explorer_beside
 from lerobot_attn.recording.folder import RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
+from lerobot_attn.recording.observation import PolicyCameras, cameras_of
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
 from lerobot_attn.recording.provenance import check_encoder, policy_facts
 from lerobot_attn.recording.rollout import RolloutRecorder
@@ -86,6 +87,7 @@ class RunRecorder:
         self.failures: list[str] = []
         self._attributes = dict(attributes)
         self._capture: AttentionCapture | None = None
+        self._cameras = PolicyCameras()
         self._writer: BackgroundWriter | None = None
         self._task: TaskPlan | None = None
         self._episodes: list[EpisodeHandle] = []
@@ -122,6 +124,7 @@ class RunRecorder:
         ):
             capture.enabled = False
             self._capture = capture
+            self._cameras = cameras_of(policy)
             self._attributes["policy"] = {
                 **self._attributes.get("policy", {}),
                 **policy_facts(capture.policy),
@@ -177,6 +180,7 @@ class RunRecorder:
             config=self.config,
             writer=self._open_writer,
             camera_views=self._open_capture.adapter.camera_views,
+            cameras=self._cameras,
             names=task.names,
         )
         self._recorder = recorder
