@@ -544,6 +544,17 @@ def test_the_explorer_serves_the_recording(run):
             assert client.get(f"{base}/{address}").status_code == 200, address
 
 
+@pytest.mark.browser
+def test_the_page_says_that_the_policy_takes_no_instruction(run, pages):
+    """Which is not an instruction that was left empty."""
+    with pages.serving(open_run(run)[0].path) as address:
+        page = pages.open(f"{address}?frame=4")
+        panel = page.locator("#words")
+        panel.get_by_text("This policy takes no instruction.").wait_for()
+        assert "instruction is empty" not in page.locator("main").inner_text()
+        assert "Words" not in panel.locator("h3").all_inner_texts()
+
+
 def test_without_cameras_what_is_about_images_is_refused_in_one_line(tmp_path):
     policy = make_policy(cameras=(), env_state=4)
     config = AttentionConfig(layers="all", prefix_layers="all")

@@ -260,9 +260,6 @@ def action_self_attention(
     Raises:
         SelectionError: full maps of the layer were not saved; none of the chosen layers can see the actions;
             or no such frame, layer, …
-
-    Raises:
-        SelectionError: full maps of the layer were not saved, or no such frame, layer, …
     """
     if RAW not in dataset:
         raise SelectionError(

@@ -4,7 +4,8 @@ No instruction, hence no words; no denoising, so an inference is one pass, which
 without a flow time. The prefix is the encoder's tokens: the latent (zeros when the policy acts), the robot's
 state, the environment's state, then each camera's feature map, row by row. What is recorded as the suffix's
 attention is the decoder's cross-attention, which sees the prefix alone; the decoder's attention among the
-action queries themselves is a softmax of its own, and not recorded. The prefix maps are the encoder's self-attention.
+action queries themselves is a softmax of its own, and not recorded. The prefix maps are the encoder's
+self-attention.
 
 Each encoder layer reads the one below; every decoder layer reads the last encoder layer's output.
 """

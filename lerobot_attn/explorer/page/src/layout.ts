@@ -77,6 +77,11 @@ export function visiblePatches(geometry: Geometry): boolean[] {
   return rows.flatMap((row) => columns.map((column) => row && column));
 }
 
+/** Whether the policy has tokens for words at all: one that lacks them (ACT) is told nothing. */
+export function takesInstruction(facts: Pick<Facts, "segments">): boolean {
+  return facts.segments.some((segment) => segment.kind === "language");
+}
+
 /** Whether the policy denoises; one that does not has a single step without a flow time. */
 export function denoises(facts: Pick<Facts, "flow_time">): boolean {
   return facts.flow_time.some((time) => time !== null);

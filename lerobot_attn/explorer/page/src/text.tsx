@@ -3,7 +3,7 @@
 import type { Tokens } from "./api";
 import { percent, shareOf, sumByGroup } from "./heat";
 import { headInWords } from "./labels";
-import { modalitiesOf, modalityColour, modalityLabel, modalityOfKey } from "./layout";
+import { modalitiesOf, modalityColour, modalityLabel, modalityOfKey, takesInstruction } from "./layout";
 import type { EpisodeModel } from "./model";
 
 /** Whether tokens are the prompt's frame rather than what it says. */
@@ -31,7 +31,10 @@ export function Sentence({ model }: { model: EpisodeModel }) {
   const [tokens, attention, facts] = [model.tokens.value, model.attention.value, model.facts.value];
   if (!tokens || !attention || !facts) return null;
   const { groups, group_of_key } = tokens;
-  if (!groups.length) return <p class="note">This policy got no language tokens.</p>;
+  if (!groups.length) {
+    const what = takesInstruction(facts) ? "got no language tokens" : "takes no instruction";
+    return <p class="note">This policy {what}.</p>;
+  }
   const shares = sumByGroup(attention, group_of_key, groups.length);
   const most = Math.max(...groups.map((group, i) => (isRest(group.kind) ? 0 : shares[i]! || 0)));
   const hasPrefix = facts.prefix_layers.length > 0;
@@ -44,7 +47,11 @@ export function Sentence({ model }: { model: EpisodeModel }) {
       {tokens.prompt_truncated && (
         <p class="note">The prompt was cut because it did not fit: its end is not among the tokens.</p>
       )}
-      {!facts.task.trim() && <p class="note">The instruction is empty.</p>}
+      {!takesInstruction(facts) ? (
+        <p class="note">This policy takes no instruction.</p>
+      ) : (
+        !facts.task.trim() && <p class="note">The instruction is empty.</p>
+      )}
       <p class="sentence" dir="auto">
         {runs(tokens).map(({ group, text }, i) => {
           const { kind, label } = groups[group]!;

@@ -7,6 +7,7 @@ import {
   modalityLabel,
   modalityOfKey,
   pixelMap,
+  takesInstruction,
   visiblePatches,
 } from "../src/layout";
 import fromPython from "./pixel_maps.json";
@@ -32,6 +33,14 @@ const facts = {
   kinds: { padding: 0, image: 1, task: 2, state: 3, template: 4, action: 5, text: 6 },
 } as unknown as Facts;
 const keyKind = [1, 1, 1, 1, 0, 0, 4, 2, 2, 3, 0, 5, 5];
+
+describe("takesInstruction", () => {
+  it("is told by the layout: an empty instruction has its slots all the same", () => {
+    expect(takesInstruction(facts)).toBe(true);
+    const without = facts.segments.filter((segment) => segment.kind !== "language");
+    expect(takesInstruction({ segments: without })).toBe(false);
+  });
+});
 
 describe("pixelMap", () => {
   it.each(fromPython.map((one) => ({ name: JSON.stringify(one.geometry), ...one })))(
