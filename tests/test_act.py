@@ -432,6 +432,43 @@ def test_the_loops_observation_shows_what_was_normalised(policy, tmp_path):
         assert np.abs(first - expected).mean() < 4, name
 
 
+def test_pictures_of_cameras_that_the_policy_does_not_know_are_told(policy, tmp_path, caplog):
+    batch = make_batch(1)
+    batch |= {name: batch[name] * 4 - 2 for name in (TOP, WRIST)}
+    seen = {"observation.images.front": batch[TOP][0] / 4 + 0.5, "observation.state": torch.zeros(6)}
+    with (
+        record_episodes(policy, tmp_path, AttentionConfig(layers=[-1]), fps=10) as recording,
+        recording.episode() as episode,
+        caplog.at_level("WARNING"),
+    ):
+        for _ in range(3):
+            with torch.inference_mode():
+                action = policy.select_action(batch)
+            episode.step(seen, action[0])
+    (said,) = [r.getMessage() for r in caplog.records if "pictures" in r.getMessage()]
+    assert said.startswith(
+        f"The observation has pictures of observation.images.front, expected some of the "
+        f"policy's cameras ({TOP}, {WRIST})"
+    )
+    (found,) = open_run(tmp_path)
+    assert found.is_complete
+    assert not found.videos
+
+
+def test_weights_in_bfloat16_fail_as_they_do_unwatched(batch):
+    """In LeRobot itself, whose latent is float32; the recording does not stand before its error."""
+    policy = make_policy().to(torch.bfloat16)
+    batch = {name: value.to(torch.bfloat16) for name, value in batch.items()}
+    with pytest.raises(RuntimeError, match="same dtype") as unwatched:
+        act(policy, batch, 0)
+    with capture_attention(policy) as capture, pytest.raises(RuntimeError, match="same dtype") as watched:
+        act(policy, batch, 0)
+    assert str(watched.value) == str(unwatched.value)
+    assert watched.traceback[-1].path == unwatched.traceback[-1].path
+    assert watched.value.__cause__ is watched.value.__context__ is None
+    assert not capture.records
+
+
 def test_compiled_changes_nothing_and_says_so(policy, batch, caplog):
     with caplog.at_level("WARNING"):
         captured(policy, batch, compiled=True)

@@ -16,6 +16,7 @@ from lerobot_attn.analysis.renamed import argument_renamed
 from lerobot_attn.analysis.select import executed_actions, executed_queries, layout_of, stored_layers
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import Kind
+from lerobot_attn.plot import PlotSettings, plot
 from lerobot_attn.synthetic import FAMILIES, planted_shares, write_planted_episode
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -189,6 +190,17 @@ def test_actions_that_no_layer_sees_are_told(episodes, layer):
     message = "cannot see the suffix.*of the layers with full maps 0, 2 can see the actions"
     with pytest.raises(SelectionError, match=message):
         analysis.action_self_attention(episodes["smolvla"].arrays, frame=1, layer=layer)
+
+
+def test_layers_that_see_actions_are_named_where_their_maps_were_not_saved(tmp_path):
+    """As with `layers=[-1]` of SmolVLA, whose last layer cross-attends; the means tell of the others."""
+    plan = dataclasses.replace(FAMILIES["smolvla"], layers=(1, 3), videos=False)
+    episode = open_episode(write_planted_episode(tmp_path, plan))
+    message = r"layer 3 cannot see .* none can see the actions; record with layers=\[0, 2\]$"
+    with pytest.raises(SelectionError, match=message):
+        analysis.action_self_attention(episode.arrays, frame=1)
+    with pytest.raises(SelectionError, match=message.replace("layer 3", "layers 1, 3")):
+        plot(episode, "actions", PlotSettings(layers=[1, 3]))
 
 
 def test_actions_are_looked_at_where_they_can_be_seen(episodes):

@@ -265,7 +265,7 @@ def action_self_attention(
         raise SelectionError(
             "action-to-action attention needs full maps, and none were saved; record with layers=[-1]"
         )
-    actions, full = layout_of(dataset).actions, stored_layers(dataset)[0]
+    actions, (full, means) = layout_of(dataset).actions, stored_layers(dataset)
     blind = prefix_only_layers(dataset)
     seeing = [layer for layer in full if layer not in blind]
     every: Where = {**where, "query": "all"}
@@ -274,9 +274,11 @@ def action_self_attention(
     array = attention(dataset, **every)
     chosen = np.atleast_1d(array.coords["layer"]).tolist() if "layer" in array.coords else full
     if not set(chosen) & set(seeing):
+        others = [layer for layer in means if layer not in blind]
+        remedy = f"; record with layers={others}" if others and not seeing else ""
         raise SelectionError(
             f"{absent_in_words(chosen)}: no action attends to another; of the layers with full maps "
-            f"{ranges(seeing) or 'none'} can see the actions"
+            f"{ranges(seeing) or 'none'} can see the actions{remedy}"
         )
     result = array.isel(key=slice(actions.start, actions.stop)).rename(key="action_key")
     result = result.drop_vars([name for name in result.coords if str(name).startswith("key_")])

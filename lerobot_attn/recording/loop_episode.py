@@ -20,7 +20,7 @@ from lerobot_attn.errors import CaptureError
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.episode import Frame, Views
 from lerobot_attn.recording.handle import EpisodeHandle, queue_inference, queue_views
-from lerobot_attn.recording.observation import as_row, cameras_of, pictures_of, state_of
+from lerobot_attn.recording.observation import as_row, cameras_of, pictured, pictures_of, state_of
 from lerobot_attn.recording.plan import DimensionNames
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,16 @@ class LoopEpisode:
     def _views_of(self, observation: Mapping[str, Any] | None) -> Views | None:
         if not self._config.cameras or observation is None:
             return None
-        pictures = pictures_of(observation, self._cameras.names)
+        names = self._cameras.names
+        pictures = pictures_of(observation, names)
+        others = pictured(observation) if names and not pictures and self.n_frames == 0 else []
+        if others and self._views is None:
+            logger.warning(
+                "The observation has pictures of %s, expected some of the policy's cameras (%s): there is no "
+                "camera video; give `step` the pictures under the policy's names",
+                ", ".join(others),
+                ", ".join(names),
+            )
         return shown_by(self._capture, pictures) if pictures else None
 
     def on_request(self) -> None:

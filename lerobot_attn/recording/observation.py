@@ -102,11 +102,7 @@ def pictures_of(
     Returns:
         camera → (n_envs, 3, height, width) float32 in [0, 1]; cameras that are not there are left out.
     """
-    if not isinstance(observation, Mapping):
-        return {}
-    pixels = observation.get("pixels")
-    places: list[Mapping[str, Any]] = [observation, *([pixels] if isinstance(pixels, Mapping) else [])]
-    found = {}
+    places, found = _places(observation), {}
     for camera in cameras:
         for place in places:
             picture = place.get(camera, place.get(camera.rsplit(".", 1)[-1]))
@@ -115,6 +111,19 @@ def pictures_of(
                 found[camera] = tensor
                 break
     return found
+
+
+def pictured(observation: Mapping[str, Any] | None) -> list[str]:
+    """Return the names of all pictures in one environment's observation, whosever cameras they are."""
+    places = _places(observation)
+    return [str(name) for place in places for name in place if _as_pictures(place[name], 1) is not None]
+
+
+def _places(observation: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if not isinstance(observation, Mapping):
+        return []
+    pixels = observation.get("pixels")
+    return [observation, *([pixels] if isinstance(pixels, Mapping) else [])]
 
 
 def _as_pictures(value: Any, n_envs: int) -> Tensor | None:
