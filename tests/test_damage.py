@@ -48,10 +48,11 @@ PLAN = SyntheticPlan(
     image_px={CAMERA: (16, 16)},
 )
 N_CHUNKS_OF_A_SHARD = {"suffix_attention": 4, "suffix_attention_mean": 2, "prefix_attention": 2}
-# What only episodes of other families hold.
+# What only episodes of other families, or of robots, hold.
 ABSENT = {
     *("prompt_truncated", "layer_sees_suffix", "all_layer_sees_suffix"),
     *("suffix_token_id", "suffix_token_text"),
+    *("observed_before", "inference_start", "inference_end", "inference_delay", "frame_time"),
 }
 HELD = [spec for spec in ARRAYS if spec.name not in ABSENT]
 MAY_BE_MISSING = {spec.name for spec in HELD if spec.fill_value != spec.fill_value}

@@ -86,6 +86,11 @@ def make_writer(path, compression=None, **attributes):
             "prompt_truncated",
             "suffix_token_id",
             "suffix_token_text",
+            "observed_before",
+            "inference_start",
+            "inference_end",
+            "inference_delay",
+            "frame_time",
         },
     )
 
@@ -104,6 +109,10 @@ def inference_rows(rng, index):
         "suffix_token_id": np.array([7, 8, 9, -1, -1]),
         "suffix_token_text": np.array(["Action", ":", "|", "", ""], dtype=object),
         "inference_frame": np.int32(2 * index),
+        "observed_before": np.int32(0),
+        "inference_start": 0.1 * index,
+        "inference_end": 0.1 * index + 0.05,
+        "inference_delay": np.int32(index),
         "action_chunk": rng.random((5, 3), dtype=np.float32),
     }
 
@@ -116,6 +125,7 @@ def frame_rows(rng, index, n=2):
         "state": rng.random((n, 2), dtype=np.float32),
         "reward": np.arange(n, dtype=np.float32),
         "success": np.zeros(n, bool),
+        "frame_time": 0.1 * (2 * index + np.arange(n)),
     }
 
 
