@@ -53,6 +53,8 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     optional |= {"suffix_attention_mean": plan.has_means, "reward": plan.has_reward}
     optional |= {"success": plan.has_success, "prompt_truncated": plan.cut_prompt}
     missing = {name for name, is_there in optional.items() if not is_there}
+    # What only robots, replays and policies that decode tokens bring.
+    missing |= {s.name for s in ARRAYS if s.optional} - {*optional, "state", "layer_sees_suffix"}
     coordinates = set() if plan.prefix_only_layers else {"layer_sees_suffix", "all_layer_sees_suffix"}
     coordinates |= {"layer", "layer_sees_suffix"} if not plan.layers else set()
     coordinates |= {"all_layer", "all_layer_sees_suffix"} if not plan.has_means else set()
