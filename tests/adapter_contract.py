@@ -87,6 +87,10 @@ class AdapterContract:
         """Return n actions of a fresh episode and the random state after them; the same for the same seed."""
         return act(policy, batch, seed, n)
 
+    def picture(self, image):
+        """Return an image of the batch in [0, 1]; a family whose preprocessor normalises undoes that."""
+        return image
+
     def config(self, **settings):
         return AttentionConfig(**self.settings, **settings)
 
@@ -368,5 +372,5 @@ class AdapterContract:
             image = batch[name]
             assert view.dtype == torch.uint8
             assert view.shape == (len(image), *image.shape[2:], 3)
-            expected = image.permute(0, 2, 3, 1) * 255
+            expected = self.picture(image).permute(0, 2, 3, 1) * 255
             assert (view - expected).abs().max() <= 0.51

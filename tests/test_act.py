@@ -542,7 +542,7 @@ def test_plots_are_drawn_or_refused_in_one_line(run, kind, tmp_path):
 
 @pytest.mark.parametrize("function", [attention_rollout, attention_flow])
 def test_attention_is_not_followed_through_layers_that_do_not_meet(run, function):
-    with pytest.raises(SelectionError, match=r"each layer of act reads the last prefix layer's output"):
+    with pytest.raises(SelectionError, match=r"all layers of act come after the last prefix layer"):
         function(open_run(run)[0].dataset, inference=0, query=0)
 
 

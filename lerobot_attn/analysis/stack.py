@@ -76,8 +76,8 @@ class LayerStack:
             )
         if policy.get("reads_last_prefix_layer"):
             raise SelectionError(
-                f"{what} needs an expert whose layer l reads layer l of the language model, but each layer "
-                f"of {policy.get('type')} reads the last prefix layer's output"
+                f"{what} needs an expert whose layer l reads layer l of the language model, but all layers "
+                f"of {policy.get('type')} come after the last prefix layer"
             )
         if int(policy.get("n_prefix_layers") or n_layers) != n_layers:
             raise SelectionError(

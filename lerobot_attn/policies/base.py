@@ -74,7 +74,7 @@ class PolicyDescription:
     n_action_steps: int  # actions executed of each chunk
     random_weights: bool = False  # a demo policy whose maps mean nothing
     remark: str = ""  # one line that everything that shows its maps says of it
-    reads_last_prefix_layer: bool = False  # every layer reads the prefix's last, not the one of its number
+    reads_last_prefix_layer: bool = False  # all layers come after the prefix's last, not each after its like
     # Tokens that an autoregressive policy decodes at most; 0 of one that decodes none. They are its suffix,
     # and the chunk's actions are made of all of them together: none of them is an action.
     n_decode_steps: int = 0
@@ -127,11 +127,12 @@ class ParsedPrompt(NamedTuple):
 
     Attributes:
         spans: the words of the task and the numbers of the state, by their characters.
-        is_truncated: whether the prompt's end is missing, because it was longer than the policy's slots.
+        is_truncated: whether the prompt's end is missing, because it was longer than the policy's slots; None
+            if that cannot be told.
     """
 
     spans: list[TextSpan]
-    is_truncated: bool = False
+    is_truncated: bool | None = False
 
 
 class Probe(Protocol):

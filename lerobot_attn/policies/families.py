@@ -37,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     "pi05": Family("the action expert's and the language model's attention", True, True),
     "pi0_fast": Family("each decoded token's attention, and that among the prefix", True, False),
     "smolvla": Family("the action expert's and the language model's attention", True, True),
+    "xvla": Family("the soft-prompted transformer's and Florence-2's encoder's attention", True, False),
 }
 
 _HUB = "needs {} from the Hub to be built, so that no adapter could be tested"
@@ -56,7 +57,6 @@ WHY_NOT: dict[str, str] = {
     "vla_jepa": _HUB.format("Qwen3-VL and V-JEPA"),
     "vqbet": "no map of an image: each image enters as one vector",
     "wall_x": _HUB.format("its Qwen2.5-VL with experts"),
-    "xvla": "no adapter yet; it builds offline, and its attention goes through a kernel that can be tapped",
 }
 
 

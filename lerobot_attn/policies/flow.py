@@ -163,3 +163,8 @@ def as_uint8(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def newest(image: Tensor) -> Tensor:
+    """Return (batch, 3, height, width); of several observations, (batch, time, 3, …), the last."""
+    return image[:, -1] if image.ndim == 5 else image

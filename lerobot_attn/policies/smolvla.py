@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo
-from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
+from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, newest
 from lerobot_attn.policies.prompts import parse_task_line
 from lerobot_attn.policies.taps import CompiledTap, no_attention, replaced_attribute, tapped
 
@@ -72,7 +72,7 @@ class SmolVLAAdapter(FlowMatchingAdapter):
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
         return {
-            name: as_uint8(_newest(batch[name])).permute(0, 2, 3, 1) for name in self._present_cameras(batch)
+            name: as_uint8(newest(batch[name])).permute(0, 2, 3, 1) for name in self._present_cameras(batch)
         }
 
     def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
@@ -132,7 +132,7 @@ class SmolVLAAdapter(FlowMatchingAdapter):
         cameras = []
         present = self._present_cameras(batch)
         for name in present:
-            height, width = _newest(batch[name]).shape[-2:]
+            height, width = newest(batch[name]).shape[-2:]
             # (width, height), or None: images are taken as they are.
             resized = config.resize_imgs_with_padding
             input_px = (resized[1], resized[0]) if resized else (height, width)
@@ -168,8 +168,3 @@ class SmolVLAAdapter(FlowMatchingAdapter):
             prefix_len = self.model.prefix_length
         suffix = ("action", "action", self.policy.config.chunk_size)
         return TokenLayout(tiled([*prefix, suffix]), prefix_len, tuple(cameras))
-
-
-def _newest(image: Tensor) -> Tensor:
-    """Return (batch, 3, height, width); of several observations, (batch, time, 3, …), the last."""
-    return image[:, -1] if image.ndim == 5 else image
