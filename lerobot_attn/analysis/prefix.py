@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lerobot_attn.analysis.labels import in_words, picked, policy_count, policy_of, stored_labels
 from lerobot_attn.analysis.rows import Rows
 from lerobot_attn.analysis.select import PREFIX, HeadChoice, Labels, LayerChoice, layout_of
-from lerobot_attn.analysis.spatial import camera_geometry, on_grid
+from lerobot_attn.analysis.spatial import camera_geometry, camera_names, on_grid
 from lerobot_attn.analysis.tokens import (
     ACTIONS,
     MODALITY_OF,
@@ -78,6 +78,15 @@ def prefix_attention(
     result = _gather(choice)
     result.attrs = choice.attributes()
     return result
+
+
+def prefix_cameras(dataset: xr.Dataset) -> list[str]:
+    """Return the cameras whose image the language model saw, in the policy's order.
+
+    Of X-VLA that is the first one: the image tokens of the others enter with the actions.
+    """
+    prefix_len = layout_of(dataset).prefix_len
+    return [name for name in camera_names(dataset) if camera_geometry(dataset, name)[2].stop <= prefix_len]
 
 
 def attention_from(

@@ -272,7 +272,15 @@ def on_grid(array: xr.DataArray, geometry: ImageGeometry, segment: Segment) -> x
 
     Returns:
         (…, grid_y, grid_x).
+
+    Raises:
+        SelectionError: the array is of the prefix, and the camera has no tokens there.
     """
+    if segment.stop > array.sizes["key"]:
+        raise SelectionError(
+            f"camera {segment.name!r} has no prefix attention: its image enters with the actions, so the "
+            "language model has not seen it; choose another camera"
+        )
     part = array.isel(key=slice(segment.start, segment.stop)).transpose(..., "key")
     shape = (*part.shape[:-1], geometry.grid_rows, geometry.grid_columns)
     coords = {name: part.coords[name] for name in part.coords if "key" not in part.coords[name].dims}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.decoded import check_steps, of_read_tokens
 from lerobot_attn.analysis.labels import denoises, policy_count
-from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, text_to_image
+from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, prefix_cameras, text_to_image
 from lerobot_attn.analysis.select import (
     Where,
     default_query,
@@ -219,7 +219,7 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Draw:
     head: Any = "mean" if settings.heads is None else settings.heads
     layer = _single(settings.layers, _last_prefix_layer(data))
     where: PrefixWhere = {"frame": frame, "layer": layer, "head": head}
-    views = _views(episode, settings, [frame])
+    views = _views(episode, replace(settings, cameras=settings.cameras or prefix_cameras(data)), [frame])
     groups, maps, ends = [], [], []
     for view in views:
         found = text_to_image(data, settings.word, view.camera, **where)

@@ -9,9 +9,12 @@ import { paintHeat } from "./paint";
 import * as state from "./state";
 
 /** What the pictures below say of themselves: the numbers beside a camera's name. */
-function shareText(heat: Heat | undefined): string {
+function shareText(model: EpisodeModel, heat: Heat | undefined): string {
   if (!heat) return "";
-  if (isMissing(heat.values)) return "this map is missing from the store";
+  if (isMissing(heat.values)) {
+    const isUnseen = model.word.value && heat.view.segment.start >= model.facts.value!.prefix_len;
+    return isUnseen ? "the language model has not seen it" : "this map is missing from the store";
+  }
   const hidden = visiblePatches(heat.view.geometry)
     .map((visible, i) => (visible ? 0 : heat.values[i]!))
     .reduce((total, value) => total + value, 0);
@@ -95,7 +98,7 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
         ))}
       </div>
       <figcaption>
-        <strong>{view.camera.label}</strong> <span>{shareText(heat)}</span>
+        <strong>{view.camera.label}</strong> <span>{shareText(model, heat)}</span>
         {view.camera.has_video ? (
           <VideoLink model={model} camera={name} />
         ) : videoError ? (

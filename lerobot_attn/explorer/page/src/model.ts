@@ -219,7 +219,8 @@ export class EpisodeModel {
       // Meanwhile the pointer may have left, or another head or inference be chosen, which asks for itself.
       const isWanted = this.pointedAt === group && this.head.value === head;
       if (!isWanted || this.shown.value?.inference !== shown.inference) return;
-      const attention = new Float32Array(facts.n_keys);
+      // The prefix has not seen what enters with the actions: that is absent, which is not 0.
+      const attention = new Float32Array(facts.n_keys).fill(NaN).fill(0, 0, facts.prefix_len);
       for (const slab of slabs) {
         pick({ shape: [1, ...slab.shape], values: slab.values }, 0, this.headIndex.value).forEach(
           (value, key) => (attention[key]! += value / slabs.length),

@@ -60,7 +60,7 @@ class Server {
       prefix_layers: [0],
       heads: [0, 1],
       denoise_steps: [0, 1],
-      n_keys: 6,
+      n_keys: 10,
       n_queries: 4,
       first_action_query: 0,
       prefix_len: 6,
@@ -354,6 +354,16 @@ describe("a word that is pointed at", () => {
     state.frame.value = 2;
     await pass();
     expect(model.word.value!.attention[0]).toBe(22);
+  });
+
+  it("has seen nothing of what enters with the actions, which is not 0", async () => {
+    await opened();
+    await model.showWord(1);
+    const { prefix_len, n_keys } = model.facts.value!;
+    expect(n_keys).toBeGreaterThan(prefix_len);
+    const attention = [...model.word.value!.attention];
+    expect(attention.slice(0, prefix_len).some(Number.isNaN)).toBe(false);
+    expect(attention.slice(prefix_len).every(Number.isNaN)).toBe(true);
   });
 
   it("has colours of its own, not the episode's", async () => {
