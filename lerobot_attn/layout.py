@@ -168,7 +168,8 @@ _SEGMENT_KINDS = {
 class TokenLayout:
     """The keys of the suffix pass in order: the prefix (images, language, state) and then the suffix.
 
-    Queries of the suffix pass are its own tokens: query i is key `prefix_len + i`.
+    Queries of the suffix pass are its own tokens: query i is key `prefix_len + i`. The actions end it. Before
+    them stands what the prefix pass has not seen: nothing, a state token (pi0), or cameras (X-VLA).
     """
 
     segments: tuple[Segment, ...]
@@ -216,7 +217,7 @@ class TokenLayout:
 
     @property
     def first_action_query(self) -> int:
-        """Query index of the first action token: 0 unless the suffix begins with a state token."""
+        """Query index of the first action token: 0 unless the suffix begins with other tokens."""
         return self.actions.start - self.prefix_len
 
     @property
