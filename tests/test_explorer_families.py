@@ -60,7 +60,7 @@ def test_facts_and_timeline_are_the_stores(family):
     assert found["prefix_only_layers"] == sorted(plan.prefix_only_layers)
     assert found["prefix_len"] == layout.prefix_len
     first, stop = found["action_queries"]
-    assert (first, stop - first) == (plan.n_suffix_state, plan.n_chunk)
+    assert (first, stop - first) == (plan.first_action_query, plan.n_chunk)
     assert {segment["kind"] for segment in found["segments"]} <= {
         "image",
         "language",

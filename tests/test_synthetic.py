@@ -87,7 +87,7 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     assert (data.action.values == chunk[inference, query]).all(axis=1).tolist() == is_token.tolist()
     action = episode.layout.action_of_query(query[is_token])
     np.testing.assert_array_equal(data.inference_frame.values[inference[is_token]] + action, frames[is_token])
-    assert np.isnan(chunk[:, : plan.n_suffix_state]).all()
+    assert np.isnan(chunk[:, : plan.first_action_query]).all()
     if plan.has_success:
         assert data.success.values.tolist() == [False] * (plan.n_frames - 1) + [True]
 
@@ -275,6 +275,11 @@ def test_full_size_is_pi05():
         ({"n_executed": 0}, "n_executed: got 0"),
         ({"layers": (3, 4)}, r"layers: got \(3, 4\), expected 0 to 3"),
         ({"prefix_only_layers": (4,)}, r"prefix_only_layers: got \(4,\), expected 0 to 3"),
+        (
+            {"n_suffix_cameras": 2, "n_empty_cameras": 0},
+            "n_suffix_cameras: got 2, expected fewer than the cameras, and none with empty cameras",
+        ),
+        ({"n_suffix_cameras": 1}, "n_suffix_cameras: got 1, expected fewer than the cameras"),
         (
             {"n_suffix_state": 1, "n_executed": 5},
             "n_executed: got 5, expected 1 to n_queries - n_suffix_state = 4",

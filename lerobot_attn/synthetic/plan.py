@@ -22,13 +22,13 @@ class SyntheticPlan:
     """Sizes of a synthetic episode; counts are of tokens, layers and so on, images in pixels.
 
     The prefix holds the cameras, the empty cameras, the language slots, then state tokens and padding; the
-    suffix holds state tokens, then the actions. The defaults are those of Pi0.5, which has no state token.
-    `FAMILIES` has ready plans of other policies and other loops.
+    suffix holds cameras that the prefix lacks and state tokens, then the actions. The defaults are those of
+    Pi0.5, which has neither. `FAMILIES` has ready plans of other policies and other loops.
     """
 
     n_frames: int = 12
     n_executed: int = 3
-    n_queries: int = 5  # suffix tokens: its state tokens and the actions of a chunk
+    n_queries: int = 5  # suffix tokens: its cameras' and state tokens, and the actions of a chunk
     n_denoise_steps: int = 3
     n_layers: int = 4
     layers: tuple[int, ...] = (2, 3)  # whose full maps are stored; none: the array is left out
@@ -48,6 +48,7 @@ class SyntheticPlan:
     n_prefix_state: int = 0  # state tokens after the language (SmolVLA: 1)
     n_prefix_padding: int = 0  # padding after them
     n_suffix_state: int = 0  # state tokens that open the suffix (pi0: 1)
+    n_suffix_cameras: int = 0  # of image_px the last ones, whose tokens open the suffix (X-VLA: all but one)
     prefix_only_layers: tuple[int, ...] = ()  # layers that cannot see the suffix (SmolVLA: the odd ones)
     n_actions: int = 4  # action dimensions
     frames_without_query: tuple[int, ...] = ()  # frames whose action is no token of a chunk
@@ -70,14 +71,17 @@ class SyntheticPlan:
             ConfigError: a size is too small.
         """
         most = self.n_chunk
-        most_text = (
-            f"1 to n_queries = {most}"
-            if not self.n_suffix_state
-            else f"1 to n_queries - n_suffix_state = {most}"
-        )
+        before = " - n_suffix_cameras' patches" * bool(self.n_suffix_cameras)
+        before += " - n_suffix_state" * bool(self.n_suffix_state)
+        most_text = f"1 to n_queries{before} = {most}"
         every_layer = range(self.n_layers)
         rules = {
             "image_px": (len(self.image_px) >= 1, "at least one camera"),
+            "n_suffix_cameras": (
+                0 <= self.n_suffix_cameras < len(self.image_px)
+                and not (self.n_suffix_cameras and self.n_empty_cameras),
+                "fewer than the cameras, and none with empty cameras",
+            ),
             "grid": (self.grid[0] * self.grid[1] >= 2, "at least two patches"),
             "task": (len(self.task.split()) >= 1, "at least one word"),
             "n_state": (self.n_state >= 1, "at least 1"),
@@ -113,14 +117,20 @@ class SyntheticPlan:
         return -(-self.n_frames // self.n_executed)
 
     @property
+    def first_action_query(self) -> int:
+        """Suffix tokens before the actions: those of cameras and of the state."""
+        each = sum(self.image_special) + self.grid[0] * self.grid[1]
+        return self.n_suffix_cameras * each + self.n_suffix_state
+
+    @property
     def n_chunk(self) -> int:
-        """Actions of a chunk: the suffix's tokens without its state tokens."""
-        return self.n_queries - self.n_suffix_state
+        """Actions of a chunk: the suffix's tokens without those before them."""
+        return self.n_queries - self.first_action_query
 
     @property
     def executed_queries(self) -> slice:
         """The suffix queries whose actions are executed."""
-        return slice(self.n_suffix_state, self.n_suffix_state + self.n_executed)
+        return slice(self.first_action_query, self.first_action_query + self.n_executed)
 
     @property
     def layout(self) -> TokenLayout:
@@ -131,17 +141,22 @@ class SyntheticPlan:
         ]
         cameras += [Camera(f"observation.images.empty_{i}", None) for i in range(self.n_empty_cameras)]
         sizes: list[tuple[str, str, int]] = []
-        for camera in cameras:
+        of_suffix: list[tuple[str, str, int]] = []
+        for number, camera in enumerate(cameras):
             before, after = (0, 0) if camera.is_empty else self.image_special
-            sizes += [
-                ("special", f"before {camera.name}", before),
-                ("image", camera.name, self.grid[0] * self.grid[1]),
-                ("special", f"after {camera.name}", after),
-            ]
+            opens_suffix = number >= len(cameras) - self.n_suffix_cameras
+            (of_suffix if opens_suffix else sizes).extend(
+                [
+                    ("special", f"before {camera.name}", before),
+                    ("image", camera.name, self.grid[0] * self.grid[1]),
+                    ("special", f"after {camera.name}", after),
+                ]
+            )
         sizes += [
             ("language", "language", self.n_text),
             ("state", "state", self.n_prefix_state),
             ("padding", "padding", self.n_prefix_padding),
+            *of_suffix,
             ("state", "state", self.n_suffix_state),
             ("action", "action", self.n_chunk),
         ]
@@ -168,6 +183,16 @@ _SMOLVLA: dict[str, Any] = {
     "prefix_only_layers": (1, 3),
 }
 
+_XVLA: dict[str, Any] = {
+    "padding": "left_top",
+    "n_empty_cameras": 0,
+    "state_in_prompt": False,
+    "grid": (4, 4),
+    "image_special": (1, 0),
+    "n_suffix_cameras": 1,
+    "n_queries": 17 + 5,
+}
+
 # Small episodes of every kind that a reader meets; `dataclasses.replace` changes a plan.
 FAMILIES: dict[str, SyntheticPlan] = {
     "pi05": _small(),
@@ -177,6 +202,7 @@ FAMILIES: dict[str, SyntheticPlan] = {
     "smolvla": _small(**_SMOLVLA),
     "smolvla with special tokens": _small(**_SMOLVLA, image_special=(2, 1)),
     "smolvla means only": _small(**_SMOLVLA, layers=(), prefix_layers=()),
+    "xvla": _small(**_XVLA),
     "without reward and success": _small(has_reward=False, has_success=False),
     "actions that are no token": _small(frames_without_query=(0, 4, 5, 10)),
     "pi0, actions that are no token": _small(**_PI0, frames_without_query=(0, 4, 5, 10)),

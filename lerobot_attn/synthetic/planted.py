@@ -73,8 +73,9 @@ def write_planted_episode(folder: str | Path, plan: SyntheticPlan | None = None,
 
     Of a camera's share three quarters lie on its planted patch, of the task's on the planted word; an action
     token's self-attention is all its own; of the template's tokens only begin-of-sequence is looked at. A
-    state token that opens the suffix attends as the first action does. In prefix attention, word w looks at
-    patch w of the first camera, each patch at the word of its own row, and everything else at itself.
+    token that stands before the actions in the suffix attends as the first action does. In prefix attention,
+    word w looks at patch w of the first camera, each patch at the word of its own row, and everything else at
+    itself.
 
     Args:
         folder: a run's folder; the store goes to `attention/{task_group}_{task_id}/episode_{index}.zarr`.
@@ -128,7 +129,7 @@ def _planted_row(
     query: int,
 ) -> NDArray[np.float32]:
     layout = plan.layout
-    frame = inference * plan.n_executed + max(0, query - plan.n_suffix_state)
+    frame = inference * plan.n_executed + max(0, query - plan.first_action_query)
     # A chunk's last actions may lie beyond the episode; what is planted is that of its last frame.
     of_frame = min(frame, plan.n_frames - 1)
     if plan.cut_prompt:  # the prompt is this inference's, also for actions that are never executed
@@ -169,7 +170,7 @@ def planted_prefix(plan: SyntheticPlan, prompt: Prompt) -> NDArray[np.float32]:
     for word, keys in zip(words, tokens, strict=True):
         rows[keys] = 0
         rows[keys, images[0].start + word] = 1
-    for segment in images[: len(plan.image_px)]:
+    for segment in images[: len(plan.image_px) - plan.n_suffix_cameras]:
         for patch in range(len(segment)):
             keys = tokens[patch // plan.grid[1] % len(words)]
             rows[segment.start + patch] = 0

@@ -57,7 +57,7 @@ def write_store(
         start = inference * plan.n_executed
         chunk = rng.standard_normal((plan.n_chunk, plan.n_actions), dtype=np.float32)
         by_query = np.full((plan.n_queries, plan.n_actions), np.nan, np.float32)
-        by_query[plan.n_suffix_state :] = chunk  # a state token yields no action
+        by_query[plan.first_action_query :] = chunk  # other tokens yield no action
         rows: dict[str, NDArray[Any]] = {
             "suffix_attention": found.full.astype(np.float16),
             "suffix_attention_mean": found.means.astype(np.float16),
@@ -154,7 +154,7 @@ def _frame_rows(plan: SyntheticPlan, start: int, chunk: NDArray[np.float32]) -> 
     is_token = ~np.isin(frames, plan.frames_without_query)
     rows: dict[str, NDArray[Any]] = {
         "frame_inference": np.full(n, start // plan.n_executed),
-        "frame_query": np.where(is_token, plan.n_suffix_state + np.arange(n), -1),
+        "frame_query": np.where(is_token, plan.first_action_query + np.arange(n), -1),
         # What is no token is a blend of two, as temporal ensembling makes it.
         "action": np.where(is_token[:, None], chunk[:n], (chunk[:n] + chunk[-1]) / 2),
         "state": np.sin(frames[:, None] / 20 + np.arange(plan.n_state)).astype(np.float32),

@@ -185,8 +185,8 @@ def _layout(episode: Episode) -> Check:
                 f"{short[camera.name]} has {len(segment)} keys, its grid "
                 f"{geometry.grid_rows} x {geometry.grid_columns}"
             )
-        # Cells of a convolution are centred on its strides: half a cell may lie beyond the last one. A resized
-        # image that does not begin half a cell in on both sides was cut into patches: it ends with its input.
+        # Cells of a convolution are centred on its strides: half a cell may lie beyond the last one. But a
+        # resized image that does not begin half a cell in was cut into patches: it ends with its input.
         is_resized = geometry.resized_height_px != geometry.height_px
         half = geometry.input_height_px / geometry.grid_rows / 2
         if is_resized and min(geometry.pad_top_px, geometry.pad_left_px) < int(half):
