@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 import time
+from dataclasses import replace
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -28,7 +29,7 @@ from test_store import frame_rows, inference_rows, make_writer, write_episode
 
 from lerobot_attn import analysis, open_episode
 from lerobot_attn.store.video import read_frames
-from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
+from lerobot_attn.synthetic import FAMILIES, SyntheticPlan, write_planted_episode, write_softmax_episode
 
 pytestmark = pytest.mark.browser
 
@@ -286,6 +287,22 @@ def test_the_page_shows_other_policies(pages, tmp_path, family):
         seek(page, 4)
         drawn(page, frame=4)
         assert "no token of a chunk" in page.locator("#actions").inner_text()
+
+
+def test_a_camera_that_the_words_have_not_seen_says_so(pages, tmp_path):
+    """X-VLA's further cameras enter with the actions: a word cannot have looked at them."""
+    write_planted_episode(tmp_path / "out", replace(FAMILIES["xvla"], videos=False))
+    unseen = "the language model has not seen it"
+    with pages.serving(tmp_path / "out") as address:
+        page = pages.open(f"{address}?episode={FIRST}&frame=1&layer=3")
+        captions = page.locator(".cameras figcaption")
+        assert unseen not in " ".join(captions.all_inner_texts())
+        page.locator("#words button.token", has_text="red").first.hover()
+        page.get_by_text("looks at in the prefix").wait_for()
+        image, wrist = captions.all_inner_texts()
+        assert unseen not in image
+        assert "% of all attention" in image
+        assert unseen in wrist
 
 
 def shown_share(text):
