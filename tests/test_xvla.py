@@ -26,6 +26,7 @@ from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 from lerobot_attn.policies.base import Site  # noqa: E402
+from lerobot_attn.store.video import read_frames  # noqa: E402
 from lerobot_attn.verify import verify_episode  # noqa: E402
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
@@ -497,6 +498,28 @@ def test_pictures_are_those_that_the_preprocessor_got(policy, preprocessor):
     batch = preprocessor(raw)
     for unknown in (raw[TOP], batch[TOP] * 3, raw[TOP] * 255):
         assert list(adapter_for(policy).camera_views({**batch, TOP: unknown})) == [WRIST]
+    # An observation's own pictures come without a prompt.
+    views = adapter_for(policy).camera_views({TOP: raw[TOP]})
+    assert (views[TOP] - raw[TOP].permute(0, 2, 3, 1) * 255).abs().max() <= 0.51
+
+
+def test_a_picture_that_may_not_have_been_normalised_is_the_observations(xvla_policy, tmp_path):
+    """Of plain grey the normalised values lie in [0, 1], where nobody can tell them from a picture's."""
+    policy, preprocessor, _ = xvla_policy()
+    with (
+        record_episodes(policy, tmp_path, AttentionConfig(layers=[-1]), fps=10) as recording,
+        recording.episode() as episode,
+    ):
+        raw = raw_observation(1)
+        for name in (TOP, WRIST):
+            raw[name].fill_(0.6)
+        with torch.inference_mode():
+            action = policy.select_action(preprocessor(raw))
+        assert not adapter_for(policy).camera_views(preprocessor(raw))
+        episode.step({name: raw[name][0] for name in (TOP, WRIST, "observation.state")}, action[0])
+    (found,) = open_run(tmp_path)
+    (frame,) = read_frames(found.videos[TOP])
+    assert np.abs(frame.astype(int) - 153).max() < 6
 
 
 def test_an_encoder_with_other_heads_has_no_prefix_maps(xvla_policy, batch):

@@ -53,6 +53,8 @@ _PROMPT = re.compile(
     r"(?P<before>(?:<pad>)*(?:<s>)?)(?P<task>.*?)(?P<after>(?:</s>)?(?:<pad>)*)\Z", re.DOTALL
 )
 
+_ROUNDING = 0.5 / 255  # of a picture whose normalisation was undone, maybe in bfloat16
+
 
 class XVLAAdapter:
     """Adapter of `XVLAPolicy` and policies derived from it."""
@@ -173,20 +175,22 @@ class XVLAAdapter:
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8.
 
-        LeRobot's preprocessor normalises images by ImageNet's mean and standard deviation, which is undone.
-        A camera whose values cannot come from that is left out, for its picture can no longer be told. So is
-        one whose values all lie in [0, 1], because it was most likely not normalised.
+        LeRobot's preprocessor normalises images by ImageNet's mean and standard deviation, which is undone in
+        a batch of the policy's. A camera whose values cannot come from that is left out, for its picture can
+        no longer be told. So is one whose values all lie in [0, 1], because most likely nobody normalised
+        it. Images without a prompt are an observation's own, and taken as they are.
         """
-        from lerobot.utils.constants import IMAGENET_STATS
+        from lerobot.utils.constants import IMAGENET_STATS, OBS_LANGUAGE_TOKENS
 
         views = {}
         for name in self._present_cameras(batch):
-            image = newest(batch[name])
-            mean, std = (image.new_tensor(IMAGENET_STATS[key]).view(3, 1, 1) for key in ("mean", "std"))
-            picture = image * std + mean
-            slack = 0.5 / 255
-            is_normalised = image.min() < 0 or image.max() > 1
-            if is_normalised and picture.min() >= -slack and picture.max() <= 1 + slack:
+            picture = newest(batch[name])
+            if OBS_LANGUAGE_TOKENS in batch:
+                if picture.min() >= 0 and picture.max() <= 1:
+                    continue
+                mean, std = (picture.new_tensor(IMAGENET_STATS[key]).view(3, 1, 1) for key in ("mean", "std"))
+                picture = picture * std + mean
+            if picture.min() > -_ROUNDING and picture.max() < 1 + _ROUNDING:
                 views[name] = as_uint8(picture).permute(0, 2, 3, 1)
         return views
 
