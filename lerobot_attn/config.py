@@ -33,6 +33,7 @@ class CaptureSettings:
     heads: list[int] | str = "all"
     mean_layers: list[int] | str = "auto"
     prefix_layers: list[int] | str = "none"
+    vision_layers: list[int] | str = "none"
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -41,15 +42,16 @@ class CaptureSettings:
         Raises:
             ConfigError: a value is out of its range or of the wrong type.
         """
-        for name in ("layers", "prefix_layers"):
+        for name in ("layers", "prefix_layers", "vision_layers"):
             _check_selection(self, name, words=("all", "none"))
         _check_selection(self, "mean_layers", words=("all", "none", "auto"))
         for name in ("denoise_steps", "heads"):
             _check_selection(self, name, words=("all",))
         # "auto" may still come to mean all layers, or none: `Selection.resolve` knows.
-        if self.layers == "none" and self.mean_layers == "none" and self.prefix_layers == "none":
+        names = ("layers", "mean_layers", "prefix_layers", "vision_layers")
+        if all(getattr(self, name) == "none" for name in names):
             raise ConfigError(
-                "nothing to capture: layers, mean_layers and prefix_layers are all 'none'; "
+                "nothing to capture: layers, mean_layers, prefix_layers and vision_layers are all 'none'; "
                 "expected at least one of them; set e.g. layers=[-1]"
             )
         _check_bool(self, "compiled")
@@ -133,6 +135,9 @@ class AttentionConfig(StorageSettings, CaptureSettings):
     mean_layers: list[int] | str = "auto"
     # Layers whose prefix self-attention (image, text and state tokens) is stored: a list, 'all' or 'none'.
     prefix_layers: list[int] | str = "none"
+    # Layers of the vision tower whose self-attention (patches of one camera) is stored, all its heads: a
+    # list, 'all' or 'none'.
+    vision_layers: list[int] | str = "none"
     # Keep a policy that is compiled (compile_model=true) compiled while it is recorded, maps and all.
     compiled: bool = False
 

@@ -120,7 +120,7 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
     stored, raw = episode.stored_bytes(), episode.raw_bytes()
     tolerance = episode.row_sum_tolerance() if episode.n_inferences else None
     coordinates = {}
-    for name in ("layer", "all_layer", "prefix_layer", "denoise_step", "head"):
+    for name in ("layer", "all_layer", "prefix_layer", "vision_layer", "denoise_step", "head"):
         is_stand_in = name == "denoise_step" and not denoises(episode.arrays)
         if episode.array_shape(name) is not None and not is_stand_in:
             coordinates[name] = _labels(episode, name)

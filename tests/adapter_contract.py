@@ -58,7 +58,7 @@ class Editor:
     def begin(self, inputs):
         pass
 
-    denoise_step = end = begin
+    denoise_step = camera = end = begin
 
     def abandon(self):
         pass
@@ -94,11 +94,16 @@ class AdapterContract:
     def config(self, **settings):
         return AttentionConfig(**self.settings, **settings)
 
+    def everything(self, policy):
+        """The settings that capture all there is, the vision tower's maps too where there is one."""
+        has_tower = adapter_for(policy).describe().n_vision_layers > 0
+        return self.config(layers="all", prefix_layers="all", vision_layers="all" if has_tower else "none")
+
     def test_is_an_adapter(self, policy):
         assert isinstance(adapter_for(policy), PolicyAdapter)
 
     def test_description_is_what_is_captured(self, policy, batch):
-        config = self.config(layers="all", prefix_layers="all")
+        config = self.everything(policy)
         with capture_attention(policy, config) as capture:
             self.act(policy, batch, 0)
         (record,) = capture.drain()
@@ -116,11 +121,33 @@ class AdapterContract:
         n_executed = sizes.n_decode_steps or sizes.n_action_steps
         assert record.executed_queries == slice(first, first + n_executed)
         maps = record.suffix_attention.nbytes + record.suffix_attention_mean.nbytes
-        assert capture.selection.bytes_per_inference(layout) == (maps + record.prefix_attention.nbytes) // 2
+        maps += record.prefix_attention.nbytes
+        if sizes.n_vision_layers:
+            cameras = [camera.name for camera in layout.cameras if not camera.is_empty]
+            assert record.vision_cameras == cameras
+            grid = record.vision_grid
+            patches = grid[0] * grid[1]
+            expected = (len(cameras), sizes.n_vision_layers, 2, sizes.n_vision_heads, patches, patches)
+            assert record.vision_attention.shape == expected
+            assert record.vision_attention.dtype == np.float16
+            assert np.isfinite(record.vision_attention).all()
+            maps += record.vision_attention.nbytes
+        else:
+            assert record.vision_attention is None
+        assert record.maps_bytes == maps // 2
+        assert record.of(0).maps_bytes == maps // 2
         sites = adapter.sites()
-        for stream, n_layers in (("expert", sizes.n_layers), ("vlm", sizes.n_prefix_layers)):
-            assert sorted(s.layer for s in sites if s[::2] == (stream, "attention")) == list(range(n_layers))
-        assert {info.n_heads for site, info in sites.items() if site.what == "attention"} == {sizes.n_heads}
+        towers = {
+            "expert": (sizes.n_layers, sizes.n_heads),
+            "vlm": (sizes.n_prefix_layers, sizes.n_heads),
+            "vision": (sizes.n_vision_layers, sizes.n_vision_heads),
+        }
+        for stream, (n_layers, n_heads) in towers.items():
+            of_stream = {
+                site.layer: info for site, info in sites.items() if site[::2] == (stream, "attention")
+            }
+            assert sorted(of_stream) == list(range(n_layers))
+            assert {info.n_heads for info in of_stream.values()} <= {n_heads}
         assert record.attention_dtype == ("bfloat16" if self.is_bfloat16 else "float32")
 
     def test_sizes_are_each_inferences_own(self, policy, batch, longer):
@@ -160,7 +187,7 @@ class AdapterContract:
             return value / value.sum(-1, keepdim=True)
 
         actions, _ = self.act(policy, batch, 7)
-        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
+        with capture_attention(policy, self.everything(policy)) as capture:
             self.act(policy, batch, 7)
         (before,) = capture.drain()
         editor = Editor(blocked)
@@ -175,6 +202,9 @@ class AdapterContract:
         assert not np.nan_to_num(after.suffix_attention[..., 0]).any()
         assert not after.suffix_attention_mean[..., 0].any()
         assert not after.prefix_attention[..., 0].any()
+        if before.vision_attention is not None:
+            assert before.vision_attention[..., 0].any()
+            assert not after.vision_attention[..., 0].any()
         again, _ = self.act(policy, batch, 7)
         assert torch.equal(actions, again), "the edit outlived its context"
 
@@ -221,7 +251,7 @@ class AdapterContract:
 
     def test_nothing_that_is_kept_carries_a_graph(self, policy, batch):
         """RTC's guidance runs the policy with gradients."""
-        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
+        with capture_attention(policy, self.everything(policy)) as capture:
             torch.manual_seed(0)
             policy.reset()
             with torch.enable_grad():
@@ -246,7 +276,7 @@ class AdapterContract:
     @contextmanager
     def edited(self, policy, editor):
         """Capture everything while an editor works at its sites; None where editing is duly refused."""
-        config = self.config(layers="all", prefix_layers="all")
+        config = self.everything(policy)
         editor.sites = editor.sites or list(adapter_for(policy).sites())
         watching = capture_attention(policy, config, probes=[(editor, editor.sites)])
         if self.can_edit:
@@ -258,7 +288,7 @@ class AdapterContract:
         yield None
 
     def test_rows_sum_to_one_and_masked_keys_are_zero(self, policy, batch):
-        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
+        with capture_attention(policy, self.everything(policy)) as capture:
             self.act(policy, batch, 0)
         (record,) = capture.drain()
         tolerance = 2**-11 + record.layout.n_keys * 2**-25 + (2**-8 if self.is_bfloat16 else 0)
@@ -280,6 +310,9 @@ class AdapterContract:
             assert not prefix[..., padding].any()
             assert not prefix[:, :, padding].any()
             assert np.abs(prefix[:, :, ~padding].sum(-1) - 1).max() <= tolerance
+        if record.vision_attention is not None:
+            tolerance += record.vision_attention.shape[-1] * 2**-25
+            assert np.abs(record.vision_attention.sum(-1, dtype=np.float32) - 1).max() <= tolerance
 
     def test_flow_time_goes_from_noise_to_action(self, policy, batch):
         with capture_attention(policy, self.config()) as capture:
@@ -293,7 +326,7 @@ class AdapterContract:
 
     def test_watching_changes_nothing(self, policy, batch):
         actions, random_state = self.act(policy, batch, 7, n=3)
-        with capture_attention(policy, self.config(layers="all", prefix_layers="all")):
+        with capture_attention(policy, self.everything(policy)):
             watched, watched_state = self.act(policy, batch, 7, n=3)
         assert torch.equal(actions, watched)
         assert torch.equal(random_state, watched_state)
@@ -301,7 +334,7 @@ class AdapterContract:
     def test_nothing_is_left_behind(self, policy, batch):
         self.act(policy, batch, 0)
         before = instance_state(policy)
-        with capture_attention(policy, self.config(layers="all", prefix_layers="all")):
+        with capture_attention(policy, self.everything(policy)):
             assert instance_state(policy) != before
             self.act(policy, batch, 0)
         policy.reset()
@@ -314,7 +347,7 @@ class AdapterContract:
         with (
             pytest.raises(RuntimeError, match="the policy broke"),
             break_policy(),
-            capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture,
+            capture_attention(policy, self.everything(policy)) as capture,
         ):
             self.act(policy, batch, 0)
         policy.reset()
@@ -329,11 +362,17 @@ class AdapterContract:
         assert len(capture.records) == 1
 
     def test_chosen_parts_are_the_same_as_of_everything(self, policy, batch):
-        with capture_attention(policy, self.config(layers="all", prefix_layers="all")) as capture:
+        with capture_attention(policy, self.everything(policy)) as capture:
             self.act(policy, batch, 3)
         (whole,) = capture.drain()
+        has_tower = whole.vision_attention is not None
         config = self.config(
-            layers=[-1], mean_layers=[0, 2], heads=[1], denoise_steps=[0, -1], prefix_layers=[-2]
+            layers=[-1],
+            mean_layers=[0, 2],
+            heads=[1],
+            denoise_steps=[0, -1],
+            prefix_layers=[-2],
+            vision_layers=[-1] if has_tower else "none",
         )
         with capture_attention(policy, config) as capture:
             self.act(policy, batch, 3)
@@ -344,6 +383,8 @@ class AdapterContract:
         np.testing.assert_array_equal(part.suffix_attention_mean, mean)
         np.testing.assert_array_equal(part.prefix_attention, whole.prefix_attention[-2:-1, :, 1:2])
         np.testing.assert_array_equal(part.flow_time, whole.flow_time[steps])
+        if has_tower:  # all heads of its own, whatever heads were chosen of the other towers
+            np.testing.assert_array_equal(part.vision_attention, whole.vision_attention[:, -1:])
 
     def test_mean_is_over_the_executed_actions(self, policy, batch):
         with capture_attention(policy, self.config(layers="all")) as capture:
@@ -356,6 +397,20 @@ class AdapterContract:
             rows = record.suffix_attention[:, :, env][..., queries[is_read[env, queries]], :]
             expected[:, :, env] = rows.astype(np.float32).mean(-2)
         np.testing.assert_allclose(record.suffix_attention_mean, expected, rtol=2**-9, atol=2**-23)
+
+    def test_vision_layers_that_do_not_exist_are_named(self, policy):
+        n_layers = adapter_for(policy).describe().n_vision_layers
+        if n_layers:
+            message = rf"vision_layer 99 does not exist: this policy has {n_layers}, expected 0 to"
+        else:
+            message = r"vision_layers: this policy \(\w+\) has no vision transformer .*expected 'none'"
+        for asked in ([99],) if n_layers else ([99], "all"):
+            with (
+                pytest.raises(ConfigError, match=message) as caught,
+                capture_attention(policy, self.config(layers=[-1], vision_layers=asked)),
+            ):
+                pass
+            assert "\n" not in str(caught.value)
 
     def test_paused_capture_records_nothing(self, policy, batch):
         with capture_attention(policy, self.config()) as capture:

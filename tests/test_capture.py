@@ -96,6 +96,7 @@ def test_max_records_keeps_the_newest(policy, batch):
         ({"denoise_steps": [3]}, "denoise step 3 does not exist: this policy has 3"),
         ({"mean_layers": [-5]}, "mean_layer -5 does not exist"),
         ({"prefix_layers": [9]}, "prefix_layer 9 does not exist"),
+        ({"vision_layers": "all"}, r"vision_layers: this policy \(scripted\) has no vision transformer"),
     ],
 )
 def test_what_the_policy_does_not_have(policy, settings, message):

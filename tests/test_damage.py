@@ -38,6 +38,7 @@ PLAN = SyntheticPlan(
     n_layers=3,
     layers=(1, 2),
     prefix_layers=(0, 2),
+    vision_layers=(1, 3),
     n_heads=1,
     grid=(2, 2),
     n_text=24,
@@ -48,6 +49,7 @@ PLAN = SyntheticPlan(
     image_px={CAMERA: (16, 16)},
 )
 N_CHUNKS_OF_A_SHARD = {"suffix_attention": 4, "suffix_attention_mean": 2, "prefix_attention": 2}
+N_CHUNKS_OF_A_SHARD["vision_attention"] = 2
 # What only episodes of other families, or of robots, hold.
 ABSENT = {
     *("prompt_truncated", "layer_sees_suffix", "all_layer_sees_suffix"),
@@ -78,7 +80,7 @@ def path(sound, copied):
 @pytest.fixture(scope="session")
 def long_episode(tmp_path_factory):
     """70 inferences of a frame each: tables of inferences have two chunks."""
-    plan = replace(PLAN, n_frames=70, n_executed=1, videos=False, prefix_layers=())
+    plan = replace(PLAN, n_frames=70, n_executed=1, videos=False, prefix_layers=(), vision_layers=())
     return write_planted_episode(tmp_path_factory.mktemp("long") / "run", plan)
 
 
@@ -216,6 +218,11 @@ def test_truncated_shard(path, sound_values, name, keep):
         ("suffix_attention", (1, 0, 1), "inference 1, denoise_step 0, layer 2 (chunk 1/0/1)"),
         ("suffix_attention_mean", (1, 1), "inference 1, denoise_step 1 (chunk 1/1)"),
         ("prefix_attention", (2, 1), "inference 2, prefix_layer 2 (chunk 2/1)"),
+        (
+            "vision_attention",
+            (1, 0, 1),
+            "inference 1, camera at position 0, vision_layer 3 (chunk 1/0/1)",
+        ),
     ],
 )
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])

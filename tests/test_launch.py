@@ -257,7 +257,7 @@ def test_without_hydra_the_app_says_what_is_missing(tmp_path):
 def test_presets_cost_what_they_say(preset):
     pytest.importorskip("torch")
     from lerobot_attn.capture import Selection
-    from lerobot_attn.layout import Segment, TokenLayout
+    from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
     from lerobot_attn.policies.base import PolicyDescription
 
     full_size = PolicyDescription(
@@ -268,14 +268,17 @@ def test_presets_cost_what_they_say(preset):
         n_denoise_steps=10,
         chunk_size=50,
         n_action_steps=10,
+        n_vision_layers=27,
+        n_vision_heads=16,
     )
     text = preset.read_text()
     assert text.startswith("# Question: ")
     said_mb = float(re.search(r"full size: ([\d.]+) MB an inference", text)[1])
     selection = Selection.resolve(AttentionConfig.from_yaml(preset), full_size)
     segments = (Segment("language", "prefix", 0, 968), Segment("action", "action", 968, 1018))
-    layout = TokenLayout(segments, 968, ())
-    assert said_mb == round(selection.bytes_per_inference(layout) / 1e6, 1)
+    geometry = ImageGeometry.letterbox((256, 256), (224, 224), (16, 16), padding="centred")
+    layout = TokenLayout(segments, 968, (Camera("image", geometry), Camera("image2", geometry)))
+    assert said_mb == round(selection.bytes_per_inference(layout, (16, 16)) / 1e6, 1)
 
 
 def test_the_presets_and_suites_are_there():
@@ -285,6 +288,7 @@ def test_the_presets_and_suites_are_there():
         "last_two",
         "summary",
         "with_prefix",
+        "with_vision",
     ]
     assert SUITES == ["libero_10", "libero_90", "libero_goal", "libero_object", "libero_spatial"]
 

@@ -78,7 +78,9 @@ def asynchronous(libero_ready, demo_checkpoint, tmp_path_factory):
     """LeRobot's default kind of environments, a batch that does not divide the episodes, and every option."""
     folder = tmp_path_factory.mktemp("asynchronous")
     settings = folder / "capture.yaml"
-    settings.write_text("layers: all\nprefix_layers: [-1]\ndenoise_steps: [0, -1]\nkeep_bits: 8\n")
+    settings.write_text(
+        "layers: all\nprefix_layers: [-1]\nvision_layers: [-1]\ndenoise_steps: [0, -1]\nkeep_bits: 8\n"
+    )
     log = lerobot_eval(
         demo_checkpoint,
         folder,
@@ -165,6 +167,7 @@ def test_asynchronous_batches(asynchronous):
     assert data.sizes["layer"] == data.sizes["all_layer"]
     assert data.denoise_step.values.tolist() == [0, 9]
     assert data.prefix_attention.shape[1:] == (1, 8, 968, 968)
+    assert data.vision_attention.shape[1:] == (2, 1, 4, 256, 256)
     # Two environments of a batch and two batches see different things.
     states = [episode.dataset.state.values for episode in run]
     assert all(np.abs(states[i] - states[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -320,8 +323,8 @@ def test_real_episodes_verify_and_every_picture_is_drawn(synchronous, asynchrono
         )
         assert count_frames(written.path) == N_STEPS
     for kind in KINDS:
-        if kind == "cross-modal":
-            with pytest.raises(SelectionError, match="prefix attention was not captured"):
+        if kind in ("cross-modal", "vision"):
+            with pytest.raises(SelectionError, match=r"(prefix|vision) attention was not captured"):
                 plot(first, kind)
         else:
             assert plot(first, kind).axes

@@ -19,7 +19,13 @@ from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
 from lerobot_attn.store.damage import find_damage
 from lerobot_attn.store.reader import open_episode, open_run
 from lerobot_attn.store.repair import repair
-from lerobot_attn.store.schema import ARRAYS, DIMENSIONS, SCHEMA_VERSION, schema_table
+from lerobot_attn.store.schema import (
+    ARRAYS,
+    DIMENSIONS,
+    SCHEMA_VERSION,
+    coordinates_of_patches,
+    schema_table,
+)
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
@@ -28,6 +34,11 @@ SIZES = {
     "layer": 2,
     "all_layer": 4,
     "prefix_layer": 1,
+    "camera": 1,
+    "vision_layer": 2,
+    "vision_head": 3,
+    "patch_query": 6,
+    "patch_key": 6,
     "head": 2,
     "query": 5,
     "key": 14,
@@ -62,6 +73,10 @@ def make_writer(path, compression=None, **attributes):
         "layer_sees_suffix": np.array([True, False]),
         "all_layer_sees_suffix": np.array([True, False, True, False]),
         "prefix_layer": np.array([17]),
+        "camera": np.array(["cam"], dtype=object),
+        "vision_layer": np.array([3, 11]),
+        "vision_head": np.arange(3),
+        **coordinates_of_patches((2, 3)),
         "head": np.array([1, 5]),
         "text_key": np.arange(4, 9),
         "key_camera": LAYOUT.key_camera(),
@@ -80,6 +95,7 @@ def make_writer(path, compression=None, **attributes):
             "suffix_attention",
             "suffix_attention_mean",
             "prefix_attention",
+            "vision_attention",
             "state",
             "reward",
             "success",
@@ -100,6 +116,7 @@ def inference_rows(rng, index):
         "suffix_attention": softmax_like(rng, 3, 2, 2, 5, 14),
         "suffix_attention_mean": softmax_like(rng, 3, 4, 2, 14),
         "prefix_attention": softmax_like(rng, 1, 2, 9, 9),
+        "vision_attention": softmax_like(rng, 1, 2, 3, 6, 6),
         "token_id": np.arange(5) + index,
         "token_text": np.array(["Task", ":", " pick", f" {index}", "é"], dtype=object),
         "text_word": np.array([-1, -1, 0, -1, -1]),
@@ -178,6 +195,8 @@ def test_every_array_is_as_the_schema_says(tmp_path):
     assert suffix.chunks == (1, 1, 1, 2, 5, 14)
     assert suffix.shards == (1, 3, 2, 2, 5, 14)
     assert group["suffix_attention_mean"].chunks == (1, 1, 4, 2, 14)
+    assert group["vision_attention"].chunks == (1, 1, 1, 3, 6, 6)
+    assert group["vision_attention"].shards == (1, 1, 2, 3, 6, 6)
 
 
 def test_only_codecs_that_other_languages_have(tmp_path):

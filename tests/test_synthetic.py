@@ -50,6 +50,7 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     assert episode.layout == plan.layout
     data = episode.arrays
     optional = {"suffix_attention": plan.layers, "prefix_attention": plan.prefix_layers}
+    optional |= {"vision_attention": plan.vision_layers}
     optional |= {"suffix_attention_mean": plan.has_means, "reward": plan.has_reward}
     optional |= {"success": plan.has_success, "prompt_truncated": plan.cut_prompt}
     missing = {name for name, is_there in optional.items() if not is_there}
@@ -59,6 +60,8 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     coordinates |= {"layer", "layer_sees_suffix"} if not plan.layers else set()
     coordinates |= {"all_layer", "all_layer_sees_suffix"} if not plan.has_means else set()
     coordinates |= {"prefix_layer"} if not plan.prefix_layers else set()
+    in_vision = {"camera", "vision_layer", "vision_head", "patch_row", "patch_column"}
+    coordinates |= in_vision if not plan.vision_layers else set()
     assert set(data.variables) == {spec.name for spec in ARRAYS} - missing - coordinates
     masked = data.key_kind.values == Kind.PADDING
     tolerance = episode.row_sum_tolerance()

@@ -6,6 +6,7 @@ Runs inside the policy's forward pass. Knows no policy family, no episode and no
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
@@ -30,10 +31,15 @@ from lerobot_attn.policies.base import (
     PolicyDescription,
     Site,
     SiteInfo,
+    Stream,
 )
 from lerobot_attn.prompt import PieceDecoder, label_text
 
 logger = logging.getLogger(__name__)
+
+# What the attention of each tower is called.
+_PARTS: dict[Stream, str] = {"vision": "vision", "vlm": "prefix", "expert": "suffix"}
+_PREFIX_PASS = "the prefix pass"
 
 
 class _Chosen(NamedTuple):
@@ -87,6 +93,7 @@ class Collector:
         self._layer_slot = {layer: i for i, layer in enumerate(selection.layers)}
         self._mean_slot = {layer: i for i, layer in enumerate(selection.mean_layers)}
         self._prefix_slot = {layer: i for i, layer in enumerate(selection.prefix_layers)}
+        self._vision_slot = {layer: i for i, layer in enumerate(selection.vision_layers)}
         self._step_slot = {step: i for i, step in enumerate(selection.denoise_steps)}
         self._sees_suffix = frozenset(
             site.layer for site in selection.sites if site.stream == "expert" and sites[site].keys != "prefix"
@@ -110,6 +117,7 @@ class Collector:
         layout, executed = inputs.layout, executed_queries(inputs.layout, self._policy)
         self._n_queries, self._n_keys, self._prefix_len = layout.n_queries, layout.n_keys, layout.prefix_len
         self._first_executed, self._stop_executed = executed.start, executed.stop
+        self._n_patches = 0 if inputs.vision_grid is None else math.prod(inputs.vision_grid)
         if not self.enabled:
             return
         with self._guard():
@@ -117,11 +125,20 @@ class Collector:
             self._suffix: Tensor | None = None
             self._suffix_mean: Tensor | None = None
             self._prefix: Tensor | None = None
+            self._vision: Tensor | None = None
+            shown = [camera.name for camera in layout.cameras if not camera.is_empty]
+            self._camera_slot = {name: i for i, name in enumerate(shown)}
+            self._camera: str | None = None
             self._flow_times: list[Tensor | float] = []
-            self._seen: set[tuple[Site, int]] = set()
+            self._seen: set[tuple[Site, str]] = set()
             self._dtypes: set[torch.dtype] = set()
             self._rows = DecodedRows(self._prefix_len, self._n_queries)
             self._inputs = inputs
+
+    def camera(self, name: str) -> None:
+        """Note that the vision tower starts on a camera's image."""
+        if self._inputs is not None:
+            self._camera = name
 
     def denoise_step(self, flow_time: Tensor | float) -> None:
         """Note that the next Euler step starts."""
@@ -134,7 +151,7 @@ class Collector:
             return
         with self._guard():
             if self._policy.n_decode_steps and site.stream == "expert":
-                self._check("suffix", site, value, 1, self._rows.n_keys(site))
+                self._check(site, value, 1, self._rows.n_keys(site))
                 self._rows.add(site, self._choose_heads(value.detach()))
                 return
             self._take(site, self.choose(site, len(self._flow_times) - 1, value.detach()))
@@ -145,13 +162,16 @@ class Collector:
         Raises:
             CaptureError: its shape is not the one that the layout says.
         """
+        if site.stream == "vision":
+            self._check(site, value, self._n_patches, self._n_patches)
+            return _Chosen(value, None, value.new_empty(0))
         if site.stream == "vlm":
-            self._check("prefix", site, value, self._prefix_len, self._prefix_len)
+            self._check(site, value, self._prefix_len, self._prefix_len)
             return _Chosen(self._choose_heads(value), None, value.new_empty(0))
         if denoise_step not in self._step_slot:
             return None
         n_keys = self._n_keys if site.layer in self._sees_suffix else self._prefix_len
-        self._check("suffix", site, value, self._n_queries, n_keys)
+        self._check(site, value, self._n_queries, n_keys)
         like = value.new_empty(0)
         value = self._choose_heads(value)
         mean = None
@@ -182,7 +202,7 @@ class Collector:
     def abandon(self) -> None:
         """Forget what was collected of an inference."""
         self._inputs = None
-        self._suffix = self._suffix_mean = self._prefix = None
+        self._suffix = self._suffix_mean = self._prefix = self._vision = None
 
     def fail(self, error: Exception) -> None:
         """Forget the inference and report the error.
@@ -232,10 +252,22 @@ class Collector:
         if chosen is None:
             return
         assert self._inputs is not None
+        if site.stream == "vision" and self._camera not in self._camera_slot:
+            return  # a camera that is missing: the policy looks at a blank image, and its tokens are masked
         self._dtypes.add(chosen.like.dtype)
+        if site.stream == "vision":
+            assert chosen.maps is not None
+            assert self._camera is not None
+            self._note(site, self._camera)
+            if self._vision is None:
+                shape = (len(self._camera_slot), len(self._vision_slot), *chosen.maps.shape)
+                self._vision = self._copies.allocate(shape, torch.float16, chosen.maps.device)
+            target = self._vision[self._camera_slot[self._camera], self._vision_slot[site.layer]]
+            self._copies.copy_into(target, chosen.maps)
+            return
         if site.stream == "vlm":
             assert chosen.maps is not None
-            self._note("prefix", site, 0)
+            self._note(site, _PREFIX_PASS)
             if self._prefix is None:
                 shape = (len(self._prefix_slot), *chosen.maps.shape)
                 self._prefix = self._copies.allocate(shape, torch.float16, chosen.maps.device)
@@ -244,7 +276,7 @@ class Collector:
             self._copies.copy_into(self._prefix[self._prefix_slot[site.layer]], chosen.maps * is_query)
             return
         step = len(self._flow_times) - 1
-        self._note("suffix", site, step)
+        self._note(site, f"denoise step {step}")
         slot, n_steps = self._step_slot[step], len(self._step_slot)
         if chosen.maps is not None:
             if self._suffix is None:
@@ -291,6 +323,8 @@ class Collector:
             _label=self._label,
             _decoded=decoded,
             _pieces=self._decoder.pieces,
+            vision_grid=inputs.vision_grid if self._vision_slot else None,
+            _vision=self._vision,
         )
         copies.seal()
         return record
@@ -309,22 +343,25 @@ class Collector:
         if n_seen < target.shape[-1]:
             target[..., n_seen:] = float("nan")
 
-    def _check(self, part: str, site: Site, weights: Tensor, n_queries: int, n_keys: int) -> None:
-        expected = (self._policy.n_heads, n_queries, n_keys)
-        if weights.ndim != 4 or tuple(weights.shape[1:]) != expected:
+    def _check(self, site: Site, weights: Tensor, n_queries: int, n_keys: int) -> None:
+        is_vision = site.stream == "vision"
+        n_heads = self._policy.n_vision_heads if is_vision else self._policy.n_heads
+        if weights.ndim != 4 or tuple(weights.shape[1:]) != (n_heads, n_queries, n_keys):
+            why = "cameras of several image sizes have no patches in common, or " if is_vision else ""
             raise CaptureError(
-                f"{part} attention of layer {site.layer} has shape {tuple(weights.shape)}, expected (batch, "
-                f"{self._policy.n_heads} heads, {n_queries} queries, {n_keys} keys); the policy's forward "
-                "pass is not the one that its adapter knows"
+                f"{_PARTS[site.stream]} attention of layer {site.layer} has shape {tuple(weights.shape)}, "
+                f"expected (batch, {n_heads} heads, {n_queries} queries, {n_keys} keys); {why}the policy's "
+                "forward pass is not the one that its adapter knows"
             )
 
-    def _note(self, part: str, site: Site, step: int) -> None:
-        if (site, step) in self._seen:
+    def _note(self, site: Site, when: str) -> None:
+        """Take note that a site's attention came, once in a denoise step or for a camera."""
+        if (site, when) in self._seen:
             raise CaptureError(
-                f"{part} attention of layer {site.layer} came twice in denoise step {step}, expected once; "
+                f"{_PARTS[site.stream]} attention of layer {site.layer} came twice in {when}, expected once; "
                 "the policy's forward pass is not the one that its adapter knows"
             )
-        self._seen.add((site, step))
+        self._seen.add((site, when))
 
     def _check_complete(self) -> None:
         n_steps = len(self._flow_times)
@@ -333,21 +370,26 @@ class Collector:
                 f"the inference ran {n_steps} denoise steps, expected {self._policy.n_steps}; "
                 "was num_steps passed to the policy? set it in the policy's config instead"
             )
-        expected = {
-            (site, step)
-            for site in self._selection.sites
-            for step in ([0] if site.stream == "vlm" else self._step_slot)
+        passes: dict[Stream, list[str]] = {
+            "vision": list(self._camera_slot),
+            "vlm": [_PREFIX_PASS],
+            "expert": [f"denoise step {step}" for step in self._step_slot],
         }
-        missing = sorted(
-            expected - self._seen, key=lambda pair: (pair[0].stream == "expert", pair[1], pair[0])
-        )
+        sites = self._selection.sites
+        expected = [
+            (site, when)
+            for stream, all_of_them in passes.items()
+            for when in all_of_them
+            for site in sites
+            if site.stream == stream
+        ]
+        missing = [pair for pair in expected if pair not in self._seen]
         if missing:
-            site, step = missing[0]
-            part = "prefix" if site.stream == "vlm" else "suffix"
+            site, when = missing[0]
             raise CaptureError(
-                f"{len(missing)} of {len(expected)} attention maps never came, the first of them {part} "
-                f"layer {site.layer} in denoise step {step}; the policy's forward pass is not the one that "
-                "its adapter knows"
+                f"{len(missing)} of {len(expected)} attention maps never came, the first of them "
+                f"{_PARTS[site.stream]} layer {site.layer} in {when}; the policy's forward pass is not the "
+                "one that its adapter knows"
             )
 
     def _label(self, token_ids: np.ndarray, mask: np.ndarray) -> LabelledPrompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +23,8 @@ from lerobot_attn.prompt import TextLabels
 class Selection:
     """Which indices of the live policy are captured; all ascending, none negative.
 
-    `heads` and `denoise_steps` apply to the full maps and to the means alike.
+    `heads` and `denoise_steps` apply to the full maps and to the means alike; the vision tower has heads of
+    its own.
     """
 
     layers: tuple[int, ...]
@@ -30,29 +32,40 @@ class Selection:
     prefix_layers: tuple[int, ...]
     heads: tuple[int, ...]
     denoise_steps: tuple[int, ...]
+    vision_layers: tuple[int, ...] = ()
+    vision_heads: tuple[int, ...] = ()  # all of them, where there are vision layers
 
     @classmethod
     def resolve(cls, config: AttentionConfig, policy: PolicyDescription) -> Selection:
         """Apply the settings to a policy; `mean_layers="auto"` means the layers of `layers`.
 
         Raises:
-            ConfigError: a layer, head or denoise step does not exist, or no layer is chosen.
+            ConfigError: a layer, head or denoise step does not exist, no layer is chosen, or vision layers of
+                a policy that has no vision transformer.
         """
         layers = config.layers
         if layers == AttentionConfig().layers == [-2, -1] and policy.n_layers == 1:
             layers = [-1]  # unless told otherwise the last two, of which there is but one
         chosen = layers if config.mean_layers == "auto" else config.mean_layers
+        if config.vision_layers != "none" and not policy.n_vision_layers:
+            raise ConfigError(
+                f"vision_layers: this policy ({policy.policy_type}) has no vision transformer that can be "
+                f"captured, got {config.vision_layers!r}, expected 'none'; leave the setting out"
+            )
+        vision_layers = resolve_indices("vision_layer", config.vision_layers, policy.n_vision_layers)
         selection = cls(
             layers=resolve_indices("layer", layers, policy.n_layers),
             mean_layers=resolve_indices("mean_layer", chosen, policy.n_layers),
             prefix_layers=resolve_indices("prefix_layer", config.prefix_layers, policy.n_prefix_layers),
             heads=resolve_indices("head", config.heads, policy.n_heads),
             denoise_steps=resolve_indices("denoise step", config.denoise_steps, policy.n_steps),
+            vision_layers=vision_layers,
+            vision_heads=tuple(range(policy.n_vision_heads)) if vision_layers else (),
         )
         if not selection.sites:
             raise ConfigError(
                 "nothing to capture: got layers='none' and no other layers, expected at least one of layers, "
-                "mean_layers and prefix_layers; set e.g. mean_layers='all'"
+                "mean_layers, prefix_layers and vision_layers; set e.g. mean_layers='all'"
             )
         return selection
 
@@ -60,14 +73,24 @@ class Selection:
     def sites(self) -> list[Site]:
         """The sites whose attention is needed."""
         expert = sorted({*self.layers, *self.mean_layers})
-        return [Site("expert", layer) for layer in expert] + [Site("vlm", i) for i in self.prefix_layers]
+        prefix = [Site("vlm", layer) for layer in self.prefix_layers]
+        vision = [Site("vision", layer) for layer in self.vision_layers]
+        return [Site("expert", layer) for layer in expert] + prefix + vision
 
-    def bytes_per_inference(self, layout: TokenLayout) -> int:
-        """Size in bytes of one environment's maps for one inference of this layout, float16, uncompressed."""
+    def bytes_per_inference(self, layout: TokenLayout, vision_grid: tuple[int, int] | None = None) -> int:
+        """Size in bytes of one environment's maps for one inference, float16, uncompressed.
+
+        Args:
+            layout: of the inference.
+            vision_grid: (rows, columns) of the vision tower's patches of an image, if there are any.
+        """
         suffix_rows = len(self.layers) * layout.n_queries + len(self.mean_layers)
         suffix = len(self.denoise_steps) * len(self.heads) * suffix_rows * layout.n_keys
         prefix = len(self.prefix_layers) * len(self.heads) * layout.prefix_len**2
-        return 2 * (suffix + prefix)
+        n_images = sum(not camera.is_empty for camera in layout.cameras)
+        n_patches = 0 if vision_grid is None else math.prod(vision_grid)
+        vision = n_images * len(self.vision_layers) * len(self.vision_heads) * n_patches**2
+        return 2 * (suffix + prefix + vision)
 
 
 class PromptLabels(NamedTuple):
@@ -109,6 +132,8 @@ class InferenceRecord:
     _label: Callable[[np.ndarray, np.ndarray], LabelledPrompt] = field(repr=False)
     _decoded: Tensor | None = field(repr=False, default=None)
     _pieces: Callable[[list[int]], list[str]] | None = field(repr=False, default=None)
+    vision_grid: tuple[int, int] | None = None  # (rows, columns) of the vision tower's patches of an image
+    _vision: Tensor | None = field(repr=False, default=None)
 
     @property
     def batch_size(self) -> int:
@@ -123,8 +148,14 @@ class InferenceRecord:
     @property
     def n_bytes(self) -> int:
         """Host memory that the arrays take."""
-        tensors = (self._suffix, self._suffix_mean, self._prefix, self._token_id, self._action_chunk)
+        maps = (self._suffix, self._suffix_mean, self._prefix, self._vision)
+        tensors = (*maps, self._token_id, self._action_chunk)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def maps_bytes(self) -> int:
+        """Size of one environment's maps before they are compressed."""
+        return self.selection.bytes_per_inference(self.layout, self.vision_grid)
 
     @property
     def suffix_attention(self) -> np.ndarray | None:
@@ -147,6 +178,20 @@ class InferenceRecord:
     def prefix_attention(self) -> np.ndarray | None:
         """(prefix_layer, batch, head, prefix_query, prefix_key), float16; rows of padding queries are 0."""
         return self._numpy(self._prefix)
+
+    @property
+    def vision_attention(self) -> np.ndarray | None:
+        """(camera, vision_layer, batch, vision_head, patch_query, patch_key), float16, rows sum to 1.
+
+        The cameras are `vision_cameras`; patches are numbered row by row from the top left of `vision_grid`.
+        None without vision layers.
+        """
+        return self._numpy(self._vision)
+
+    @property
+    def vision_cameras(self) -> list[str]:
+        """The cameras that showed an image, in the layout's order: those of `vision_attention`."""
+        return [camera.name for camera in self.layout.cameras if not camera.is_empty]
 
     @property
     def flow_time(self) -> np.ndarray:
@@ -237,6 +282,7 @@ class InferenceRecord:
             _suffix=cut(self._suffix, 2),
             _suffix_mean=cut(self._suffix_mean, 2),
             _prefix=cut(self._prefix, 1),
+            _vision=cut(self._vision, 2),
             _token_id=cut(self._token_id, 0),
             _key_mask=cut(self._key_mask, 0),
             _action_chunk=cut(self._action_chunk, 0),

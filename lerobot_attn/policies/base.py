@@ -27,8 +27,8 @@ class Site(NamedTuple):
     """A place in a layer where a value can be read and perhaps replaced, e.g. "expert.17.attention" as text.
 
     Attributes:
-        stream: the tower: "vision", "vlm" (runs once an inference, over the prefix) or "expert" (runs in
-            every denoise step, over the suffix).
+        stream: the tower: "vision" (runs once for each camera), "vlm" (runs once an
+            inference, over the prefix) or "expert" (runs in every denoise step, over the suffix).
         layer: the layer in that tower, from 0.
         what: its attention probabilities, its FFN neurons, or its residual stream.
     """
@@ -48,13 +48,14 @@ class SiteInfo:
     Attributes:
         n_heads: attention heads; None where the site is no attention.
         n_units: neurons or dimensions; None where the site is attention.
-        keys: which keys an attention site sees: those of the prefix alone, or the suffix's too.
+        keys: which keys an attention site sees: those of the prefix alone, or the suffix's too; or, in the
+            vision tower, the patches of one camera's "image".
         can_be_written: whether a probe's replacement is used. A compiled policy's sites are read only.
     """
 
     n_heads: int | None = None
     n_units: int | None = None
-    keys: Literal["prefix", "prefix+suffix"] = "prefix+suffix"
+    keys: Literal["prefix", "prefix+suffix", "image"] = "prefix+suffix"
     can_be_written: bool = True
 
 
@@ -78,6 +79,8 @@ class PolicyDescription:
     # Tokens that an autoregressive policy decodes at most; 0 of one that decodes none. They are its suffix,
     # and the chunk's actions are made of all of them together: none of them is an action.
     n_decode_steps: int = 0
+    n_vision_layers: int = 0  # layers of the vision tower; 0 of a policy without a vision transformer
+    n_vision_heads: int = 0  # its attention heads, of which the other towers may have more or fewer
 
     @property
     def n_steps(self) -> int:
@@ -114,12 +117,15 @@ class InferenceInputs:
         token_id: (batch, text) integer, the language tokens.
         key_mask: (batch, key) bool, True where the suffix may attend.
         decoded: what an autoregressive policy has decoded: one element when it has, before `end`.
+        vision_grid: (rows, columns) of the patches that the vision tower makes of an image, which may be
+            finer than the camera's tokens; None of a policy without a vision transformer.
     """
 
     layout: TokenLayout
     token_id: Tensor
     key_mask: Tensor
     decoded: list[DecodedTokens] = field(default_factory=list)
+    vision_grid: tuple[int, int] | None = None
 
 
 class ParsedPrompt(NamedTuple):
@@ -138,8 +144,9 @@ class ParsedPrompt(NamedTuple):
 class Probe(Protocol):
     """What an adapter calls while the policy runs: for each inference in this order.
 
-    `begin`, then `at` for the sites of the prefix pass, then for each denoise step `denoise_step` and `at`,
-    then `end`. If the policy raises, `abandon` comes instead of `end`.
+    `begin`; for each camera `camera` and `at`, of a probe that wants sites of the vision tower; `at` for the
+    sites of the prefix pass; then for each denoise step `denoise_step` and `at`; then `end`. If the policy
+    raises, `abandon` comes instead of `end`.
 
     An autoregressive policy has a single step, in which `at` comes once for each token that is read: one
     query, and the keys of the prefix, of the tokens before it and of itself.
@@ -151,6 +158,13 @@ class Probe(Protocol):
 
     def begin(self, inputs: InferenceInputs) -> None:
         """An inference starts."""
+
+    def camera(self, name: str) -> None:
+        """The vision tower starts on a camera's image: what comes from "vision" sites is of this camera.
+
+        Cameras come in the layout's order, missing ones too, in whose place the policy sees a blank image. A
+        probe that wants no "vision" site is never called so.
+        """
 
     def denoise_step(self, flow_time: Tensor | float) -> None:
         """The next Euler step starts; `flow_time` is its t, as a float or in every element of a tensor.
@@ -164,7 +178,8 @@ class Probe(Protocol):
         Args:
             site: which one.
             value: attention probabilities (batch, head, query, key), rows sum to 1. The queries and keys of
-                the "vlm" stream are the prefix's; those of the "expert" are the suffix's queries (the one
+                the "vision" stream are the patches of one camera's image, row by row from the top left; those
+                of the "vlm" stream are the prefix's; those of the "expert" are the suffix's queries (the one
                 that is read, of an autoregressive policy) and the keys that the layer sees.
 
         Returns:

@@ -22,9 +22,13 @@ class ProbeChain:
     def __init__(self, probes: Sequence[tuple[Probe, Iterable[Site]]]):
         self._probes = [probe for probe, _ in probes]
         self._wanting: dict[Site, list[Probe]] = {}
+        self._seeing_images: list[Probe] = []
         for probe, sites in probes:
-            for site in sites:
+            wanted = list(sites)
+            for site in wanted:
                 self._wanting.setdefault(site, []).append(probe)
+            if any(site.stream == "vision" for site in wanted):
+                self._seeing_images.append(probe)
         self.edits = any(probe.edits for probe in self._probes)
 
     @property
@@ -36,6 +40,11 @@ class ProbeChain:
         """Tell every probe."""
         for probe in self._probes:
             probe.begin(inputs)
+
+    def camera(self, name: str) -> None:
+        """Tell every probe that wants sites of the vision tower."""
+        for probe in self._seeing_images:
+            probe.camera(name)
 
     def denoise_step(self, flow_time: Tensor | float) -> None:
         """Tell every probe."""

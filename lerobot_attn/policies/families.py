@@ -30,13 +30,15 @@ class Row(NamedTuple):
 
 HEADINGS = ("policy type", "captured", "edited", "stays compiled", "why not")
 
+_VLA = "the action expert's, the language model's and the vision tower's attention"
+
 # Of those with an adapter.
 FAMILIES: dict[str, Family] = {
     "act": Family("the decoder's cross-attention, the encoder's self-attention", True, False),
-    "pi0": Family("the action expert's and the language model's attention", True, True),
-    "pi05": Family("the action expert's and the language model's attention", True, True),
+    "pi0": Family(_VLA, True, True),
+    "pi05": Family(_VLA, True, True),
     "pi0_fast": Family("each decoded token's attention, and that among the prefix", True, False),
-    "smolvla": Family("the action expert's and the language model's attention", True, True),
+    "smolvla": Family(_VLA, True, True),
     "xvla": Family("the soft-prompted transformer's and Florence-2's encoder's attention", True, False),
 }
 

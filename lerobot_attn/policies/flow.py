@@ -26,6 +26,7 @@ from lerobot_attn.policies.base import (
     SiteInfo,
 )
 from lerobot_attn.policies.taps import CompiledTap, check_sites, replaced_attribute
+from lerobot_attn.policies.vision import VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,12 @@ class FlowMatchingAdapter(ABC):
     Attributes:
         policy_types: the types as registered with LeRobot.
         predicts: the policy's method that turns a batch into an action chunk.
+        vision: the policy's vision tower, which it calls once for each camera.
     """
 
     policy_types: ClassVar[tuple[str, ...]] = ()
     predicts: ClassVar[str] = "predict_action_chunk"
+    vision: VisionTower
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -51,7 +54,7 @@ class FlowMatchingAdapter(ABC):
 
     @abstractmethod
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return every site that `observe` can hand over."""
+        """Return every site that `observe` can hand over, those of `vision` among them."""
 
     @abstractmethod
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -71,7 +74,10 @@ class FlowMatchingAdapter(ABC):
 
     @abstractmethod
     def _tap(self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]) -> None:
-        """Hand the sites' attention to the probe, or to the graph if there is one, until the stack closes."""
+        """Hand the sites' attention to the probe, or to the graph if there is one, until the stack closes.
+
+        Of every stream but "vision".
+        """
 
     @contextmanager
     def observe(self, probe: Probe, sites: Iterable[Site], *, compiled: bool) -> Iterator[None]:
@@ -96,6 +102,7 @@ class FlowMatchingAdapter(ABC):
         elif compiled:
             logger.warning("compiled=true changes nothing: the policy is not compiled (compile_model=false)")
         cameras: list[Camera] = []
+        started: list[str] = []  # the cameras that the vision tower has come to in this inference
         stepping: Probe | CompiledTap = graph or probe
 
         def observed_predict(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -117,7 +124,10 @@ class FlowMatchingAdapter(ABC):
             **kwargs: Any,
         ) -> Tensor:
             layout = self._layout(cameras, tokens.shape[1])
-            probe.begin(InferenceInputs(layout, tokens, key_mask(layout, img_masks, masks)))
+            started.clear()
+            grid = self.vision.grid(images)
+            mask = key_mask(layout, img_masks, masks)
+            probe.begin(InferenceInputs(layout, tokens, mask, vision_grid=grid))
             return sample_actions(images, img_masks, tokens, masks, *args, **kwargs)
 
         def observed_denoise_step(*args: Any, **kwargs: Any) -> Tensor:
@@ -131,7 +141,10 @@ class FlowMatchingAdapter(ABC):
                 (model, "denoise_step", observed_denoise_step),
             ):
                 stack.enter_context(replaced_attribute(owner, name, value))
-            self._tap(stack, probe, graph, sites)
+            self._tap(stack, probe, graph, [site for site in sites if site.stream != "vision"])
+            in_vision = [site for site in sites if site.stream == "vision"]
+            if in_vision:
+                self.vision.tap(stack, probe, graph, in_vision, cameras, started)
             yield
 
 

@@ -1,8 +1,9 @@
 """What Pi0, Pi0.5 and Pi0-FAST share: images and words through PaliGemma.
 
-The suffix of Pi0 and Pi0.5 goes through the action expert. Both towers call their attention modules, and both
-passes force eager attention, so the probabilities can be tapped inside these modules. How a family writes its
-prompt, and what opens its suffix, its own module says.
+PaliGemma's vision tower runs first, once for each camera. The suffix of Pi0 and Pi0.5 goes through the action
+expert. Both towers call their attention modules, and both passes force eager attention, so the probabilities
+can be tapped inside these modules. How a family writes its prompt, and what opens its suffix, its own module
+says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
 from lerobot_attn.policies.taps import CompiledTap, attention_tap, no_attention
+from lerobot_attn.policies.vision import VisionTower
 
 
 class PaliGemmaCameras:
@@ -72,6 +74,7 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
     def __init__(self, policy: Any):
         super().__init__(policy)
         towers = self.model.paligemma_with_expert
+        self.vision = VisionTower(towers.paligemma.model.vision_tower.vision_model)
         self._layers: dict[Stream, nn.ModuleList] = {
             "vlm": towers.paligemma.model.language_model.layers,
             "expert": towers.gemma_expert.model.layers,
@@ -91,10 +94,12 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
             n_action_steps=config.n_action_steps,
             random_weights=bool(getattr(config, "random_weights", False)),
             remark=str(getattr(config, "remark", "")),
+            n_vision_layers=self.vision.n_layers,
+            n_vision_heads=self.vision.n_heads,
         )
 
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return the attention of every layer of both towers."""
+        """Return the attention of every layer of the vision tower and of both towers."""
         towers = self.model.paligemma_with_expert
         n_heads: dict[Stream, int] = {
             "vlm": towers.paligemma.config.text_config.num_attention_heads,
@@ -106,7 +111,7 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
             )
             for stream, layers in self._layers.items()
             for layer in range(len(layers))
-        }
+        } | self.vision.sites()
 
     def _tap(self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]) -> None:
         for site in sites:

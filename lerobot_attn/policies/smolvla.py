@@ -23,6 +23,7 @@ from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, S
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, newest
 from lerobot_attn.policies.prompts import parse_task_line
 from lerobot_attn.policies.taps import CompiledTap, no_attention, replaced_attribute, tapped
+from lerobot_attn.policies.vision import VisionTower
 
 # With `add_image_special_tokens`, as `embed_prefix` writes them around each camera.
 _BEFORE_IMAGE, _AFTER_IMAGE = 2, 1
@@ -38,6 +39,7 @@ class SmolVLAAdapter(FlowMatchingAdapter):
     def __init__(self, policy: Any):
         super().__init__(policy)
         self._towers = self.model.vlm_with_expert
+        self.vision = VisionTower(self._towers.get_vlm_model().vision_model)
 
     def describe(self) -> PolicyDescription:
         """Return the sizes of the live policy."""
@@ -52,22 +54,31 @@ class SmolVLAAdapter(FlowMatchingAdapter):
             n_action_steps=config.n_action_steps,
             random_weights=bool(getattr(config, "random_weights", False)),
             remark=str(getattr(config, "remark", "")),
+            n_vision_layers=self.vision.n_layers,
+            n_vision_heads=self.vision.n_heads,
         )
 
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return the attention of every layer of both towers; what cross-attends sees the prefix alone."""
+        """Return the attention of every layer of the vision tower and of both towers.
+
+        What cross-attends sees the prefix alone.
+        """
         n_heads = self._towers.num_attention_heads
         vlm = {
             Site("vlm", layer): SiteInfo(n_heads=n_heads, keys="prefix")
             for layer in range(self._towers.num_vlm_layers)
         }
-        return vlm | {
-            Site("expert", layer): SiteInfo(
-                n_heads=n_heads,
-                keys="prefix" if self._cross_attends(layer * self._vlm_layers_each) else "prefix+suffix",
-            )
-            for layer in range(self._towers.num_expert_layers)
-        }
+        return (
+            self.vision.sites()
+            | vlm
+            | {
+                Site("expert", layer): SiteInfo(
+                    n_heads=n_heads,
+                    keys="prefix" if self._cross_attends(layer * self._vlm_layers_each) else "prefix+suffix",
+                )
+                for layer in range(self._towers.num_expert_layers)
+            }
+        )
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""

@@ -151,7 +151,7 @@ class GraphProbe(Protocol):
 
 
 class _Event(NamedTuple):
-    site: Site | None  # None: a denoise step starts
+    site: Site | None  # None: the vision tower starts on a camera, by its name, or a denoise step starts
     value: Any
 
 
@@ -194,7 +194,9 @@ class CompiledTap:
         if self._failure is not None:
             self._probe.fail(self._failure)
         for site, value in events:
-            if site is None:
+            if site is None and isinstance(value, str):
+                self._probe.camera(value)
+            elif site is None:
                 self._probe.denoise_step(value)
             elif self._chooser is not None:
                 self._chooser.take(site, value)
@@ -202,6 +204,11 @@ class CompiledTap:
                 self._probe.at(site, value)
         returned: Tensor = result
         return returned
+
+    def camera(self, name: str) -> None:
+        """Note inside the graph that the vision tower starts on a camera's image."""
+        if self._events is not None:
+            self._events.append(_Event(None, name))
 
     def denoise_step(self, flow_time: Tensor | float) -> None:
         """Note inside the graph that the next Euler step starts."""

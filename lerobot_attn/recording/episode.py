@@ -24,7 +24,7 @@ from lerobot_attn.layout import TokenLayout
 from lerobot_attn.recording.camera_videos import CameraVideos
 from lerobot_attn.recording.plan import Ending, EpisodePlan, EpisodeResult, Known
 from lerobot_attn.sizes import format_bytes
-from lerobot_attn.store.schema import coordinates_of
+from lerobot_attn.store.schema import coordinates_of, coordinates_of_patches
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 
 logger = logging.getLogger(__name__)
@@ -371,6 +371,7 @@ class EpisodeJob:
             ("suffix_attention", record.suffix_attention, 2),
             ("suffix_attention_mean", record.suffix_attention_mean, 2),
             ("prefix_attention", record.prefix_attention, 1),
+            ("vision_attention", record.vision_attention, 2),
         ):
             if maps is not None:
                 rows[name] = np.moveaxis(maps, axis, 0)[env]  # a view: all layers' maps take 150 MB
@@ -401,6 +402,14 @@ class EpisodeJob:
             **coordinates_of(layout),
             "action_dim": known.names.labels("action", sizes["action_dim"]),
         }
+        if selection.vision_layers and record.vision_grid is not None:
+            n_patches = math.prod(record.vision_grid)
+            sizes |= {"camera": len(record.vision_cameras), "vision_layer": len(selection.vision_layers)}
+            sizes |= {"vision_head": len(selection.vision_heads)}
+            sizes |= {"patch_query": n_patches, "patch_key": n_patches}
+            coordinates["camera"] = np.array(record.vision_cameras, dtype=object)
+            coordinates["vision_head"] = np.array(selection.vision_heads, np.int32)
+            coordinates |= coordinates_of_patches(record.vision_grid)
         optional = {
             name for name, has in (("reward", known.has_reward), ("success", known.has_success)) if has
         }
@@ -408,11 +417,12 @@ class EpisodeJob:
             ("suffix_attention", "layer", selection.layers),
             ("suffix_attention_mean", "all_layer", selection.mean_layers),
             ("prefix_attention", "prefix_layer", selection.prefix_layers),
+            ("vision_attention", "vision_layer", selection.vision_layers),
         ):
             if chosen:
                 optional.add(array)
                 coordinates[coordinate] = np.array(chosen, np.int32)
-                if coordinate != "prefix_layer" and not set(chosen) <= record.layers_seeing_suffix:
+                if coordinate in ("layer", "all_layer") and not set(chosen) <= record.layers_seeing_suffix:
                     sees = [layer in record.layers_seeing_suffix for layer in chosen]
                     coordinates[f"{coordinate}_sees_suffix"] = np.array(sees)
         optional |= known.more

@@ -25,12 +25,16 @@ logger = logging.getLogger(__name__)
 
 # What must be the same for episodes of two runs to be one run's.
 _POLICY = ("type", "path", "dtype")
-_CAPTURE = ("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "keep_bits")
+_CAPTURE = (
+    *("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "vision_layers"),
+    "keep_bits",
+)
 # Of which number of the policy a setting chooses.
 _COUNTS = {
     "layers": "n_layers",
     "mean_layers": "n_layers",
     "prefix_layers": "n_prefix_layers",
+    "vision_layers": "n_vision_layers",
     "heads": "n_heads",
     "denoise_steps": "n_denoise_steps",
 }
@@ -202,6 +206,8 @@ def _meant(name: str, settings: Mapping[str, Any], policy: Mapping[str, Any]) ->
         return None if value is None or value >= FLOAT16_MANTISSA_BITS else value
     if name == "mean_layers" and value == "auto":
         value = settings.get("layers")
+    if value == "none" or (name == "vision_layers" and value is None):  # of a store from before they could be
+        return ()
     count = policy.get(_COUNTS[name])
     if isinstance(count, int) and isinstance(value, list | str):
         with suppress(ConfigError, TypeError):

@@ -278,7 +278,7 @@ class LoopRecording(EpisodeSeries):
             )
 
     def _on_record(self, record: InferenceRecord) -> None:
-        self._tell_size(record.layout)
+        self._tell_size(record.maps_bytes)
         if not self._open:
             return  # it ended after its episode, on a thread of its own
         if record.batch_size != len(self._open):

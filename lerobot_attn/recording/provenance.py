@@ -47,6 +47,11 @@ def policy_facts(sizes: PolicyDescription) -> dict[str, Any]:
         "remark": sizes.remark,
         **({"reads_last_prefix_layer": True} if sizes.reads_last_prefix_layer else {}),
         **({"n_decode_steps": sizes.n_decode_steps} if sizes.n_decode_steps else {}),
+        **(
+            {"n_vision_layers": sizes.n_vision_layers, "n_vision_heads": sizes.n_vision_heads}
+            if sizes.n_vision_layers
+            else {}
+        ),
     }
 
 

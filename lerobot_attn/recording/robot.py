@@ -158,7 +158,7 @@ class RobotRecording(EpisodeSeries):
         """The policy ran, and this was captured of it."""
         with self._lock:
             self._record = record
-            self._tell_size(record.layout)
+            self._tell_size(record.maps_bytes)
 
     def on_failure(self, error: Exception) -> None:
         """The policy ran, and nothing could be captured of it."""

@@ -22,7 +22,6 @@ import numpy as np
 from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
-from lerobot_attn.layout import TokenLayout
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.beside import explorer_beside
@@ -204,13 +203,12 @@ class RunRecorder:
     def _on_record(self, record: InferenceRecord) -> None:
         """Say what the run will take, once its first inference tells how many tokens there are."""
         if self._n_unsized:
-            self._tell_size(self._running_task, self._n_unsized, record.layout)
+            self._tell_size(self._running_task, self._n_unsized, record.maps_bytes)
             self._n_unsized = 0
         self._current_recorder().on_inference(record)
 
-    def _tell_size(self, task: TaskPlan, n_episodes: int, layout: TokenLayout) -> None:
+    def _tell_size(self, task: TaskPlan, n_episodes: int, inference_bytes: int) -> None:
         """Say once what an episode takes, and before each rollout if the disk has too little room for it."""
-        inference_bytes = self._open_capture.selection.bytes_per_inference(layout)
         n_inferences = math.ceil(task.max_steps / self._open_capture.policy.n_action_steps)
         episode_bytes = n_inferences * inference_bytes
         if not self._size_told:

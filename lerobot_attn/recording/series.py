@@ -14,7 +14,6 @@ from typing import Any
 from lerobot_attn.capture import AttentionCapture
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError, ConfigError
-from lerobot_attn.layout import TokenLayout
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.folder import RunFolder
 from lerobot_attn.recording.handle import EpisodeHandle
@@ -120,7 +119,7 @@ class EpisodeSeries:
         }
         return EpisodePlan(index=index, path=path, fps=self._fps, attributes=said)
 
-    def _tell_size(self, layout: TokenLayout) -> None:
+    def _tell_size(self, inference_bytes: int) -> None:
         """Say once what an inference takes, when the first one tells how many tokens there are."""
         if self._size_told:
             return
@@ -128,6 +127,6 @@ class EpisodeSeries:
         logger.info(
             "Attention goes to %s: about %s an inference before compression; %s free",
             self.folder,
-            format_bytes(self._capture.selection.bytes_per_inference(layout)),
+            format_bytes(inference_bytes),
             format_bytes(shutil.disk_usage(self.folder).free),
         )

@@ -242,16 +242,19 @@ class Episode:
         """Return the size of the maps before compression, bytes."""
         return self._header.raw_bytes()
 
-    def row_sum_tolerance(self) -> float:
+    def row_sum_tolerance(self, n_keys: int | None = None) -> float:
         """Return how far from 1 a row of attention may sum, by the roundings that it went through.
 
         The policy hands its softmax over in some dtype (relative error 2^-8 for bfloat16, 2^-11 for float16):
         the store's `attention_dtype`, in older stores the policy's own. It is then rounded to float16 (2^-11,
         and 2^-25 absolute for tiny values), and to `keep_bits` mantissa bits if that was chosen. The sum is
         over the keys that the layer can see.
+
+        Args:
+            n_keys: keys of a row; by default those of the token layout.
         """
         keep_bits = self.attributes.get("capture", {}).get("keep_bits")
-        tolerance = 2**-11 + self.layout.n_keys * 2**-25
+        tolerance = 2**-11 + (self.layout.n_keys if n_keys is None else n_keys) * 2**-25
         dtype = self.attributes.get("attention_dtype", self.attributes.get("policy", {}).get("dtype"))
         tolerance += _ROUNDING.get(dtype, 0.0) if isinstance(dtype, str) else 0.0
         if type(keep_bits) is int and 0 <= keep_bits <= 10:

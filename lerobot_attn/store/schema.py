@@ -27,6 +27,11 @@ DIMENSIONS: dict[str, str] = {
     "all_layer": "layers whose means are stored",
     "prefix_layer": "layers whose prefix self-attention is stored",
     "head": "attention heads that are stored",
+    "camera": "cameras that showed the policy an image, by name; only with `vision_attention`",
+    "vision_layer": "layers of the vision tower whose self-attention is stored",
+    "vision_head": "attention heads of the vision tower",
+    "patch_query": "patches of a camera's image in the vision tower, attending; row by row from the top left",
+    "patch_key": "the same patches, attended",
     "query": "suffix tokens, the attending ones; query i is key prefix_len + i",
     "key": "prefix and suffix tokens, the attended ones",
     "prefix_query": "prefix tokens, attending",
@@ -81,12 +86,9 @@ class ArraySpec:
         """Return the chunk shape: a map with its heads for sharded arrays, a run of rows for small ones."""
         if self.sharded:
             whole = {"head", "query", "key", "prefix_query", "prefix_key"}
-            if "query" not in self.dims and "prefix_query" not in self.dims:
-                whole = {
-                    "all_layer",
-                    "head",
-                    "key",
-                }  # means: all layers of a denoise step are looked at together
+            whole |= {"vision_head", "patch_query", "patch_key"}
+            if "all_layer" in self.dims:  # means: all layers of a denoise step are looked at together
+                whole.add("all_layer")
             return tuple(max(1, sizes[dim]) if dim in whole else 1 for dim in self.dims)
         rows = {"inference": ROWS_PER_CHUNK, "frame": FRAMES_PER_CHUNK}.get(self.dims[0])
         return tuple(max(1, n) for n in (self.shape(sizes, rows) if rows else self.shape(sizes)))
@@ -118,6 +120,7 @@ class ArraySpec:
 
 _MAPS = ("inference", "denoise_step", "layer", "head", "query", "key")
 _PREFIX_MAPS = ("inference", "prefix_layer", "head", "prefix_query", "prefix_key")
+_VISION_MAPS = ("inference", "camera", "vision_layer", "vision_head", "patch_query", "patch_key")
 NAN = float("nan")
 
 ARRAYS: tuple[ArraySpec, ...] = (
@@ -146,6 +149,15 @@ ARRAYS: tuple[ArraySpec, ...] = (
         _PREFIX_MAPS,
         "float16",
         "attention probability among prefix tokens; rows sum to 1, rows of padding queries are 0",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "vision_attention",
+        _VISION_MAPS,
+        "float16",
+        "attention probability among the patches of a camera's image in the vision tower; rows sum to 1",
         sharded=True,
         optional=True,
         fill_value=NAN,
@@ -303,6 +315,32 @@ ARRAYS: tuple[ArraySpec, ...] = (
     ),
     ArraySpec("prefix_layer", ("prefix_layer",), "int32", "layer of the language model", coordinate=True),
     ArraySpec("head", ("head",), "int32", "attention head", coordinate=True),
+    ArraySpec(
+        "camera",
+        ("camera",),
+        "string",
+        "camera that showed the policy an image",
+        coordinate=True,
+        fill_value="",
+    ),
+    ArraySpec("vision_layer", ("vision_layer",), "int32", "layer of the vision tower", coordinate=True),
+    ArraySpec(
+        "vision_head", ("vision_head",), "int32", "attention head of the vision tower", coordinate=True
+    ),
+    ArraySpec(
+        "patch_row",
+        ("patch_key",),
+        "int16",
+        "row of each patch of the vision tower, 0 is the top of what the policy saw",
+        coordinate=True,
+    ),
+    ArraySpec(
+        "patch_column",
+        ("patch_key",),
+        "int16",
+        "column of each patch of the vision tower, 0 is the left of what the policy saw",
+        coordinate=True,
+    ),
     ArraySpec("text_key", ("text",), "int32", "key index of each language slot", coordinate=True),
     ArraySpec(
         "key_camera",
@@ -353,6 +391,12 @@ def coordinates_of(layout: TokenLayout) -> dict[str, NDArray[np.integer[Any]]]:
         "key_row": rows,
         "key_column": columns,
     }
+
+
+def coordinates_of_patches(grid: tuple[int, int]) -> dict[str, NDArray[np.integer[Any]]]:
+    """Return where the vision tower's patches lie in its grid of (rows, columns): array name → values."""
+    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    return {"patch_row": rows.astype(np.int16), "patch_column": columns.astype(np.int16)}
 
 
 def schema_table() -> str:

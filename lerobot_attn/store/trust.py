@@ -22,8 +22,9 @@ _DATA_TYPES = frozenset(
     {"bool", "string", "float16", "float32", "float64", "complex64", "complex128"}
     | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 )
-# Pi0.5's largest map of one inference is 135 million values, its largest table half a million in an episode.
-_MAX_MAP_VALUES = 2**28
+# Pi0.5's largest maps of one inference are 135 million values, those of SmolVLA's vision tower (1024 patches,
+# 12 heads, 12 layers, three cameras) 453 million; the largest table is half a million in an episode.
+_MAX_MAP_VALUES = 2**30
 _MAX_TABLE_VALUES = 2**24
 _OBJECTS = ("capture", "layout", "policy", "videos")  # attributes that are JSON objects, where they are there
 

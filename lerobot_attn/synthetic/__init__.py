@@ -8,7 +8,13 @@ No policy runs: what these stores hold was made up, and each says so in its `pol
 """
 
 from lerobot_attn.synthetic.plan import FAMILIES, SyntheticPlan
-from lerobot_attn.synthetic.planted import planted_patch, planted_shares, planted_word, write_planted_episode
+from lerobot_attn.synthetic.planted import (
+    planted_partner,
+    planted_patch,
+    planted_shares,
+    planted_word,
+    write_planted_episode,
+)
 from lerobot_attn.synthetic.softmax import write_softmax_episode
 from lerobot_attn.synthetic.store import camera_frames
 
@@ -16,6 +22,7 @@ __all__ = [
     "FAMILIES",
     "SyntheticPlan",
     "camera_frames",
+    "planted_partner",
     "planted_patch",
     "planted_shares",
     "planted_word",

@@ -33,6 +33,10 @@ class SyntheticPlan:
     n_layers: int = 4
     layers: tuple[int, ...] = (2, 3)  # whose full maps are stored; none: the array is left out
     prefix_layers: tuple[int, ...] = ()
+    vision_layers: tuple[int, ...] = ()
+    n_vision_layers: int = 4
+    n_vision_heads: int = 3
+    vision_grid: tuple[int, int] | None = None  # patches of the vision tower; by default as many as tokens
     has_means: bool = True  # whether the means over the executed actions are stored
     n_heads: int = 2
     image_px: Mapping[str, tuple[int, int]] = field(default_factory=_two_cameras)  # camera → (height, width)
@@ -88,6 +92,10 @@ class SyntheticPlan:
             "n_executed": (1 <= self.n_executed <= most, most_text),
             "layers": ({*self.layers} <= {*every_layer}, f"0 to {self.n_layers - 1}"),
             "prefix_only_layers": ({*self.prefix_only_layers} <= {*every_layer}, f"0 to {self.n_layers - 1}"),
+            "vision_layers": (
+                {*self.vision_layers} <= {*range(self.n_vision_layers)},
+                f"0 to {self.n_vision_layers - 1}",
+            ),
             "has_means": (self.has_means or bool(self.layers), "True, or layers whose full maps are stored"),
         }
         for name, (is_fine, expected) in rules.items():
@@ -126,6 +134,11 @@ class SyntheticPlan:
     def n_chunk(self) -> int:
         """Actions of a chunk: the suffix's tokens without those before them."""
         return self.n_queries - self.first_action_query
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Rows and columns of the vision tower's patches of an image."""
+        return self.grid if self.vision_grid is None else self.vision_grid
 
     @property
     def executed_queries(self) -> slice:
@@ -170,7 +183,9 @@ class SyntheticPlan:
 
 
 def _small(**changes: Any) -> SyntheticPlan:
-    return SyntheticPlan(**{"grid": (8, 8), "layers": (0, 1, 2, 3), "prefix_layers": (0, 1, 2, 3), **changes})
+    every = (0, 1, 2, 3)
+    maps: dict[str, Any] = {"layers": every, "prefix_layers": every, "vision_layers": (0, 1)}
+    return SyntheticPlan(**{"grid": (8, 8), **maps, **changes})
 
 
 _PI0: dict[str, Any] = {"n_suffix_state": 1, "n_queries": 6, "state_in_prompt": False}
@@ -181,6 +196,7 @@ _SMOLVLA: dict[str, Any] = {
     "n_prefix_state": 1,
     "n_prefix_padding": 3,
     "prefix_only_layers": (1, 3),
+    "vision_grid": (16, 16),  # four patches a token
 }
 
 _XVLA: dict[str, Any] = {
@@ -201,11 +217,11 @@ FAMILIES: dict[str, SyntheticPlan] = {
     "pi0 without means": _small(**_PI0, has_means=False),
     "smolvla": _small(**_SMOLVLA),
     "smolvla with special tokens": _small(**_SMOLVLA, image_special=(2, 1)),
-    "smolvla means only": _small(**_SMOLVLA, layers=(), prefix_layers=()),
-    "xvla": _small(**_XVLA),
+    "smolvla means only": _small(**_SMOLVLA, layers=(), prefix_layers=(), vision_layers=()),
+    "xvla": _small(**_XVLA, vision_layers=()),
     "without reward and success": _small(has_reward=False, has_success=False),
     "actions that are no token": _small(frames_without_query=(0, 4, 5, 10)),
     "pi0, actions that are no token": _small(**_PI0, frames_without_query=(0, 4, 5, 10)),
     "truncated prompt": _small(n_text=14, cut_prompt=True),
-    "few layers": _small(layers=(1,), prefix_layers=(2,), has_means=False),
+    "few layers": _small(layers=(1,), prefix_layers=(2,), vision_layers=(), has_means=False),
 }

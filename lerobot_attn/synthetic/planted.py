@@ -31,6 +31,18 @@ def planted_patch(
     return geometry.patch_at(y, x)
 
 
+def planted_partner(
+    plan: SyntheticPlan, patch: tuple[int, int], *, inference: int, camera: int, layer: int, head: int
+) -> tuple[int, int]:
+    """Return the (row, column) of the one patch that a patch attends to inside the vision tower.
+
+    It lies below and to the right, over the edges: another for each camera, layer, head and inference. Unless
+    the grid is small, a patch is not its partner's partner: whoever takes queries for keys finds another.
+    """
+    rows, columns = plan.patches
+    return (patch[0] + 1 + inference + layer) % rows, (patch[1] + 2 + 2 * camera + 3 * head) % columns
+
+
 def planted_word(plan: SyntheticPlan, frame: int) -> int:
     """Return which word of the task gets most of the task's attention at a frame, of those not cut off."""
     words = list(range(len(plan.task.split())))
@@ -75,7 +87,7 @@ def write_planted_episode(folder: str | Path, plan: SyntheticPlan | None = None,
     token's self-attention is all its own; of the template's tokens only begin-of-sequence is looked at. A
     token that stands before the actions in the suffix attends as the first action does. In prefix attention,
     word w looks at patch w of the first camera, each patch at the word of its own row, and everything else at
-    itself.
+    itself. In the vision tower three quarters of a patch's attention lie on its `planted_partner`.
 
     Args:
         folder: a run's folder; the store goes to `attention/{task_group}_{task_id}/episode_{index}.zarr`.
@@ -98,7 +110,9 @@ def write_planted_episode(folder: str | Path, plan: SyntheticPlan | None = None,
             )
         full[:, list(plan.prefix_only_layers), :, :, layout.prefix_len :] = np.nan
         prefix = planted_prefix(plan, prompt) if plan.prefix_layers else None
-        return Maps(full[:, list(plan.layers)], full[..., plan.executed_queries, :].mean(axis=3), prefix)
+        vision = planted_vision(plan, inference) if plan.vision_layers else None
+        means = full[..., plan.executed_queries, :].mean(axis=3)
+        return Maps(full[:, list(plan.layers)], means, prefix, vision)
 
     return write_store(Path(folder), plan, maps, attributes)
 
@@ -158,6 +172,21 @@ def _planted_row(
     if sees_suffix:
         row[layout.prefix_len + query] += shares["action"]
     return row
+
+
+def planted_vision(plan: SyntheticPlan, inference: int) -> NDArray[np.float32]:
+    """Return (camera, vision_layer, vision_head, patch_query, patch_key), as `planted_partner` says."""
+    rows, columns = plan.patches
+    n = rows * columns
+    sizes = len(plan.image_px), len(plan.vision_layers), plan.n_vision_heads
+    maps = np.full((*sizes, n, n), (1 - _PATCH_SHARE) / max(1, n - 1), np.float32)
+    for camera, position, head, patch in np.ndindex(*sizes, n):
+        layer = plan.vision_layers[position]
+        row, column = planted_partner(
+            plan, divmod(patch, columns), inference=inference, camera=camera, layer=layer, head=head
+        )
+        maps[camera, position, head, patch, row * columns + column] = _PATCH_SHARE
+    return maps
 
 
 def planted_prefix(plan: SyntheticPlan, prompt: Prompt) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lerobot_attn.synthetic.plan import SyntheticPlan
-from lerobot_attn.synthetic.planted import planted_prefix
+from lerobot_attn.synthetic.planted import planted_prefix, planted_vision
 from lerobot_attn.synthetic.prompts import Prompt, masked_keys
 from lerobot_attn.synthetic.store import Maps, write_store
 
@@ -63,6 +63,8 @@ def write_softmax_episode(folder: str | Path, plan: SyntheticPlan | None = None,
         every = list(range(plan.n_layers))
         executed = [rows([layer], first, first + plan.n_executed).mean(axis=3) for layer in every]
         prefix = planted_prefix(plan, prompt) if plan.prefix_layers else None
-        return Maps(rows(list(plan.layers), 0, plan.n_queries), np.concatenate(executed, axis=1), prefix)
+        vision = planted_vision(plan, inference) if plan.vision_layers else None
+        means = np.concatenate(executed, axis=1)
+        return Maps(rows(list(plan.layers), 0, plan.n_queries), means, prefix, vision)
 
     return write_store(Path(folder), plan, maps, attributes)

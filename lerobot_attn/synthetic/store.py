@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lerobot_attn.store.schema import EPISODE_SUFFIX, coordinates_of
+from lerobot_attn.store.schema import EPISODE_SUFFIX, coordinates_of, coordinates_of_patches
 from lerobot_attn.store.video import Frame, VideoWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 from lerobot_attn.synthetic.plan import SyntheticPlan
@@ -22,6 +22,7 @@ class Maps(NamedTuple):
     full: NDArray[np.float32]  # (denoise_step, layer, head, query, key)
     means: NDArray[np.float32]  # (denoise_step, all_layer, head, key), over the executed actions
     prefix: NDArray[np.float32] | None  # (prefix_layer, head, prefix_query, prefix_key)
+    vision: NDArray[np.float32] | None = None  # (camera, vision_layer, vision_head, patch_query, patch_key)
 
 
 def write_store(
@@ -37,6 +38,7 @@ def write_store(
         "suffix_attention": bool(plan.layers),
         "suffix_attention_mean": plan.has_means,
         "prefix_attention": bool(plan.prefix_layers),
+        "vision_attention": bool(plan.vision_layers),
         "state": True,
         "reward": plan.has_reward,
         "success": plan.has_success,
@@ -72,6 +74,8 @@ def write_store(
         }
         if found.prefix is not None:
             rows["prefix_attention"] = found.prefix.astype(np.float16)
+        if found.vision is not None:
+            rows["vision_attention"] = found.vision.astype(np.float16)
         writer.append_inference({name: row for name, row in rows.items() if present.get(name, True)})
         writer.append_frames(_frame_rows(plan, start, chunk))
         writer.commit()
@@ -91,6 +95,11 @@ def _sizes(plan: SyntheticPlan) -> dict[str, int]:
         "all_layer": plan.n_layers,
         "prefix_layer": len(plan.prefix_layers),
         "head": plan.n_heads,
+        "camera": len(plan.image_px),
+        "vision_layer": len(plan.vision_layers),
+        "vision_head": plan.n_vision_heads,
+        "patch_query": plan.patches[0] * plan.patches[1],
+        "patch_key": plan.patches[0] * plan.patches[1],
         "query": plan.n_queries,
         "key": layout.n_keys,
         "prefix_query": layout.prefix_len,
@@ -109,6 +118,10 @@ def _coordinates(plan: SyntheticPlan) -> dict[str, NDArray[Any]]:
         "all_layer": np.arange(plan.n_layers),
         "prefix_layer": np.array(plan.prefix_layers, int),
         "head": np.arange(plan.n_heads),
+        "camera": np.array(list(plan.image_px), dtype=object),
+        "vision_layer": np.array(plan.vision_layers, int),
+        "vision_head": np.arange(plan.n_vision_heads),
+        **coordinates_of_patches(plan.patches),
         **coordinates_of(plan.layout),
         "action_dim": np.array([f"action_{i}" for i in range(plan.n_actions)], dtype=object),
         "state_dim": np.array([f"joint_{i}" for i in range(plan.n_state)], dtype=object),
@@ -119,6 +132,8 @@ def _coordinates(plan: SyntheticPlan) -> dict[str, NDArray[Any]]:
     unused = {"layer", "layer_sees_suffix"} if not plan.layers else set()
     unused |= {"all_layer", "all_layer_sees_suffix"} if not plan.has_means else set()
     unused |= {"prefix_layer"} if not plan.prefix_layers else set()
+    in_vision = {"camera", "vision_layer", "vision_head", "patch_row", "patch_column"}
+    unused |= in_vision if not plan.vision_layers else set()
     return {name: values for name, values in coordinates.items() if name not in unused}
 
 
@@ -142,6 +157,11 @@ def _attributes(plan: SyntheticPlan) -> dict[str, Any]:
             "n_denoise_steps": plan.n_denoise_steps,
             "n_action_steps": plan.n_executed,
             "chunk_size": plan.n_chunk,
+            **(
+                {"n_vision_layers": plan.n_vision_layers, "n_vision_heads": plan.n_vision_heads}
+                if plan.vision_layers
+                else {}
+            ),
             "random_weights": True,
         },
     }
