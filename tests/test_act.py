@@ -526,6 +526,7 @@ def test_plots_are_drawn_or_refused_in_one_line(run, kind, tmp_path):
         "denoise": "the policy does not denoise: an inference is one pass",
         "actions": "no action attends to another",
         "cross-modal": "the policy is given no instruction",
+        "vision": "vision attention was not captured; record a policy that has a vision transformer",
     }
     episode = open_run(run)[0]
     if kind in refusals:

@@ -46,6 +46,10 @@ def hatched(axes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_figure_of_every_family(stores, family, kind):
     episode = stores(family)
+    if kind == "vision" and not FAMILIES[family].vision_layers:
+        with pytest.raises(SelectionError, match="vision attention was not captured"):
+            plot(episode, kind)
+        return
     if family == "smolvla means only" and kind in ("actions", "cross-modal"):
         with pytest.raises(SelectionError, match=r"none were saved|was not captured"):
             plot(episode, kind)

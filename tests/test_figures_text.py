@@ -206,7 +206,9 @@ def test_a_store_is_called_by_its_folder_and_its_name(tmp_path, monkeypatch, pat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_captions_of_an_episode_opened_by_a_bare_path(tmp_path, monkeypatch, kind):
-    path = write_planted_episode(tmp_path, SyntheticPlan(n_frames=3, prefix_layers=(2,), videos=False))
+    path = write_planted_episode(
+        tmp_path, SyntheticPlan(n_frames=3, prefix_layers=(2,), vision_layers=(1,), videos=False)
+    )
     monkeypatch.chdir(path.parent)
     figure = plot(open_episode(path.name), kind, PlotSettings(frames=0))
     (line, *_) = (text.get_text() for text in figure.texts)

@@ -26,7 +26,7 @@ from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
-PLAN = SyntheticPlan(grid=(8, 8), prefix_layers=(0, 1, 2, 3), layers=(0, 1, 2, 3))
+PLAN = SyntheticPlan(grid=(8, 8), prefix_layers=(0, 1, 2, 3), layers=(0, 1, 2, 3), vision_layers=(3,))
 INFERENCE, STEP, LAYER = 1, 2, 3
 FRAMES = [3, 4, 5]  # the missing inference's
 OTHERS = [frame for frame in range(PLAN.n_frames) if frame not in FRAMES]
@@ -53,9 +53,10 @@ def holed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """Every map is missing, also those of the prefix."""
+    """Every map is missing, also those of the prefix and of the vision tower."""
     path = write_planted_episode(tmp_path_factory.mktemp("empty"), PLAN)
-    zarr.open_array(path / "prefix_attention", mode="r+")[:] = np.nan
+    for name in ("prefix_attention", "vision_attention"):
+        zarr.open_array(path / name, mode="r+")[:] = np.nan
     return lose(path, inference=slice(None), step=slice(None), layer=slice(None))
 
 

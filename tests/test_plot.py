@@ -37,6 +37,7 @@ def plan():
     return SyntheticPlan(
         n_denoise_steps=4,
         prefix_layers=(0, 1, 2, 3),
+        vision_layers=(0, 3),
         image_px={f"observation.images.{name}": size for name, size in SHAPES.items()},
     )
 
@@ -372,7 +373,11 @@ def test_episode_without_prefix_full_maps_or_video(tmp_path, left_top):
 
 
 def test_one_frame_and_incomplete_episodes(tmp_path):
-    one = open_episode(write_planted_episode(tmp_path / "one", SyntheticPlan(n_frames=1, prefix_layers=(3,))))
+    one = open_episode(
+        write_planted_episode(
+            tmp_path / "one", SyntheticPlan(n_frames=1, prefix_layers=(3,), vision_layers=(3,))
+        )
+    )
     for kind in KINDS:
         assert plot(one, kind).axes
     cut = open_episode(write_planted_episode(tmp_path / "cut", SyntheticPlan(complete=False)))

@@ -50,18 +50,27 @@ from lerobot_attn.analysis.tokens import (
     to_table,
     token_attention,
 )
+from lerobot_attn.analysis.vision import (
+    VisionWhere,
+    attention_from_patch,
+    vision_attention,
+    vision_geometry,
+    vision_rollout,
+)
 
 __all__ = [
     "MEASURES",
     "Aspect",
     "Measure",
     "PrefixWhere",
+    "VisionWhere",
     "Where",
     "action_self_attention",
     "attention",
     "attention_entropy",
     "attention_flow",
     "attention_from",
+    "attention_from_patch",
     "attention_rollout",
     "attention_sinks",
     "by_camera",
@@ -96,4 +105,7 @@ __all__ = [
     "text_to_image",
     "to_table",
     "token_attention",
+    "vision_attention",
+    "vision_geometry",
+    "vision_rollout",
 ]

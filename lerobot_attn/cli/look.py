@@ -60,7 +60,7 @@ def plot(
     kind: Annotated[
         str,
         typer.Option(
-            help="image, text, combined, evolution, heads, denoise, actions, cross-modal or timeline."
+            help="image, text, combined, evolution, heads, denoise, actions, cross-modal, timeline or vision."
         ),
     ] = "image",
     output: Annotated[
@@ -85,6 +85,13 @@ def plot(
     normalisation: Normalisation = None,
     word: Annotated[
         str | None, typer.Option(help="For cross-modal: a word of the task, or its number. Default: all.")
+    ] = None,
+    patch: Annotated[
+        str | None,
+        typer.Option(
+            help="For vision: whose attention inside the vision tower, as ROW,COLUMN, 12-15,20-23, or peak "
+            "(where the actions look most). Default: peak."
+        ),
     ] = None,
     exclude: Exclude = None,
     leave_out: LeaveOut = None,
@@ -117,6 +124,7 @@ def plot(
         query=query,
         normalisation=normalisation,
         word=word,
+        patch=patch,
         exclude=exclude,
         leave_out=leave_out,
         clip=clip,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import xarray as xr
@@ -27,11 +27,9 @@ from lerobot_attn.analysis.select import (
     executed_actions,
     frames_of,
     prefix_only_layers,
-    seen_frame,
     stored_layers,
 )
 from lerobot_attn.analysis.spatial import (
-    NORMALISATIONS,
     ColourRange,
     by_camera,
     colour_range,
@@ -41,17 +39,24 @@ from lerobot_attn.analysis.spatial import (
 )
 from lerobot_attn.analysis.tokens import by_modality, by_token
 from lerobot_attn.errors import SelectionError
-from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.plot.cameras import camera_pictures, on_image
+from lerobot_attn.plot.cameras import on_image
 from lerobot_attn.plot.caption import caption_of, unequal_views
+from lerobot_attn.plot.choices import (
+    chosen_cameras,
+    chosen_frames,
+    is_single,
+    listed,
+    look,
+    one_frame,
+    reasons,
+    views_of,
+)
 from lerobot_attn.plot.settings import PlotSettings
-from lerobot_attn.settings import is_number
+from lerobot_attn.plot.vision import vision_kind
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.store.video import Frame
 
 Draw = Callable[[], Figure]
 
-NO_IMAGE = "no camera image"
 _MOST_GROUPS = 40  # images in one figure
 
 
@@ -73,21 +78,21 @@ def _denoise(episode: Episode, settings: PlotSettings) -> Draw:
 def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels: Any) -> Draw:
     """Draw one panel per value of a dimension, for each frame and camera."""
     data = episode.arrays
-    where = _where(episode, settings, **{along: _listed(panels)})
+    where = _where(episode, settings, **{along: listed(panels)})
     for name, value in where.items():
-        if name in ("layer", "denoise_step", "head") and name != along and not _is_single(value):
+        if name in ("layer", "denoise_step", "head") and name != along and not is_single(value):
             raise SelectionError(
                 f"this kind shows one {name.replace('_', ' ')}, got {value!r}; choose a number or 'mean'"
             )
-    frames = np.atleast_1d(frames_of(data, _frames(episode, settings))).tolist()
-    cameras = _cameras(episode, settings)
+    frames = np.atleast_1d(frames_of(data, chosen_frames(episode, settings))).tolist()
+    cameras = chosen_cameras(episode, settings)
     if len(frames) * len(cameras) > _MOST_GROUPS:
         raise SelectionError(
             f"{len(frames)} frames of {len(cameras)} cameras are too many for one figure, expected "
             f"{_MOST_GROUPS} images at most; choose frames, or make a video with lerobot-attn overlay"
         )
     of_frames = [_heatmaps(data, cameras, settings, {**where, "frame": frame}) for frame in frames]
-    views = _views(episode, settings, frames)
+    views = views_of(episode, settings, frames)
     groups, heatmaps = [], []
     for view in views:
         for frame, image, note, of_frame in zip(frames, view.images, view.notes, of_frames, strict=True):
@@ -115,14 +120,14 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
     return partial(
         figures.image_grid,
         groups,
-        caption_of(episode, chosen, settings, frames, leave=along, notes=_reasons(views)),
+        caption_of(episode, chosen, settings, frames, leave=along, notes=reasons(views)),
         columns=settings.columns,
-        **_look(settings, shown),
+        **look(settings, shown),
     )
 
 
 def _text(episode: Episode, settings: PlotSettings) -> Draw:
-    data, frame = episode.arrays, _one_frame(episode, settings)
+    data, frame = episode.arrays, one_frame(episode, settings)
     where = _where(episode, settings, frame=frame, layer=_one_layer(data, settings))
     tokens = analysis.token_attention(data, **where)
     every: Where = {**where, "layer": "all"}
@@ -140,12 +145,12 @@ def _text(episode: Episode, settings: PlotSettings) -> Draw:
 
 
 def _combined(episode: Episode, settings: PlotSettings) -> Draw:
-    data, frame = episode.arrays, _one_frame(episode, settings)
+    data, frame = episode.arrays, one_frame(episode, settings)
     where = _where(episode, settings, frame=frame, layer=_one_layer(data, settings))
-    cameras = _cameras(episode, settings)
+    cameras = chosen_cameras(episode, settings)
     array = analysis.attention(data, **where).load()
     heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
-    views = _views(episode, settings, [frame])
+    views = views_of(episode, settings, [frame])
     groups = []
     for view in views:
         (image,), (note,) = view.images, view.notes
@@ -157,8 +162,8 @@ def _combined(episode: Episode, settings: PlotSettings) -> Draw:
         groups,
         by_modality(data, array),
         by_token(data, array),
-        caption_of(episode, array.attrs, settings, [frame], notes=_reasons(views)),
-        **_look(settings, shown),
+        caption_of(episode, array.attrs, settings, [frame], notes=reasons(views)),
+        **look(settings, shown),
     )
 
 
@@ -166,7 +171,7 @@ def _evolution(episode: Episode, settings: PlotSettings) -> Draw:
     data = episode.dataset
     frames: Any = "all" if settings.frames is None else settings.frames
     layers = "all" if settings.layers is None else settings.layers
-    where = _where(episode, settings, frame=frames, layer=_listed(layers), query="executed")
+    where = _where(episode, settings, frame=frames, layer=listed(layers), query="executed")
     steps = {**where, "denoise_step": "all", "layer": _single(settings.layers, "mean")}
     by_layer = analysis.modality_share(data, **where)
     n_frames = np.atleast_1d(frames_of(data, frames)).size
@@ -185,9 +190,9 @@ def _evolution(episode: Episode, settings: PlotSettings) -> Draw:
 
 
 def _actions(episode: Episode, settings: PlotSettings) -> Draw:
-    data, frame = episode.arrays, _one_frame(episode, settings)
+    data, frame = episode.arrays, one_frame(episode, settings)
     layers = settings.layers if settings.layers is not None else (stored_layers(data)[0] or [-1])
-    where = _where(episode, settings, frame=frame, layer=_listed(layers))
+    where = _where(episode, settings, frame=frame, layer=listed(layers))
     del where["query"]
     values, tokens = of_read_tokens(data, analysis.action_self_attention(data, **where), frame)
     along = [dim for dim in values.dims if dim not in ("query", "action_key")]
@@ -215,11 +220,11 @@ def _actions(episode: Episode, settings: PlotSettings) -> Draw:
 
 
 def _cross_modal(episode: Episode, settings: PlotSettings) -> Draw:
-    data, frame = episode.arrays, _one_frame(episode, settings)
+    data, frame = episode.arrays, one_frame(episode, settings)
     head: Any = "mean" if settings.heads is None else settings.heads
     layer = _single(settings.layers, _last_prefix_layer(data))
     where: PrefixWhere = {"frame": frame, "layer": layer, "head": head}
-    views = _views(episode, replace(settings, cameras=settings.cameras or prefix_cameras(data)), [frame])
+    views = views_of(episode, replace(settings, cameras=settings.cameras or prefix_cameras(data)), [frame])
     groups, maps, ends = [], [], []
     for view in views:
         found = text_to_image(data, settings.word, view.camera, **where)
@@ -237,7 +242,7 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Draw:
         panels = [figures.Panel(pixel, f"“{label}”") for pixel, label in zip(pixels, labels, strict=True)]
         groups.append(figures.Group(f"{view.label}, frame {frame}", image, panels, note))
     shares = cross_modal(data, **where)
-    facts = caption_of(episode, found.attrs, settings, [frame], image=False, notes=_reasons(views))
+    facts = caption_of(episode, found.attrs, settings, [frame], image=False, notes=reasons(views))
     shown = colour_range(maps, settings.normalisation, clip=settings.clip, episode_ends=ends)
     return partial(
         figures.cross_modal_figure,
@@ -245,17 +250,17 @@ def _cross_modal(episode: Episode, settings: PlotSettings) -> Draw:
         shares.load(),
         replace(facts, facts=["prefix attention", *facts.facts]),
         columns=settings.columns,
-        **_look(settings, shown, of="the word's attention"),
+        **look(settings, shown, of="the word's attention"),
     )
 
 
 def _timeline(episode: Episode, settings: PlotSettings) -> Draw:
     data = episode.dataset
     # A single frame is a list of one: the time axis stays.
-    frames: Any = "all" if settings.frames is None else _listed(settings.frames)
+    frames: Any = "all" if settings.frames is None else listed(settings.frames)
     where = _where(episode, settings, frame=frames, layer=_one_layer(data, settings))
     array = analysis.attention(data, **where)
-    heatmaps = by_camera(data, array, _cameras(episode, settings))
+    heatmaps = by_camera(data, array, chosen_cameras(episode, settings))
     # Together, so that the maps are read once.
     shares, *numbers = compute(
         by_modality(data, array),
@@ -285,13 +290,14 @@ KINDS: dict[str, Callable[[Episode, PlotSettings], Draw]] = {
     "actions": _actions,
     "cross-modal": _cross_modal,
     "timeline": _timeline,
+    "vision": vision_kind,
 }
 
 
 def _where(episode: Episode, settings: PlotSettings, **changes: Unpack[Where]) -> Where:
     data = episode.arrays
     where: Where = {
-        "frame": _frames(episode, settings),
+        "frame": chosen_frames(episode, settings),
         "layer": _last_layer(data, settings) if settings.layers is None else settings.layers,
         "denoise_step": _last_step(data) if settings.denoise_steps is None else settings.denoise_steps,
         "head": "mean" if settings.heads is None else settings.heads,
@@ -323,76 +329,11 @@ def _range(
     return colour_range(heatmaps, settings.normalisation, clip=settings.clip, episode_ends=ends.values())
 
 
-def _frames(episode: Episode, settings: PlotSettings) -> Any:
-    if settings.frames is None:
-        return seen_frame(episode.arrays, episode.n_frames // 2)
-    return settings.frames
-
-
-def _one_frame(episode: Episode, settings: PlotSettings) -> int:
-    frames = np.atleast_1d(frames_of(episode.arrays, _frames(episode, settings)))
-    if len(frames) != 1:
-        raise SelectionError(f"this kind shows one frame, got {len(frames)}; choose one with frames=12")
-    return int(frames[0])
-
-
-def _cameras(episode: Episode, settings: PlotSettings) -> Sequence[str]:
-    return settings.cameras or analysis.camera_names(episode.arrays)
-
-
 def _layers(episode: Episode, settings: PlotSettings) -> Any:
     if settings.layers is not None:
         return settings.layers
     full, means = stored_layers(episode.arrays)
     return full or means[-2:] or -1
-
-
-class _View(NamedTuple):
-    """What a camera showed at some frames."""
-
-    camera: str  # its full name
-    label: str  # its short name
-    geometry: ImageGeometry
-    images: list[Frame]  # (height, width, 3) uint8 each
-    notes: list[str]  # of each image, said beside it; "" for none
-    reason: str  # why images are blank; "" if none is
-
-
-def _views(episode: Episode, settings: PlotSettings, frames: Sequence[int]) -> list[_View]:
-    """Return what the chosen cameras showed at some frames."""
-    views = []
-    for camera in _cameras(episode, settings):
-        name, geometry, _ = analysis.camera_geometry(episode.arrays, camera)
-        images, is_blank, reason = camera_pictures(episode, name, frames)
-        notes = [NO_IMAGE if blank else "" for blank in is_blank]
-        views.append(_View(name, episode.layout.short_names[name], geometry, images, notes, reason))
-    return views
-
-
-def _reasons(views: Sequence[_View]) -> list[str]:
-    """Say why images are blank, cameras of one reason together."""
-    cameras: dict[str, list[str]] = {}
-    for view in views:
-        cameras.setdefault(view.reason, []).append(view.label)
-    return [f"{', '.join(names)}: {reason}" for reason, names in cameras.items() if reason]
-
-
-def _look(settings: PlotSettings, shown: ColourRange, *, of: str = "all attention") -> dict[str, Any]:
-    """Return how figures with images colour them, as arguments of such a figure.
-
-    Args:
-        settings: of the plot.
-        shown: the range of the colours.
-        of: of what attention the values are shares, where they are not of all.
-    """
-    return {
-        "vmax": shown.vmax,
-        "clipped": shown.clipped,
-        "unit": NORMALISATIONS[settings.normalisation].replace("all attention", of),
-        "cmap": settings.colormap,
-        "alpha": settings.alpha,
-        "width_in": settings.width,
-    }
 
 
 def _one_layer(data: xr.Dataset, settings: PlotSettings) -> Any:
@@ -431,17 +372,9 @@ def _is_unseen(data: xr.Dataset, layers: NDArray[Any], n_panels: int) -> list[bo
 def _single(choice: Any, default: Any) -> Any:
     if choice is None:
         return default
-    if _is_single(choice):
+    if is_single(choice):
         return choice
     raise SelectionError(f"this kind shows one layer, got {choice!r}; choose a number or 'mean'")
-
-
-def _is_single(value: Any) -> bool:
-    return value in ("mean", "max") if isinstance(value, str) else is_number(value)
-
-
-def _listed(choice: Any) -> Any:
-    return [choice] if is_number(choice) else choice
 
 
 def _over_frames(shares: xr.DataArray) -> xr.DataArray:
