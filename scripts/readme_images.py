@@ -3,9 +3,10 @@
 
     python scripts/readme_images.py OUT SWAP FAILURE
 
-OUT is a run of LIBERO's task 0, recorded with layers=all and prefix_layers=all: from its first episode every
-kind of `lerobot-attn plot`, a contact sheet and an overlay. SWAP is what examples/prompt_swap.py recorded:
-its first two episodes are compared. FAILURE is an episode that failed. Small pictures, in docs/images.
+OUT is a run of LIBERO's task 0, recorded with layers=all, prefix_layers=all and vision_layers=all: from its
+first episode every kind of `lerobot-attn plot`, a contact sheet and an overlay. SWAP is what
+examples/prompt_swap.py recorded: its first two episodes are compared. FAILURE is an episode that failed.
+Small pictures, in docs/images.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> int:
     arguments = parser.parse_args()
     episode, swap = open_run(arguments.run)[0], open_run(arguments.swap)
     settings = {
-        **dict.fromkeys(("image", "combined", "heads", "text"), PlotSettings(frames=0)),
+        **dict.fromkeys(("image", "combined", "heads", "text", "vision"), PlotSettings(frames=0)),
         "cross-modal": PlotSettings(word="soup"),
     }
     figures = {kind: plot(episode, kind, settings.get(kind, PlotSettings())) for kind in KINDS}

@@ -130,7 +130,12 @@ def run(tmp_path_factory):
     """A folder with a run in `out`, of a success and a failure, in which README's labels exist."""
     folder = tmp_path_factory.mktemp("run")
     plan = SyntheticPlan(
-        n_frames=16, n_layers=18, layers=(16, 17), n_denoise_steps=10, task_group="libero_object"
+        n_frames=16,
+        n_layers=18,
+        layers=(16, 17),
+        vision_layers=(3,),
+        n_denoise_steps=10,
+        task_group="libero_object",
     )
     write_planted_episode(folder / "out", plan)
     write_planted_episode(folder / "out", replace(plan, episode_index=1, success=False))

@@ -169,6 +169,17 @@ def test_skip_compares_what_settings_mean(tmp_path, name, same, other):
         evaluate(tmp_path, envs(), existing="skip", **{name: other})
 
 
+def test_stores_from_before_vision_layers_are_gone_on_with(tmp_path):
+    evaluate(tmp_path, envs())
+    for store in (tmp_path / "attention").rglob("*.zarr/zarr.json"):
+        document = json.loads(store.read_text())
+        del document["attributes"]["capture"]["vision_layers"]
+        store.write_text(json.dumps(document))
+    info, run = evaluate(tmp_path, envs(), existing="skip")
+    assert not run.failures
+    assert info["per_task"][0]["metrics"]["attention"]["n_kept"] == 3
+
+
 @pytest.mark.parametrize("group", ["gym_hil/PandaPick-v0", "a/b/c", "sub:mod/Env-v1"])
 def test_namespaced_environments(tmp_path, group):
     """A group's slashes: refused, gone on with and made anew as any other; eval's own video is found."""

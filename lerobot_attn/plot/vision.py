@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,6 @@ from lerobot_attn.plot.settings import PEAK, PlotSettings
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.video import Frame
 
-_WHAT = "attention inside the vision tower, among the patches of one image; the patch is framed"
 _MARK = (0, 255, 255)  # colour of the line around the patch
 
 
@@ -85,13 +85,11 @@ def vision_kind(episode: Episode, settings: PlotSettings) -> Callable[[], Figure
     query = "the patches that the actions look at most" if is_peak else found.attrs["query"]
     chosen = {**found.attrs, "query": query}
     left = "layer" if along == "vision_layer" else "head"
-    facts = caption_of(
-        episode, chosen, settings, [frame], image=False, leave=left, notes=[_WHAT, *reasons(views)]
-    )
+    facts = caption_of(episode, chosen, settings, [frame], image=False, leave=left, notes=reasons(views))
     return partial(
         figures.image_grid,
         groups,
-        facts,
+        replace(facts, facts=["inside the vision tower, from the framed patch", *facts.facts]),
         columns=settings.columns,
         **look(settings, shown, of="the patch's attention"),
     )
