@@ -456,7 +456,8 @@ def test_opening_reads_no_tensor(tmp_path):
     episode = open_episode(path)
     assert episode.n_inferences == 3
     assert episode.layout == LAYOUT
-    assert episode.raw_bytes() == 3 * 2 * (3 * 2 * 2 * 5 * 14 + 3 * 4 * 2 * 14 + 2 * 9 * 9)
+    in_vision = 2 * 3 * 6 * 6
+    assert episode.raw_bytes() == 3 * 2 * (3 * 2 * 2 * 5 * 14 + 3 * 4 * 2 * 14 + 2 * 9 * 9 + in_vision)
 
 
 def test_videos_of_a_killed_recording_are_found_by_name(tmp_path):
