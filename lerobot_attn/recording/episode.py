@@ -24,7 +24,7 @@ from lerobot_attn.layout import TokenLayout
 from lerobot_attn.recording.camera_videos import CameraVideos
 from lerobot_attn.recording.plan import Ending, EpisodePlan, EpisodeResult, Known
 from lerobot_attn.sizes import format_bytes
-from lerobot_attn.store.schema import coordinates_of, coordinates_of_patches
+from lerobot_attn.store.schema import BY_NAME, coordinates_of, coordinates_of_vision
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 
 logger = logging.getLogger(__name__)
@@ -393,8 +393,6 @@ class EpisodeJob:
             "text": len(layout.language),
             "action_dim": record.action_chunk.shape[-1],
         }
-        if known.state_dim is not None:
-            sizes["state_dim"] = known.state_dim
         coordinates: dict[str, np.ndarray] = {
             "flow_time": record.flow_time,
             "denoise_step": np.array(selection.denoise_steps, np.int32),
@@ -402,17 +400,13 @@ class EpisodeJob:
             **coordinates_of(layout),
             "action_dim": known.names.labels("action", sizes["action_dim"]),
         }
-        if selection.vision_layers and record.vision_grid is not None:
-            n_patches = math.prod(record.vision_grid)
-            sizes |= {"camera": len(record.vision_cameras), "vision_layer": len(selection.vision_layers)}
-            sizes |= {"vision_head": len(selection.vision_heads)}
-            sizes |= {"patch_query": n_patches, "patch_key": n_patches}
-            coordinates["camera"] = np.array(record.vision_cameras, dtype=object)
-            coordinates["vision_head"] = np.array(selection.vision_heads, np.int32)
-            coordinates |= coordinates_of_patches(record.vision_grid)
-        optional = {
-            name for name, has in (("reward", known.has_reward), ("success", known.has_success)) if has
-        }
+        if (maps := record.vision_attention) is not None and record.vision_grid is not None:
+            sizes |= zip(BY_NAME["vision_attention"].dims[1:], maps[:, :, 0].shape, strict=True)
+            grid, heads = record.vision_grid, selection.vision_heads
+            coordinates |= coordinates_of_vision(grid, record.vision_cameras, heads)
+        has_or_not = {"reward": known.has_reward, "success": known.has_success}
+        has_or_not["prompt_truncated"] = self._has_truncation
+        optional = {name for name, has in has_or_not.items() if has}
         for array, coordinate, chosen in (
             ("suffix_attention", "layer", selection.layers),
             ("suffix_attention_mean", "all_layer", selection.mean_layers),
@@ -426,13 +420,12 @@ class EpisodeJob:
                     sees = [layer in record.layers_seeing_suffix for layer in chosen]
                     coordinates[f"{coordinate}_sees_suffix"] = np.array(sees)
         optional |= known.more
-        if self._has_truncation:
-            optional.add("prompt_truncated")
         if self._is_decoded:
             optional |= {"suffix_token_id", "suffix_token_text"}
-        if "state_dim" in sizes:
+        if known.state_dim is not None:
             optional.add("state")
-            coordinates["state_dim"] = known.names.labels("state", sizes["state_dim"])
+            sizes["state_dim"] = known.state_dim
+            coordinates["state_dim"] = known.names.labels("state", known.state_dim)
         queries = record.executed_queries
         return EpisodeWriter(
             self.plan.path,

@@ -5,7 +5,7 @@ Writer, reader, `inspect` and the README's table come from here. Knows no policy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -397,6 +397,23 @@ def coordinates_of_patches(grid: tuple[int, int]) -> dict[str, NDArray[np.intege
     """Return where the vision tower's patches lie in its grid of (rows, columns): array name → values."""
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     return {"patch_row": rows.astype(np.int16), "patch_column": columns.astype(np.int16)}
+
+
+def coordinates_of_vision(
+    grid: tuple[int, int], cameras: Sequence[str], heads: Sequence[int]
+) -> dict[str, NDArray[Any]]:
+    """Return the fixed arrays of vision maps but for the layers: array name → values.
+
+    Args:
+        grid: (rows, columns) of the vision tower's patches.
+        cameras: names of those that showed an image.
+        heads: labels of the tower's heads.
+    """
+    return {
+        "camera": np.array(cameras, dtype=object),
+        "vision_head": np.array(heads, np.int32),
+        **coordinates_of_patches(grid),
+    }
 
 
 def schema_table() -> str:

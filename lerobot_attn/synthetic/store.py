@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lerobot_attn.store.schema import EPISODE_SUFFIX, coordinates_of, coordinates_of_patches
+from lerobot_attn.store.schema import EPISODE_SUFFIX, coordinates_of, coordinates_of_vision
 from lerobot_attn.store.video import Frame, VideoWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 from lerobot_attn.synthetic.plan import SyntheticPlan
@@ -118,10 +118,8 @@ def _coordinates(plan: SyntheticPlan) -> dict[str, NDArray[Any]]:
         "all_layer": np.arange(plan.n_layers),
         "prefix_layer": np.array(plan.prefix_layers, int),
         "head": np.arange(plan.n_heads),
-        "camera": np.array(list(plan.image_px), dtype=object),
         "vision_layer": np.array(plan.vision_layers, int),
-        "vision_head": np.arange(plan.n_vision_heads),
-        **coordinates_of_patches(plan.patches),
+        **coordinates_of_vision(plan.patches, list(plan.image_px), range(plan.n_vision_heads)),
         **coordinates_of(plan.layout),
         "action_dim": np.array([f"action_{i}" for i in range(plan.n_actions)], dtype=object),
         "state_dim": np.array([f"joint_{i}" for i in range(plan.n_state)], dtype=object),
