@@ -649,8 +649,12 @@ def test_the_last_prefix_token_decided_the_first_decoded_one(episode):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_plots_are_drawn_or_refused_in_one_line(episode, kind):
-    if kind == "denoise":
-        with pytest.raises(SelectionError, match="does not denoise, it decodes tokens one after another"):
+    refusals = {
+        "denoise": "does not denoise, it decodes tokens one after another",
+        "vision": "vision attention was not captured",
+    }
+    if kind in refusals:
+        with pytest.raises(SelectionError, match=refusals[kind]):
             plot(episode, kind)
         return
     figure = plot(episode, kind)
