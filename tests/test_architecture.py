@@ -27,11 +27,7 @@ def modules_of(folder: Path) -> dict[str, Path]:
 
 MODULES = modules_of(ROOT)
 OUTSIDE_ROOMS = ("lerobot_policy_attn", "scripts", "benchmarks")
-OUTSIDE = {
-    name: path
-    for folder in OUTSIDE_ROOMS
-    for name, path in modules_of(ROOT.parent / folder).items()
-}
+OUTSIDE = {name: path for folder in OUTSIDE_ROOMS for name, path in modules_of(ROOT.parent / folder).items()}
 
 # The rooms from the ground up: a room is a module or package directly in lerobot_attn (`lerobot_attn` itself
 # is its front door), or what stands outside and uses it. A room imports only rooms that stand before it.
