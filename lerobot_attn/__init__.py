@@ -13,27 +13,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttentionCapture": "lerobot_attn.capture",
     "AttentionConfig": "lerobot_attn.config",
     "AttentionPolicy": "lerobot_attn.capture.policy",
+    "InferenceRecord": "lerobot_attn.capture",
     "capture_attention": "lerobot_attn.capture",
     "open_episode": "lerobot_attn.store.reader",
     "record_episodes": "lerobot_attn.recording",
     "open_run": "lerobot_attn.store.runs",
+    "record_dataset": "lerobot_attn.recording",
 }
 __all__ = [
+    "AttentionCapture",
     "AttentionConfig",
     "AttentionPolicy",
+    "InferenceRecord",
     "capture_attention",
     "open_episode",
     "open_run",
+    "record_dataset",
     "record_episodes",
 ]
 
 if TYPE_CHECKING:
-    from lerobot_attn.capture import capture_attention
+    from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
     from lerobot_attn.capture.policy import AttentionPolicy
     from lerobot_attn.config import AttentionConfig
-    from lerobot_attn.recording import record_episodes
+    from lerobot_attn.recording import record_dataset, record_episodes
     from lerobot_attn.store.reader import open_episode
     from lerobot_attn.store.runs import open_run
 

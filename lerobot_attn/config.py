@@ -131,7 +131,7 @@ class AttentionConfig(StorageSettings, CaptureSettings):
     # Attention heads that are stored: a list or 'all'.
     heads: list[int] | str = "all"
     # Layers whose mean over the executed action tokens is stored: a list, 'all', 'none' or 'auto' (all of
-    # them in lerobot-eval; in own loops the layers whose full maps are asked for).
+    # them in lerobot-eval and in replays; in own loops the layers whose full maps are asked for).
     mean_layers: list[int] | str = "auto"
     # Layers whose prefix self-attention (image, text and state tokens) is stored: a list, 'all' or 'none'.
     prefix_layers: list[int] | str = "none"

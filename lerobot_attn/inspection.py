@@ -203,6 +203,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         ("policy", _policy(attributes)),
         *_robot(attributes),
         ("seed", str(attributes.get("seed"))),
+        *_replayed(attributes),
         ("frames", f"{facts['n_frames']}, from {facts['n_inferences']} inferences"),
         ("saved", "; ".join(f"{name} {ranges(values)}" for name, values in facts["saved"].items())),
         (
@@ -409,6 +410,22 @@ def _policy(attributes: dict[str, Any]) -> str:
         f"{policy.get('n_heads')} heads, "
         f"{steps}, {policy.get('n_action_steps')} of {policy.get('chunk_size')} actions executed"
     )
+
+
+def _replayed(attributes: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say of a replay what it saw, and what it was not given."""
+    replay = attributes.get("replay")
+    if not isinstance(replay, dict):
+        return
+    source = replay.get("dataset") or f"videos {replay.get('videos')}"
+    yield (
+        "replay of",
+        f"{source}, asked every {replay.get('every')} frames: the actions are the recorded ones, which the "
+        "policy did not choose",
+    )
+    not_given = replay.get("not_given")
+    if isinstance(not_given, list) and not_given:
+        yield "not given", "; ".join(map(str, not_given))
 
 
 def _sanity(facts: dict[str, Any]) -> Text:

@@ -138,6 +138,20 @@ def denoises(dataset: xr.Dataset) -> bool:
     return policy_count(dataset, "n_denoise_steps") != 0
 
 
+def frame_in_words(dataset: xr.Dataset) -> str:
+    """Return what the action of a frame's token was to it: executed, or, in a replay, predicted alone."""
+    return "predicted for" if "replay" in dataset.attrs else "executed at"
+
+
+def frame_labels(dataset: xr.Dataset, frames: Sequence[int]) -> dict[str, xr.DataArray]:
+    """Return the frames' own coordinates, by which a replay joins with its data set."""
+    return {
+        str(name): coordinate.isel(frame=list(frames)).drop_vars(list(coordinate.coords))
+        for name, coordinate in dataset.coords.items()
+        if coordinate.dims == ("frame",) and name != "frame"
+    }
+
+
 def policy_of(dataset: xr.Dataset) -> Mapping[str, Any]:
     """Return what the store says of the policy; nothing where it says nothing."""
     policy = said_of(dataset).get("policy")

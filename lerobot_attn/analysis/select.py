@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.decoded import ALL_IN_WORDS, check_read, decodes, mean_of_read, token_in_words
 from lerobot_attn.analysis.labels import (
+    frame_in_words,
+    frame_labels,
     from_end,
     in_words,
     integers,
@@ -237,6 +239,8 @@ def attention(
         array = _without(array, exclude, may_lack_keys=bool(blind))
     n_steps, n_left_out = policy_count(dataset, "n_denoise_steps"), len(exclude)
     plural = "s" if n_left_out > 1 else ""
+    if "frame" in array.dims:
+        array = array.assign_coords(frame_labels(dataset, array["frame"].values.tolist()))
     array.attrs = {
         "long_name": "attention",
         "units": "share of attention",
@@ -384,7 +388,7 @@ def _select_rows(
         if isinstance(frames, int):
             one = array.isel(inference=int(inferences[0]), query=int(queries[0]))
             action = layout.action_of_query(int(queries[0]))
-            return one.assign_coords(frame=frames), f"action {action}, executed at the frame"
+            return one.assign_coords(frame=frames), f"action {action}, {frame_in_words(dataset)} the frame"
         # One inference at a time: its frames share a chunk, and no more than one is ever held.
         pieces = []
         for value in dict.fromkeys(inferences.tolist()):
@@ -397,7 +401,7 @@ def _select_rows(
             none = array.isel(inference=slice(0), query=0).rename(inference="frame")
             pieces = [none.assign_coords(frame=wanted)]
         joined = xr.concat(pieces, "frame").sel(frame=wanted[order])
-        return joined.transpose("frame", ...), "the action executed at the frame"
+        return joined.transpose("frame", ...), f"the action {frame_in_words(dataset)} the frame"
     unique, back = np.unique(inferences, return_inverse=True)
     array = array.isel(inference=unique)
     text = mean_text

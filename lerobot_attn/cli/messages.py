@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,29 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Printed(logging.Handler):
+    """Prints what is logged on stderr, as it is at that moment: a progress bar takes its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(f"{level}{self.format(record)}", file=sys.stderr)
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """Print on stderr what this package logs, one line each."""
+    logger, handler = logging.getLogger("lerobot_attn"), _Printed()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # LeRobot's own handlers would print it again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
 
 
 def any_text_can_be_printed() -> None:

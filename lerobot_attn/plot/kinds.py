@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.decoded import check_steps, of_read_tokens
-from lerobot_attn.analysis.labels import denoises, policy_count
+from lerobot_attn.analysis.labels import denoises, frame_in_words, policy_count
 from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, prefix_cameras, text_to_image
 from lerobot_attn.analysis.select import (
     Where,
@@ -115,7 +115,7 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             )
     shown = _range(data, heatmaps, cameras, settings, where)
     queries = {heat.attrs["query"] for heat in heatmaps}
-    query = queries.pop() if len(queries) == 1 else "the action executed at each frame"
+    query = queries.pop() if len(queries) == 1 else f"the action {frame_in_words(data)} each frame"
     chosen = {**heatmaps[0].attrs, "query": query}
     return partial(
         figures.image_grid,

@@ -75,6 +75,7 @@ class PolicyDescription:
     n_action_steps: int  # actions executed of each chunk
     random_weights: bool = False  # a demo policy whose maps mean nothing
     remark: str = ""  # one line that everything that shows its maps says of it
+    noise_shape: tuple[int, int] | None = None  # (chunk, action) that denoising starts from; None without
     reads_last_prefix_layer: bool = False  # all layers come after the prefix's last, not each after its like
     # Tokens that an autoregressive policy decodes at most; 0 of one that decodes none. They are its suffix,
     # and the chunk's actions are made of all of them together: none of them is an action.

@@ -52,6 +52,7 @@ class SmolVLAAdapter(FlowMatchingAdapter):
             n_denoise_steps=config.num_steps,
             chunk_size=config.chunk_size,
             n_action_steps=config.n_action_steps,
+            noise_shape=(config.chunk_size, config.max_action_dim),
             random_weights=bool(getattr(config, "random_weights", False)),
             remark=str(getattr(config, "remark", "")),
             n_vision_layers=self.vision.n_layers,

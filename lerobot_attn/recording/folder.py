@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # What must be the same for episodes of two runs to be one run's.
 _POLICY = ("type", "path", "dtype")
+_REPLAY = ("dataset", "every", "rename", "task")
 _CAPTURE = (
     *("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "vision_layers"),
     "keep_bits",
@@ -103,7 +104,7 @@ class RunFolder:
         """Do with the episodes that are there what was asked for, before the first is recorded.
 
         Args:
-            attributes: what every store of this run says of it; `policy` is compared.
+            attributes: what every store of this run says of it; `policy` and `replay` are compared.
             capture: this run's capture settings.
 
         Raises:
@@ -125,6 +126,10 @@ class RunFolder:
             for name in _POLICY:
                 if theirs.get(name) != ours.get(name):
                     raise self._mixture(store, f"policy {name}", theirs.get(name), ours.get(name))
+            replayed, replays = _part(found.attributes, "replay"), _part(attributes, "replay")
+            for name in _REPLAY:
+                if replayed.get(name) != replays.get(name):
+                    raise self._mixture(store, f"replay {name}", replayed.get(name), replays.get(name))
             settings = _part(found.attributes, "capture")
             for name in _CAPTURE:
                 if _meant(name, settings, theirs) != _meant(name, capture, ours):

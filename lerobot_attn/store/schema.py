@@ -37,7 +37,8 @@ DIMENSIONS: dict[str, str] = {
     "prefix_query": "prefix tokens, attending",
     "prefix_key": "prefix tokens, attended",
     "text": "language slots of the prefix; text i is key `text_key[i]`",
-    "frame": "one environment step = one video frame; frame t shows the observation that action t answers",
+    "frame": "one environment step = one video frame; frame t shows the observation that action t answers; "
+    "in a replay, one recorded frame",
     "action_dim": "action dimensions",
     "state_dim": "state dimensions",
 }
@@ -241,19 +242,40 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "frame_inference",
         ("frame",),
         "int32",
-        "inference whose chunk gave this frame's action; the newest one where no single chunk gave it",
+        "inference whose chunk gave this frame's action; the newest one where no single chunk gave it; in a "
+        "replay, the newest one at this frame",
     ),
     ArraySpec(
         "frame_query",
         ("frame",),
         "int32",
-        "query (action token) that gave this frame's action; -1 where the action is no token of a chunk",
+        "query (action token) that gave this frame's action; -1 where the action is no token of a chunk; in "
+        "a replay, the token that stands for this frame, -1 beyond the chunk's end",
     ),
     ArraySpec(
         "action",
         ("frame", "action_dim"),
         "float32",
-        "action sent to the environment, in its own units",
+        "action sent to the environment, in its own units; in a replay the one that was recorded, NaN where "
+        "none was",
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "predicted_action",
+        ("frame", "action_dim"),
+        "float32",
+        "in a replay, the action that the policy predicted for this frame, in the robot's units; NaN beyond "
+        "the chunk's end",
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "action_error",
+        ("frame",),
+        "float32",
+        "mean over action_dim of the absolute difference between predicted and recorded action; NaN where "
+        "one of them is missing",
+        optional=True,
         fill_value=NAN,
     ),
     ArraySpec(
@@ -288,6 +310,40 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "whether the task was solved after this frame's action",
         optional=True,
         fill_value=False,
+    ),
+    ArraySpec(
+        "frame_index",
+        ("frame",),
+        "int32",
+        "number of the frame in the data set's episode, or in the video, that was replayed",
+        optional=True,
+        coordinate=True,
+    ),
+    ArraySpec(
+        "timestamp",
+        ("frame",),
+        "float32",
+        "time of the frame since its episode began, as the data set says it",
+        units="s",
+        optional=True,
+        coordinate=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "episode_index",
+        ("frame",),
+        "int32",
+        "number of the data set's episode",
+        optional=True,
+        coordinate=True,
+    ),
+    ArraySpec(
+        "task_index",
+        ("frame",),
+        "int32",
+        "number of the frame's task in the data set",
+        optional=True,
+        coordinate=True,
     ),
     ArraySpec(
         "flow_time",

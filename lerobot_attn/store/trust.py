@@ -26,7 +26,8 @@ _DATA_TYPES = frozenset(
 # 12 heads, 12 layers, three cameras) 453 million; the largest table is half a million in an episode.
 _MAX_MAP_VALUES = 2**30
 _MAX_TABLE_VALUES = 2**24
-_OBJECTS = ("capture", "layout", "policy", "videos")  # attributes that are JSON objects, where they are there
+# Attributes that are JSON objects, where they are there.
+_OBJECTS = ("capture", "layout", "policy", "replay", "videos")
 
 
 def checked_shapes(path: Path, document: dict[str, Any]) -> dict[str, tuple[int, ...]]:

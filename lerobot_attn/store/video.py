@@ -161,6 +161,18 @@ def count_frames(path: Path) -> int:
     return sum(1 for _ in _decode(path))
 
 
+def frame_rate(path: Path) -> float:
+    """Return a video's frames per second, as its file says.
+
+    Raises:
+        StoreError: the file is missing, no video, or does not say it.
+    """
+    with _opened(path) as (_, stream):
+        if not stream.average_rate:
+            raise StoreError(f"{path}: does not say its frames per second")
+        return float(stream.average_rate)
+
+
 def _url(path: str | Path) -> str:
     """Return a path as ffmpeg takes it literally: `run:a/x.mp4` would name a protocol, `-x.mp4` an option."""
     return f"file:{Path(path).absolute()}"
@@ -168,6 +180,14 @@ def _url(path: str | Path) -> str:
 
 def _decode(path: Path) -> Iterator[av.VideoFrame]:
     """Yield decoded frames that are not converted to RGB yet: what is skipped costs little."""
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        yield from container.decode(stream)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video; what goes wrong with it, in the block too, is an error of ours."""
     if not path.is_file():
         raise StoreError(f"{path}: no such video file")
     try:
@@ -176,7 +196,6 @@ def _decode(path: Path) -> Iterator[av.VideoFrame]:
             # A file cut off inside its header has a stream without a decoder; PyAV crashes on using it.
             if stream is None or stream.codec_context is None:
                 raise StoreError(f"{path}: not a readable video: it holds no pictures")
-            stream.thread_type = "AUTO"
-            yield from container.decode(stream)
+            yield container, stream
     except av.FFmpegError as error:
         raise StoreError(f"{path}: not a readable video: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,136 @@
+"""A replay's questions to the policy: a batch of recorded frames goes in, a batch of answers comes out.
+
+Knows the policy by what it is asked and answers. Knows no store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lerobot_attn.capture import AttentionCapture, InferenceRecord
+from lerobot_attn.errors import CaptureError
+from lerobot_attn.policies import unwrap
+from lerobot_attn.recording.footage import FootageEpisode
+from lerobot_attn.recording.handle import EpisodeHandle
+from lerobot_attn.recording.replay_inputs import ReplayInputs, collated, fixed_noise
+
+
+class Question(NamedTuple):
+    """One frame that the policy is asked about, and the frames that its chunk stands beside: frame … stop."""
+
+    episode: ReplayedEpisode
+    frame: int
+    stop: int
+
+    @property
+    def task(self) -> str:
+        """The instruction."""
+        return self.episode.task_of(self.frame)
+
+
+@dataclass
+class ReplayedEpisode:
+    """An episode on its way from the footage to its store."""
+
+    footage: FootageEpisode
+    handle: EpisodeHandle
+    task: str | None  # instead of the recorded ones
+
+    def task_of(self, frame: int) -> str:
+        """Return the instruction at a frame."""
+        return self.footage.tasks[frame] if self.task is None else self.task
+
+
+@dataclass
+class Answer:
+    """What the policy answered to a batch of questions; `record` is None where capture failed."""
+
+    record: InferenceRecord | None
+    failure: Exception | None
+    predicted: np.ndarray | None = None  # (batch, row of the chunk, action_dim), in the robot's units
+
+
+class Asker:
+    """Asks the policy about a batch of frames."""
+
+    def __init__(
+        self,
+        policy: Any,
+        capture: AttentionCapture,
+        inputs: ReplayInputs,
+        preprocessor: Any,
+        postprocessor: Any,
+        seed: int,
+        records: list[InferenceRecord],
+        failures: list[Exception],
+    ):
+        self._policy = policy
+        self.capture = capture
+        self.inputs = inputs
+        self._preprocessor = preprocessor
+        self._postprocessor = postprocessor
+        self._noise_shape = noise_shape = capture.policy.noise_shape
+        # What every store says it was drawn with; nothing is drawn without noise.
+        self.seed = None if noise_shape is None else seed
+        self._records, self._failures = records, failures
+        self._config = unwrap(policy).config
+        self._device = torch.device(getattr(self._config, "device", None) or "cpu")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether answers come in the robot's units."""
+        return self._postprocessor is not None
+
+    @torch.inference_mode()
+    def ask(
+        self,
+        questions: Sequence[Question],
+        frames: Sequence[Mapping[str, Tensor]],
+        meanwhile: Callable[[], None],
+    ) -> Answer:
+        """Return the answers to a batch.
+
+        Args:
+            questions: of one task.
+            frames: what the policy sees at each.
+            meanwhile: called once the policy was started; on a GPU it still runs then.
+        """
+        self._records.clear()
+        self._failures.clear()
+        batch = collated(frames, [question.task for question in questions])
+        if self._preprocessor is not None:
+            batch = self._preprocessor(batch)
+        more = {}
+        if self._noise_shape is not None and self.seed is not None:
+            noise = [
+                fixed_noise(self._noise_shape, self.seed, question.episode.footage.index, question.frame)
+                for question in questions
+            ]
+            more["noise"] = torch.stack(noise).to(self._device)
+        amp = getattr(self._config, "use_amp", False)
+        with torch.autocast(self._device.type) if amp else nullcontext():  # as lerobot-eval does
+            chunk: Tensor = self._policy.predict_action_chunk(batch, **more)
+        meanwhile()
+        failure = self._failures[0] if self._failures else None
+        record = self._records[0] if self._records else None
+        if record is None and failure is None:
+            failure = CaptureError("the policy answered without an inference, expected one for each batch")
+        if record is not None and record.batch_size != len(questions):
+            failure, record = (
+                CaptureError(f"the policy got a batch of {record.batch_size}, expected {len(questions)}"),
+                None,
+            )
+        answer = Answer(record, failure)
+        if self._postprocessor is not None:
+            rows = range(min(chunk.shape[1], max(q.stop - q.frame for q in questions)))
+            # Row by row, as in a rollout: it may add the state that the preprocessor saw last.
+            done = [self._postprocessor(chunk[:, row]) for row in rows]
+            answer.predicted = torch.stack(done, dim=1).float().cpu().numpy()
+        return answer
