@@ -23,8 +23,7 @@ import torch
 from common import Result, arguments, finish, in_turns, machine, median, ratio, timed
 from policies import infer, observation, tiny_policy
 
-from lerobot_attn.capture import InferenceRecord, capture_attention
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn import AttentionConfig, InferenceRecord, capture_attention
 
 # Float16's step just below 1, the largest weight there is.
 FLOAT16_STEP = 2.0**-11

@@ -19,8 +19,7 @@ import numpy as np
 from common import Result, arguments, finish, machine, timed
 from policies import Player, full_size_policy, infer, observation, tiny_policy
 
-from lerobot_attn.capture import InferenceRecord, capture_attention
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn import AttentionConfig, InferenceRecord, capture_attention
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.store.reader import Episode, open_episode
 

@@ -26,8 +26,7 @@ import torch
 from common import Result, arguments, finish, in_turns, machine, median, ratio
 from policies import captures, full_size_policy, infer, observation, tiny_policy
 
-from lerobot_attn.capture import capture_attention
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn import AttentionConfig, capture_attention
 
 OFF = "without capture"
 AT_MOST = {"default": 1.02, "all layers": 1.10}

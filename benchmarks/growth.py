@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 from common import Result, arguments, finish, machine, timed
 from policies import Player, infer, observation, tiny_policy
 
-from lerobot_attn.capture import capture_attention
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn import AttentionConfig, capture_attention
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.runs import open_run

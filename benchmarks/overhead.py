@@ -33,8 +33,7 @@ import torch
 from common import Result, arguments, finish, in_turns, machine, median, ratio
 from policies import Player, captures, infer, observation, tiny_policy
 
-from lerobot_attn.capture import capture_attention
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn import AttentionConfig, capture_attention
 from lerobot_attn.recording.background import BackgroundWriter
 
 OFF = "without capture"

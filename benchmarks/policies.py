@@ -21,8 +21,7 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy, PI05Pytorch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
-from lerobot_attn.capture import AttentionCapture, InferenceRecord
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn import AttentionCapture, AttentionConfig, InferenceRecord
 from lerobot_attn.demo.configuration_pi05_tiny import PI05TinyConfig
 from lerobot_attn.demo.modeling_pi05_tiny import PI05TinyPolicy
 from lerobot_attn.recording.background import BackgroundWriter

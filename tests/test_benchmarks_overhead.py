@@ -307,3 +307,19 @@ def test_a_robots_loop_is_timed_with_and_without(run_quick, monkeypatch):
     assert len(ticks) > 20
     assert min(ticks) > 0
     assert any("p99 of the ticks' jitter" in row for row in rows)
+class TestReplay:
+    def test_both_are_measured_on_the_same_frames(self, run_quick):
+        rows, document = run_quick("replay", "--batch-size", "2")
+        for words in ("chunk starts", "every frame"):
+            seconds = document["details"][f"asked at {words}"]
+            row = the_row(rows, words, "speed of the replay")
+            assert row["value"] == seconds["the policy alone"][0] / seconds["replayed"][0]
+            assert row["at_least"] == 0.9
+
+    def test_other_actions_are_refused(self, benchmark, tmp_path):
+        replays = benchmark("replay").Replays(tmp_path, 3, 32, 2, num_inference_steps=1)
+        replays.replayed(1)()
+        with torch.no_grad():
+            next(replays._policy.model.action_out_proj.parameters()).add_(0.1)
+        with pytest.raises(RuntimeError, match="every frame: the actions differ"):
+            replays.alone(1)()
