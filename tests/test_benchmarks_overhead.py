@@ -307,6 +307,8 @@ def test_a_robots_loop_is_timed_with_and_without(run_quick, monkeypatch):
     assert len(ticks) > 20
     assert min(ticks) > 0
     assert any("p99 of the ticks' jitter" in row for row in rows)
+
+
 class TestReplay:
     def test_both_are_measured_on_the_same_frames(self, run_quick):
         rows, document = run_quick("replay", "--batch-size", "2")
