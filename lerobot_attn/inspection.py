@@ -417,10 +417,11 @@ def _replayed(attributes: dict[str, Any]) -> Iterator[tuple[str, str]]:
     replay = attributes.get("replay")
     if not isinstance(replay, dict):
         return
-    source = replay.get("dataset") or f"videos {replay.get('videos')}"
+    videos = replay.get("videos")
+    source = "" if not isinstance(videos, dict) else f"of {', '.join(map(str, videos.values()))}, "
     yield (
-        "replay of",
-        f"{source}, asked every {replay.get('every')} frames: the actions are the recorded ones, which the "
+        "replay",
+        f"{source}asked every {replay.get('every')} frames; the actions are the recorded ones, which the "
         "policy did not choose",
     )
     not_given = replay.get("not_given")

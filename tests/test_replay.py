@@ -179,9 +179,9 @@ def test_a_replay_gives_the_maps_and_chunks_of_the_recording(family, kitchen, tm
     steps = "num_steps" if family == "smolvla_policy" else "num_inference_steps"
     policy, preprocessor, postprocessor = load(**{steps: 2})
     with torch.inference_mode():
-        loop(policy, preprocessor, kitchen, tmp_path / "loop", every=6)
+        loop(policy, preprocessor, kitchen, tmp_path / "loop", every=11)
     config = AttentionConfig(layers="all", mean_layers="none", cameras=False)
-    arguments = {"preprocessor": preprocessor, "postprocessor": postprocessor, "every": 6, "seed": 3}
+    arguments = {"preprocessor": preprocessor, "postprocessor": postprocessor, "every": 11, "seed": 3}
     record_dataset(policy, kitchen, tmp_path / "one", config, batch_size=1, **arguments)
     record_dataset(policy, kitchen, tmp_path / "four", config, batch_size=4, **arguments)
     record_dataset(policy, kitchen, tmp_path / "last", config, batch_size=3, episodes=[2], **arguments)
@@ -201,8 +201,8 @@ def test_a_replay_gives_the_maps_and_chunks_of_the_recording(family, kitchen, tm
             np.testing.assert_allclose(other.suffix_attention, b.suffix_attention, atol=1e-3)
             np.testing.assert_allclose(other.action_chunk, b.action_chunk, atol=1e-4)
             np.testing.assert_allclose(other.predicted_action, b.predicted_action, atol=1e-4)
-        for frame in range(0, LENGTHS[index], 6):
-            chunk = torch.from_numpy(b.action_chunk.values[frame // 6, : 6 + b.sizes["query"] - 50])
+        for frame in range(0, LENGTHS[index], 11):
+            chunk = torch.from_numpy(b.action_chunk.values[frame // 11, : 11 + b.sizes["query"] - 50])
             first = int(b.frame_query[frame])
             said = postprocessor(chunk[first : first + 1])[0]
             np.testing.assert_allclose(b.predicted_action[frame], said, atol=1e-6)
@@ -550,6 +550,11 @@ def test_single_frames_of_videos_with_their_state(tmp_path):
     np.testing.assert_array_equal(data.state, states[[3, 10, 20]])
     given = torch.cat([batch["observation.state"] for batch in seen.batches])
     np.testing.assert_array_equal(given, states[[3, 10, 20]])
+    record_dataset(make_policy(), footage, tmp_path / "again", LAST, preprocessor=(again := Seen()))
+    assert torch.equal(again.batches[0][scripted.CAMERA][0], seen.batches[0][scripted.CAMERA][0])
+    other = VideoFrames({scripted.CAMERA: film}, task=SOUP, state=states, frames=[3, 10])
+    with pytest.raises(StoreError, match="replay frames"):
+        record_dataset(make_policy(), other, tmp_path / "out", AttentionConfig(existing="skip"))
     frames = list(read_frames(film))
     shown = torch.cat([batch[scripted.CAMERA] for batch in seen.batches])
     for picture, number in zip(shown, (3, 10, 20), strict=True):
@@ -633,7 +638,10 @@ def test_the_command_replays_a_data_set(command, demo_checkpoint, kitchen, tmp_p
     ):
         status, said = command(*words)
         assert status == 0, said
-    assert "kitchen, asked every 8 frames" in " ".join(command("inspect", first.path)[1].split())
+    said = " ".join(command("inspect", first.path)[1].split())
+    assert "data set kitchen, episode 0" in said
+    assert "replay asked every 8 frames; the actions are the recorded ones" in said
+    assert {row.dataset for row in open_run(tmp_path / "out").table.itertuples()} == {"kitchen"}
 
 
 def test_what_was_not_executed_is_not_called_so(small, tmp_path):
@@ -712,7 +720,9 @@ def test_the_command_asks_about_videos(command, demo_checkpoint, tmp_path):
     assert episode.dataset.frame_index.values.tolist() == [0, 4, 11]
     status, said = command("inspect", episode.path)
     assert status == 0
-    assert "not given observation.images.image2: absent; observation.state: zeros" in " ".join(said.split())
+    said = " ".join(said.split())
+    assert "replay of film.mp4, asked every 1 frames" in said
+    assert "not given observation.images.image2: absent; observation.state: zeros" in said
 
 
 def test_the_command_refuses_in_one_line(command, demo_checkpoint, kitchen, tmp_path):

@@ -138,6 +138,13 @@ def frame_rows(rng, index, n=2):
     return {
         "frame_inference": np.full(n, index),
         "frame_query": np.arange(n),
+        "frame_time": np.arange(n) / 20 + index,
+        "predicted_action": rng.random((n, 3), dtype=np.float32),
+        "action_error": rng.random(n, dtype=np.float32),
+        "frame_index": np.arange(n) + n * index,
+        "timestamp": (np.arange(n) / 20).astype(np.float32),
+        "episode_index": np.full(n, 7),
+        "task_index": np.full(n, 3),
         "action": rng.random((n, 3), dtype=np.float32),
         "state": rng.random((n, 2), dtype=np.float32),
         "reward": np.arange(n, dtype=np.float32),

@@ -67,10 +67,15 @@ class DatasetFrames:
 
     @property
     def said(self) -> Mapping[str, Any]:
+        """The data set's name."""
+        return {"dataset": self._name}
+
+    @property
+    def dataset(self) -> Mapping[str, Any] | None:
         """The data set's name, folder and revision."""
         revision = getattr(self.meta, "revision", None)
         return {
-            "dataset": self._name,
+            "repo_id": self._name,
             "root": str(self.meta.root),
             "revision": None if revision is None else str(revision),
         }

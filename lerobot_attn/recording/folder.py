@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # What must be the same for episodes of two runs to be one run's.
 _POLICY = ("type", "path", "dtype")
-_REPLAY = ("dataset", "every", "rename", "task")
+_REPLAY = ("dataset", "videos", "frames", "every", "rename", "task")
 _CAPTURE = (
     *("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "vision_layers"),
     "keep_bits",

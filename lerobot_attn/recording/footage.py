@@ -61,7 +61,11 @@ class Footage(Protocol):
 
     @property
     def said(self) -> Mapping[str, Any]:
-        """What every store says of where its frames come from: plain values; `dataset` names it."""
+        """What every store says of where its frames come from: plain values."""
+
+    @property
+    def dataset(self) -> Mapping[str, Any] | None:
+        """The data set to join with: `repo_id`, `root` and `revision`; None without one."""
 
     @property
     def fps(self) -> float:

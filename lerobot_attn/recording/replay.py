@@ -133,7 +133,7 @@ def record_dataset(
             "noise_seed": asker.seed,
         }
         run = ReplayRun(policy, run_folder, config, footage, every=every, batch_size=batch_size, task=task)
-        run.run(asker, wanted, {"replay": said, **(attributes or {})}, progress)
+        run.run(asker, wanted, {"replay": said, "dataset": footage.dataset, **(attributes or {})}, progress)
     return run.results
 
 

@@ -63,8 +63,16 @@ class VideoFrames:
 
     @property
     def said(self) -> Mapping[str, Any]:
-        """The videos' names."""
-        return {"dataset": None, "videos": {camera: path.name for camera, path in self._videos.items()}}
+        """The videos' names, and which frames were chosen."""
+        return {
+            "videos": {camera: path.name for camera, path in self._videos.items()},
+            "frames": self._chosen if self._is_choice else None,
+        }
+
+    @property
+    def dataset(self) -> Mapping[str, Any] | None:
+        """There is none."""
+        return None
 
     @property
     def fps(self) -> float:
