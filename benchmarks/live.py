@@ -26,8 +26,7 @@ from common import Result, arguments, finish, machine
 from explorer import CHROMIUM, Server, browsers, percentile
 from policies import observation, tiny_policy
 
-from lerobot_attn.config import AttentionConfig
-from lerobot_attn.recording import record_episodes
+from lerobot_attn import AttentionConfig, record_episodes
 
 HZ = 10
 AT_MOST_MS = 200.0

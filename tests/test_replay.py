@@ -150,6 +150,23 @@ def test_beyond_the_chunks_end_nothing_is_predicted(tmp_path):
     assert not np.isnan(data.action).any()
 
 
+def test_the_explorer_is_started_beside_if_wanted(small, tmp_path, monkeypatch):
+    from contextlib import contextmanager
+
+    from lerobot_attn.recording import replay
+
+    started = []
+
+    @contextmanager
+    def beside(folder, wanted):
+        started.append((folder, wanted))
+        yield
+
+    monkeypatch.setattr(replay, "explorer_beside", beside)
+    record_dataset(make_policy(), small, tmp_path, AttentionConfig(view=True), episodes=[1])
+    assert started == [(tmp_path / "attention", True)]
+
+
 # The policy's own numbers
 
 
