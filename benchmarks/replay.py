@@ -8,6 +8,9 @@ is asked about the frames that the replay asks it about, in batches of the same 
 from the same noise. The replay reads and preprocesses them, asks, and stores maps, tables and the cameras'
 videos; its time ends when the store is closed. In turns, the first round does not count.
 
+Asked at chunk starts, the episode is four inferences of a small policy, beside which what an episode costs
+by itself (its store, its videos) counts most: that row has no target.
+
 That both get the same actions is checked, bit for bit.
 """
 
@@ -125,15 +128,23 @@ class Replays:
         features["observation.state"] = {"dtype": "float32", "shape": (8,), "names": None}
         features["action"] = {"dtype": "float32", "shape": (7,), "names": None}
         dataset = LeRobotDataset.create("benchmarks/dataset", FPS, features, root=root, use_videos=False)
-        noise = np.random.default_rng(0)
-        for _ in range(n_frames):
-            shown = {
-                camera: noise.integers(0, 256, (image_px, image_px, 3), dtype=np.uint8) for camera in cameras
-            }
+        for frame in range(n_frames):
+            shown = dict.fromkeys(cameras, _picture(frame, image_px))
             numbers = {"observation.state": np.zeros(8, np.float32), "action": np.zeros(7, np.float32)}
             dataset.add_frame({**shown, **numbers, "task": TASK})
         dataset.save_episode()
         dataset.finalize()
+
+
+def _picture(frame: int, image_px: int) -> np.ndarray:
+    """Return (image_px, image_px, 3) uint8: a square that moves before smooth colours, with a sensor's noise."""
+    across, down = np.meshgrid(*[np.linspace(40, 200, image_px)] * 2)
+    picture = np.stack([across, down, np.full_like(across, 90)], axis=-1)
+    side = image_px // 8
+    left = frame * 3 % (image_px - side)
+    picture[image_px // 2 : image_px // 2 + side, left : left + side] = 230
+    noise = np.random.default_rng(frame).normal(0, 2, picture.shape)
+    return np.clip(picture + noise, 0, 255).astype(np.uint8)
 
 
 def main() -> int:
@@ -157,8 +168,8 @@ def main() -> int:
                     f"{what}: speed of the replay over that of {POLICY}",
                     seconds[POLICY],
                     seconds["replayed"],
-                    at_least=AT_LEAST,
-                    headline=every == "chunk",
+                    at_least=AT_LEAST if every == 1 else None,
+                    headline=every == 1,
                 ),
                 median(f"{what}: {POLICY}", seconds[POLICY], "s"),
             ]

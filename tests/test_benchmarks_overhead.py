@@ -316,7 +316,7 @@ class TestReplay:
             seconds = document["details"][f"asked at {words}"]
             row = the_row(rows, words, "speed of the replay")
             assert row["value"] == seconds["the policy alone"][0] / seconds["replayed"][0]
-            assert row["at_least"] == 0.9
+            assert row["at_least"] == (0.9 if words == "every frame" else None)
 
     def test_other_actions_are_refused(self, benchmark, tmp_path):
         replays = benchmark("replay").Replays(tmp_path, 3, 32, 2, num_inference_steps=1)
