@@ -137,7 +137,7 @@ class Replays:
 
 
 def _picture(frame: int, image_px: int) -> np.ndarray:
-    """Return (image_px, image_px, 3) uint8: a square that moves before smooth colours, with a sensor's noise."""
+    """Return (image_px, image_px, 3) uint8: a square that moves before smooth colours, with some noise."""
     across, down = np.meshgrid(*[np.linspace(40, 200, image_px)] * 2)
     picture = np.stack([across, down, np.full_like(across, 90)], axis=-1)
     side = image_px // 8

@@ -249,6 +249,30 @@ def test_a_policy_without_words_noise_or_denoise_steps(tmp_path):
         record_dataset(policy, VideoFrames({"top": film}, task=""), tmp_path / "out", AttentionConfig())
 
 
+def test_actions_that_decoded_tokens_spell_together_have_no_token(fast_policy, tmp_path):
+    import fast_policy as fast
+
+    policy = fast_policy()
+    dims = (fast.STATE_DIM, fast.ACTION_DIM)
+    root = write_dataset(tmp_path / "fast", [5], cameras=(fast.IMAGE, fast.WRIST), dims=dims, size=64)
+    coded = fast.make_batch(1)
+
+    def preprocessor(batch):
+        words = ("observation.language.tokens", "observation.language.attention_mask")
+        return {**batch, **{name: coded[name].expand(len(batch["task"]), -1) for name in words}}
+
+    arguments = {"preprocessor": preprocessor, "postprocessor": lambda action: action, "every": 3}
+    record_dataset(policy, root, tmp_path / "out", LAST, batch_size=2, **arguments)
+    (episode,) = open_run(tmp_path / "out")
+    assert episode.is_complete
+    data = episode.dataset.load()
+    assert data.inference_frame.values.tolist() == [0, 3]
+    assert set(data.frame_query.values.tolist()) == {-1}
+    assert not np.isnan(data.predicted_action[0]).any()
+    assert "noise_seed" in episode.attributes["replay"]
+    assert episode.attributes["seed"] is None
+
+
 def test_pictures_are_read_ahead_within_bounds(monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -88,7 +88,7 @@ def read_header(path: str | Path) -> Header:
     metadata = path / METADATA
     if not metadata.is_file():
         if (path / "meta" / "info.json").is_file():
-            raise StoreError(f"{path}: is a LeRobot dataset, {HELP}")
+            raise StoreError(f"{path}: is a LeRobot dataset, {HELP}, or by `lerobot-attn replay` of it")
         stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{METADATA}"), None)
         hint = f"; it holds stores, e.g. {stores.parent.relative_to(path)}: use open_run()" if stores else ""
         raise StoreError(f"{path}: is no Zarr v3 store, {HELP}{hint}")
