@@ -86,6 +86,7 @@ class ScriptedPolicy(PreTrainedPolicy):
         self.n_inferences = 0
         self.n_text = N_TEXT  # a test may change it between inferences, as SmolVLA's prompts do
         self.fail_at = None
+        self.noise_shape = (CHUNK, 4)  # None: it draws its own, as it does here in any case
         self.reset()
 
     def reset(self):
@@ -145,6 +146,7 @@ class ScriptedAdapter:
             n_denoise_steps=self.policy.config.num_inference_steps,
             chunk_size=CHUNK,
             n_action_steps=self.policy.config.n_action_steps,
+            noise_shape=self.policy.noise_shape,
         )
 
     def sites(self):

@@ -319,6 +319,35 @@ def test_a_data_set_that_was_just_written(tmp_path):
     assert "state" not in episode.dataset
 
 
+def test_a_policy_that_draws_its_own_noise_is_asked_about_one_frame_at_a_time(small, tmp_path, caplog):
+    chunks = []
+    for name, episodes in (("all", None), ("last", [2])):
+        policy = make_policy()
+        policy.noise_shape = None
+        before, seen = torch.random.get_rng_state(), Seen()
+        with caplog.at_level(logging.INFO, "lerobot_attn"):
+            record_dataset(policy, small, tmp_path / name, LAST, preprocessor=seen, episodes=episodes)
+        assert {len(batch["task"]) for batch in seen.batches} == {1}
+        assert torch.equal(torch.random.get_rng_state(), before)
+        last = in_order(tmp_path / name)[-1]
+        assert last.attributes["seed"] == 0
+        chunks.append(last.dataset.action_chunk.values)
+    assert "one frame at a time" in caplog.text
+    # The last number holds noise and what was attended to, which follows the number of the inference.
+    attended = [
+        sum(
+            scripted.attention_of(i, step, layer, 1)[..., 0].mean()
+            for step in range(scripted.STEPS)
+            for layer in range(scripted.LAYERS)
+        )
+        for i in range(6)
+    ]
+    of_all, of_last = (chunk[:, 1:, 3] for chunk in chunks)
+    for inference in range(3):
+        shift = float(attended[3 + inference] - attended[inference])
+        np.testing.assert_allclose(of_all[inference], of_last[inference] + shift, atol=1e-5)
+
+
 def test_every_question_has_noise_of_its_own():
     drawn = [fixed_noise((3, 2), *key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))]
     assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == 4

@@ -91,23 +91,7 @@ def make_writer(path, compression=None, **attributes):
         coordinates=coordinates,
         attributes={"task": "pick", "layout": LAYOUT.to_dict(), "executed_queries": [0, 2], **attributes},
         compression=compression or Compression(),
-        optional={
-            "suffix_attention",
-            "suffix_attention_mean",
-            "prefix_attention",
-            "vision_attention",
-            "state",
-            "reward",
-            "success",
-            "prompt_truncated",
-            "suffix_token_id",
-            "suffix_token_text",
-            "observed_before",
-            "inference_start",
-            "inference_end",
-            "inference_delay",
-            "frame_time",
-        },
+        optional={spec.name for spec in ARRAYS if spec.optional},
     )
 
 
@@ -138,7 +122,6 @@ def frame_rows(rng, index, n=2):
     return {
         "frame_inference": np.full(n, index),
         "frame_query": np.arange(n),
-        "frame_time": np.arange(n) / 20 + index,
         "predicted_action": rng.random((n, 3), dtype=np.float32),
         "action_error": rng.random(n, dtype=np.float32),
         "frame_index": np.arange(n) + n * index,

@@ -8,6 +8,7 @@ from there on. It moves nothing: the next observation is the recorded one, whate
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from lerobot_attn.recording.replay_ask import Asker
 from lerobot_attn.recording.replay_inputs import ReplayInputs
 from lerobot_attn.recording.replay_run import ReplayRun
 from lerobot_attn.sizes import Progress
+
+logger = logging.getLogger(__name__)
 
 _REMEDIES = Remedies("choose another folder", "AttentionConfig(existing=…), --attention.existing=")
 
@@ -79,7 +82,8 @@ def record_dataset(
         rename: the data set's feature → the policy's, e.g. {"observation.images.front":
             "observation.images.image"}.
         task: the instruction, instead of the recorded ones.
-        batch_size: frames that the policy is asked about in one call. Their maps are in memory together.
+        batch_size: frames that the policy is asked about in one call. Their maps are in memory together. One
+            of a policy that denoises and takes no noise (X-VLA), because it draws its own for a whole batch.
         seed: of the noise.
         attributes: further plain values that each store says of itself.
         probes: others that watch or change the policy, as `capture_attention` takes them.
@@ -134,6 +138,9 @@ def record_dataset(
             "not_given": list(inputs.not_given),
             "noise_seed": asker.seed,
         }
+        if asker.draws_itself and batch_size > 1:
+            logger.info("The policy draws its own noise, so it is asked about one frame at a time")
+            batch_size = 1
         run = ReplayRun(policy, run_folder, config, footage, every=every, batch_size=batch_size, task=task)
         run.run(asker, wanted, {"replay": said, "dataset": footage.dataset, **(attributes or {})}, progress)
     return run.results

@@ -5,8 +5,8 @@ Knows the policy by what it is asked and answers. Knows no store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lerobot_attn.errors import CaptureError
 from lerobot_attn.policies import unwrap
 from lerobot_attn.recording.footage import FootageEpisode
 from lerobot_attn.recording.handle import EpisodeHandle
-from lerobot_attn.recording.replay_inputs import ReplayInputs, collated, fixed_noise
+from lerobot_attn.recording.replay_inputs import ReplayInputs, collated, fixed_noise, seed_of
 
 
 class Question(NamedTuple):
@@ -77,8 +77,10 @@ class Asker:
         self._preprocessor = preprocessor
         self._postprocessor = postprocessor
         self._noise_shape = noise_shape = capture.policy.noise_shape
-        # What every store says it was drawn with; nothing is drawn without noise.
-        self.seed = None if noise_shape is None else seed
+        # A policy that takes no noise may draw its own: it is asked about one frame at a time then.
+        self.draws_itself = noise_shape is None and capture.policy.n_denoise_steps > 0
+        # What every store says it was drawn with; a policy that does not denoise draws nothing.
+        self.seed = seed if self.draws_itself or noise_shape is not None else None
         self._records, self._failures = records, failures
         self._config = unwrap(policy).config
         self._device = torch.device(getattr(self._config, "device", None) or "cpu")
@@ -87,6 +89,17 @@ class Asker:
     def predicts(self) -> bool:
         """Whether answers come in the robot's units."""
         return self._postprocessor is not None
+
+    @contextmanager
+    def _own_noise(self, question: Question) -> Iterator[None]:
+        """Let a policy that draws its noise itself draw the question's, and nobody else notice."""
+        if not self.draws_itself or self.seed is None:
+            yield
+            return
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed_of(self.seed, question.episode.footage.index, question.frame))
+            yield
 
     @torch.inference_mode()
     def ask(
@@ -115,7 +128,10 @@ class Asker:
             ]
             more["noise"] = torch.stack(noise).to(self._device)
         amp = getattr(self._config, "use_amp", False)
-        with torch.autocast(self._device.type) if amp else nullcontext():  # as lerobot-eval does
+        with (
+            self._own_noise(questions[0]),
+            torch.autocast(self._device.type) if amp else nullcontext(),  # as lerobot-eval does
+        ):
             chunk: Tensor = self._policy.predict_action_chunk(batch, **more)
         meanwhile()
         failure = self._failures[0] if self._failures else None

@@ -124,9 +124,14 @@ def fixed_noise(shape: tuple[int, int], seed: int, episode: int, frame: int) -> 
         episode: number of the episode.
         frame: number of the frame that the policy is asked about.
     """
-    state = np.random.SeedSequence([seed, episode, frame]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+    generator = torch.Generator().manual_seed(seed_of(seed, episode, frame))
     return torch.randn(shape, generator=generator)
+
+
+def seed_of(seed: int, episode: int, frame: int) -> int:
+    """Return the seed of one inference of a replay; arguments as of `fixed_noise`."""
+    state = np.random.SeedSequence([seed, episode, frame]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
 
 
 def _renamed_by(preprocessor: Any) -> dict[str, str]:
