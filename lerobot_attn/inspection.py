@@ -353,6 +353,13 @@ def _remarks(facts: dict[str, Any]) -> Iterator[str]:
         found = attributes.get(name)
         if isinstance(found, list) and found:
             yield f"{len(found)} {what}; the first: {_FIRST[name].format(found[0])}"
+    checks = attributes.get("input_checks")
+    for check in checks if isinstance(checks, list) else []:
+        if isinstance(check, Mapping):
+            remedy = f"; remedy: {check['remedy']}" if check.get("remedy") else ""
+            yield _printable(
+                f"input, {check.get('name')} {check.get('status')}: {check.get('detail')}{remedy}"
+            )
     if attributes.get("n_repeated_pictures"):
         yield f"{attributes['n_repeated_pictures']} frames show the pictures of the frame before"
 

@@ -17,17 +17,15 @@ from typing import TYPE_CHECKING, Any
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.plugin.command_line import EVAL
 from lerobot_attn.plugin.compatibility import FLAG
+from lerobot_attn.plugin.environments import ACTION_NAMES, STATE_NAMES
+from lerobot_attn.plugin.feeding.facts import INPUT_CHECKS
 from lerobot_attn.plugin.script import with_options
 
 if TYPE_CHECKING:
+    from lerobot_attn.plugin.feeding.quiet import QuietChecks
     from lerobot_attn.recording.run import RunRecorder, TaskPlan
 
 logger = logging.getLogger(__name__)
-
-STATE_NAMES = {
-    "libero": ("eef_x", "eef_y", "eef_z", "eef_rx", "eef_ry", "eef_rz", "gripper_left", "gripper_right"),
-}
-ACTION_NAMES = {"libero": ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")}
 
 
 def install(namespace: dict[str, Any]) -> None:
@@ -52,7 +50,7 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
         if not options.save_attention_maps:
             return run_original(cfg)
         run = _start_run(cfg, options.attention)
-        with recording(namespace, run, env_type=cfg.env.type):
+        with recording(namespace, run, env_type=cfg.env.type, env=cfg.env):
             result = run_original(cfg)
         if run.failures:
             sys.exit(
@@ -92,18 +90,26 @@ def _start_run(cfg: Any, config: Any) -> RunRecorder:
 
 
 @contextmanager
-def recording(namespace: dict[str, Any], run: RunRecorder, *, env_type: str) -> Iterator[None]:
+def recording(
+    namespace: dict[str, Any], run: RunRecorder, *, env_type: str, env: Any = None
+) -> Iterator[None]:
     """Wrap the evaluation script's functions for one run.
 
     Args:
         namespace: globals of the script, where its functions look each other up by name.
         run: records what they do.
         env_type: LeRobot's name of the environment, by which dimensions get their names.
+        env: the environment's config, as far as it is known.
     """
+    from lerobot_attn.plugin.feeding.facts import World
+    from lerobot_attn.plugin.feeding.gather import environment_of
+    from lerobot_attn.plugin.feeding.quiet import QuietChecks
+
+    checks = QuietChecks(lambda: World() if env is None else environment_of(env))
     wrappers: dict[str, Callable[..., Callable[..., Any]]] = {
         "eval_policy_all": _wrap_eval_policy_all,
         "run_one": functools.partial(_wrap_run_one, env_type=env_type),
-        "rollout": _wrap_rollout,
+        "rollout": functools.partial(_wrap_rollout, checks=checks),
     }
     originals = {name: namespace[name] for name in wrappers}
     try:
@@ -172,7 +178,9 @@ def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
     )
 
 
-def _wrap_rollout(original: Callable[..., Any], run: RunRecorder) -> Callable[..., Any]:
+def _wrap_rollout(
+    original: Callable[..., Any], run: RunRecorder, *, checks: QuietChecks
+) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -184,8 +192,9 @@ def _wrap_rollout(original: Callable[..., Any], run: RunRecorder) -> Callable[..
         call = bound.arguments
         env, policy = call["env"], call["policy"]
         with run.rollout(env.num_envs, call["seeds"]) as recorder, ExitStack() as stack:
+            look = functools.partial(checks.look, policy, call["preprocessor"], call["postprocessor"])
             observers = _Observers(
-                run, recorder, env, policy, call["env_preprocessor"], call.get("preprocessor")
+                run, recorder, env, policy, call["env_preprocessor"], call.get("preprocessor"), look
             )
             call["env_preprocessor"] = observers.env_preprocessor
             stack.enter_context(replaced_attribute(env, "step", observers.step))
@@ -208,6 +217,7 @@ class _Observers:
         policy: Any,
         env_preprocessor: Any,
         preprocessor: Any,
+        look: Callable[..., Any],
     ):
         self._run = run
         self._recorder = recorder
@@ -219,9 +229,11 @@ class _Observers:
         self._renamed: dict[str, str] = {}
         for step in getattr(preprocessor, "steps", ()):
             self._renamed |= getattr(step, "rename_map", {})
+        self._look: Callable[..., Any] | None = look  # at the first observation
+        self._tasks: Any = None
 
     def env_preprocessor(self, observation: dict[str, Any]) -> dict[str, Any]:
-        tasks = observation.get("task")
+        tasks = self._tasks = observation.get("task")
         result: dict[str, Any] = self._env_preprocessor(observation)
         state = result.get("observation.state")
         self._recorder.on_observation(
@@ -232,6 +244,9 @@ class _Observers:
         return result
 
     def select_action(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        look, self._look = self._look, None
+        if look is not None and (found := look(batch, self._tasks)) is not None:
+            self._recorder.say(INPUT_CHECKS, found)
         self._run.before_inference()
         action = self._select_action(batch, *args, **kwargs)
         self._recorder.on_action(batch, action)

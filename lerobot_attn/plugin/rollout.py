@@ -26,6 +26,7 @@ from lerobot_attn.plugin.compatibility import ROLLOUT_MODULES
 from lerobot_attn.plugin.script import with_options
 
 if TYPE_CHECKING:
+    from lerobot_attn.plugin.feeding.facts import World
     from lerobot_attn.recording.robot import RobotRecording
 
 logger = logging.getLogger(__name__)
@@ -197,8 +198,9 @@ def _observed(ctx: Any, recording: RobotRecording) -> Iterator[None]:
         replace(robot, "get_observation", before(lambda: recording.on_look()))
         replace(engine, "notify_observation", before(recording.on_observation))
         replace(engine, "reset", before(lambda: recording.on_reset()))
-        replace(policy, "select_action", lambda original: _selecting(original, recording))
-        replace(policy, "predict_action_chunk", lambda original: _guarded(original, recording))
+        look = _first_look(ctx, recording)
+        replace(policy, "select_action", lambda original: _selecting(original, recording, look))
+        replace(policy, "predict_action_chunk", lambda original: _guarded(original, recording, look))
         if dataset is not None:
             replace(dataset, "add_frame", lambda original: _adding(original, dataset, recording))
             replace(dataset, "save_episode", lambda original: _saving(original, recording))
@@ -227,8 +229,44 @@ def _replaced_name(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def _selecting(original: Callable[..., Any], recording: RobotRecording) -> Callable[..., Any]:
+def _first_look(ctx: Any, recording: RobotRecording) -> Callable[..., None]:
+    """Return what checks the first batch that the policy gets, called with the policy's arguments."""
+    from lerobot_attn.plugin.feeding.facts import INPUT_CHECKS
+    from lerobot_attn.plugin.feeding.quiet import QuietChecks
+
+    cfg, checks, looked = ctx.runtime.cfg, QuietChecks(lambda: _robot(ctx)), threading.Event()
+
+    def look(batch: Any = None, *args: Any, **kwargs: Any) -> None:
+        if looked.is_set():
+            return
+        looked.set()
+        task = cfg.dataset.single_task if cfg.dataset else cfg.task
+        processors = ctx.policy.preprocessor, ctx.policy.postprocessor
+        found = checks.look(ctx.policy.policy, *processors, batch, [task or ""])
+        if found is not None:
+            recording.say(INPUT_CHECKS, found[0])
+
+    return look
+
+
+def _robot(ctx: Any) -> World:
+    from lerobot_attn.plugin.feeding.facts import World
+
+    cfg, features = ctx.runtime.cfg, ctx.data.dataset_features
+    return World(
+        what=f"the robot {cfg.robot.type}",
+        state_names=tuple(features.get("observation.state", {}).get("names") or ()),
+        action_names=tuple(ctx.data.ordered_action_keys),
+        action_dim=len(ctx.data.ordered_action_keys),
+        fps=float(cfg.fps),
+    )
+
+
+def _selecting(
+    original: Callable[..., Any], recording: RobotRecording, look: Callable[..., None]
+) -> Callable[..., Any]:
     def select_action(*args: Any, **kwargs: Any) -> Any:
+        look(*args, **kwargs)
         recording.on_shown()
         action = original(*args, **kwargs)
         recording.on_selected(action)
@@ -237,8 +275,11 @@ def _selecting(original: Callable[..., Any], recording: RobotRecording) -> Calla
     return select_action
 
 
-def _guarded(original: Callable[..., Any], recording: RobotRecording) -> Callable[..., Any]:
+def _guarded(
+    original: Callable[..., Any], recording: RobotRecording, look: Callable[..., None]
+) -> Callable[..., Any]:
     def predict_action_chunk(*args: Any, **kwargs: Any) -> Any:
+        look(*args, **kwargs)
         try:
             return original(*args, **kwargs)
         except Exception as error:

@@ -56,9 +56,18 @@ def adapter_for(policy: Any) -> PolicyAdapter:
         UnsupportedPolicyError: no adapter serves it.
     """
     policy = unwrap(policy)
-    module, name = ADAPTERS[adapter_type(getattr(policy, "config", None))]
-    adapter: PolicyAdapter = getattr(importlib.import_module(module), name)(policy)
-    return adapter
+    return adapter_class(getattr(policy, "config", None))(policy)
+
+
+def adapter_class(config: Any) -> type[PolicyAdapter]:
+    """Return the adapter of the policies that have this config.
+
+    Raises:
+        UnsupportedPolicyError: there is none.
+    """
+    module, name = ADAPTERS[adapter_type(config)]
+    found: type[PolicyAdapter] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def unwrap(policy: Any) -> Any:

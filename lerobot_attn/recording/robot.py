@@ -175,6 +175,13 @@ class RobotRecording(EpisodeSeries):
             if self._episode is not None:
                 self._episode.say("policy_errors", list(self._policy_errors))
 
+    def say(self, name: str, value: Any) -> None:
+        """Let the stores of the episode that runs and of those to come say something."""
+        with self._lock:
+            self._attributes = {**self._attributes, name: value}
+            if self._episode is not None:
+                self._episode.say(name, value)
+
     def on_chunk(self, delay: int = 0) -> Inference:
         """The chunk of the inference that ran is there; its first `delay` actions are skipped."""
         with self._lock:

@@ -82,6 +82,11 @@ class RolloutRecorder:
             if state is not None:
                 episode.state_dim = state.shape[1]
 
+    def say(self, name: str, values: Sequence[Any]) -> None:
+        """Let the stores say something of their episodes: of each environment's its own value."""
+        for episode in self._episodes:
+            episode.attributes[name] = values[episode.env]
+
     def on_inference(self, record: InferenceRecord) -> None:
         """The policy ran; its first action is selected next.
 
