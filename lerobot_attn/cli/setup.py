@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import status
+from lerobot_attn.errors import ConfigError
 
 
 @app.command()
@@ -45,12 +46,55 @@ def demo_policy(
     print(f"Use it with: lerobot-eval --policy.path={path} …")
 
 
-@app.command()
-def doctor() -> None:
-    """Check Python, torch, LeRobot's patch points, the GL backend, LIBERO's files and the disk."""
-    from lerobot_attn.machine.doctor import print_report, run_checks
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(
+    context: typer.Context,
+    policy_path: Annotated[
+        str | None,
+        typer.Option(
+            "--policy.path",
+            metavar="CHECKPOINT",
+            help="Check what this policy is fed: a checkpoint's folder or Hub name. Also --policy.device=….",
+        ),
+    ] = None,
+    env_type: Annotated[
+        str | None,
+        typer.Option(
+            "--env.type",
+            metavar="ENV",
+            help="Feed it an environment's first observation, e.g. libero. Also --env.task=…, ….",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_OR_ROOT",
+            help="Feed it a LeRobotDataset's first frame; with --env.type, compare the environment with it.",
+        ),
+    ] = None,
+    rename: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Names of environment or data set → the policy's, as '{\"observation.images.front\": …}'.",
+        ),
+    ] = None,
+) -> None:
+    """Check this machine: Python, torch, LeRobot's patch points, the GL backend, LIBERO's files, the disk.
 
-    raise typer.Exit(print_report(run_checks(), Console()))
+    With --policy.path, check what a policy is fed against what it was trained on: one observation goes
+    through the checkpoint's own processors. The exit status is 1 if a check failed.
+    """
+    from lerobot_attn.machine.doctor import check_policy, print_report, run_checks
+
+    if policy_path is None:
+        named = {"--env.type": env_type, "--dataset": dataset, "--rename": rename}
+        given = [*(name for name, value in named.items() if value is not None), *context.args]
+        if given:
+            raise ConfigError(f"{given[0]}: goes with --policy.path=CHECKPOINT, which is not given")
+        raise typer.Exit(print_report(run_checks(), Console()))
+    options = [*context.args, *([] if env_type is None else [f"--env.type={env_type}"])]
+    raise typer.Exit(print_report(check_policy(policy_path, dataset, rename, options), Console()))
 
 
 @app.command()

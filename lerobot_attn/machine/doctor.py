@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,27 @@ def run_checks(console: Console | None = None) -> list[Check]:
             except (Exception, SystemExit) as error:
                 checks.append(Check(name, FAILED, f"the check broke: {_one_line(error)}", _repair(name)))
     return checks
+
+
+def check_policy(
+    policy_path: str, dataset: str | None, rename: str | None, options: Sequence[str]
+) -> list[Check]:
+    """Check what a policy is fed against what it was trained on.
+
+    Args:
+        policy_path: the checkpoint's folder, or its name on the Hub.
+        dataset: a LeRobotDataset's folder or name; None: none is looked at.
+        rename: JSON of a data set's or an environment's feature → the policy's; None: nothing is renamed.
+        options: `--policy.name=value` and `--env.name=value`.
+
+    Raises:
+        ConfigError: there is no such checkpoint, environment or data set, or an option is none.
+        UnsupportedPolicyError: nobody knows the policy.
+    """
+    with Console(stderr=True).status("Loading LeRobot") as spinner:
+        from lerobot_attn.plugin.feeding.command import FeedingRequest, run_feeding_checks
+
+        return run_feeding_checks(FeedingRequest(policy_path, dataset, rename, options), spinner.update)
 
 
 def print_report(checks: list[Check], console: Console) -> int:

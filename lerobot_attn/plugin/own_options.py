@@ -5,7 +5,8 @@ Knows the sections by their names, and the fields of the attention settings. Sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -63,3 +64,23 @@ def attention_config(options: Sequence[str]) -> AttentionConfig:
         except yaml.YAMLError as error:
             raise ConfigError(f"--attention.{name}: got {text!r}, expected a value as YAML has it") from error
     return AttentionConfig.from_dict(values, where="--attention")
+
+
+def rename_map(text: str | None) -> Mapping[str, str]:
+    """Return what `--rename` says: a data set's or an environment's name of a feature → the policy's.
+
+    Raises:
+        ConfigError: it is no JSON object of names.
+    """
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ConfigError(
+            f"--rename: got {text!r}, expected JSON such as "
+            """'{"observation.images.front": "observation.images.image"}'"""
+        )
+    return found

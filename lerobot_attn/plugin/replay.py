@@ -5,14 +5,13 @@ Knows LeRobot's checkpoints and the options' text. How a replay goes is `lerobot
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.plugin.own_options import attention_config, by_section
+from lerobot_attn.plugin.own_options import attention_config, by_section, rename_map
 
 if TYPE_CHECKING:
     from lerobot_attn.recording.plan import EpisodeResult
@@ -65,7 +64,7 @@ def replay(request: ReplayRequest, progress: Callable[[int, int], None] | None =
     """
     options = by_section(request.options, ("policy", "attention"))
     config = attention_config(options["attention"])
-    rename = _rename(request.rename)
+    rename = rename_map(request.rename)
     _check_doors(request)
 
     from lerobot_attn.plugin.checkpoints import load_policy, read_checkpoint
@@ -110,21 +109,6 @@ def _check_doors(request: ReplayRequest) -> None:
         for name, value in (("--state", request.state), ("--frames", request.frames)):
             if value is not None:
                 raise ConfigError(f"{name}: goes with --video, a data set has its own; leave it out")
-
-
-def _rename(text: str | None) -> Mapping[str, str]:
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ConfigError(
-            f"--rename: got {text!r}, expected JSON such as "
-            """'{"observation.images.front": "observation.images.image"}'"""
-        )
-    return found
 
 
 def _videos(texts: Sequence[str]) -> dict[str, str]:

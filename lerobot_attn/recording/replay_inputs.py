@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lerobot_attn.errors import CaptureError, ConfigError
+from lerobot_attn.policies.cameras import likely_renames
 from lerobot_attn.recording.footage import Footage, FootageFeatures
 
 _EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's own stand-ins, which nothing ever shows
@@ -157,13 +158,7 @@ def _missing_camera(missing: Sequence[str], theirs: FootageFeatures, cameras: Ma
     message = f"the policy looks at {', '.join(missing)}, which is not there: got {got}"
     if not spare:
         return f"{message}; expected that camera too: replay with a policy that was trained on these alone"
-    # The camera whose name is most like it; otherwise the first that is left.
-    pairs, left = {}, list(spare)
-    for name in missing[: len(spare)]:
-        short = name.rsplit(".", 1)[-1]
-        like = next((camera for camera in left if camera.rsplit(".", 1)[-1] == short), left[0])
-        pairs[like] = name
-        left.remove(like)
+    pairs = likely_renames(missing, spare)
     return (
         f"{message}; expected the policy's names: perhaps --rename '{json.dumps(pairs)}' (in Python rename=)"
     )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lerobot_attn.errors import FAILED, OK, SKIPPED, WARNING, Check
 from lerobot_attn.plugin.feeding.facts import Facts
+from lerobot_attn.policies.cameras import likely_renames
 
 _IMAGES = "observation.image"
 _STEP = 1 / 255
@@ -142,13 +143,7 @@ def check_orientation(name: str, facts: Facts) -> Check:
 def _rename(missing: Sequence[str], extra: Sequence[str]) -> str:
     if not extra:
         return "show that camera too, or use a policy that was trained without it"
-    pairs, left = {}, list(extra)
-    for camera in missing[: len(extra)]:
-        # The camera whose name ends alike; otherwise the first that is left.
-        short = camera.rsplit(".", 1)[-1]
-        like = next((one for one in left if one.rsplit(".", 1)[-1] == short), left[0])
-        pairs[like] = camera
-        left.remove(like)
+    pairs = likely_renames(missing, extra)
     return f"perhaps --rename_map='{json.dumps(pairs)}' (of doctor and replay: --rename)"
 
 
