@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import logging
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
-from lerobot_attn.plugin.feeding import CHECKS, Expected, Facts, Fed, Recorded, World, check_feeding
+import recorded  # noqa: E402
+import scripted  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from lerobot_attn import open_run, plugin  # noqa: E402
+from lerobot_attn.cli import app  # noqa: E402
+from lerobot_attn.config import AttentionConfig  # noqa: E402
+from lerobot_attn.errors import ConfigError  # noqa: E402
+from lerobot_attn.plugin import feeding  # noqa: E402
+from lerobot_attn.plugin.feeding import (  # noqa: E402
+    CHECKS,
+    Expected,
+    Facts,
+    Fed,
+    Recorded,
+    World,
+    check_feeding,
+    command,
+)
+from lerobot_attn.policies import ADAPTERS  # noqa: E402
+from lerobot_attn.recording.run import RunRecorder  # noqa: E402
 
 IMAGE, WRIST, STATE = "observation.images.image", "observation.images.image2", "observation.state"
 NAMES = ("shoulder", "elbow", "wrist", "gripper")
@@ -358,7 +384,6 @@ def test_a_planted_fault_is_found_with_its_remedy(fault):
     [("MIN_MAX", "min", "max"), ("QUANTILES", "q01", "q99"), ("MEAN_STD", "mean", "std")],
 )
 def test_normalisation_is_undone_as_lerobot_does_it(mode, low, high):
-    import torch
     from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
     from lerobot.processor import NormalizerProcessorStep
 
@@ -382,3 +407,259 @@ def test_pictures_that_are_normalised_are_judged_as_they_were_before():
 
     assert CHECKS["pictures"]("pictures", of(scene(0))).status == "ok"
     assert CHECKS["pictures"]("pictures", of(scene(0) * 255)).status == "failed"
+
+
+# The command
+
+
+def doctor(*arguments):
+    """Run the command; return its exit status and name → (status, detail, remedy)."""
+    result = CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    found, name = {}, None
+    for line in result.stdout.splitlines():
+        match = re.match(r"(ok|warning|failed|skipped) +(\S+(?: \S+)?)  +(.*)", line)
+        if match:
+            status, name, detail = match.groups()
+            found[name] = (status, detail, "")
+        elif " remedy: " in line:
+            found[name] = (*found[name][:2], line.partition(" remedy: ")[2])
+    return result.exit_code, found
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "recording.md"
+
+
+def commands_of_the_docs(checkpoint, dataset="me/cups"):
+    """The arguments of each command of the docs, with what is there instead of what stands for it."""
+    lines = re.findall(r"^lerobot-attn doctor (.*)$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    texts = [line.replace("CHECKPOINT", str(checkpoint)).replace("me/cups", str(dataset)) for line in lines]
+    return [shlex.split(text) for text in texts]
+
+
+def in_range(statistics, episode, frame):
+    """Values that run through what the statistics say."""
+    low, high = np.asarray(statistics["q01"]), np.asarray(statistics["q99"])
+    return (low + (high - low) * ((7 * frame + 3 * episode) % 25) / 25).astype(np.float32)
+
+
+@pytest.fixture
+def trained_on(demo_policy, monkeypatch):
+    """Let data sets be written as the demo policy was trained."""
+    _, preprocessor, _ = demo_policy()
+    (stats,) = [step.stats for step in preprocessor.steps if getattr(step, "stats", None)]
+    monkeypatch.setattr(recorded, "state", lambda e, f, dim=8: in_range(stats[STATE], e, f))
+    monkeypatch.setattr(recorded, "action", lambda e, f, dim=7: in_range(stats["action"], e, f))
+    return recorded.write_dataset
+
+
+def test_a_data_set_that_the_policy_was_trained_on_passes(trained_on, demo_checkpoint, tmp_path):
+    root = trained_on(tmp_path / "cups", [25, 25])
+    _, arguments, _ = commands_of_the_docs(demo_checkpoint, root)
+    status, found = doctor(*arguments)
+    assert status == 0
+    assert set(found) == set(CHECKS)
+    assert {status for status, _, _ in found.values()} == {"ok", "skipped"}
+    assert found["state range"][0] == found["action range"][0] == found["prompt"][0] == "ok"
+    assert "Task: pick up the soup, State: " in found["prompt"][1]
+    assert found["chunk"][1] == "10 of 50 actions are executed, 0.5 s at 20 a second"
+
+
+def test_a_data_set_with_other_cameras_and_in_degrees_fails_with_what_mends_it(
+    trained_on, demo_checkpoint, tmp_path, monkeypatch
+):
+    good = recorded.state
+    monkeypatch.setattr(recorded, "state", lambda e, f, dim=8: np.degrees(good(e, f)))
+    root = trained_on(tmp_path / "cups", [25], cameras=("observation.images.front", WRIST))
+    arguments = "--policy.path", demo_checkpoint, "--dataset", root
+    status, found = doctor(*arguments)
+    assert status == 1
+    assert {name for name, (status, _, _) in found.items() if status == "failed"} >= {
+        "cameras",
+        "state range",
+    }
+    rename = found["cameras"][2].partition("--rename_map='")[2].partition("'")[0]
+    assert json.loads(rename) == {"observation.images.front": IMAGE}
+    assert "degrees to radians" in found["state range"][2]
+    _, found = doctor(*arguments, "--rename", rename)
+    assert found["cameras"][0] == "ok"
+
+
+def test_a_state_of_another_size_breaks_the_preprocessor_and_the_rest_is_still_said(
+    demo_checkpoint, tmp_path
+):
+    root = recorded.write_dataset(tmp_path / "cups", [3], dims=(6, 7))
+    status, found = doctor("--policy.path", demo_checkpoint, "--dataset", root)
+    assert status == 1
+    assert found["preprocessor"][0] == "failed"
+    assert found["state size"][:2] == ("failed", "got 6 numbers, expected 8")
+    assert found["cameras"][0] == "ok"
+
+
+def test_statistics_of_a_checkpoint_that_say_nothing_fail(demo_policy, tmp_path):
+    policy, preprocessor, postprocessor = demo_policy()
+    for step in (*preprocessor.steps, *postprocessor.steps):
+        for values in getattr(step, "_tensor_stats", {}).values():
+            values["q01"], values["q99"] = -torch.ones_like(values["q01"]), torch.ones_like(values["q99"])
+    for part in (policy, preprocessor, postprocessor):
+        part.save_pretrained(tmp_path)
+    status, found = doctor("--policy.path", tmp_path)
+    assert status == 1
+    assert found["normalisation"][0] == "failed"
+    assert STATE in found["normalisation"][1]
+    assert found["chunk"][0] == "ok"
+    assert found["cameras"][0] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "x"], "--dataset: goes with --policy.path"),
+        (["--env.type=libero"], "--env.type: goes with --policy.path"),
+        (["--nonsense=1"], "--nonsense=1: goes with --policy.path"),
+        (["--policy.path", "CHECKPOINT", "--nonsense=1"], "--nonsense=1: no such option"),
+        (["--policy.path", "CHECKPOINT", "--env.type=moon"], "--env.type: got moon, expected one of aloha"),
+        (["--policy.path", "CHECKPOINT", "--env.task=x"], "--env.type: got none, expected one of aloha"),
+        (["--policy.path", "CHECKPOINT", "--env.type=libero", "--env.x=1"], "--env: got --x=1, expected"),
+        (["--policy.path", "CHECKPOINT", "--dataset", "/none"], "/none: no such folder"),
+        (["--policy.path", "CHECKPOINT", "--rename", "x"], "--rename: got 'x', expected JSON"),
+        (["--policy.path", "CHECKPOINT", "--policy.n_action_steps=60"], "cannot be greater than chunk_size"),
+        (["--policy.path", "/none"], "--policy.path: /none cannot be loaded"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, demo_checkpoint):
+    with pytest.raises(ConfigError) as caught:
+        doctor(*[str(demo_checkpoint) if one == "CHECKPOINT" else one for one in arguments])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.libero
+def test_libero_and_a_data_set_of_it_that_is_mirrored(
+    libero_ready, demo_checkpoint, trained_on, tmp_path, monkeypatch
+):
+    looked = []
+    real = command._first_observation
+    monkeypatch.setattr(command, "_first_observation", lambda *a: looked.append(real(*a)) or looked[-1])
+    status, found = doctor(*commands_of_the_docs(demo_checkpoint)[0])
+    assert status == 0, found
+    assert {name for name, (status, _, _) in found.items() if status == "skipped"} == {
+        "orientation",
+        "names",
+        "action range",
+    }
+    assert {status for status, _, _ in found.values()} == {"ok", "skipped"}
+    assert "Task: pick up the alphabet soup and place it in the basket" in found["prompt"][1]
+    assert found["control"][1] == "relative actions, 20 a second"
+    # What it showed, once as it is and once mirrored, as a data set.
+    monkeypatch.setattr(command, "_first_observation", lambda *a: looked[0])
+    shown = [looked[0][1][camera][0].movedim(0, -1).numpy() for camera in recorded.CAMERAS]
+    as_uint8 = [(picture * 255).astype(np.uint8) for picture in shown]
+    for turn, status in (("as it is", "ok"), ("mirrored", "failed")):
+        monkeypatch.setattr(
+            recorded,
+            "picture",
+            lambda e, f, i=0, size=32, turn=turn: as_uint8[i] if turn == "as it is" else as_uint8[i][:, ::-1],
+        )
+        root = trained_on(tmp_path / turn.replace(" ", "_"), [2], size=360)
+        _, found = doctor(*commands_of_the_docs(demo_checkpoint, root)[2])
+        assert found["orientation"][0] == status, found
+    assert f"{IMAGE} is mirrored" in found["orientation"][1]
+
+
+# Recordings
+
+
+def evaluate(folder, monkeypatch, preprocess, lengths=(4, 3)):
+    """Run LeRobot's own evaluation of a scripted policy, recorded; return the actions' sum."""
+    monkeypatch.setenv("SLURM_JOB_ID", "0")
+    monkeypatch.setitem(ADAPTERS, "scripted", scripted.ADAPTER)
+    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    run = RunRecorder(AttentionConfig(), folder, {})
+    same = lambda value: value  # noqa: E731
+    with plugin.recording(vars(module), run, env_type="scripted"):
+        module.eval_policy_all(
+            envs={"group": {0: scripted.make_envs(lengths)}},
+            policy=scripted.ScriptedPolicy(scripted.make_config()),
+            env_preprocessor=same,
+            env_postprocessor=same,
+            preprocessor=preprocess,
+            postprocessor=same,
+            n_episodes=2 * len(lengths),
+            max_episodes_rendered=0,
+            start_seed=0,
+        )
+    return [*open_run(folder)]
+
+
+def bright_second(batch):
+    """The first environment shows black at first, as it is scripted; the second one something."""
+    batch[IMAGE][1] = torch.linspace(0, 1, batch[IMAGE][1].numel()).reshape(batch[IMAGE][1].shape)
+    return batch
+
+
+def test_each_store_says_what_its_own_input_did_not_pass(tmp_path, monkeypatch, caplog):
+    episodes = evaluate(tmp_path, monkeypatch, bright_second)
+    black, bright = episodes[:2]
+    (check,) = black.attributes["input_checks"]
+    assert check == {
+        "name": "pictures",
+        "status": "warning",
+        "detail": f"{IMAGE} shows one colour, 0",
+        "remedy": "look at what the camera shows, and show it as in training",
+    }
+    assert bright.attributes["input_checks"] == []
+    assert [len(episode.attributes["input_checks"]) for episode in episodes] == [1, 0, 1, 0]
+    said = [record for record in caplog.records if "What the policy is fed" in record.getMessage()]
+    assert len(said) == 1  # of two rollouts
+    assert said[0].levelno == logging.WARNING
+    assert f"1 of {len(CHECKS)} checks (pictures)" in said[0].getMessage()
+    result = CliRunner().invoke(app, ["inspect", str(black.path)], env={"COLUMNS": "300"})
+    assert f"input, pictures warning: {IMAGE} shows one colour, 0; remedy: look at" in result.stdout
+    assert "input, " not in CliRunner().invoke(app, ["inspect", str(bright.path)]).stdout
+
+
+def test_a_check_that_breaks_costs_a_recording_nothing(tmp_path, monkeypatch, caplog):
+    whole = evaluate(tmp_path / "whole", monkeypatch, bright_second)
+
+    def broken(name, facts):
+        raise RuntimeError("no such fact")
+
+    monkeypatch.setitem(feeding.CHECKS, "cameras", broken)
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, logger="lerobot_attn"):
+        episodes = evaluate(tmp_path / "broken", monkeypatch, bright_second)
+    assert all(episode.is_complete for episode in episodes)
+    assert all("input_checks" not in episode.attributes for episode in episodes)
+    assert not [r for r in caplog.records if "feeding" in r.name and r.levelno >= logging.WARNING]
+    assert any(
+        "could not be checked" in r.getMessage() and r.levelno == logging.DEBUG for r in caplog.records
+    )
+    assert len(whole) == len(episodes) == 4
+    for one, other in zip(whole, episodes, strict=True):
+        np.testing.assert_array_equal(one.dataset.action, other.dataset.action)
+
+
+def test_a_look_moves_no_random_state_and_changes_no_batch(demo_policy):
+    from lerobot_attn.plugin.feeding.quiet import QuietChecks
+
+    policy, preprocessor, postprocessor = demo_policy()
+    observation = {camera: torch.rand(2, 3, 96, 96) for camera in recorded.CAMERAS}
+    batch = preprocessor({**observation, STATE: torch.zeros(2, 8), "task": ["pick up the soup", ""]})
+    before = {name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    state, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    weights = {name: value.clone() for name, value in policy.state_dict().items()}
+    look = QuietChecks(lambda: World("the robot")).look
+    first, second = look(policy, preprocessor, postprocessor, batch, ["pick up the soup", ""])
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpys)
+    assert batch.keys() >= before.keys()
+    assert all(torch.equal(batch[name], value) for name, value in before.items())
+    assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items())
+    assert "state range" in {check["name"] for check in first}  # no arm is at 0
+    assert {check["name"] for check in second} - {check["name"] for check in first} == {"prompt"}
+    json.dumps([first, second])

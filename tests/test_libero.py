@@ -102,6 +102,7 @@ def check_stores(folder, task, n_episodes):
     for index, episode in enumerate(run):
         video = folder / "videos" / task / f"eval_episode_{index}.mp4"
         assert episode.is_complete
+        assert episode.attributes["input_checks"] == []
         assert episode.has_random_weights
         assert episode.eval_video == video
         assert episode.n_frames == count_frames(video) == N_STEPS

@@ -198,6 +198,12 @@ def test_a_synchronous_rollout_moves_the_robot_as_without_us_and_every_frame_is_
     assert data.action_dim.values.tolist() == list(MOVED)
     assert (np.diff(data.frame_time) > 0).all()
     assert (data.inference_end > data.inference_start).all()
+    # Its joints are not where LIBERO's arm is, and its cameras show shades.
+    assert input_checks(episode) == {"state range": "failed", "pictures": "warning"}
+
+
+def input_checks(episode):
+    return {check["name"]: check["status"] for check in episode.attributes["input_checks"]}
 
 
 def expected_rows(spans, last_look):
@@ -243,6 +249,7 @@ def test_with_real_time_chunking_each_frame_has_the_row_that_was_sent(rollout, p
     np.testing.assert_array_equal(data.observed_before, np.maximum(looks[0] - began, 0))
     np.testing.assert_array_equal(data.inference_delay, delay)
     shows_the_looks(episode, looks)
+    assert input_checks(episode)["state range"] == "failed"
 
 
 # Strategies: the store's frames are the data set's

@@ -62,7 +62,7 @@ def doctor(
         typer.Option(
             "--env.type",
             metavar="ENV",
-            help="Feed it an environment's first observation, e.g. libero. Also --env.task=…, ….",
+            help="Feed it an environment's first observation, e.g. libero. Also --env.task and other fields.",
         ),
     ] = None,
     dataset: Annotated[

@@ -57,7 +57,7 @@ def read_checkpoint(path: str, options: Sequence[str] = ()) -> Checkpoint:
         ) from error
     except Exception as error:  # of the Hub, of files, of the parser: many kinds
         raise ConfigError(
-            f"--policy.path: {path} cannot be loaded ({first_line(error)}); expected a checkpoint's folder "
+            f"--policy.path: {path} cannot be loaded ({_why(error)}); expected a checkpoint's folder "
             "or its name on the Hub"
         ) from error
     return Checkpoint(config, *processors)
@@ -86,6 +86,12 @@ def load_policy(checkpoint: Checkpoint, dataset: Any = None, renames: bool = Fal
         raise ConfigError(
             f"--policy.path: the weights of {config.pretrained_path} cannot be loaded ({first_line(error)})"
         ) from error
+
+
+def _why(error: BaseException) -> str:
+    """Return what an error says, and what caused it: the parser of configs says only that one is wrong."""
+    cause = error.__cause__
+    return first_line(error) if cause is None else f"{first_line(error)} {first_line(cause)}"
 
 
 def _register_policies() -> None:

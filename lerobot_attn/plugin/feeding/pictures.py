@@ -38,7 +38,7 @@ def check_cameras(name: str, facts: Facts) -> Check:
     extra = [camera for camera in fed.pictures if camera not in expected.cameras]
     where = "the observation" if facts.world is None else facts.world.what
     if missing:
-        detail = f"{where} lacks {', '.join(missing)}, which the policy then does without, masked, in silence"
+        detail = f"{where} lacks {', '.join(missing)}: the policy goes on without, and raises no error"
         detail += f"; it drops {', '.join(extra)}" if extra else ""
         return Check(name, FAILED, detail, _rename(missing, extra))
     known = ", ".join(expected.shown_cameras) or "the policy looks at no camera"

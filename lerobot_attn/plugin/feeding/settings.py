@@ -27,7 +27,7 @@ def check_names(name: str, facts: Facts) -> Check:
         (STATE, [*world.state_names], [*recorded.state_names]),
         (ACTION, [*world.action_names], [*recorded.action_names]),
     ):
-        if not ours or not theirs:
+        if not ours or len(ours) != len(theirs):
             continue
         compared.append(feature)
         if ours != theirs:
@@ -39,7 +39,7 @@ def check_names(name: str, facts: Facts) -> Check:
     if other:
         return Check(name, WARNING, "; ".join(other), "see whether they mean the same, in the same order")
     if not compared:
-        return Check(name, SKIPPED, f"{world.what} or the data set names no dimensions")
+        return Check(name, SKIPPED, f"{world.what} or the data set does not name its dimensions")
     return Check(name, OK, f"{' and '.join(compared)} as in the data set")
 
 
