@@ -151,6 +151,11 @@ def test_a_checkpoint_alone_says_what_it_can():
     assert set(checks.values()) == {"ok", "skipped"}
 
 
+def test_a_state_that_the_policy_pads_may_have_any_size_that_nothing_speaks_against():
+    facts = changed("expected", state_dim=32, statistics={})
+    assert CHECKS["state size"]("state size", facts).status == "ok"
+
+
 # A row a planted fault: the check that finds it, how, and a part of what it and its remedy say.
 FAULTS = {
     "no statistics": ("normalisation", "failed", scaled(**{STATE: {}}), "no q01 and no q99", "stats"),

@@ -245,7 +245,8 @@ class _Observers:
 
     def select_action(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         look, self._look = self._look, None
-        if look is not None and (found := look(batch, self._tasks)) is not None:
+        found = None if look is None else look(batch, self._tasks)
+        if found is not None and len(found) == self._env.num_envs:
             self._recorder.say(INPUT_CHECKS, found)
         self._run.before_inference()
         action = self._select_action(batch, *args, **kwargs)

@@ -243,7 +243,7 @@ def _first_look(ctx: Any, recording: RobotRecording) -> Callable[..., None]:
         task = cfg.dataset.single_task if cfg.dataset else cfg.task
         processors = ctx.policy.preprocessor, ctx.policy.postprocessor
         found = checks.look(ctx.policy.policy, *processors, batch, [task or ""])
-        if found is not None:
+        if found:
             recording.say(INPUT_CHECKS, found[0])
 
     return look
