@@ -151,6 +151,16 @@ def test_a_checkpoint_alone_says_what_it_can():
     assert set(checks.values()) == {"ok", "skipped"}
 
 
+def test_standard_deviations_are_called_so():
+    facts = meanstd(VALUES, np.array([0.1, 0.2, 0.3, 0.01]))
+    facts = facts._replace(recorded=None, fed=dataclasses.replace(FED, state=np.array([1.9, 0, 0, 0])))
+    assert CHECKS["state range"]("state range", facts).detail == "within 1.9 standard deviations"
+    facts = facts._replace(fed=dataclasses.replace(FED, state=np.array([20.0, 0, 0, 0])))
+    check = CHECKS["state range"]("state range", facts)
+    assert check.status == "failed"
+    assert "shoulder 0.6 (training -1.4 ± 0.1)" in check.detail
+
+
 def test_a_state_that_the_policy_pads_may_have_any_size_that_nothing_speaks_against():
     facts = changed("expected", state_dim=32, statistics={})
     assert CHECKS["state size"]("state size", facts).status == "ok"

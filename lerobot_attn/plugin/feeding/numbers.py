@@ -169,6 +169,7 @@ def _check_range(
     if not np.isfinite(rows).all():
         return Check(name, FAILED, f"{feature} has numbers that are not finite", "repair what gives them")
     usual, most = _LIMITS[facts.expected.modes[feature]]
+    in_deviations = facts.expected.modes[feature] == "MEAN_STD"
     tolerated = 0.0 if n_frames == 1 else _MANY
     for status, limit in ((FAILED, most), (WARNING, usual)):
         outside = (np.abs(rows) > limit).mean(axis=0)
@@ -178,7 +179,10 @@ def _check_range(
             # Of each dimension the value that lies furthest out.
             worst = rows[np.abs(rows).argmax(axis=0), np.arange(dim)] * scale.half + scale.centre
             low, high = scale.centre - scale.half, scale.centre + scale.half
-            said = [f"{labels[i]} {worst[i]:.3g} (training {low[i]:.3g} to {high[i]:.3g})" for i in far[:4]]
+            trained = [f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)]
+            if in_deviations:
+                trained = [f"{a:.3g} ± {b:.3g}" for a, b in zip(scale.centre, scale.half, strict=True)]
+            said = [f"{labels[i]} {worst[i]:.3g} (training {trained[i]})" for i in far[:4]]
             more = f" and {far.size - 4} more" if far.size > 4 else ""
             share = f", in {outside.max():.0%} {of}" if of else ""
             detail = (
@@ -194,7 +198,8 @@ def _check_range(
                 f"{feature} varies {spread:.1%} as much as in training",
                 "see its unit: radians where degrees were trained? a robot that stands still?",
             )
-    return Check(name, OK, f"within {np.abs(rows).max():.2g} times the range of training")
+    unit = "standard deviations" if in_deviations else "times the range of training"
+    return Check(name, OK, f"within {np.abs(rows).max():.2g} {unit}")
 
 
 def _remedy(rows: np.ndarray, centre: np.ndarray, half: np.ndarray, usual: float) -> str:
