@@ -9,6 +9,7 @@ import logging
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -422,6 +423,36 @@ def test_pictures_that_are_normalised_are_judged_as_they_were_before():
 
     assert CHECKS["pictures"]("pictures", of(scene(0))).status == "ok"
     assert CHECKS["pictures"]("pictures", of(scene(0) * 255)).status == "failed"
+
+
+def test_what_another_step_normalises_is_judged_as_it_was_before():
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.xvla.processor_xvla import XVLAImageNetNormalizeProcessorStep
+    from lerobot.processor import TransitionKey
+
+    from lerobot_attn.plugin.feeding.gather import FedReader, expected_of
+
+    step = XVLAImageNetNormalizeProcessorStep()
+    config = SimpleNamespace(input_features={IMAGE: PolicyFeature(FeatureType.VISUAL, (3, 96, 96))})
+    pipeline = SimpleNamespace(steps=[step])
+    observation = {IMAGE: torch.from_numpy(first(scene(0)))[None]}
+    batch = step({TransitionKey.OBSERVATION: observation})[TransitionKey.OBSERVATION]
+    fed = FedReader(config, pipeline).read(batch, 0, None)
+    assert fed.pictures[IMAGE].min() < -0.1
+    check = CHECKS["pictures"]("pictures", Facts(expected_of(config, pipeline, None), fed))
+    assert check.status == "ok"
+    assert check.detail == f"{IMAGE} 96x96, 0 to 0.96"
+
+
+def test_a_prompt_is_shown_without_its_padding():
+    from lerobot_attn.policies.given_prompt import PromptReader
+
+    class Words:
+        def decode(self, token_ids, **kwargs):
+            return "".join(["<s>", "pick", " it", "<pad>"][i] for i in token_ids)
+
+    assert PromptReader(None, Words()).read([0, 1, 2, 3, 3]).text == "<s>pick it"
+    assert PromptReader(None, None).read([0]) is None
 
 
 # The command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from lerobot_attn.errors import UnsupportedPolicyError
 from lerobot_attn.layout import Kind
 from lerobot_attn.policies import adapter_class
 from lerobot_attn.prompt import PieceDecoder, Tokenizer
+
+_PADDING = re.compile(r"(?:<pad>)+\Z")  # of policies that mask none of it
 
 
 class GivenPrompt(NamedTuple):
@@ -41,14 +44,15 @@ class PromptReader:
             self._family = adapter_class(config)
 
     def read(self, token_ids: Sequence[int]) -> GivenPrompt | None:
-        """Read a prompt, given without padding; None without a tokenizer."""
+        """Read a prompt, without the padding that a policy masks; None without a tokenizer."""
         if not self._decoder.can_decode:
             return None
-        text = "".join(self._decoder.pieces(token_ids))
+        whole = "".join(self._decoder.pieces(token_ids))
+        text = _PADDING.sub("", whole)
         # How a prompt is written is the family's, not the policy's: no weights are needed to read it.
         family = self._family
-        parsed = None if family is None else family.__new__(family).parse_prompt(text)
+        parsed = None if family is None else family.__new__(family).parse_prompt(whole)
         if parsed is None:
             return GivenPrompt(text, False, ())
-        digits = tuple(int(text[span.start : span.stop]) for span in parsed.spans if span.kind == Kind.STATE)
-        return GivenPrompt(text, parsed.is_truncated, digits)
+        digits = tuple(int(whole[span.start : span.stop]) for span in parsed.spans if span.kind == Kind.STATE)
+        return GivenPrompt(text, bool(parsed.is_truncated), digits)

@@ -28,6 +28,8 @@ def expected_of(config: Any, preprocessor: Any, postprocessor: Any) -> Expected:
         preprocessor: its pipeline, whose statistics scale what it is fed.
         postprocessor: its pipeline, whose statistics scale its actions back.
     """
+    from lerobot.utils.constants import IMAGENET_STATS
+
     inputs: Mapping[str, Any] = getattr(config, "input_features", None) or {}
     outputs: Mapping[str, Any] = getattr(config, "output_features", None) or {}
     wanted = getattr(config, "normalization_mapping", None) or {}
@@ -35,7 +37,12 @@ def expected_of(config: Any, preprocessor: Any, postprocessor: Any) -> Expected:
     statistics: dict[str, dict[str, np.ndarray]] = {}
     steps = [(step, False) for step in getattr(preprocessor, "steps", ())]
     steps += [(step, True) for step in getattr(postprocessor, "steps", ())]
+    cameras = {name: tuple(f.shape) for name, f in inputs.items() if f.type.name == "VISUAL"}
     for step, scales_back in steps:
+        if "ImageNetNormalize" in type(step).__name__:  # X-VLA's, which has no statistics of its own
+            found = {key: np.reshape(IMAGENET_STATS[key], (3, 1, 1)) for key in ("mean", "std")}
+            modes |= dict.fromkeys(cameras, "MEAN_STD")
+            statistics |= dict.fromkeys(cameras, found)
         if not hasattr(step, "norm_map") or not hasattr(step, "stats"):
             continue
         only = getattr(step, "normalize_observation_keys", None)
@@ -51,7 +58,7 @@ def expected_of(config: Any, preprocessor: Any, postprocessor: Any) -> Expected:
     state, action = inputs.get(STATE), outputs.get(ACTION)
     is_compiled = bool(getattr(config, "compile_model", False))
     return Expected(
-        cameras={name: tuple(f.shape) for name, f in inputs.items() if f.type.name == "VISUAL"},
+        cameras=cameras,
         state_dim=None if state is None else int(state.shape[0]),
         action_dim=None if action is None else int(action.shape[0]),
         most_dims=getattr(config, "max_state_dim", None),

@@ -66,7 +66,7 @@ def check_pictures(name: str, facts: Facts) -> Check:
         values = picture if scale is None else picture * scale.half + scale.centre
         low, high = float(values.min()), float(values.max())
         height, width = _channels_last(values).shape[:2]
-        good.append(f"{camera} {width}x{height}, {low:.2g} to {high:.2g}")
+        good.append(f"{camera} {width}x{height}, {round(low, 3) + 0:.2g} to {high:.2g}")
         if not (low >= -0.01 and high <= 1.01):  # nor a number that is none
             wrong.append(f"{camera} goes from {low:.3g} to {high:.3g}")
         elif high < _DARK and (np.abs(values / _STEP - np.round(values / _STEP)) > 0.01).mean() > 0.5:
