@@ -444,6 +444,34 @@ def test_what_another_step_normalises_is_judged_as_it_was_before():
     assert check.detail == f"{IMAGE} 96x96, 0 to 0.96"
 
 
+def test_flat_statistics_of_pictures_scale_channels():
+    from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+    from lerobot.processor import NormalizerProcessorStep
+
+    from lerobot_attn.plugin.feeding.gather import expected_of
+
+    features = {IMAGE: PolicyFeature(FeatureType.VISUAL, (3, 96, 96))}
+    stats = {IMAGE: {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}}
+    step = NormalizerProcessorStep(features, {FeatureType.VISUAL: NormalizationMode.MEAN_STD}, stats)
+    expected = expected_of(
+        SimpleNamespace(input_features=features), SimpleNamespace(steps=[step]), SimpleNamespace(steps=[])
+    )
+    assert expected.scale(IMAGE).centre.shape == (3, 1, 1)
+
+
+def test_actions_are_scaled_by_the_postprocessors_statistics(demo_policy):
+    from lerobot_attn.plugin.feeding.gather import expected_of
+
+    policy, preprocessor, postprocessor = demo_policy()
+    for step in postprocessor.steps:
+        getattr(step, "stats", {}).pop("action", None)
+    check = CHECKS["normalisation"](
+        "normalisation", Facts(expected_of(policy.config, preprocessor, postprocessor))
+    )
+    assert check.status == "failed"
+    assert check.detail == "action has no q01 and no q99 for QUANTILES"
+
+
 def test_a_prompt_is_shown_without_its_padding():
     from lerobot_attn.policies.given_prompt import PromptReader
 
@@ -709,3 +737,8 @@ def test_a_look_moves_no_random_state_and_changes_no_batch(demo_policy):
     assert "state range" in {check["name"] for check in first}  # no arm is at 0
     assert {check["name"] for check in second} - {check["name"] for check in first} == {"prompt"}
     json.dumps([first, second])
+    batch = preprocessor({**observation, STATE: torch.zeros(2, 8), "task": ["pick " * 300, "pick"]})
+    first, second = look(policy, preprocessor, postprocessor, batch, None)
+    (cut,) = [check["detail"] for check in first if check["name"] == "prompt"]
+    assert "cut off" in cut
+    assert "prompt" not in {check["name"] for check in second}

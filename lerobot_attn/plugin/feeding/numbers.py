@@ -170,10 +170,9 @@ def _check_range(
         return Check(name, FAILED, f"{feature} has numbers that are not finite", "repair what gives them")
     usual, most = _LIMITS[facts.expected.modes[feature]]
     in_deviations = facts.expected.modes[feature] == "MEAN_STD"
-    tolerated = 0.0 if n_frames == 1 else _MANY
     for status, limit in ((FAILED, most), (WARNING, usual)):
         outside = (np.abs(rows) > limit).mean(axis=0)
-        far = np.flatnonzero(outside > tolerated)
+        far = np.flatnonzero(outside > _MANY)
         if far.size:
             labels = names if len(names) == dim else [f"dimension {i}" for i in range(dim)]
             # Of each dimension the value that lies furthest out.
