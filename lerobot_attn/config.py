@@ -88,6 +88,8 @@ class StorageSettings:
     dir: str | None = None
     # Start the explorer beside the recording: the page shows each inference soon after it ends.
     view: bool = False
+    # Send cameras, heatmaps, shares, words and actions to a Rerun viewer while they are recorded.
+    rerun: bool = False
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -115,6 +117,7 @@ class StorageSettings:
             _check_range(self, "keep_bits", 1, FLOAT16_MANTISSA_BITS)
         _check_bool(self, "cameras")
         _check_bool(self, "view")
+        _check_bool(self, "rerun")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -105,22 +105,33 @@ def write_overlay(
         raise ConfigError(
             f"{path}: cannot write {path.suffix or 'no suffix'!r}, expected {' or '.join(FORMATS)}"
         )
-    _refuse_inputs(episode, path)
+    refuse_inputs(episode, path)
     film = Film(episode, settings, progress, max_size_px=_GIF_SIZE_PX if suffix == ".gif" else None)
+    with replacing(path, "the overlay") as temporary:
+        written = (_write_gif if suffix == ".gif" else _write_mp4)(film, temporary, progress)
+    return WrittenOverlay(path, written.n_frames, written.fps, (*film.notes, *written.notes))
+
+
+@contextmanager
+def replacing(path: Path, what: str) -> Iterator[Path]:
+    """Yield a name beside a file to write to, which then takes the file's place: it appears when it is whole.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     # Short, because the name that was asked for may be as long as a file system allows.
-    temporary = path.with_name(f".{os.getpid()}.new{suffix}")
+    temporary = path.with_name(f".{os.getpid()}.new{path.suffix.lower()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = (_write_gif if suffix == ".gif" else _write_mp4)(film, temporary, progress)
+        yield temporary
         temporary.replace(path)
     except LerobotAttnError:
         raise
     except OSError as error:
-        raise ConfigError(f"{path}: cannot write the overlay: {error.strerror or error}") from error
+        raise ConfigError(f"{path}: cannot write {what}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # nothing there is fine, a folder that could not be made as well
             temporary.unlink()
-    return WrittenOverlay(path, written.n_frames, written.fps, (*film.notes, *written.notes))
 
 
 class _Written(NamedTuple):
@@ -173,7 +184,12 @@ def _palette(film: Film, frames: Sequence[int]) -> Image.Image:
     return Image.fromarray(stacked).quantize(256, method=Image.Quantize.MEDIANCUT)
 
 
-def _refuse_inputs(episode: Episode, path: Path) -> None:
+def refuse_inputs(episode: Episode, path: Path) -> None:
+    """Refuse a path that is a folder or one of the episode's own files.
+
+    Raises:
+        ConfigError: it is.
+    """
     target = path.resolve()
     inputs = [file for file in (*episode.videos.values(), episode.eval_video) if file is not None]
     if target in [file.resolve() for file in inputs] or target.is_relative_to(episode.path.resolve()):

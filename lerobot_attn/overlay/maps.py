@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from lerobot_attn.analysis.select import RAW, Where, default_query
 from lerobot_attn.analysis.sinks import keys_to_exclude
 from lerobot_attn.analysis.spatial import by_camera, percentile_of
 from lerobot_attn.errors import LerobotAttnError, StoreError
+from lerobot_attn.figures.look import OneMapSettings
 from lerobot_attn.overlay.settings import OverlaySettings
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.damage import find_damage
@@ -42,21 +43,65 @@ def read_maps(
 ) -> Maps:
     """Read the chosen frames' heatmaps inference by inference, and find the colour range."""
     data = episode.arrays
-    where = settings.where
-    if where["query"] == "frame" and settings.prefix_query is None:
-        where["query"] = default_query(data, by_frame=True)
-    where["exclude"] = keys_to_exclude(settings.exclude, [episode])
+    where = where_of(episode, settings, settings.prefix_query)
     episode_wide = settings.normalisation == "episode"
     # The episode's range is found on the way, so that no map is read twice.
     needed = np.arange(episode.n_frames) if episode_wide else np.array(frames)
     inference_of = data["frame_inference"].values[needed]
-    inferences = np.unique(inference_of).tolist()
+    n_inferences = len(np.unique(inference_of))
     pieces: dict[str, list[NDArray[np.float32]]] = {camera: [] for camera in cameras}
     attrs: dict[str, Any] = {}
-    for done, inference in enumerate(inferences, start=1):
-        where["frame"] = needed[inference_of == inference].tolist()
+    for done, array in enumerate(read_attention(episode, where, needed, settings.prefix_query), start=1):
+        heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
+        for camera, heat in heatmaps.items():
+            pieces[camera].append(heat.values)
+        attrs = array.attrs
+        if progress is not None:
+            progress(done, n_inferences + len(frames))
+    read = {camera: np.concatenate(found) for camera, found in pieces.items()}
+    order = np.argsort(inference_of, kind="stable")
+    row_of = {int(frame): row for row, frame in enumerate(needed[order])}
+    rows = [row_of[frame] for frame in frames]
+    largest, vmax = range_of(read.values(), settings)
+    heat_of = {camera: np.ascontiguousarray(heat[rows]) for camera, heat in read.items()}
+    has_missing = any(bool(np.isnan(heat).any()) for heat in heat_of.values())
+    by_action = where["query"] == "frame" and attrs["source"] == RAW
+    return Maps(heat_of, vmax, largest > vmax, has_missing, attrs, n_inferences, by_action)
+
+
+def where_of(episode: Episode, settings: OneMapSettings, prefix_query: str | int | None = None) -> Where:
+    """Return what the settings choose of this episode, for `analysis`; `frame` is left to be said."""
+    where = settings.where
+    if where["query"] == "frame" and prefix_query is None:
+        where["query"] = default_query(episode.arrays, by_frame=True)
+    where["exclude"] = keys_to_exclude(settings.exclude, [episode])
+    return where
+
+
+def read_attention(
+    episode: Episode, where: Where, frames: NDArray[Any], prefix_query: str | int | None = None
+) -> Iterator[xr.DataArray]:
+    """Yield the attention of frames, read inference by inference.
+
+    Args:
+        episode: from `open_episode`.
+        where: what to look at, of `where_of`.
+        frames: (frame,) numbers.
+        prefix_query: a token of the prefix, instead of the suffix's queries.
+
+    Returns:
+        (frame, key) float32 of each inference that gave one of the frames its action.
+
+    Raises:
+        SelectionError: a layer, head … that the episode does not hold.
+        StoreError: the store is damaged.
+    """
+    data = episode.arrays
+    inference_of = data["frame_inference"].values[frames]
+    for inference in np.unique(inference_of).tolist():
+        where = {**where, "frame": frames[inference_of == inference].tolist()}
         try:
-            array = _attention(data, settings, where)
+            yield _attention(data, where, prefix_query)
         except LerobotAttnError:
             raise
         except Exception as error:  # a damaged chunk raises whatever its codec raises
@@ -66,33 +111,22 @@ def read_maps(
                 f"{episode.path}: the attention of inference {inference} cannot be read: {error}; "
                 "lerobot-attn verify tells what is damaged"
             ) from error
-        heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
-        for camera, heat in heatmaps.items():
-            pieces[camera].append(heat.values)
-        attrs = array.attrs
-        if progress is not None:
-            progress(done, len(inferences) + len(frames))
-    read = {camera: np.concatenate(found) for camera, found in pieces.items()}
-    order = np.argsort(inference_of, kind="stable")
-    row_of = {int(frame): row for row, frame in enumerate(needed[order])}
-    rows = [row_of[frame] for frame in frames]
-    largest = max(percentile_of(heat, 100) for heat in read.values())
-    vmax = 1.0
-    if settings.normalisation != "frame":
-        vmax = max(percentile_of(heat, settings.clip) for heat in read.values()) or largest
-    heat_of = {camera: np.ascontiguousarray(heat[rows]) for camera, heat in read.items()}
-    has_missing = any(bool(np.isnan(heat).any()) for heat in heat_of.values())
-    by_action = where["query"] == "frame" and attrs["source"] == RAW
-    return Maps(heat_of, vmax, largest > vmax, has_missing, attrs, len(inferences), by_action)
 
 
-def _attention(data: xr.Dataset, settings: OverlaySettings, where: Where) -> xr.DataArray:
+def range_of(heatmaps: Iterable[NDArray[np.float32]], settings: OneMapSettings) -> tuple[float, float]:
+    """Return the largest value of heatmaps, and where their one colour range ends."""
+    heatmaps = [*heatmaps]
+    largest = max(percentile_of(heat, 100) for heat in heatmaps)
+    if settings.normalisation == "frame":
+        return largest, 1.0
+    return largest, max(percentile_of(heat, settings.clip) for heat in heatmaps) or largest
+
+
+def _attention(data: xr.Dataset, where: Where, prefix_query: str | int | None) -> xr.DataArray:
     """Return (frame, key): of the suffix's queries, or of a token of the prefix."""
-    if settings.prefix_query is None:
+    if prefix_query is None:
         return analysis.attention(data, **where).load()
-    found = attention_from(
-        data, settings.prefix_query, frame=where["frame"], layer=settings.layer, head=settings.head
-    )
+    found = attention_from(data, prefix_query, frame=where["frame"], layer=where["layer"], head=where["head"])
     return found.rename(prefix_key="key")
 
 

@@ -62,3 +62,26 @@ class OverlaySettings(OneMapSettings):
                     f"{name}: got {getattr(self, name)!r} with prefix_query, which shows the prefix's own "
                     f"attention; leave {name} out"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerunSettings(OneMapSettings):
+    """Settings of `lerobot-attn export-rerun`; every camera is shown unless one is named."""
+
+    normalisation: Normalisation = "episode"
+    alpha: float = 0.6
+    # Quality of the cameras' frames as JPEG, 1 to 95.
+    quality: int = 85
+
+    _ranges: ClassVar[dict[str, tuple[float, float]]] = {"quality": (1, 95)}
+
+    def __post_init__(self) -> None:
+        """Read choices given as text, and check what can be checked without an episode.
+
+        Raises:
+            ConfigError: a value is out of range, of the wrong type, or asks for several maps at once.
+        """
+        super().__post_init__()
+        check_one_map("query", self.query, ("frame", "executed", "mean"))
+        if not isinstance(self.camera, str | None):
+            raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")

@@ -164,7 +164,15 @@ def _recording(ctx: Any, cfg: Any) -> Any:
             "inference": cfg.inference.type,
             "dataset": None if dataset is None else {"repo_id": dataset.repo_id, "root": str(dataset.root)},
         },
+        rerun_url=_rerun_url(cfg),
     )
+
+
+def _rerun_url(cfg: Any) -> str | None:
+    """Return where LeRobot's Rerun session is shown, if it is not on this machine as Rerun does by itself."""
+    if cfg.display_data and cfg.display_mode == "rerun" and cfg.display_ip and cfg.display_port:
+        return f"rerun+http://{cfg.display_ip}:{cfg.display_port}/proxy"
+    return None
 
 
 @contextmanager

@@ -136,8 +136,9 @@ class EpisodeHandle:
         """The frame is over."""
         self.n_frames += 1
         self._query += 1
-        if self._config.view and len(self._entries) == 1 and self.n_queued:
-            # Somebody watches: an inference is on the page as soon as its first frame is in the store, and
+        is_watched = self._config.view or self._config.rerun
+        if is_watched and len(self._entries) == 1 and self.n_queued:
+            # Somebody watches: an inference is shown as soon as its first frame is in the store, and
             # not only with the next inference.
             self._write_frames()
 

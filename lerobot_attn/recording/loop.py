@@ -30,7 +30,7 @@ from lerobot_attn.errors import CaptureError, ConfigError
 from lerobot_attn.policies.base import Probe, Site
 from lerobot_attn.policies.taps import replaced_attribute
 from lerobot_attn.prompt import Tokenizer
-from lerobot_attn.recording.beside import explorer_beside
+from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.loop_episode import Chosen, LoopEpisode, shown_by
@@ -89,7 +89,7 @@ def record_episodes(
     stores = Path(config.dir) if config.dir else Path(folder) / "attention"
     run_folder = RunFolder(stores, config.existing, _REMEDIES)
     check_encoder(policy, config)
-    with run_folder.claim(), explorer_beside(run_folder.path, config.view):
+    with run_folder.claim(), viewers_beside(run_folder.path, config):
         recording = LoopRecording(policy, run_folder, config, fps, DimensionNames(state_names, action_names))
         with (
             capture_attention(

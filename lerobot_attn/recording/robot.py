@@ -25,7 +25,7 @@ from lerobot_attn.capture import HostCopies, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, first_line
 from lerobot_attn.prompt import Tokenizer
-from lerobot_attn.recording.beside import explorer_beside
+from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.episode import NO_TOKEN
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle
@@ -54,6 +54,7 @@ def record_robot(
     cameras: Mapping[str, str],
     task: str,
     attributes: Mapping[str, Any],
+    rerun_url: str | None = None,
 ) -> Iterator[RobotRecording]:
     """Record the episodes of a robot; `plugin.rollout` tells what happens.
 
@@ -67,6 +68,7 @@ def record_robot(
         cameras: the robot's name of a camera (`observation.images.front`) → the policy's.
         task: the instruction.
         attributes: further plain values that each store says of itself.
+        rerun_url: where the viewer of the rollout's Rerun session listens; by default on this machine.
 
     Raises:
         UnsupportedPolicyError: no adapter knows the policy.
@@ -76,7 +78,7 @@ def record_robot(
     config = config.for_robots()
     run_folder = RunFolder(folder, config.existing, _REMEDIES)
     check_encoder(policy, config)
-    with run_folder.claim(), explorer_beside(run_folder.path, config.view):
+    with run_folder.claim(), viewers_beside(run_folder.path, config, rerun_url):
         recording = RobotRecording(policy, run_folder, config, fps, names, cameras, task)
         with capture_attention(
             policy,

@@ -24,7 +24,7 @@ from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
-from lerobot_attn.recording.beside import explorer_beside
+from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.folder import RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.observation import PolicyCameras, cameras_of
@@ -112,7 +112,7 @@ class RunRecorder:
         recorder_of = self._current_recorder
         with (
             self._run_folder.claim(),
-            explorer_beside(self.folder, self.config.view),
+            viewers_beside(self.folder, self.config),
             capture_attention(
                 policy,
                 self.config,
