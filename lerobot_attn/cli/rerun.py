@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -101,19 +101,22 @@ def export_rerun(
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        parent = os.getppid()
+        if (
+            since is not None
+        ):  # a recording started this, and says by a line, or by being gone, that it is over
 
-        def stopped() -> bool:
-            # A recording that was killed cannot end what it started.
-            return stop.is_set() or (since is not None and os.getppid() != parent)
+            def wait_for_the_recording() -> None:
+                sys.stdin.buffer.readline()
+                stop.set()
 
+            threading.Thread(target=wait_for_the_recording, daemon=True).start()
         follow_rerun(
             path,
             chosen,
             url=connect or VIEWER,
             session=joined,
             since_s=since or 0.0,
-            stopped=stopped,
+            stopped=stop.is_set,
             say=lambda line: print(line, flush=True),
         )
         return

@@ -100,7 +100,8 @@ def export_rerun(
 def new_stream(rr: Any, episode: Episode) -> Any:
     """Return a Rerun stream for one episode, called as the episode is; nothing is sent anywhere yet."""
     name = store_name(episode.path)
-    stream = rr.RecordingStream(APPLICATION, recording_id=f"{name} {episode.attributes.get('created', '')}")
+    created = episode.attributes.get("created", "")
+    stream = rr.RecordingStream(APPLICATION, recording_id=f"{name} {created}".strip())
     stream.send_recording_name(name)
     return stream
 
@@ -144,6 +145,7 @@ class EpisodeTrack:
         self._n_shown = 0
         self._heat: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self._cameras}
         self._vmax = 0.0
+        self._ends: set[float] = set()  # of the colour ranges that heatmaps were sent in
         self._inference = -1  # of the last frame that was written
         self._said: dict[str, Any] = {}
 
@@ -200,9 +202,8 @@ class EpisodeTrack:
         Returns:
             Why pictures are missing, a line for each camera.
         """
-        was_whole, before = self._n_shown == 0, self._vmax
         self.add(episode, progress)
-        if not was_whole and self._vmax != before:
+        if self._ends != {self._vmax}:
             rows = _Rows(self._seconds(episode))
             self._heatmaps(episode, np.arange(self._n_shown), rows)
             self._send(rows)
@@ -213,6 +214,7 @@ class EpisodeTrack:
     # Pictures
 
     def _heatmaps(self, episode: Episode, frames: NDArray[Any], rows: _Rows) -> None:
+        self._ends.add(self._vmax)
         scale = ColourScale(self._vmax, self._settings.colormap, self._settings.alpha)
         for name, pieces in self._heat.items():
             pieces[:] = [np.concatenate(pieces)]

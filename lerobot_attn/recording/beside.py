@@ -79,7 +79,7 @@ def rerun_beside(folder: Path, wanted: bool, url: str | None = None) -> Iterator
     words = ["export-rerun", str(folder), "--follow", "--since", str(time.time() - 1)]
     if url is not None:
         words += ["--connect", url]
-    with _beside("Rerun", [*words, *_session()], _RERUN_GRACE_S):
+    with _beside("Rerun", [*words, *_session()], _RERUN_GRACE_S, may_finish=True):
         yield
     logger.info("To look at an episode again: lerobot-attn export-rerun EPISODE -o episode.rrd")
 
@@ -96,12 +96,20 @@ def _session() -> list[str]:
 
 
 @contextmanager
-def _beside(name: str, words: Sequence[str], grace_s: float) -> Iterator[None]:
-    """Run one of our commands while the block runs, and end it then."""
+def _beside(name: str, words: Sequence[str], grace_s: float, *, may_finish: bool = False) -> Iterator[None]:
+    """Run one of our commands while the block runs, and end it then.
+
+    Args:
+        name: what a warning calls it.
+        words: the command.
+        grace_s: how long it may take to end.
+        may_finish: it is told by a line of input that nothing more comes, and ends when it has done the rest.
+            A signal would end a process that has only just begun.
+    """
     # It does not get Ctrl-C, which is the recording's: it ends with the recording.
     process = subprocess.Popen(
         [sys.executable, "-c", _COMMAND, *words],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if may_finish else subprocess.DEVNULL,
         start_new_session=True,
     )
     with suppress(OSError, AttributeError):  # a system without priorities
@@ -113,8 +121,13 @@ def _beside(name: str, words: Sequence[str], grace_s: float) -> Iterator[None]:
             logger.warning(
                 "%s ended by itself, with exit status %d; the recording did not", name, process.returncode
             )
-        process.terminate()
         try:
+            if process.stdin is None:
+                process.terminate()
+            else:
+                with suppress(OSError):  # it has ended
+                    process.stdin.write(b"\n")
+                    process.stdin.close()
             process.wait(grace_s)
         except subprocess.TimeoutExpired:
             process.kill()
