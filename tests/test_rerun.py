@@ -239,6 +239,21 @@ def test_nothing_is_left_where_it_cannot_be_written(tmp_path, episode):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
+@needs_rerun
+def test_a_disk_that_becomes_full_is_one_line_and_leaves_no_file(tmp_path, episode):
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "from lerobot_attn.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "export-rerun", episode.path, "-o", tmp_path / "episode.rrd"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "cannot write the recording" in error
+    assert "Traceback" not in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 def test_without_rerun_one_line_says_what_to_install(tmp_path, episode, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rerun", None)  # as if it were not installed
     status, _, err = run_cli(monkeypatch, capsys, "export-rerun", episode.path, "-o", tmp_path / "e.rrd")

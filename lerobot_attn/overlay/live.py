@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
-from lerobot_attn.overlay.rerun import EpisodeTrack, new_stream, rerun_sdk
+from lerobot_attn.overlay.rerun import EpisodeTrack, flush, new_stream, rerun_sdk
 from lerobot_attn.overlay.settings import RerunSettings
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
@@ -163,10 +163,7 @@ class _Following:
         """Wait a few seconds until the viewer has got everything."""
         for stream in self._streams:
             with suppress(Exception):  # the viewer is gone
-                try:
-                    stream.flush(timeout_sec=_FLUSH_S)
-                except TypeError:  # before Rerun 0.26
-                    stream.flush()
+                flush(stream, _FLUSH_S)
                 stream.disconnect()
 
     def _track(self, store: Path, episode: Episode) -> EpisodeTrack:

@@ -35,6 +35,7 @@ from lerobot_attn.store.video import read_frames
 
 APPLICATION = "lerobot-attn"
 _DEFAULT_FPS = 20.0
+_FLUSH_S = 600.0
 _PICTURES = 64  # frames that are sent at once
 _NOT_MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_{}[]<>()#+-.!|~"})
 
@@ -89,12 +90,29 @@ def export_rerun(
     with replacing(path, "the recording") as temporary:
         stream = new_stream(rr, episode)
         track = EpisodeTrack(stream, episode, settings or RerunSettings())
-        stream.save(temporary)
         try:
+            stream.save(temporary)
             notes = track.finish(episode, progress)
+            flush(stream, _FLUSH_S)
+        except RuntimeError as error:  # Rerun's writer, whose thread ends where it cannot write
+            raise ConfigError(
+                f"{path}: cannot write the recording: {first_line(error)}; is the disk full?"
+            ) from error
         finally:
-            stream.disconnect()  # writes what is left
+            stream.disconnect()
     return WrittenOverlay(path, episode.n_frames, track.fps, notes)
+
+
+def flush(stream: Any, timeout_s: float) -> None:
+    """Wait until all of a stream is where it goes, so many seconds at most.
+
+    Raises:
+        RuntimeError: it could not be written or sent.
+    """
+    try:
+        stream.flush(timeout_sec=timeout_s)
+    except TypeError:  # older than Rerun 0.26: it tells no error either, but prints it
+        stream.flush()
 
 
 def new_stream(rr: Any, episode: Episode) -> Any:
