@@ -49,7 +49,7 @@ def latencies_ms(folder: Path, chromium: str, n_inferences: int) -> list[float]:
     # The explorer is started here, whose address is needed; `view` is what writes as for it.
     config = AttentionConfig(view=True)
     with (
-        patch("lerobot_attn.recording.loop.explorer_beside", lambda folder, wanted: nullcontext()),
+        patch("lerobot_attn.recording.loop.viewers_beside", lambda folder, config: nullcontext()),
         record_episodes(policy, folder, config, fps=HZ) as recording,
         recording.episode() as episode,
         torch.inference_mode(),

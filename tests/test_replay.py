@@ -158,11 +158,11 @@ def test_the_explorer_is_started_beside_if_wanted(small, tmp_path, monkeypatch):
     started = []
 
     @contextmanager
-    def beside(folder, wanted):
-        started.append((folder, wanted))
+    def beside(folder, config):
+        started.append((folder, config.view))
         yield
 
-    monkeypatch.setattr(replay, "explorer_beside", beside)
+    monkeypatch.setattr(replay, "viewers_beside", beside)
     record_dataset(make_policy(), small, tmp_path, AttentionConfig(view=True), episodes=[1])
     assert started == [(tmp_path / "attention", True)]
 

@@ -20,7 +20,7 @@ from lerobot_attn.errors import ConfigError
 from lerobot_attn.policies import unwrap
 from lerobot_attn.policies.base import Probe, Site
 from lerobot_attn.prompt import Tokenizer
-from lerobot_attn.recording.beside import explorer_beside
+from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.dataset import DatasetFrames
 from lerobot_attn.recording.folder import Remedies, RunFolder
 from lerobot_attn.recording.footage import Footage
@@ -116,7 +116,7 @@ def record_dataset(
     failures: list[Exception] = []
     with (
         run_folder.claim(),
-        explorer_beside(run_folder.path, config.view),
+        viewers_beside(run_folder.path, config),
         capture_attention(
             policy,
             config,

@@ -19,7 +19,6 @@ from torch import Tensor
 from lerobot_attn.capture import HostCopies
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
-from lerobot_attn.layout import TokenLayout
 from lerobot_attn.recording.episode import Frame, Views
 from lerobot_attn.recording.folder import RunFolder, task_folder
 from lerobot_attn.recording.footage import Footage, FootageEpisode
@@ -202,13 +201,13 @@ class ReplayRun(EpisodeSeries):
             found.append(shown_by(self._capture, named))
         return found
 
-    def _tell_size(self, layout: TokenLayout) -> None:
+    def _tell_size(self, inference_bytes: int) -> None:
         """Say once what the whole replay takes, and whether the disk has room for it."""
         is_told = self._size_told
-        super()._tell_size(layout)
+        super()._tell_size(inference_bytes)
         if is_told:
             return
-        needed = self._n_questions * self._capture.selection.bytes_per_inference(layout)
+        needed = self._n_questions * inference_bytes
         logger.info("%d inferences: about %s before compression", self._n_questions, format_bytes(needed))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -221,7 +220,7 @@ class ReplayRun(EpisodeSeries):
     def _write(self, questions: Sequence[Question], answer: Answer, views: ViewsAhead | None) -> None:
         """Hand a batch to the writer's thread, in the order of the frames."""
         if answer.record is not None:
-            self._tell_size(answer.record.layout)
+            self._tell_size(answer.record.maps_bytes)
         for row, question in enumerate(questions):
             self._write_one(question, answer, row, [] if views is None else views.take())
             self._n_done += question.stop - question.frame
