@@ -9,7 +9,7 @@ one episode: which ones are recorded, and where a viewer is, is known to `overla
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lerobot_attn import analysis
-from lerobot_attn.analysis.select import MEANS, action_queries
-from lerobot_attn.analysis.spatial import NORMALISATIONS, by_camera
-from lerobot_attn.analysis.tokens import TASK, TEXT, by_modality, by_token, prompt_truncated, token_groups
+from lerobot_attn.analysis.select import action_queries
+from lerobot_attn.analysis.spatial import by_camera
+from lerobot_attn.analysis.tokens import TASK, TEXT, by_modality, by_token, token_groups
 from lerobot_attn.errors import RANDOM_WEIGHTS, ConfigError, SetupError, StoreError, first_line
 from lerobot_attn.figures.canvas import store_name
 from lerobot_attn.figures.fonts import one_line
 from lerobot_attn.figures.scale import ColourScale
+from lerobot_attn.overlay.about import about
 from lerobot_attn.overlay.files import WrittenOverlay, refuse_inputs, replacing
 from lerobot_attn.overlay.maps import range_of, read_attention, where_of
 from lerobot_attn.overlay.settings import RerunSettings
@@ -422,34 +423,6 @@ class _Rows:
         held_values += values
         if not held_frames:
             del self.of[path]
-
-
-def about(
-    episode: Episode, attrs: dict[str, Any], settings: RerunSettings, vmax: float, has_cameras: bool
-) -> Iterator[str]:
-    """Yield what a reader of the maps has to know, a line each: what is shown, in which colours, remarks.
-
-    Args:
-        episode: the episode.
-        attrs: of what `analysis` returned: `layer`, `denoise_step`, `head`, `query`, `source`, ….
-        settings: which maps are shown, and how.
-        vmax: where the colours end.
-        has_cameras: whether there are heatmaps at all.
-    """
-    outcome = {True: ", success", False: ", failure", None: ""}[episode.success]
-    yield f"{store_name(episode.path)}{outcome}{'' if episode.is_complete else ', incomplete'}"
-    yield f"task: {one_line(episode.task)}"
-    if episode.policy_remark:
-        yield one_line(episode.policy_remark)
-    chosen = [str(attrs.get(name, "")) for name in ("layer", "denoise_step", "head", "query", "left_out")]
-    chosen.append("from stored means" if attrs.get("source") == MEANS else "")
-    yield "shown: " + ", ".join(part for part in chosen if part)
-    if has_cameras:
-        whole = "" if episode.is_complete else ", by the frames so far"
-        yield f"colours: {NORMALISATIONS[settings.normalisation]}, 0 to {100 * vmax:.3g} %{whole}"
-    if prompt_truncated(episode.arrays).any():
-        yield "prompt truncated: it did not fit the policy's slots, so its end is missing"
-    yield "predicted actions are in the policy's normalised units, actions sent in the environment's"
 
 
 def _dimension_names(data: xr.Dataset, dimension: str) -> list[str]:
