@@ -67,6 +67,7 @@ def test_facts_are_json_and_complete(tmp_path, monkeypatch, capsys):
         "prefix_layer": [17],
         "denoise_step": [0, 4, 9],
         "head": [1, 5],
+        "vision_layer": [3, 11],
     }
     assert facts["arrays"]["suffix_attention"]["shape"] == [4, 3, 2, 2, 5, 14]
     assert [(s["name"], s["tokens"]) for s in facts["segments"]] == [

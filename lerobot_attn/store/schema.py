@@ -1,6 +1,8 @@
 """The one place that names the arrays, dimensions, chunks and codecs of an episode store.
 
 Writer, reader, `inspect` and the README's table come from here. Knows no policy and opens no file.
+
+Longer than 450 lines because the table of all arrays stands in one place.
 """
 
 from __future__ import annotations
