@@ -112,7 +112,7 @@ def flush(stream: Any, timeout_s: float) -> None:
     """
     try:
         stream.flush(timeout_sec=timeout_s)
-    except TypeError:  # older than Rerun 0.26: it tells no error either, but prints it
+    except TypeError:  # an older Rerun, which tells no error either, but prints it
         stream.flush()
 
 
