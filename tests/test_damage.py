@@ -50,11 +50,12 @@ PLAN = SyntheticPlan(
 )
 N_CHUNKS_OF_A_SHARD = {"suffix_attention": 4, "suffix_attention_mean": 2, "prefix_attention": 2}
 N_CHUNKS_OF_A_SHARD["vision_attention"] = 2
-# What only episodes of other families, or of robots, hold.
+# What only episodes of other families, of robots, or replays hold.
 ABSENT = {
     *("prompt_truncated", "layer_sees_suffix", "all_layer_sees_suffix"),
     *("suffix_token_id", "suffix_token_text"),
     *("observed_before", "inference_start", "inference_end", "inference_delay", "frame_time"),
+    *("predicted_action", "action_error", "frame_index", "timestamp", "episode_index", "task_index"),
 }
 HELD = [spec for spec in ARRAYS if spec.name not in ABSENT]
 MAY_BE_MISSING = {spec.name for spec in HELD if spec.fill_value != spec.fill_value}
