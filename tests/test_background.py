@@ -129,6 +129,42 @@ def test_dropping_leaves_the_running_job_and_the_cleaning_up(writer):
     assert writer.failure("a") is error
 
 
+def test_a_failure_from_outside_may_leave_what_is_queued(writer):
+    started, gate, done = threading.Event(), threading.Event(), []
+    writer.submit("a", lambda: (started.set(), gate.wait()))
+    writer.submit("a", lambda: done.append("queued before"))
+    started.wait()
+    error = RuntimeError("what comes now cannot be had")
+    writer.fail("a", error, keep_queued=True)
+    writer.submit("a", lambda: done.append("queued after"))
+    writer.submit("a", lambda: done.append("clean up"), always=True)
+    gate.set()
+    writer.flush()
+    assert done == ["queued before", "clean up"]
+    assert writer.failure("a") is error
+
+
+@pytest.mark.parametrize("how", ["a job fails", "dropped"])
+def test_what_was_left_is_dropped_all_the_same(writer, how):
+    started, gate, done = threading.Event(), threading.Event(), []
+
+    def fail():
+        started.set()
+        gate.wait()
+        if how == "a job fails":
+            raise OSError("disk full")
+
+    writer.submit("a", fail)
+    writer.submit("a", lambda: done.append("queued before"))
+    started.wait()
+    writer.fail("a", RuntimeError("outside"), keep_queued=True)
+    if how == "dropped":
+        writer.drop(RuntimeError("Ctrl-C"))
+    gate.set()
+    writer.flush()
+    assert done == []
+
+
 def test_waiting_for_the_end_is_counted(writer):
     writer.submit("a", lambda: time.sleep(0.1))
     writer.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -275,8 +276,11 @@ def test_what_breaks_on_the_writers_thread_is_reported(tmp_path, monkeypatch, ca
     assert "I/O error" in caplog.text
 
 
-def test_a_capture_that_fails_is_reported_and_the_loop_goes_on(tmp_path, caplog):
+def test_a_capture_that_fails_is_reported_and_the_loop_goes_on(tmp_path, caplog, monkeypatch):
     policy = make_policy()
+    append = EpisodeWriter.append_inference
+    # A slow disk: what was captured before the failure is still in the queue then.
+    monkeypatch.setattr(EpisodeWriter, "append_inference", lambda *a: (time.sleep(0.3), append(*a)))
     with (  # noqa: PT012
         pytest.raises(CaptureError, match="denoise steps"),
         record_episodes(policy, tmp_path, fps=20) as recording,

@@ -44,6 +44,7 @@ class _Job:
     run: Callable[[], None]
     n_bytes: int
     always: bool
+    number: int = 0  # counts the jobs in the order in which they were queued
 
 
 class BackgroundWriter:
@@ -64,6 +65,8 @@ class BackgroundWriter:
         self._closing = False
         self._condition = threading.Condition()
         self._failures: dict[Hashable, BaseException] = {}
+        self._kept_before: dict[Hashable, int] = {}  # key that failed → first job that is not run any more
+        self._n_queued = 0
         self.waited_s = 0.0
         self._thread = threading.Thread(target=self._work, name="lerobot-attn-writer", daemon=True)
         self._thread.start()
@@ -103,9 +106,20 @@ class BackgroundWriter:
         """Return what went wrong first with a key's jobs, if anything."""
         return self._failures.get(key)
 
-    def fail(self, key: Hashable, error: BaseException) -> None:
-        """Mark a key as failed from outside; its queued jobs are dropped."""
-        self._failures.setdefault(key, error)
+    def fail(self, key: Hashable, error: BaseException, *, keep_queued: bool = False) -> None:
+        """Mark a key as failed from outside; its later jobs are dropped.
+
+        Args:
+            key: whose jobs.
+            error: what went wrong.
+            keep_queued: run what is in the queue already: the failure says nothing about that.
+        """
+        with self._condition:
+            if key in self._failures:
+                return
+            if keep_queued:
+                self._kept_before[key] = self._n_queued
+            self._failures[key] = error
 
     def drop(self, error: BaseException) -> None:
         """Fail every key that has jobs in the queue. The job that is running goes on."""
@@ -113,6 +127,7 @@ class BackgroundWriter:
             for job in self._jobs:
                 if not job.always:
                     self.fail(job.key, error)
+                    self._kept_before.pop(job.key, None)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until every queued job is done, or for so many seconds; return whether they are done."""
@@ -140,7 +155,9 @@ class BackgroundWriter:
                     return False
                 with self._timed():
                     self._condition.wait_for(lambda: self._has_room(n_bytes))
-            self._jobs.extend(jobs)
+            for job in jobs:
+                self._jobs.append(replace(job, number=self._n_queued))
+                self._n_queued += 1
             self._pending_bytes += n_bytes
             self._n_unfinished += len(jobs)
             self._condition.notify_all()
@@ -169,13 +186,15 @@ class BackgroundWriter:
                     return
                 job = self._jobs.popleft()
             try:
-                if job.always or job.key not in self._failures:
+                is_kept = job.number < self._kept_before.get(job.key, 0)
+                if job.always or is_kept or job.key not in self._failures:
                     job.run()
             except (
                 BaseException
             ) as error:  # the thread must live on for the other episodes; the failure is reported
                 _forget_locals(error)
                 self._failures.setdefault(job.key, error)
+                self._kept_before.pop(job.key, None)
             finally:
                 n_bytes = job.n_bytes
                 del job  # its arrays go before its bytes are given back

@@ -96,8 +96,8 @@ class EpisodeHandle:
         return self.n_queued - self._job.n_written
 
     def fail(self, error: BaseException) -> None:
-        """What follows in this episode cannot be recorded; its queued jobs are dropped."""
-        self._writer.fail(self.key, error)
+        """What follows in this episode cannot be recorded; what is queued of it is still written."""
+        self._writer.fail(self.key, error, keep_queued=True)
 
     def tell_failure(self, *, goes_on: str) -> None:
         """Say once that the episode failed.
