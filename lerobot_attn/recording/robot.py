@@ -11,6 +11,7 @@ in time is dropped, and the store says what.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 GROUP = "rollout"
 _REMEDIES = Remedies("choose another --attention.dir", "--attention.existing=")
 _RECENT = 8  # observations that an inference which has just begun may have been shown
+_TURN_S = 0.0005
 _PATIENCE_S = 60.0  # how long stores may take once the robot has been let go
 
 
@@ -78,7 +80,7 @@ def record_robot(
     config = config.for_robots()
     run_folder = RunFolder(folder, config.existing, _REMEDIES)
     check_encoder(policy, config)
-    with run_folder.claim(), viewers_beside(run_folder.path, config, rerun_url):
+    with _quick_turns(), run_folder.claim(), viewers_beside(run_folder.path, config, rerun_url):
         recording = RobotRecording(policy, run_folder, config, fps, names, cameras, task)
         with capture_attention(
             policy,
@@ -95,6 +97,20 @@ def record_robot(
                 raise
             finally:
                 recording.write_out()
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Let the loop's thread run soon when it wants to.
+
+    Python lets a thread go on for 5 ms while others wait, the writer's or the policy's while the loop does.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _TURN_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class RobotRecording(EpisodeSeries):

@@ -100,6 +100,7 @@ class RobotEpisode:
         self._writer = writer
         self._config = config
         self._cameras = cameras if config.cameras else {}
+        self._last: dict[str, np.ndarray] = {}  # what each camera showed at the frame before, as it was given
         self._numbers: dict[Inference, int | None] = {}  # inference → its number in the store, if it is there
         self._frames: dict[int, int] = {}  # number of a look at the robot → the first frame that shows it
         self._waiting: list[tuple[Tick, Frame, Views | None]] = []  # frames before the first inference
@@ -230,9 +231,19 @@ class RobotEpisode:
         for camera, name in self._cameras.items():
             picture = shown.get(camera)
             if picture is not None:
-                # A copy: robots may fill the same array at the next frame.
-                images[name] = torch.from_numpy(_as_uint8(picture).copy())[None]
+                images[name] = torch.from_numpy(self._kept(camera, _as_uint8(picture)))[None]
         return Views(HostCopies(), images) if images else None
+
+    def _kept(self, camera: str, picture: np.ndarray) -> np.ndarray:
+        """Return a picture that stays what it is: a copy where the robot fills one array again and again.
+
+        Elsewhere it is not copied. A copy lets other threads run, which may keep the loop's waiting for
+        milliseconds.
+        """
+        last = self._last.get(camera)
+        self._last[camera] = picture
+        is_its_own = last is not None and not np.may_share_memory(last, picture)
+        return picture if is_its_own and picture.flags.writeable else picture.copy()
 
 
 def _as_uint8(picture: Any) -> np.ndarray:
