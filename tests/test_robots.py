@@ -23,7 +23,7 @@ from lerobot.policies.pi05 import PI05Policy  # noqa: E402
 from lerobot.rollout.inference import rtc  # noqa: E402
 from lerobot.rollout.strategies import dagger, episodic, highlight, sentry  # noqa: E402
 from lerobot.scripts import lerobot_rollout  # noqa: E402
-from robots import JOINTS, MOVED, Scripted, brightness_of  # noqa: E402
+from robots import CAMERAS, JOINTS, MOVED, Scripted, brightness_of  # noqa: E402
 
 from lerobot_attn import open_run, plugin  # noqa: E402
 from lerobot_attn.store.video import count_frames, read_frames  # noqa: E402
@@ -616,3 +616,24 @@ def test_the_commands_of_the_docs_are_understood(command, rollout, monkeypatch):
     (cfg,) = seen
     assert cfg.save_attention_maps
     assert cfg.robot.port == "/dev/ttyACM0"
+
+
+def test_a_robot_may_fill_the_same_pictures_again_and_again(rollout, monkeypatch):
+    original, shown = Scripted.get_observation, {}
+
+    def get_observation(robot):
+        fresh = original(robot)
+        for camera in CAMERAS:
+            shown.setdefault(camera, np.empty_like(fresh[camera]))[:] = fresh[camera]
+        return {**fresh, **shown}
+
+    monkeypatch.setattr(Scripted, "get_observation", get_observation)
+    rollout("--robot.breaks_at=24", raises=ConnectionError)
+    (episode,) = open_run(rollout.stores)
+    shows_the_looks(episode, np.arange(2, 25))
+
+
+def test_threads_take_their_usual_turns_again_afterwards(rollout):
+    before = sys.getswitchinterval()
+    rollout("--robot.breaks_at=4", raises=ConnectionError)
+    assert sys.getswitchinterval() == before
