@@ -21,7 +21,6 @@ from typing import Literal
 # What to do with a job that does not fit: wait until it does; drop it; or take it nevertheless.
 WhenFull = Literal["wait", "drop", "take"]
 
-_NICENESS = 10  # the policy and the loop go first
 _TRIM_BYTES = 1_000_000
 
 
@@ -52,13 +51,16 @@ class BackgroundWriter:
 
     Args:
         max_bytes: memory that queued jobs may hold together. A single larger job is let through alone.
+        niceness: by how much its thread yields to others (Linux); 0: not at all. Beside a busy program a thread
+            that yields hardly runs, so this is for loops that must not be late.
 
     Attributes:
         waited_s: seconds that callers have waited for room in the queue, and for the queue to be done.
     """
 
-    def __init__(self, max_bytes: int):
+    def __init__(self, max_bytes: int, *, niceness: int = 0):
         self._max_bytes = max_bytes
+        self._niceness = niceness
         self._jobs: deque[_Job] = deque()
         self._pending_bytes = 0
         self._n_unfinished = 0
@@ -175,10 +177,10 @@ class BackgroundWriter:
             self.waited_s += time.perf_counter() - started
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # elsewhere threads have no priority of their own
+        if self._niceness and sys.platform == "linux":  # elsewhere threads have no priority of their own
             with suppress(OSError):
                 # Threads and processes that it starts (codecs, the video encoder) inherit it.
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._jobs or self._closing)

@@ -41,6 +41,7 @@ GROUP = "rollout"
 _REMEDIES = Remedies("choose another --attention.dir", "--attention.existing=")
 _RECENT = 8  # observations that an inference which has just begun may have been shown
 _TURN_S = 0.0005
+_NICENESS = 10  # of the writer: the policy and the loop go first
 _PATIENCE_S = 60.0  # how long stores may take once the robot has been let go
 
 
@@ -130,7 +131,7 @@ class RobotRecording(EpisodeSeries):
         cameras: Mapping[str, str],
         task: str,
     ):
-        super().__init__(policy, run_folder, config, fps, names)
+        super().__init__(policy, run_folder, config, fps, names, niceness=_NICENESS)
         self._cameras = dict(cameras)
         self._task = task
         self._lock = threading.RLock()  # inferences may run on a thread of their own

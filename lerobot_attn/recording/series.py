@@ -35,13 +35,21 @@ class EpisodeSeries:
         config: the capture and storage settings.
         fps: frames per second of the videos.
         names: names of the state's and the action's dimensions.
+        niceness: by how much the writer yields to the loop.
 
     Attributes:
         folder: where the stores go.
     """
 
     def __init__(
-        self, policy: Any, run_folder: RunFolder, config: AttentionConfig, fps: float, names: DimensionNames
+        self,
+        policy: Any,
+        run_folder: RunFolder,
+        config: AttentionConfig,
+        fps: float,
+        names: DimensionNames,
+        *,
+        niceness: int = 0,
     ):
         self.folder = run_folder.path
         self._policy = policy
@@ -49,7 +57,7 @@ class EpisodeSeries:
         self._config = config
         self._fps = float(fps)
         self._names = names
-        self._writer = BackgroundWriter(config.queue_mb * 1_000_000)
+        self._writer = BackgroundWriter(config.queue_mb * 1_000_000, niceness=niceness)
         self._handles: list[EpisodeHandle] = []
         self._kept: list[EpisodeResult] = []
         self._next: dict[str, int] = {}
