@@ -51,8 +51,8 @@ class BackgroundWriter:
 
     Args:
         max_bytes: memory that queued jobs may hold together. A single larger job is let through alone.
-        niceness: by how much its thread yields to others (Linux); 0: not at all. Beside a busy program a thread
-            that yields hardly runs, so this is for loops that must not be late.
+        niceness: by how much its thread yields to others (Linux); 0: not at all. Beside a busy program a
+            thread that yields hardly runs, so this is for loops that must not be late.
 
     Attributes:
         waited_s: seconds that callers have waited for room in the queue, and for the queue to be done.
