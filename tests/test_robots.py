@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import re
 import shlex
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from lerobot.scripts import lerobot_rollout  # noqa: E402
 from robots import CAMERAS, JOINTS, MOVED, Scripted, brightness_of  # noqa: E402
 
 from lerobot_attn import open_run, plugin  # noqa: E402
+from lerobot_attn.recording.robot import RobotRecording  # noqa: E402
 from lerobot_attn.store.video import count_frames, read_frames  # noqa: E402
 from lerobot_attn.verify import verify_episode  # noqa: E402
 
@@ -637,3 +640,23 @@ def test_threads_take_their_usual_turns_again_afterwards(rollout):
     before = sys.getswitchinterval()
     rollout("--robot.breaks_at=4", raises=ConnectionError)
     assert sys.getswitchinterval() == before
+
+
+def test_the_maps_of_past_inferences_are_not_kept_in_memory(rollout, monkeypatch):
+    made, alive = [], []
+    original = RobotRecording.on_chunk
+
+    def on_chunk(recording, delay=0):
+        inference = original(recording, delay)
+        made.append(weakref.ref(inference))
+        return inference
+
+    def count():
+        gc.collect()
+        alive.append(sum(found() is not None for found in made))
+
+    monkeypatch.setattr(RobotRecording, "on_chunk", on_chunk)
+    Keys(monkeypatch, {58: count})
+    rollout("--robot.breaks_at=60", raises=ConnectionError)
+    assert len(made) == 6
+    assert alive[0] <= 2

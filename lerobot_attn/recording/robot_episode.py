@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -101,7 +102,8 @@ class RobotEpisode:
         self._config = config
         self._cameras = cameras if config.cameras else {}
         self._last: dict[str, np.ndarray] = {}  # what each camera showed at the frame before, as it was given
-        self._numbers: dict[Inference, int | None] = {}  # inference → its number in the store, if it is there
+        # Inference → its number in the store, if it is there. It must not keep the maps of past inferences.
+        self._numbers = WeakKeyDictionary[Inference, int | None]()
         self._frames: dict[int, int] = {}  # number of a look at the robot → the first frame that shows it
         self._waiting: list[tuple[Tick, Frame, Views | None]] = []  # frames before the first inference
         self._began_s = 0.0
@@ -210,7 +212,11 @@ class RobotEpisode:
             return
         first = next(iter(self._frames))
         # An observation without an action is no frame: the next frame stands for it.
-        asked_at = next((n for seen, n in self._frames.items() if seen >= inference.observed), 0)
+        asked_at = 0
+        for seen, number in reversed(self._frames.items()):  # it was shown one of the newest
+            if seen < inference.observed:
+                break
+            asked_at = number
         taken = queue_inference(
             self._writer,
             [handle],
