@@ -38,9 +38,11 @@ ORDER = (
     "sizes",
     "config",
     "layout",
+    "masks",
     "prompt",
     # Left of the store: what runs beside a policy.
     "policies",
+    "interventions",
     "capture",
     # The store itself: its writer serves the left, its reader the right.
     "store",
@@ -66,7 +68,7 @@ ORDER = (
     "scripts",
     "benchmarks",
 )
-LEFT = ("policies", "capture", "recording", "plugin", "demo")
+LEFT = ("policies", "interventions", "capture", "recording", "plugin", "demo")
 RIGHT = (
     *("store", "analysis", "figures", "synthetic", "inspection"),
     *("overlay", "plot", "report", "verify", "explorer"),
@@ -77,6 +79,7 @@ READS = ("lerobot_attn.store.reader", "lerobot_attn.store.runs")
 FRAMEWORK_FREE = (
     "config",
     "layout",
+    "masks",
     "prompt",
     "errors",
     "store",
@@ -96,7 +99,7 @@ FRAMEWORK_FREE = (
     "report",
 )
 FRAMEWORKS = {"torch", "lerobot", "transformers", "gymnasium"}
-MOST_ARROWS = 125
+MOST_ARROWS = 148  # for 29 rooms
 MOST_LINES = 450
 REASON = f"Longer than {MOST_LINES} lines because"
 

@@ -56,6 +56,7 @@ ABSENT = {
     *("suffix_token_id", "suffix_token_text"),
     *("observed_before", "inference_start", "inference_end", "inference_delay", "frame_time"),
     *("predicted_action", "action_error", "frame_index", "timestamp", "episode_index", "task_index"),
+    *("segmentation", "mask_camera", "instance", "instance_role", "instance_position"),
 }
 HELD = [spec for spec in ARRAYS if spec.name not in ABSENT]
 MAY_BE_MISSING = {spec.name for spec in HELD if spec.fill_value != spec.fill_value}

@@ -940,7 +940,11 @@ def test_the_tour_moves_the_controls(pages, url):
         titles.append(page.locator("#tour-title").inner_text())
         assert len(page.locator("#tour-text").inner_text()) > 100
         target = page.locator(".toured")
-        assert target.evaluate("e => e.id || e.className.split(' ')[0]") == at
+        until(
+            page,
+            lambda t=target, at=at: t.evaluate("e => e.id || e.className.split(' ')[0]") == at,
+            f"the tour points at {at}",  # it comes a moment after its number
+        )
         page.wait_for_timeout(100)  # it scrolls there
         until(
             page,

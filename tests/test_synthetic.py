@@ -54,7 +54,7 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     optional |= {"suffix_attention_mean": plan.has_means, "reward": plan.has_reward}
     optional |= {"success": plan.has_success, "prompt_truncated": plan.cut_prompt}
     missing = {name for name, is_there in optional.items() if not is_there}
-    # What only robots, replays and policies that decode tokens bring.
+    # What only robots, replays, policies that decode tokens and simulators bring.
     missing |= {s.name for s in ARRAYS if s.optional} - {*optional, "state", "layer_sees_suffix"}
     coordinates = set() if plan.prefix_only_layers else {"layer_sees_suffix", "all_layer_sees_suffix"}
     coordinates |= {"layer", "layer_sees_suffix"} if not plan.layers else set()
@@ -62,6 +62,7 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     coordinates |= {"prefix_layer"} if not plan.prefix_layers else set()
     in_vision = {"camera", "vision_layer", "vision_head", "patch_row", "patch_column"}
     coordinates |= in_vision if not plan.vision_layers else set()
+    coordinates |= {"mask_camera", "instance", "instance_role"}
     assert set(data.variables) == {spec.name for spec in ARRAYS} - missing - coordinates
     masked = data.key_kind.values == Kind.PADDING
     tolerance = episode.row_sum_tolerance()

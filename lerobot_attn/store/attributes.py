@@ -52,7 +52,7 @@ class Header:
 
     def raw_bytes(self) -> int:
         """Return the size of the maps before compression, bytes."""
-        maps = [self.shapes[spec.name] for spec in ARRAYS if spec.sharded and spec.name in self.shapes]
+        maps = [self.shapes[spec.name] for spec in ARRAYS if spec.is_map and spec.name in self.shapes]
         return sum(2 * math.prod(shape) for shape in maps)
 
 

@@ -34,6 +34,11 @@ DIMENSIONS: dict[str, str] = {
     "vision_head": "attention heads of the vision tower",
     "patch_query": "patches of a camera's image in the vision tower, attending; row by row from the top left",
     "patch_key": "the same patches, attended",
+    "mask_camera": "cameras that have instance masks, by name; only with `segmentation`",
+    "mask_y": "pixel rows of a mask, 0 is the top; a camera of another size is scaled to it",
+    "mask_x": "pixel columns of a mask, 0 is the left",
+    "instance": "things that a mask can show, by name; the first is the background",
+    "xyz": "coordinates in the world's frame",
     "query": "suffix tokens, the attending ones; query i is key prefix_len + i",
     "key": "prefix and suffix tokens, the attended ones",
     "prefix_query": "prefix tokens, attending",
@@ -73,6 +78,11 @@ class ArraySpec:
     fill_value: Any = 0
 
     @property
+    def is_map(self) -> bool:
+        """Whether it holds attention, which may be rounded."""
+        return self.sharded and self.dtype == "float16"
+
+    @property
     def grows_with(self) -> Growth:
         """The dimension along which rows are appended, if any."""
         first = self.dims[0]
@@ -89,7 +99,7 @@ class ArraySpec:
         """Return the chunk shape: a map with its heads for sharded arrays, a run of rows for small ones."""
         if self.sharded:
             whole = {"head", "query", "key", "prefix_query", "prefix_key"}
-            whole |= {"vision_head", "patch_query", "patch_key"}
+            whole |= {"vision_head", "patch_query", "patch_key", "mask_y", "mask_x"}
             if "all_layer" in self.dims:  # means: all layers of a denoise step are looked at together
                 whole.add("all_layer")
             return tuple(max(1, sizes[dim]) if dim in whole else 1 for dim in self.dims)
@@ -162,6 +172,25 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "float16",
         "attention probability among the patches of a camera's image in the vision tower; rows sum to 1",
         sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "segmentation",
+        ("inference", "mask_camera", "mask_y", "mask_x"),
+        "int16",
+        "instance that each pixel of a camera shows, as an index into `instance`; oriented as the policy "
+        "sees the camera, before its letterbox; -1 where nobody knows",
+        sharded=True,
+        optional=True,
+        fill_value=-1,
+    ),
+    ArraySpec(
+        "instance_position",
+        ("inference", "instance", "xyz"),
+        "float32",
+        "where each instance is, in the world's frame; NaN where that is not known",
+        units="m",
         optional=True,
         fill_value=NAN,
     ),
@@ -398,6 +427,30 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "int16",
         "column of each patch of the vision tower, 0 is the left of what the policy saw",
         coordinate=True,
+    ),
+    ArraySpec(
+        "mask_camera",
+        ("mask_camera",),
+        "string",
+        "camera that has instance masks",
+        coordinate=True,
+        fill_value="",
+    ),
+    ArraySpec(
+        "instance",
+        ("instance",),
+        "string",
+        "name of a thing that a mask can show",
+        coordinate=True,
+        fill_value="",
+    ),
+    ArraySpec(
+        "instance_role",
+        ("instance",),
+        "string",
+        "its role in the task: target, destination, distractor, robot or background",
+        coordinate=True,
+        fill_value="",
     ),
     ArraySpec("text_key", ("text",), "int32", "key index of each language slot", coordinate=True),
     ArraySpec(

@@ -224,7 +224,7 @@ class EpisodeWriter:
         try:
             for name, values in rows.items():
                 growing = self._growing[name]
-                growing.append(self._compression.prepare(values) if growing.spec.sharded else values)
+                growing.append(self._compression.prepare(values) if growing.spec.is_map else values)
         except BaseException:
             # A full disk takes some arrays and refuses others: none of them may have grown.
             for name, state in before.items():

@@ -1,0 +1,66 @@
+"""Masks: roles, and the share of each patch that lies in a mask."""
+
+import numpy as np
+import pytest
+
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.layout import ImageGeometry
+from lerobot_attn.masks import Instance, SceneMasks, instances_of, patch_coverage
+
+NAMES = ("background", "soup_1", "basket_1", "robot0")
+
+
+def sampled(mask, geometry, n=16):
+    """The coverage by brute force: n × n points in each patch, each asked for the pixel it shows."""
+    g = geometry
+    inside = np.zeros((g.grid_rows * n, g.grid_columns * n))
+    for i, j in np.ndindex(inside.shape):
+        y = (i + 0.5) / n * g.input_height_px / g.grid_rows - g.pad_top_px
+        x = (j + 0.5) / n * g.input_width_px / g.grid_columns - g.pad_left_px
+        row = int(np.floor(y / g.resized_height_px * mask.shape[0]))
+        column = int(np.floor(x / g.resized_width_px * mask.shape[1]))
+        if 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1]:
+            inside[i, j] = mask[row, column]
+    return inside.reshape(g.grid_rows, n, g.grid_columns, n).mean(axis=(1, 3))
+
+
+@pytest.mark.parametrize("padding", ["centred", "left_top"])
+@pytest.mark.parametrize("mask_px", [(48, 64), (24, 32), (96, 128)])
+def test_coverage_is_the_area_that_each_patch_shows_of_the_mask(padding, mask_px):
+    geometry = ImageGeometry.letterbox((48, 64), (56, 56), (4, 4), padding=padding)
+    mask = np.random.default_rng(0).random(mask_px) < 0.3
+    found = patch_coverage(mask, geometry)
+    # The grid of points is as fine as the patches' and the pixels' edges allow.
+    np.testing.assert_allclose(found, sampled(mask, geometry, 28), atol=0.05)
+    visible = geometry.resized_height_px * geometry.resized_width_px
+    whole = patch_coverage(np.ones(mask_px, bool), geometry)
+    assert whole.sum() * (56 / 4) ** 2 == pytest.approx(visible)
+    assert found.sum() / whole.sum() == pytest.approx(mask.mean())
+
+
+def test_padding_and_what_is_not_in_the_mask_is_not_covered():
+    geometry = ImageGeometry.letterbox((32, 64), (64, 64), (4, 4), padding="centred")
+    mask = np.zeros((2, 32, 64), bool)
+    mask[1, :16, :16] = True  # one patch, below the one row that is padding
+    found = patch_coverage(mask, geometry)
+    assert found.shape == (2, 4, 4)
+    expected = np.zeros((2, 4, 4))
+    expected[1, 1, 0] = 1
+    np.testing.assert_allclose(found, expected)
+
+
+def test_roles():
+    instances = instances_of(NAMES, {"soup_1": "target", "robot0": "robot"}, where="roles")
+    assert [instance.role for instance in instances] == ["background", "target", "distractor", "robot"]
+    assert instances[1] == Instance("soup_1", "target")
+    mask = np.array([[0, 1], [3, -1]], np.int16)
+    scene = SceneMasks(instances, {"image": mask})
+    np.testing.assert_array_equal(scene.of_role("image", "target"), [[False, True], [False, False]])
+    with pytest.raises(ConfigError, match="camera 'wrist' has no mask; expected one of: image"):
+        scene.of_role("wrist", "target")
+    with pytest.raises(ConfigError, match="role 'destination': the scene has nothing of it"):
+        scene.of_role("image", "destination")
+    with pytest.raises(ConfigError, match="roles, soup_1: got role 'goal', expected one of target"):
+        instances_of(NAMES, {"soup_1": "goal"}, where="roles")
+    with pytest.raises(ConfigError, match="roles: got a role of 'milk_1', expected one of background"):
+        instances_of(NAMES, {"milk_1": "target"}, where="roles")
