@@ -8,12 +8,15 @@ import pytest
 from lerobot_attn import open_episode, open_run
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Kind
+from lerobot_attn.masks import patch_coverage
 from lerobot_attn.store.schema import ARRAYS
 from lerobot_attn.store.video import count_frames, read_frames
 from lerobot_attn.synthetic import (
     FAMILIES,
     SyntheticPlan,
+    planted_box,
     planted_patch,
+    planted_scene,
     planted_shares,
     planted_word,
     write_planted_episode,
@@ -21,6 +24,11 @@ from lerobot_attn.synthetic import (
 )
 
 SMALL = {"grid": (4, 4), "n_frames": 5, "n_text": 60, "videos": False}
+OBJECTS = {
+    "objects": {"soup_1": "target", "basket_1": "destination", "milk_1": "distractor", "robot0": "robot"},
+    "out_of_sight": (1,),
+    "on_first_object": (2, 1),
+}
 PLANS = {
     "default": SyntheticPlan(**SMALL),
     "prefix": SyntheticPlan(**SMALL, prefix_layers=(0, 3)),
@@ -30,6 +38,7 @@ PLANS = {
     ),
     "two empty cameras": SyntheticPlan(**SMALL, n_empty_cameras=2),
     "one word": SyntheticPlan(**SMALL, task="reach"),
+    "objects": SyntheticPlan(**SMALL, **OBJECTS),
     "one frame": SyntheticPlan(**{**SMALL, "n_frames": 1}),
     "one head, one step": SyntheticPlan(**SMALL, n_heads=1, n_denoise_steps=1, n_layers=1, layers=(0,)),
     **{name: dataclasses.replace(plan, videos=False) for name, plan in FAMILIES.items()},
@@ -53,8 +62,9 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     optional |= {"vision_attention": plan.vision_layers}
     optional |= {"suffix_attention_mean": plan.has_means, "reward": plan.has_reward}
     optional |= {"success": plan.has_success, "prompt_truncated": plan.cut_prompt}
+    optional |= {"segmentation": plan.objects, "instance_position": plan.objects}
     missing = {name for name, is_there in optional.items() if not is_there}
-    # What only robots, replays, policies that decode tokens and simulators bring.
+    # What only robots, replays and policies that decode tokens bring.
     missing |= {s.name for s in ARRAYS if s.optional} - {*optional, "state", "layer_sees_suffix"}
     coordinates = set() if plan.prefix_only_layers else {"layer_sees_suffix", "all_layer_sees_suffix"}
     coordinates |= {"layer", "layer_sees_suffix"} if not plan.layers else set()
@@ -62,7 +72,7 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     coordinates |= {"prefix_layer"} if not plan.prefix_layers else set()
     in_vision = {"camera", "vision_layer", "vision_head", "patch_row", "patch_column"}
     coordinates |= in_vision if not plan.vision_layers else set()
-    coordinates |= {"mask_camera", "instance", "instance_role"}
+    coordinates |= {"mask_camera", "instance", "instance_role"} if not plan.objects else set()
     assert set(data.variables) == {spec.name for spec in ARRAYS} - missing - coordinates
     masked = data.key_kind.values == Kind.PADDING
     tolerance = episode.row_sum_tolerance()
@@ -262,6 +272,58 @@ def test_what_is_planted_adds_up_and_moves():
         assert len(places) > 2, name
 
 
+@pytest.mark.parametrize("padding", ["centred", "left_top"])
+def test_masks_show_the_objects_where_they_were_planted(tmp_path, padding):
+    plan = SyntheticPlan(**OBJECTS, padding=padding)
+    episode = open_episode(write_planted_episode(tmp_path, plan))
+    data = episode.arrays
+    names = ["background", *plan.objects]
+    assert data.instance.values.tolist() == names
+    assert data.instance_role.values.tolist() == ["background", *plan.objects.values()]
+    assert data.mask_camera.values.tolist() == list(plan.image_px)
+    assert data.segmentation.shape == (4, 2, 96, 128)
+    films = [list(read_frames(video)) for video in episode.videos.values()]
+    places = set()
+    for inference, camera in np.ndindex(data.segmentation.shape[:2]):
+        frame = int(data.inference_frame[inference])
+        mask = data.segmentation.values[inference, camera]
+        picture = films[camera][frame].astype(int)
+        np.testing.assert_array_equal(mask, planted_scene(plan, frame).masks[list(plan.image_px)[camera]])
+        for number, name in enumerate(plan.objects, 1):
+            box = planted_box(plan, camera, name, frame)
+            places.add(box)
+            rows, columns = np.nonzero(mask == number)
+            if box is None:
+                assert (number, inference, len(rows)) == (1, 1, 0)
+                continue
+            assert (rows.min(), columns.min()) == pytest.approx((box.top * 96, box.left * 128), abs=1)
+            assert (rows.max(), columns.max()) == pytest.approx((box.bottom * 96, box.right * 128), abs=1.5)
+            assert len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # nothing hides it
+            y, x = (int(share * size) for share, size in zip(box.centre, picture.shape, strict=False))
+            assert np.ptp(picture[y - 3 : y + 3, x - 3 : x + 3], axis=(0, 1)).max() < 30  # the picture too
+        expected = planted_scene(plan, frame).positions
+        np.testing.assert_array_equal(data.instance_position.values[inference], expected)
+    assert len(places) > 20
+
+
+def test_a_head_attends_to_the_first_object_as_long_as_it_is_in_sight(tmp_path):
+    plan = SyntheticPlan(**OBJECTS, layers=(2, 3), videos=False)
+    data = open_episode(write_planted_episode(tmp_path, plan)).arrays
+    for inference, head in np.ndindex(plan.n_inferences, plan.n_heads):
+        frame = inference * plan.n_executed
+        for camera in range(2):
+            keys = np.flatnonzero(data.key_camera.values == camera)
+            geometry = plan.layout.cameras[camera].geometry
+            target = planted_scene(plan, frame).of_role(list(plan.image_px)[camera], "target")
+            inside = patch_coverage(target, geometry).ravel()
+            maps = data.suffix_attention.values[inference, :, :, head, 0][..., keys].astype(np.float32)
+            share = (maps * (inside > 0.5)).sum(axis=-1) / maps.sum(axis=-1)
+            is_on = share > 0.7
+            on_it = (head, inference in plan.out_of_sight) == (1, False)
+            assert is_on[:, 0].all() == on_it  # layer 2, every denoise step
+            assert not is_on[:, 1].all()  # layer 3
+
+
 def test_full_size_is_pi05():
     plan = SyntheticPlan.full_size(20, n_heads=4)
     assert plan.layout.n_keys == 1018
@@ -288,6 +350,9 @@ def test_full_size_is_pi05():
             {"n_suffix_state": 1, "n_executed": 5},
             "n_executed: got 5, expected 1 to n_queries - n_suffix_state = 4",
         ),
+        ({"on_first_object": (4, 0), "objects": {"soup_1": "target"}}, r"on_first_object: got \(4, 0\)"),
+        ({"objects": {"soup_1": "goal"}}, "objects, soup_1: got role 'goal', expected one of target"),
+        ({"on_first_object": (0, 0)}, "on_first_object: .* in a plan with objects"),
         ({"layers": (), "has_means": False}, "has_means: got False, expected True, or layers"),
     ],
 )

@@ -527,6 +527,22 @@ def coordinates_of_vision(
     }
 
 
+def coordinates_of_masks(
+    cameras: Sequence[str], instances: Sequence[tuple[str, str]]
+) -> dict[str, NDArray[Any]]:
+    """Return the fixed arrays of instance masks: array name → values.
+
+    Args:
+        cameras: names of those that have masks.
+        instances: name and role of what a mask can show; the first is the background.
+    """
+    return {
+        "mask_camera": np.array(cameras, dtype=object),
+        "instance": np.array([name for name, _ in instances], dtype=object),
+        "instance_role": np.array([role for _, role in instances], dtype=object),
+    }
+
+
 def schema_table() -> str:
     """Return the arrays as a Markdown table, for the README."""
     rows = ["| array | dimensions | dtype | what it holds |", "|---|---|---|---|"]

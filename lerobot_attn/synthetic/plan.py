@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
+from lerobot_attn.masks import Role, instances_of
 
 
 def _two_cameras() -> dict[str, tuple[int, int]]:
@@ -56,6 +57,12 @@ class SyntheticPlan:
     prefix_only_layers: tuple[int, ...] = ()  # layers that cannot see the suffix (SmolVLA: the odd ones)
     n_actions: int = 4  # action dimensions
     frames_without_query: tuple[int, ...] = ()  # frames whose action is no token of a chunk
+    objects: Mapping[str, Role] = field(
+        default_factory=dict
+    )  # of the scene, by name; none: there are no masks
+    out_of_sight: tuple[int, ...] = ()  # inferences at which no camera shows the first object
+    # (layer, head) whose image attention lies on the first object's centre, at every denoise step
+    on_first_object: tuple[int, int] | None = None
     has_reward: bool = True
     has_success: bool = True
     task: str = "pick up the red block and place it in the bowl"
@@ -72,8 +79,9 @@ class SyntheticPlan:
         """Check that there is something to plant in: a camera of several patches, a word, a number of state.
 
         Raises:
-            ConfigError: a size is too small.
+            ConfigError: a size is too small, or a role of an object does not exist.
         """
+        instances_of(("background", *self.objects), self.objects, where="objects")
         most = self.n_chunk
         before = " - n_suffix_cameras' patches" * bool(self.n_suffix_cameras)
         before += " - n_suffix_state" * bool(self.n_suffix_state)
@@ -95,6 +103,15 @@ class SyntheticPlan:
             "vision_layers": (
                 {*self.vision_layers} <= {*range(self.n_vision_layers)},
                 f"0 to {self.n_vision_layers - 1}",
+            ),
+            "on_first_object": (
+                self.on_first_object is None
+                or (
+                    bool(self.objects)
+                    and self.on_first_object[0] in every_layer
+                    and 0 <= self.on_first_object[1] < self.n_heads
+                ),
+                f"a layer below {self.n_layers} and a head below {self.n_heads}, in a plan with objects",
             ),
             "has_means": (self.has_means or bool(self.layers), "True, or layers whose full maps are stored"),
         }

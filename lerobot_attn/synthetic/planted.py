@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lerobot_attn.layout import Kind
 from lerobot_attn.synthetic.plan import SyntheticPlan
 from lerobot_attn.synthetic.prompts import Prompt, key_kinds, make_prompt, masked_keys
+from lerobot_attn.synthetic.scene import planted_box
 from lerobot_attn.synthetic.store import Maps, write_store
 
 _PATCH_SHARE = (
@@ -24,10 +25,14 @@ def planted_patch(
 ) -> tuple[int, int]:
     """Return the (row, column) of the one patch that is attended to; it always shows a part of the image."""
     height, width = list(plan.image_px.values())[camera]
-    y = (0.5 + (3 * frame + 2 * layer + 5 * head + denoise_step + camera) % 11) / 11 * height
-    x = (0.5 + (2 * frame + 5 * layer + 3 * head + 4 * denoise_step + camera) % 9) / 9 * width
     geometry = plan.layout.cameras[camera].geometry
     assert geometry is not None
+    if (layer, head) == plan.on_first_object:
+        box = planted_box(plan, camera, next(iter(plan.objects)), frame)
+        if box is not None:  # out of sight, it is not attended to
+            return geometry.patch_at(box.centre[0] * height, box.centre[1] * width)
+    y = (0.5 + (3 * frame + 2 * layer + 5 * head + denoise_step + camera) % 11) / 11 * height
+    x = (0.5 + (2 * frame + 5 * layer + 3 * head + 4 * denoise_step + camera) % 9) / 9 * width
     return geometry.patch_at(y, x)
 
 

@@ -9,11 +9,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lerobot_attn.store.schema import EPISODE_SUFFIX, coordinates_of, coordinates_of_vision
+from lerobot_attn.store.schema import (
+    EPISODE_SUFFIX,
+    coordinates_of,
+    coordinates_of_masks,
+    coordinates_of_vision,
+)
 from lerobot_attn.store.video import Frame, VideoWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 from lerobot_attn.synthetic.plan import SyntheticPlan
 from lerobot_attn.synthetic.prompts import Prompt, key_kinds, make_prompt
+from lerobot_attn.synthetic.scene import instances, mask_px, planted_box, planted_scene
+
+_COLOURS = ((200, 60, 50), (60, 140, 70), (60, 90, 190), (220, 170, 60), (150, 80, 160))  # of objects, RGB
 
 
 class Maps(NamedTuple):
@@ -43,6 +51,8 @@ def write_store(
         "reward": plan.has_reward,
         "success": plan.has_success,
         "prompt_truncated": plan.cut_prompt,
+        "segmentation": bool(plan.objects),
+        "instance_position": bool(plan.objects),
     }
     writer = EpisodeWriter(
         path,
@@ -76,6 +86,10 @@ def write_store(
             rows["prefix_attention"] = found.prefix.astype(np.float16)
         if found.vision is not None:
             rows["vision_attention"] = found.vision.astype(np.float16)
+        if plan.objects:
+            scene = planted_scene(plan, start)
+            rows["segmentation"] = np.stack(list(scene.masks.values()))
+            rows["instance_position"] = np.asarray(scene.positions)
         writer.append_inference({name: row for name, row in rows.items() if present.get(name, True)})
         writer.append_frames(_frame_rows(plan, start, chunk))
         writer.commit()
@@ -100,6 +114,10 @@ def _sizes(plan: SyntheticPlan) -> dict[str, int]:
         "vision_head": plan.n_vision_heads,
         "patch_query": plan.patches[0] * plan.patches[1],
         "patch_key": plan.patches[0] * plan.patches[1],
+        "mask_camera": len(plan.image_px),
+        **dict(zip(("mask_y", "mask_x"), mask_px(plan), strict=True)),
+        "instance": len(plan.objects) + 1,
+        "xyz": 3,
         "query": plan.n_queries,
         "key": layout.n_keys,
         "prefix_query": layout.prefix_len,
@@ -120,6 +138,7 @@ def _coordinates(plan: SyntheticPlan) -> dict[str, NDArray[Any]]:
         "head": np.arange(plan.n_heads),
         "vision_layer": np.array(plan.vision_layers, int),
         **coordinates_of_vision(plan.patches, list(plan.image_px), range(plan.n_vision_heads)),
+        **(coordinates_of_masks(list(plan.image_px), instances(plan)) if plan.objects else {}),
         **coordinates_of(plan.layout),
         "action_dim": np.array([f"action_{i}" for i in range(plan.n_actions)], dtype=object),
         "state_dim": np.array([f"joint_{i}" for i in range(plan.n_state)], dtype=object),
@@ -146,6 +165,7 @@ def _attributes(plan: SyntheticPlan) -> dict[str, Any]:
         "executed_queries": [plan.executed_queries.start, plan.executed_queries.stop],
         "attention_dtype": "float32",
         "capture": {"keep_bits": None},
+        **({"segmentation": {"source": "synthetic"}} if plan.objects else {}),
         "policy": {
             "type": "none (synthetic attention)",
             "path": None,
@@ -185,7 +205,7 @@ def _frame_rows(plan: SyntheticPlan, start: int, chunk: NDArray[np.float32]) -> 
 
 
 def camera_frames(plan: SyntheticPlan, camera: int) -> Iterator[Frame]:
-    """Yield what a camera shows: (height, width, 3) uint8, a gradient with a square that moves each frame."""
+    """Yield what a camera shows: (height, width, 3) uint8: a gradient, a moving square, and the objects."""
     height, width = list(plan.image_px.values())[camera]
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([40 + 80 * y / height, 60 + 80 * x / width, np.full_like(y, 60 + 50 * camera)], axis=-1)
@@ -195,6 +215,10 @@ def camera_frames(plan: SyntheticPlan, camera: int) -> Iterator[Frame]:
         top = int((height - side) * (0.5 + 0.4 * np.sin(frame / 5 + camera)))
         left = int((width - side) * (frame % 40) / 40)
         shown[top : top + side, left : left + side] = (230, 230, 220)
+        for number, name in enumerate(plan.objects):
+            box = planted_box(plan, camera, name, frame)
+            if box is not None:
+                shown[box.mask((height, width))] = _COLOURS[number % len(_COLOURS)]
         yield shown
 
 
