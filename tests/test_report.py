@@ -9,11 +9,18 @@ import pandas as pd
 import pytest
 from test_inspection import run_cli
 
-from lerobot_attn import analysis, report
+from lerobot_attn import analysis
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.figures.canvas import RANDOM_WEIGHTS
 from lerobot_attn.overlay import overlay_frames
-from lerobot_attn.report import CompareSettings, compare_groups, comparison_figure, side_by_side, write_report
+from lerobot_attn.report import (
+    CompareSettings,
+    compare_groups,
+    comparison,
+    comparison_figure,
+    side_by_side,
+    write_report,
+)
 from lerobot_attn.store.reader import open_episode, open_run
 from lerobot_attn.store.video import VideoWriter, count_frames, read_frames
 from lerobot_attn.synthetic import SyntheticPlan, planted_patch, planted_shares, write_planted_episode
@@ -311,7 +318,7 @@ def test_each_episode_is_drawn_through_its_own_letterbox(tmp_path):
     ]
     for plan in plans:
         episode = open_episode(write_planted_episode(tmp_path, plan))
-        group, _ = report._strip("A", episode, CompareSettings(interpolation="nearest"))
+        group, _ = comparison._strip("A", episode, CompareSettings(interpolation="nearest"))
         height, width = plan.image_px["observation.images.image"]
         for panel in group.panels:
             assert panel.heat.shape == (height, width)
@@ -355,7 +362,7 @@ def test_the_video_has_the_reports_normalisation(tmp_path, monkeypatch, normalis
         asked.append(settings.normalisation)
         return overlay_frames(episode, settings, progress)
 
-    monkeypatch.setattr(report, "overlay_frames", noting)
+    monkeypatch.setattr(comparison, "overlay_frames", noting)
     a = open_episode(write_planted_episode(tmp_path, SyntheticPlan(task_group="a", n_frames=4)))
     frames = list(side_by_side(a, a, CompareSettings(normalisation=normalisation)))
     assert len(frames) == 4
