@@ -67,7 +67,7 @@ class Replays:
 
     def alone(self, every: int | str) -> Any:
         """Return a call that asks the policy about what a replay asks."""
-        from lerobot_attn.recording.replay_inputs import fixed_noise
+        from lerobot_attn.interventions.noise import fixed_noise
 
         config: Any = self._policy.config
         step = config.n_action_steps if every == "chunk" else every

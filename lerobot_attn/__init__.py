@@ -16,8 +16,14 @@ _HOMES = {
     "AttentionCapture": "lerobot_attn.capture",
     "AttentionConfig": "lerobot_attn.config",
     "AttentionPolicy": "lerobot_attn.capture.policy",
+    "BlockAttention": "lerobot_attn.interventions",
+    "Condition": "lerobot_attn.interventions",
+    "FixedNoise": "lerobot_attn.interventions",
     "InferenceRecord": "lerobot_attn.capture",
+    "Occlude": "lerobot_attn.interventions",
+    "Task": "lerobot_attn.interventions",
     "capture_attention": "lerobot_attn.capture",
+    "intervene": "lerobot_attn.interventions",
     "open_episode": "lerobot_attn.store.reader",
     "record_episodes": "lerobot_attn.recording",
     "open_run": "lerobot_attn.store.runs",
@@ -27,8 +33,14 @@ __all__ = [
     "AttentionCapture",
     "AttentionConfig",
     "AttentionPolicy",
+    "BlockAttention",
+    "Condition",
+    "FixedNoise",
     "InferenceRecord",
+    "Occlude",
+    "Task",
     "capture_attention",
+    "intervene",
     "open_episode",
     "open_run",
     "record_dataset",
@@ -39,6 +51,7 @@ if TYPE_CHECKING:
     from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
     from lerobot_attn.capture.policy import AttentionPolicy
     from lerobot_attn.config import AttentionConfig
+    from lerobot_attn.interventions import BlockAttention, Condition, FixedNoise, Occlude, Task, intervene
     from lerobot_attn.recording import record_dataset, record_episodes
     from lerobot_attn.store.reader import open_episode
     from lerobot_attn.store.runs import open_run

@@ -7,7 +7,7 @@ is its adapter's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,15 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: list[int], **kwargs: object) -> str:
         """Return the text of the ids."""
+
+
+def find_tokenizer(preprocessor: Any) -> Tokenizer | None:
+    """Return the tokenizer of a LeRobot preprocessor pipeline, or None if it has none."""
+    for step in getattr(preprocessor, "steps", ()):
+        tokenizer: Tokenizer | None = getattr(step, "input_tokenizer", None)
+        if tokenizer is not None:
+            return tokenizer
+    return None
 
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character

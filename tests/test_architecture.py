@@ -84,6 +84,8 @@ FRAMEWORK_FREE = (
     "errors",
     "store",
     "inspection",
+    "interventions.selectors",
+    "interventions.spec",
     "plugin.launch",
     "machine.libero",
     "cli",

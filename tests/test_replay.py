@@ -23,8 +23,8 @@ from test_recording import make_policy, scripted_adapter  # noqa: E402, F401
 
 from lerobot_attn import AttentionConfig, open_run, record_dataset, record_episodes  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, StoreError  # noqa: E402
+from lerobot_attn.interventions.noise import fixed_noise  # noqa: E402
 from lerobot_attn.recording import VideoFrames  # noqa: E402
-from lerobot_attn.recording.replay_inputs import fixed_noise  # noqa: E402
 from lerobot_attn.store.video import VideoWriter, read_frames  # noqa: E402
 
 LENGTHS = (13, 7, 22)

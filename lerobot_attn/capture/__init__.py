@@ -2,7 +2,8 @@
 
 from lerobot_attn.capture.copies import HostCopies
 from lerobot_attn.capture.record import InferenceRecord, PromptLabels, Selection
-from lerobot_attn.capture.session import AttentionCapture, capture_attention, find_tokenizer
+from lerobot_attn.capture.session import AttentionCapture, capture_attention
+from lerobot_attn.prompt import find_tokenizer
 
 __all__ = [
     "AttentionCapture",

@@ -134,12 +134,3 @@ def capture_attention(
     with adapter.observe(chain or collector, sites, compiled=config.compiled):
         yield capture
     collector.close()
-
-
-def find_tokenizer(preprocessor: Any) -> Tokenizer | None:
-    """Return the tokenizer of a LeRobot preprocessor pipeline, or None if it has none."""
-    for step in getattr(preprocessor, "steps", ()):
-        tokenizer: Tokenizer | None = getattr(step, "input_tokenizer", None)
-        if tokenizer is not None:
-            return tokenizer
-    return None

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lerobot_attn.capture import AttentionCapture, InferenceRecord
 from lerobot_attn.errors import CaptureError
+from lerobot_attn.interventions.noise import fixed_noise, seed_of
 from lerobot_attn.policies import unwrap
 from lerobot_attn.recording.footage import FootageEpisode
 from lerobot_attn.recording.handle import EpisodeHandle
-from lerobot_attn.recording.replay_inputs import ReplayInputs, collated, fixed_noise, seed_of
+from lerobot_attn.recording.replay_inputs import ReplayInputs, collated
 
 
 class Question(NamedTuple):

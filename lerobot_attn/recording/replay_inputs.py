@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,27 +111,6 @@ class ReplayInputs:
 def collated(frames: Sequence[Mapping[str, Tensor]], tasks: Sequence[str]) -> dict[str, Any]:
     """Return frames as a batch: feature → (batch, …), and `task`: (batch,) text."""
     return {**{name: torch.stack([frame[name] for frame in frames]) for name in frames[0]}, "task": [*tasks]}
-
-
-def fixed_noise(shape: tuple[int, int], seed: int, episode: int, frame: int) -> Tensor:
-    """Return the noise that one inference of a replay starts from: (chunk, action) float32.
-
-    It depends on its arguments alone: neither on the batch nor on the episodes that are replayed.
-
-    Args:
-        shape: (chunk, action) that the policy denoises; its description's `noise_shape`.
-        seed: of the replay.
-        episode: number of the episode.
-        frame: number of the frame that the policy is asked about.
-    """
-    generator = torch.Generator().manual_seed(seed_of(seed, episode, frame))
-    return torch.randn(shape, generator=generator)
-
-
-def seed_of(seed: int, episode: int, frame: int) -> int:
-    """Return the seed of one inference of a replay; arguments as of `fixed_noise`."""
-    state = np.random.SeedSequence([seed, episode, frame]).generate_state(1, np.uint64)
-    return int(state[0]) >> 1
 
 
 def _renamed_by(preprocessor: Any) -> dict[str, str]:
