@@ -20,10 +20,12 @@ from torch import Tensor
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions.noise import fixed_noise
-from lerobot_attn.interventions.spec import BlockAttention, Condition, FixedNoise, Intervention, Occlude, Task
+from lerobot_attn.interventions.spec import (
+    BlockAttention,
     Condition,
     FixedNoise,
     Intervention,
+    Occlude,
     Task,
 )
 from lerobot_attn.masks import SceneMasks
