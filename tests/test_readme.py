@@ -182,7 +182,10 @@ def test_commands_run(words, run, tmp_path, monkeypatch):
     }
     (tmp_path / "out").symlink_to(run / "out")
     words = [places.get(word, word) for word in words]
-    if words[0] in ("view", "export-html", "replay") or "--policy.path=CHECKPOINT" in words:
+    if (
+        words[0] in ("view", "export-html", "replay", "effects", "experiment")
+        or "--policy.path=CHECKPOINT" in words
+    ):
         # One serves until Ctrl-C, two need the built page: only that their options exist is tried. Others
         # need a policy: test_replay.py, test_feeding.py.
         help_text = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"}).output

@@ -9,6 +9,7 @@
 Knows neither torch nor LeRobot, draws nothing and opens no file.
 """
 
+from lerobot_attn.analysis.behaviour import approached, path_length, steps_to_success
 from lerobot_attn.analysis.catalogue import MEASURES, Measure
 from lerobot_attn.analysis.compare import (
     Aspect,
@@ -18,6 +19,7 @@ from lerobot_attn.analysis.compare import (
     same_geometry,
     split_by_success,
 )
+from lerobot_attn.analysis.effects import effects_table, episodes_needed, mcnemar, paired_effects
 from lerobot_attn.analysis.measures import attention_entropy, sharpness, stability
 from lerobot_attn.analysis.prefix import (
     PrefixWhere,
@@ -66,6 +68,7 @@ __all__ = [
     "VisionWhere",
     "Where",
     "action_self_attention",
+    "approached",
     "attention",
     "attention_entropy",
     "attention_flow",
@@ -82,15 +85,20 @@ __all__ = [
     "compare_each",
     "compare_overall",
     "cross_modal",
+    "effects_table",
+    "episodes_needed",
     "executed_actions",
     "flow",
     "image_heatmap",
     "image_to_text",
+    "mcnemar",
     "mean_over",
     "modality_share",
     "on_camera_pixels",
     "on_grid",
     "padding_share",
+    "paired_effects",
+    "path_length",
     "prefix_attention",
     "prefix_only_layers",
     "prompt_truncated",
@@ -100,6 +108,7 @@ __all__ = [
     "sharpness",
     "split_by_success",
     "stability",
+    "steps_to_success",
     "summarise",
     "summarise_run",
     "text_to_image",

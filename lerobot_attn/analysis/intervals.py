@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,40 @@ def _resample(n: int, n_resamples: int, rng: np.random.Generator) -> NDArray[np.
     """Draw n of n episodes with replacement; return each one's weight in the mean, (resample, episode)."""
     drawn = rng.integers(0, n, (n_resamples, n)) + n * np.arange(n_resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=n_resamples * n).reshape(n_resamples, n) / n
+
+
+def paired_interval(
+    differences: NDArray[np.float64], *, confidence: float = 0.95, n_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the expanded percentile bootstrap interval of a mean of paired differences; pairs are drawn.
+
+    The percentiles lie farther out than the confidence says, as Student's t does from the normal: the plain
+    ones are too narrow for few pairs. Source: Hesterberg 2015, The American Statistician 69:371-386.
+
+    Args:
+        differences: (pair,), no NaN.
+        confidence: of the interval.
+        n_resamples: how often pairs are drawn.
+        seed: of the draws.
+
+    Returns:
+        low and high; NaN with fewer than two pairs.
+    """
+    if len(differences) < 2:
+        return np.nan, np.nan
+    from scipy.special import ndtr, stdtrit  # takes a while to import
+
+    n = len(differences)
+    expanded = math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2)
+    tail = 100 * ndtr(expanded)
+    rng = np.random.default_rng(seed)
+    some = max(1, _BATCH_BYTES // (24 * len(differences)))
+    means = [
+        _resample(len(differences), min(some, n_resamples - start), rng) @ differences
+        for start in range(0, n_resamples, some)
+    ]
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def mean_of(values: NDArray[np.float64]) -> NDArray[np.float64]:

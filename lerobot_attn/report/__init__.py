@@ -13,12 +13,16 @@ from lerobot_attn.report.comparison import (
     side_by_side,
     write_report,
 )
+from lerobot_attn.report.effects import EffectsSettings, find_effects, write_effects
 
 __all__ = [
     "CompareSettings",
     "Comparison",
+    "EffectsSettings",
     "compare_groups",
     "comparison_figure",
+    "find_effects",
     "side_by_side",
+    "write_effects",
     "write_report",
 ]
