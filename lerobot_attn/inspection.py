@@ -117,17 +117,17 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         for name in (masses[0] if masses else {})
     }
     deviation_of_all = max(deviations, default=None)
-    stored, raw = episode.stored_bytes(), episode.raw_bytes()
+    stored, raw, coordinates = episode.stored_bytes(), episode.raw_bytes(), {}
     tolerance = episode.row_sum_tolerance() if episode.n_inferences else None
-    coordinates = {}
     for name in ("layer", "all_layer", "prefix_layer", "vision_layer", "denoise_step", "head"):
-        is_stand_in = name == "denoise_step" and not denoises(episode.arrays)
-        if episode.array_shape(name) is not None and not is_stand_in:
+        is_told = name != "denoise_step" or denoises(episode.arrays)  # of one pass it is a stand-in
+        if episode.array_shape(name) is not None and is_told:
             coordinates[name] = _labels(episode, name)
     attributes = {k: v for k, v in episode.attributes.items() if k not in ("layout", "coordinates")}
     return {
         "path": str(episode.path),
         "task": episode.task,
+        "condition": episode.condition.text,
         "success": episode.success,
         "complete": episode.is_complete,
         "random_weights": episode.has_random_weights,
@@ -173,9 +173,10 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
 
 def describe_run(run: Run) -> dict[str, Any]:
     """Return everything that `inspect` shows of a run, as plain JSON values."""
-    rows, random_weights, remarks = [], False, dict[str, None]()
+    rows, conditions, random_weights, remarks = [], dict[str, str](), False, dict[str, None]()
     for episode in run:
         rows.append(TableRow.of(episode))
+        conditions[episode.condition.name] = episode.condition.text
         random_weights = random_weights or episode.has_random_weights
         remarks |= {episode.policy_remark: None} if episode.policy_remark else {}
     return {
@@ -183,6 +184,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "n_episodes": len(rows),
         "n_complete": sum(row.complete for row in rows),
         "n_success": sum(row.success is True for row in rows),
+        "conditions": conditions,
         "stored_bytes": sum(row.bytes for row in rows),
         "random_weights": random_weights,
         "policy_remark": "; ".join(remarks),
@@ -199,6 +201,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
     for label, value in (
         ("episode", facts["path"]),
         ("task", facts["task"]),
+        *([("condition", facts["condition"])] if facts["condition"] else []),
         ("outcome", _outcome(facts)),
         ("policy", _policy(attributes)),
         *_robot(attributes),
@@ -241,9 +244,8 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         for name, share in facts["attention_mass"].items():
             bar = round(min(max(share, 0.0), 1.0) * 40) if math.isfinite(share) else 0
             mass.add_row(_plain(name), f"{share:6.1%}", _Bar(bar))
-        decoded = facts["attributes"].get("policy", {}).get("n_decode_steps")
         title = "mean attention of the executed actions, over all saved layers, heads and denoise steps"
-        if decoded:
+        if facts["attributes"].get("policy", {}).get("n_decode_steps"):
             title = "mean attention of the decoded tokens, over all saved layers and heads"
         parts += [_title(f"{title} of inferences {sampled}"), mass]
     parts += [Text(line, style="yellow") for line in _remarks(facts)]
@@ -262,10 +264,11 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
         f"{facts['n_success']} successful, {format_bytes(facts['stored_bytes'])}"
     )
     parts: list[RenderableType] = [head]
-    tasks: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    tasks: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in facts["episodes"]:
-        tasks.setdefault((f"{row['task_group']}_{row['task_id']}", row["task"]), []).append(row)
-    for (name, instruction), rows in tasks.items():
+        done = facts["conditions"][row["condition"]]
+        tasks.setdefault((f"{row['task_group']}_{row['task_id']}", row["task"], done), []).append(row)
+    for (name, instruction, done), rows in tasks.items():
         table = _table("episode", "outcome", "frames", "inferences", "size", "complete")
         for row in rows:
             table.add_row(
@@ -276,7 +279,7 @@ def render_run(facts: dict[str, Any]) -> RenderableType:
                 format_bytes(row["bytes"]),
                 "yes" if row["complete"] else "[red]no[/red]",
             )
-        parts += [_title(f"{name}: {instruction}"), table]
+        parts += [_title(f"{name}: {instruction}{f'; condition: {done}' if done else ''}"), table]
     parts += [Text(f"damaged: {_printable(entry['error'])}", style="red") for entry in facts["damaged"]]
     if facts["random_weights"]:
         parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
@@ -303,9 +306,8 @@ class _Bar:
 
 def _n_truncated(episode: Episode) -> int | None:
     """Return how many inferences had a prompt that was cut; None where the store does not say."""
-    if episode.array_shape("prompt_truncated") is None:
-        return None
-    return int(episode.arrays["prompt_truncated"].values.sum())
+    is_said = episode.array_shape("prompt_truncated") is not None
+    return int(episode.arrays["prompt_truncated"].values.sum()) if is_said else None
 
 
 def _video_errors(episode: Episode) -> dict[str, str]:
@@ -414,8 +416,8 @@ def _policy(attributes: dict[str, Any]) -> str:
         steps = f"up to {policy['n_decode_steps']} decode steps"
     return (
         f"{policy.get('type')}{path}, {dtype}, {policy.get('n_layers')} layers, "
-        f"{policy.get('n_heads')} heads, "
-        f"{steps}, {policy.get('n_action_steps')} of {policy.get('chunk_size')} actions executed"
+        f"{policy.get('n_heads')} heads, {steps}, {policy.get('n_action_steps')} of "
+        f"{policy.get('chunk_size')} actions executed"
     )
 
 

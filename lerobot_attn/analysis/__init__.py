@@ -17,6 +17,7 @@ from lerobot_attn.analysis.compare import (
     compare_each,
     compare_overall,
     same_geometry,
+    split_by_condition,
     split_by_success,
 )
 from lerobot_attn.analysis.effects import effects_table, episodes_needed, mcnemar, paired_effects
@@ -106,6 +107,7 @@ __all__ = [
     "row_sum",
     "same_geometry",
     "sharpness",
+    "split_by_condition",
     "split_by_success",
     "stability",
     "steps_to_success",

@@ -31,8 +31,12 @@ from lerobot_attn.analysis.catalogue import MEASURES, OLD_NAMES, AnyMeasure, Mea
 from lerobot_attn.analysis.intervals import Group, difference_of, mean_of, stacked
 from lerobot_attn.analysis.runs import check_whole_episode, label_columns, measured, ordered_columns
 from lerobot_attn.analysis.select import Where
-from lerobot_attn.analysis.sources import Source, attributes_of, map_episodes, path_of, sources_of, success_of
+from lerobot_attn.analysis.sources import Source, attributes_of, map_episodes, path_of, sources_of
 from lerobot_attn.analysis.spatial import by_camera, camera_geometry, camera_names, image_heatmap
+from lerobot_attn.analysis.splits import ByCondition as ByCondition
+from lerobot_attn.analysis.splits import BySuccess as BySuccess
+from lerobot_attn.analysis.splits import split_by_condition as split_by_condition
+from lerobot_attn.analysis.splits import split_by_success as split_by_success
 from lerobot_attn.errors import SelectionError, StoreError, first_line
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.sizes import Progress
@@ -42,13 +46,6 @@ Axis = Literal["phase", "frame", "whole"]
 Place = Callable[[xr.DataArray], xr.DataArray]  # (frame, …) onto the axis that episodes share
 
 HEATMAP = "image_heatmap"
-
-
-class BySuccess[S: Source](NamedTuple):
-    """Episodes that solved their task, and those that did not."""
-
-    successes: list[S]
-    failures: list[S]
 
 
 @dataclass(frozen=True)
@@ -121,24 +118,6 @@ class _Measured(NamedTuple):
     values: list[xr.DataArray]
     geometries: list[CameraPatches | None]
     cameras: tuple[str, ...]
-
-
-def split_by_success[S: Source](episodes: Iterable[S]) -> BySuccess[S]:
-    """Split episodes by whether they solved their task; interrupted ones, which do not know, are left out.
-
-    Raises:
-        SelectionError: one side would be empty.
-    """
-    found = sources_of(episodes, "split_by_success")
-    successes = [source for source in found if success_of(source) is True]
-    failures = [source for source in found if success_of(source) is False]
-    if not successes or not failures:
-        unknown = len(found) - len(successes) - len(failures)
-        raise SelectionError(
-            f"split_by_success needs both: got {len(successes)} successes, {len(failures)} failures and "
-            f"{unknown} interrupted episodes"
-        )
-    return BySuccess(successes, failures)
 
 
 def same_geometry(episodes: Iterable[Source], camera: str | None = None) -> bool:

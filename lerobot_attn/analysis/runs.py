@@ -27,7 +27,15 @@ from pandas.api.types import union_categoricals
 
 from lerobot_attn.analysis.catalogue import MEASURES, AnyMeasure, Measure, find_measure
 from lerobot_attn.analysis.select import MEANS, RAW, Where, attention, default_query
-from lerobot_attn.analysis.sources import Source, attributes_of, map_episodes, path_of, sources_of, success_of
+from lerobot_attn.analysis.sources import (
+    Source,
+    attributes_of,
+    condition_of,
+    map_episodes,
+    path_of,
+    sources_of,
+    success_of,
+)
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.sizes import Progress
 
@@ -134,9 +142,10 @@ def summarise_run(
         where: what to look at, see `Where`; neither its frame nor its inference.
 
     Returns:
-        The table of `summarise` after columns task_group, task_id, episode, task, success (None where an
-        episode was interrupted), complete and path. Texts are categories, which keeps millions of rows small:
-        group by them with `observed=True`. Beside it, the episodes that could not be read and why.
+        The table of `summarise` after columns task_group, task_id, episode, task, condition (its name),
+        success (None where an episode was interrupted), complete and path. Texts are categories, which keeps
+        millions of rows small: group by them with `observed=True`. Beside it, the episodes that could not be
+        read and why.
 
     Raises:
         SelectionError: unknown measure, `by` or scheduler, no episodes, or not one could be summarised.
@@ -375,6 +384,7 @@ def _run_table(sources: Sequence[Source], tables: Sequence[pd.DataFrame]) -> pd.
         "task_id": [a.get("task_id") for a in attributes],
         "episode": [a.get("episode_index") for a in attributes],
         "task": [str(a.get("task", "")) for a in attributes],
+        "condition": [condition_of(source) for source in sources],
         "success": [success_of(source) for source in sources],
         "complete": [a.get("complete") is True for a in attributes],
         "path": [path_of(source) for source in sources],
@@ -385,6 +395,7 @@ def _run_table(sources: Sequence[Source], tables: Sequence[pd.DataFrame]) -> pd.
         table[name] = values
     table = table[ordered_columns(table.columns, ["value"])]
     for position, (name, values) in enumerate(labels.items()):
-        column = pd.Series(values, dtype="category" if name in ("task_group", "task", "path") else None)
+        is_text = name in ("task_group", "task", "condition", "path")
+        column = pd.Series(values, dtype="category" if is_text else None)
         table.insert(position, name, column.repeat(counts).array)
     return table

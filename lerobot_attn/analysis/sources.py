@@ -87,6 +87,12 @@ def success_of(source: Source) -> bool | None:
     return bool(success) if isinstance(success, (bool, np.bool_, np.integer)) else None
 
 
+def condition_of(source: Source) -> str:
+    """Return the name of what was done to an episode's policy; "baseline" where nothing was."""
+    condition = attributes_of(source).get("condition")
+    return str(condition.get("name", "")) if isinstance(condition, Mapping) else "baseline"
+
+
 def path_of(source: Source) -> str:
     """Return where an episode lies, "" if it does not say."""
     return str(source.encoding.get("source", "")) if isinstance(source, xr.Dataset) else str(source.path)

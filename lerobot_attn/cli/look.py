@@ -301,7 +301,11 @@ def compare(
         Path, typer.Option("--output", "-o", help="Folder for figure, tables and video.")
     ] = Path("report"),
     by: Annotated[
-        str | None, typer.Option(help="Split A instead of giving B: success, its failures against successes.")
+        str | None,
+        typer.Option(
+            help="Split A instead of giving B: success, its failures against successes; condition, what was "
+            "done to the policy against nothing; condition=NAME,NAME."
+        ),
     ] = None,
     layer: Layer = None,
     denoise_step: Step = None,
@@ -325,7 +329,7 @@ def compare(
     settings: SettingsFile = None,
 ) -> None:
     """Compare two episodes (success and failure, two prompts) or two groups, and write a report."""
-    from lerobot_attn.analysis.compare import split_by_success
+    from lerobot_attn.analysis.compare import split_by_condition, split_by_success
     from lerobot_attn.report import CompareSettings, write_report
     from lerobot_attn.settings import load_settings
     from lerobot_attn.store.runs import open_run
@@ -346,14 +350,17 @@ def compare(
         confidence=confidence,
         video=video,
     )
-    if by not in (None, "success"):
-        raise ConfigError(f"--by: got {by!r}, expected success")
+    what, _, names = (by or "").partition("=")
+    if by is not None and (what not in ("success", "condition") or (names and what == "success")):
+        raise ConfigError(f"--by: got {by!r}, expected success, condition, or condition=NAME,NAME")
     if (b is None) == (by is None):
-        raise ConfigError("compare: expected two sides A and B, or one with --by success")
-    if b is None:
+        raise ConfigError("compare: expected two sides A and B, or one with --by success or --by condition")
+    if what == "success":
         split = split_by_success(_whole_episodes(open_run(a)))
         sides = split.failures, split.successes
-    else:
+    elif what == "condition":
+        sides = split_by_condition(_whole_episodes(open_run(a)), names.split(",") if names else None)
+    elif b is not None:
         sides = _whole_episodes(open_run(a)), _whole_episodes(open_run(b))
     with progress_bar("Comparing") as progress:
         files = write_report(*sides, output, chosen, progress)

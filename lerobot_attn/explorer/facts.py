@@ -32,6 +32,7 @@ def identity(episode: Episode) -> dict[str, Any]:
         "complete": episode.is_complete,
         "random_weights": episode.has_random_weights,
         "policy_remark": episode.policy_remark,
+        "condition": episode.condition.text,
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,
     }

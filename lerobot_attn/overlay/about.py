@@ -29,6 +29,8 @@ def about(
     outcome = {True: ", success", False: ", failure", None: ""}[episode.success]
     yield f"{store_name(episode.path)}{outcome}{'' if episode.is_complete else ', incomplete'}"
     yield f"task: {one_line(episode.task)}"
+    if episode.condition.line:
+        yield one_line(episode.condition.line)
     if episode.policy_remark:
         yield one_line(episode.policy_remark)
     chosen = [str(attrs.get(name, "")) for name in ("layer", "denoise_step", "head", "query", "left_out")]

@@ -223,7 +223,7 @@ class Film:
         }
         inside = width - 2 * _GAP_PX
         self._header = broken(self._header_parts(), " | ", self._font, inside, self._digits)
-        parts = [*self._footer_parts(), self._episode.policy_remark]
+        parts = [self._episode.condition.line, *self._footer_parts(), self._episode.policy_remark]
         footer = broken([part for part in parts if part], " | ", small, inside)
         warnings = [RANDOM_WEIGHTS] if self._episode.has_random_weights else []
         letters = "".join([*self._header_parts(), *(names[view.camera] for view in views)])

@@ -68,6 +68,8 @@ def caption_of(
     )
     facts.append(str(chosen.get("left_out", "")))
     said = [*dict.fromkeys(note for note in notes if note), *_truncation(episode, frames)]
+    if episode.condition.line:
+        said.insert(0, episode.condition.line)
     if episode.policy_remark:
         said.append(episode.policy_remark)
     return Caption(facts, RANDOM_WEIGHTS if episode.has_random_weights else "", said)

@@ -305,19 +305,11 @@ def _strip(name: str, episode: Episode, settings: CompareSettings) -> tuple[figu
 
 
 def _overlay(settings: CompareSettings) -> OverlaySettings:
-    return OverlaySettings(
-        camera=settings.camera,
-        layer=settings.layer,
-        denoise_step=settings.denoise_step,
-        head=settings.head,
-        query=settings.query,
-        exclude=settings.exclude,
-        clip=settings.clip,
-        colormap=settings.colormap,
-        alpha=settings.alpha,
-        interpolation=settings.interpolation,
-        normalisation=settings.normalisation,
+    names = (
+        *("camera", "layer", "denoise_step", "head", "query", "exclude", "clip", "colormap", "alpha"),
+        *("interpolation", "normalisation"),
     )
+    return OverlaySettings(**{name: getattr(settings, name) for name in names})
 
 
 def _held(frames: Iterator[Frame], wanted: NDArray[np.intp]) -> Iterator[Frame]:
@@ -389,14 +381,16 @@ def _only(overall: pd.DataFrame, side: str, name: str) -> str:
 
 def _side(episodes: Sequence[Episode]) -> str:
     """Say which episodes these are."""
+    conditions = sorted({episode.condition.text or "none" for episode in episodes})
+    done = "" if conditions == ["none"] else f"; condition: {' | '.join(conditions)}"
     outcomes = [episode.success for episode in episodes]
     solved = f"{outcomes.count(True)} of {len(episodes)} solved"
     if len(episodes) == 1:
         solved = {True: "success", False: "failure", None: "outcome not recorded"}[outcomes[0]]
-        return f"{store_name(episodes[0].path)} ({solved}): {episodes[0].task}"
+        return f"{store_name(episodes[0].path)} ({solved}): {episodes[0].task}{done}"
     tasks = sorted({episode.task for episode in episodes})
     task = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
-    return f"{len(episodes)} episodes ({solved}): {task}"
+    return f"{len(episodes)} episodes ({solved}): {task}{done}"
 
 
 def _markdown(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.layout import TokenLayout
@@ -25,6 +25,25 @@ if TYPE_CHECKING:
 
 # Relative error of rounding a float32 to a dtype.
 _ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+class RecordedCondition(NamedTuple):
+    """What was done to the policy in an episode.
+
+    Attributes:
+        name: of the condition; "baseline" where nothing was done and no name was given.
+        text: the same for people, one line, to be said beside the maps; "" where nothing was done.
+        interventions: each as plain values, as a condition's file has them.
+    """
+
+    name: str = "baseline"
+    text: str = ""
+    interventions: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def line(self) -> str:
+        """The line that stands beside maps; "" where nothing was done."""
+        return f"condition: {self.text}" if self.text else ""
 
 
 class Episode:
@@ -84,6 +103,16 @@ class Episode:
         """One line on the policy that belongs beside its maps; "" if none, or if the weights are random."""
         remark = self.attributes.get("policy", {}).get("remark")
         return "" if self.has_random_weights or not isinstance(remark, str) else " ".join(remark.split())
+
+    @property
+    def condition(self) -> RecordedCondition:
+        """What was done to the policy: the interventions, whose text belongs beside the maps."""
+        said = self.attributes.get("condition")
+        if not isinstance(said, dict):
+            return RecordedCondition()
+        done = tuple(said.get("interventions", ()))
+        text = " ".join(said.get("text", "").split()) if done else ""
+        return RecordedCondition(said["name"], text, done)
 
     @cached_property
     def layout(self) -> TokenLayout:

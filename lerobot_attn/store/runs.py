@@ -29,6 +29,7 @@ class TableRow(NamedTuple):
     task_id: Any
     episode: Any
     task: str
+    condition: str  # its name; "baseline" where nothing was done to the policy
     success: bool | None
     frames: int
     inferences: int
@@ -45,6 +46,7 @@ class TableRow(NamedTuple):
             episode.attributes.get("task_id"),
             episode.attributes.get("episode_index"),
             episode.task,
+            episode.condition.name,
             episode.success,
             episode.n_frames,
             episode.n_inferences,
@@ -121,7 +123,7 @@ class Run:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per episode: its task, success, frames, inferences, bytes, complete, dataset and path.
+        """One row per episode: task, condition, success, frames, inferences, bytes, complete, dataset, path.
 
         Of a robot's rollout `dataset` and `episode` say which episode of which data set it is.
         """

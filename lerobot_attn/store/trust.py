@@ -26,6 +26,10 @@ _DATA_TYPES = frozenset(
 # 12 heads, 12 layers, three cameras) 453 million; the largest table is half a million in an episode.
 _MAX_MAP_VALUES = 2**30
 _MAX_TABLE_VALUES = 2**24
+# Of a condition, which is shown beside every map: a line, not a book.
+MAX_NAME = 200
+MAX_TEXT = 2000
+MAX_INTERVENTIONS = 100
 # Attributes that are JSON objects, where they are there.
 _OBJECTS = ("capture", "layout", "policy", "replay", "videos")
 
@@ -70,6 +74,25 @@ def check_attributes(path: Path, attributes: dict[str, Any]) -> None:
     queries = attributes.get("executed_queries", [0, 0])
     if not isinstance(queries, list) or len(queries) != 2 or not all(type(query) is int for query in queries):
         raise StoreError(f"{path}: its executed_queries is {shown(queries)}, expected [first, stop]: damaged")
+    if attributes.get("condition") is not None and not _is_condition(attributes["condition"]):
+        raise StoreError(
+            f"{path}: its condition is {shown(attributes['condition'])}, expected name (at most {MAX_NAME} "
+            f"characters), text (at most {MAX_TEXT}) and interventions (at most {MAX_INTERVENTIONS}): damaged"
+        )
+
+
+def _is_condition(value: Any) -> bool:
+    """Say whether this is what an episode says of its interventions, and no longer than can be shown."""
+    if not isinstance(value, dict):
+        return False
+    texts = [(value.get("name"), MAX_NAME), (value.get("text", ""), MAX_TEXT)]
+    done = value.get("interventions", [])
+    return (
+        all(isinstance(text, str) and len(text) <= most for text, most in texts)
+        and isinstance(done, list)
+        and len(done) <= MAX_INTERVENTIONS
+        and all(isinstance(one, dict) for one in done)
+    )
 
 
 def _check_array(path: Path, name: str, array: Any) -> None:

@@ -65,7 +65,12 @@ def verify_episode(
             checks.append(Check.of(name, False, f"cannot be checked: {first_line(error)}"))
     ticks.finish()
     return VerifyReport(
-        episode.path, tuple(checks), episode.has_random_weights, tuple(damaged), episode.policy_remark
+        episode.path,
+        tuple(checks),
+        episode.has_random_weights,
+        tuple(damaged),
+        episode.policy_remark,
+        episode.condition.text,
     )
 
 

@@ -122,7 +122,7 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
         attrs["units"],
         "from stored means" if attrs["source"] == MEANS else "",
     ]
-    remarks = [episode.policy_remark] if episode.policy_remark else []
+    remarks = [line for line in (episode.condition.line, episode.policy_remark) if line]
     caption = Caption(facts, RANDOM_WEIGHTS if episode.has_random_weights else "", remarks)
     figure = new_figure(width_in, sum(heights) + 0.05, caption)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)

@@ -26,6 +26,7 @@ class VerifyReport:
         random_weights: whether the policy was a demo whose maps mean nothing.
         damaged: everything that cannot be read as it was written, which the check "chunks" sums up.
         policy_remark: one line on the policy that belongs beside its maps.
+        condition: what was done to the policy; "" where nothing was.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class VerifyReport:
     random_weights: bool
     damaged: tuple[Damage, ...] = ()
     policy_remark: str = ""
+    condition: str = ""
 
     @property
     def passed(self) -> bool:
@@ -46,6 +48,7 @@ class VerifyReport:
             "passed": self.passed,
             "random_weights": self.random_weights,
             "policy_remark": self.policy_remark,
+            "condition": self.condition,
             "checks": [
                 {"name": check.name, "passed": check.passed, "detail": check.detail} for check in self.checks
             ],
@@ -69,5 +72,7 @@ class VerifyReport:
         console.print(Text(text, style="green" if self.passed else "bold red"))
         if self.random_weights:
             console.print(Text(RANDOM_WEIGHTS, style="yellow"))
+        if self.condition:
+            console.print(Text(f"condition: {self.condition}", style="yellow"))
         if self.policy_remark:
             console.print(Text(self.policy_remark, style="dim"))

@@ -43,6 +43,8 @@ export interface EpisodeRow {
   n_inferences: number;
   random_weights: boolean;
   policy_remark: string;
+  /** What was done to the policy, a line; "" where nothing was. */
+  condition: string;
   stored_bytes: number;
   /** A camera with a video, for the thumbnail. */
   camera: string | null;
@@ -70,6 +72,8 @@ export interface Facts {
   complete: boolean;
   random_weights: boolean;
   policy_remark: string;
+  /** What was done to the policy, a line; "" where nothing was. */
+  condition: string;
   policy: string | null;
   n_frames: number;
   n_inferences: number;

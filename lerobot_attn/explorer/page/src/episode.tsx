@@ -131,6 +131,7 @@ export function EpisodePage(props: {
         </span>
       </header>
       {facts?.random_weights && <RandomWeights />}
+      {!second && facts?.condition && <p class="note condition">condition: {facts.condition}</p>}
       {facts?.policy_remark && <p class="note">{facts.policy_remark}</p>}
       {facts?.excerpt && <p class="note">{facts.excerpt}</p>}
       {both.map(
@@ -299,6 +300,12 @@ function Side(props: {
           <small>
             frame {model.shown.value?.frame ?? 0}
             {differences(first, model)} · <bdi>{facts.task}</bdi>
+            {facts.condition && (
+              <>
+                {" "}
+                · <span class="condition">condition: {facts.condition}</span>
+              </>
+            )}
           </small>
         </h2>
       )}

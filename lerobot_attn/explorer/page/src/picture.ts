@@ -39,6 +39,7 @@ export function caption(model: EpisodeModel): string[] {
       ? `frame ${shown.frame} · what “${shown.tokens.groups[word.group]?.label}” looks at in the prefix, layer ${word.layer}, ${headInWords(word.head, facts)} · ${UNITS[state.normalisation.value]}`
       : `frame ${shown.frame} · ${layer} · ${head} · ${step}${query} · ${UNITS[state.normalisation.value]}`,
     ...(facts.random_weights ? ["random weights: the maps mean nothing"] : []),
+    ...(facts.condition ? [`condition: ${facts.condition}`] : []),
     ...(facts.policy_remark ? [facts.policy_remark] : []),
   ];
 }

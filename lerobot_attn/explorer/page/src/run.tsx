@@ -43,10 +43,10 @@ function counted(n: number, one: string, many = `${one}s`): string {
 const isPlain = (event: MouseEvent) =>
   !(event.ctrlKey || event.metaKey || event.shiftKey || event.altKey || event.button);
 
-/** Whether an episode's name, task, id or outcome holds each word of a search. */
+/** Whether an episode's name, task, condition, id or outcome holds each word of a search. */
 export function holds(row: EpisodeRow, search: string): boolean {
   const words = search.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = `${episodeName(row)} ${row.task} ${row.id} ${outcome(row)}`.toLowerCase();
+  const text = `${episodeName(row)} ${row.task} ${row.condition ?? ""} ${row.id} ${outcome(row)}`.toLowerCase();
   return words.every((word) => text.includes(word));
 }
 
@@ -61,6 +61,7 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
   const rows = run.episodes.filter(isWanted);
   const shown = rows.slice(0, limit.value);
   const count = (kind: string) => run.episodes.filter((row) => outcome(row) === kind).length;
+  const isChanged = run.episodes.some((row) => row.condition);
   const open = (row: EpisodeRow) =>
     state.navigate(() => {
       state.episode.value = row.id;
@@ -131,6 +132,7 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
             </th>
             <th scope="col">Episode</th>
             <th scope="col">Task</th>
+            {isChanged && <th scope="col">Condition</th>}
             <th scope="col">Outcome</th>
             <th scope="col" class="number">
               Frames
@@ -173,6 +175,7 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
                 </a>
               </td>
               <td dir="auto">{row.task}</td>
+              {isChanged && <td dir="auto">{row.condition}</td>}
               <td>
                 <Outcome of={row} /> {growing.has(row.id) && <span class="badge live">live</span>}
               </td>
