@@ -61,6 +61,10 @@ def replay(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Frames that the policy is asked about at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the noise that inferences start from.")] = 0,
+    interventions: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="YAML of what is done to the policy (docs/interventions.md)."),
+    ] = None,
 ) -> None:
     """Ask a policy about recorded observations, and record what it attends to.
 
@@ -84,6 +88,7 @@ def replay(
             rename=rename,
             batch_size=batch_size,
             seed=seed,
+            interventions=interventions,
             options=context.args,
         )
         with progress_bar("Replaying") as progress:

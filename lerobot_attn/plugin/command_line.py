@@ -5,6 +5,7 @@ Knows how LeRobot's parser wants options written. Starts nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +19,11 @@ class Options(NamedTuple):
 
     flag: str
     attention: str
+    interventions: str
 
 
-EVAL = Options(f"eval.{FLAG}", "eval.attention")
-ROLLOUT = Options(FLAG, "attention")
+EVAL = Options(f"eval.{FLAG}", "eval.attention", "eval.interventions")
+ROLLOUT = Options(FLAG, "attention", "interventions")
 
 
 def asks_for_attention(argv: Sequence[str]) -> bool:
@@ -41,6 +43,8 @@ def asks_for_attention(argv: Sequence[str]) -> bool:
 def expand_attention_file(argv: Sequence[str], options: Options = EVAL) -> list[str]:
     """Replace `--eval.attention=FILE` by the options that the YAML file holds; later options override them.
 
+    What stands in braces after `--eval.interventions` is quoted, for LeRobot's parser would take it apart.
+
     Args:
         argv: the command line's arguments.
         options: how they are written there.
@@ -50,7 +54,7 @@ def expand_attention_file(argv: Sequence[str], options: Options = EVAL) -> list[
     """
     from lerobot_attn.config import AttentionConfig
 
-    option = f"--{options.attention}"
+    option, acted = f"--{options.attention}", f"--{options.interventions}"
     expanded: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
@@ -58,6 +62,10 @@ def expand_attention_file(argv: Sequence[str], options: Options = EVAL) -> list[
             path = next(arguments, None)
         elif argument.startswith(f"{option}="):
             path = argument.partition("=")[2]
+        elif argument == acted or argument.startswith(f"{acted}="):
+            text = argument.partition("=")[2] if "=" in argument else next(arguments, "")
+            expanded.append(f"{acted}={json.dumps(text) if text.lstrip().startswith('{') else text}")
+            continue
         else:
             expanded.append(argument)
             continue

@@ -9,19 +9,19 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.plugin.command_line import EVAL
-from lerobot_attn.plugin.compatibility import FLAG
 from lerobot_attn.plugin.environments import ACTION_NAMES, STATE_NAMES
 from lerobot_attn.plugin.feeding.facts import INPUT_CHECKS
-from lerobot_attn.plugin.script import with_options
+from lerobot_attn.plugin.script import replaced_names, with_options
 
 if TYPE_CHECKING:
+    from lerobot_attn.plugin.acting import Acting
     from lerobot_attn.plugin.feeding.quiet import QuietChecks
     from lerobot_attn.recording.run import RunRecorder, TaskPlan
 
@@ -47,12 +47,19 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
     def eval_main(cfg: AttentionEvalPipelineConfig) -> Any:
         options = cfg.eval
         cfg.eval = plain_eval_config(options)
-        if not options.save_attention_maps:
-            return run_original(cfg)
-        run = _start_run(cfg, options.attention)
-        with recording(namespace, run, env_type=cfg.env.type, env=cfg.env):
+        acting = _start_acting(cfg, options.interventions)
+        run = _start_run(cfg, options.attention, acting) if options.save_attention_maps else None
+        with ExitStack() as stack:
+            if run is not None:
+                stack.enter_context(
+                    recording(namespace, run, env_type=cfg.env.type, env=cfg.env, acting=acting)
+                )
+            if acting is not None:
+                from lerobot_attn.plugin.acting import acting_in
+
+                stack.enter_context(acting_in(namespace, acting))
             result = run_original(cfg)
-        if run.failures:
+        if run is not None and run.failures:
             sys.exit(
                 f"error: the evaluation is done, but attention of {len(run.failures)} episodes could not be "
                 "saved whole: "
@@ -63,36 +70,63 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
     return with_options(original, eval_main, AttentionEvalPipelineConfig, EVAL)
 
 
-def _start_run(cfg: Any, config: Any) -> RunRecorder:
+def _check_policy(cfg: Any, option: str) -> None:
+    """Check that a policy can be observed, and that one task runs at a time."""
+    from lerobot_attn.policies import adapter_type
+
+    adapter_type(cfg.policy)
+    if getattr(cfg.env, "max_parallel_tasks", 1) > 1:
+        raise ConfigError(
+            f"env.max_parallel_tasks: got {cfg.env.max_parallel_tasks}, expected 1 with {option}, "
+            "because parallel tasks share one policy and its action queue; evaluate several environments at "
+            "once with --eval.batch_size"
+        )
+
+
+def _start_acting(cfg: Any, interventions: str | None) -> Acting | None:
+    """Read what is to be done to the policy, before an environment is built; None: nothing.
+
+    Raises:
+        UnsupportedPolicyError, ConfigError: it cannot be done.
+    """
+    if interventions is None:
+        return None
+    from lerobot_attn.plugin.acting import Acting, read_condition
+
+    acting = Acting(read_condition(interventions, f"--{EVAL.interventions}"))
+    _check_policy(cfg, f"--{EVAL.interventions}")
+    return acting
+
+
+def _start_run(cfg: Any, config: Any, acting: Acting | None) -> RunRecorder:
     """Check all that can be checked before an environment is built.
 
     Raises:
         UnsupportedPolicyError, ConfigError, StoreError: the run cannot be recorded.
     """
-    from lerobot_attn.policies import adapter_type
+    from lerobot_attn.recording.conditions import said_of
     from lerobot_attn.recording.provenance import checkpoint_facts, versions
     from lerobot_attn.recording.run import RunRecorder
 
-    adapter_type(cfg.policy)
-    if getattr(cfg.env, "max_parallel_tasks", 1) > 1:
-        raise ConfigError(
-            f"env.max_parallel_tasks: got {cfg.env.max_parallel_tasks}, expected 1 with --eval.{FLAG}=true, "
-            "because parallel tasks share one policy and its action queue; evaluate several environments at "
-            "once with --eval.batch_size"
-        )
+    _check_policy(cfg, f"--{EVAL.flag}=true")
     folder = Path(config.dir) if config.dir else Path(cfg.output_dir) / "attention"
     attributes = {
         "versions": versions(),
         "policy": checkpoint_facts(cfg.policy),
         "env_type": cfg.env.type,
+        **said_of(None if acting is None else acting.condition),
     }
     return RunRecorder(config, folder, attributes)
 
 
-@contextmanager
 def recording(
-    namespace: dict[str, Any], run: RunRecorder, *, env_type: str, env: Any = None
-) -> Iterator[None]:
+    namespace: dict[str, Any],
+    run: RunRecorder,
+    *,
+    env_type: str,
+    env: Any = None,
+    acting: Acting | None = None,
+) -> AbstractContextManager[None]:
     """Wrap the evaluation script's functions for one run.
 
     Args:
@@ -100,24 +134,22 @@ def recording(
         run: records what they do.
         env_type: LeRobot's name of the environment, by which dimensions get their names.
         env: the environment's config, as far as it is known.
+        acting: what is done to the policy, if something is; it wraps the functions by itself, see
+            `acting_in`.
     """
     from lerobot_attn.plugin.feeding.facts import World
     from lerobot_attn.plugin.feeding.gather import environment_of
     from lerobot_attn.plugin.feeding.quiet import QuietChecks
 
     checks = QuietChecks(lambda: World() if env is None else environment_of(env))
-    wrappers: dict[str, Callable[..., Callable[..., Any]]] = {
-        "eval_policy_all": _wrap_eval_policy_all,
-        "run_one": functools.partial(_wrap_run_one, env_type=env_type),
-        "rollout": functools.partial(_wrap_rollout, checks=checks),
-    }
-    originals = {name: namespace[name] for name in wrappers}
-    try:
-        for name, wrap in wrappers.items():
-            namespace[name] = wrap(originals[name], run)
-        yield
-    finally:
-        namespace.update(originals)
+    return replaced_names(
+        namespace,
+        {
+            "eval_policy_all": functools.partial(_wrap_eval_policy_all, run=run),
+            "run_one": functools.partial(_wrap_run_one, run=run, env_type=env_type),
+            "rollout": functools.partial(_wrap_rollout, run=run, checks=checks, acting=acting),
+        },
+    )
 
 
 def _wrap_eval_policy_all(original: Callable[..., Any], run: RunRecorder) -> Callable[..., Any]:
@@ -179,7 +211,7 @@ def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
 
 
 def _wrap_rollout(
-    original: Callable[..., Any], run: RunRecorder, *, checks: QuietChecks
+    original: Callable[..., Any], run: RunRecorder, *, checks: QuietChecks, acting: Acting | None
 ) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
@@ -194,7 +226,7 @@ def _wrap_rollout(
         with run.rollout(env.num_envs, call["seeds"]) as recorder, ExitStack() as stack:
             look = functools.partial(checks.look, policy, call["preprocessor"], call["postprocessor"])
             observers = _Observers(
-                run, recorder, env, policy, call["env_preprocessor"], call.get("preprocessor"), look
+                run, recorder, env, policy, call["env_preprocessor"], call.get("preprocessor"), look, acting
             )
             call["env_preprocessor"] = observers.env_preprocessor
             stack.enter_context(replaced_attribute(env, "step", observers.step))
@@ -218,6 +250,7 @@ class _Observers:
         env_preprocessor: Any,
         preprocessor: Any,
         look: Callable[..., Any],
+        acting: Acting | None,
     ):
         self._run = run
         self._recorder = recorder
@@ -231,14 +264,18 @@ class _Observers:
             self._renamed |= getattr(step, "rename_map", {})
         self._look: Callable[..., Any] | None = look  # at the first observation
         self._tasks: Any = None
+        self._acting = acting
 
     def env_preprocessor(self, observation: dict[str, Any]) -> dict[str, Any]:
-        tasks = self._tasks = observation.get("task")
+        own = observation.get("task")
         result: dict[str, Any] = self._env_preprocessor(observation)
+        if own is not None and self._tasks is None and self._acting and self._acting.condition.changes_task:
+            self._recorder.say("environment_task", [str(task) for task in own])
+        self._tasks = result.get("task", own)  # another one where a condition says so
         state = result.get("observation.state")
         self._recorder.on_observation(
             None if state is None else state.detach().cpu().numpy().copy(),
-            tasks,
+            self._tasks,
             {self._renamed.get(name, name): value for name, value in result.items()},
         )
         return result
@@ -250,7 +287,7 @@ class _Observers:
             self._recorder.say(INPUT_CHECKS, found)
         self._run.before_inference()
         action = self._select_action(batch, *args, **kwargs)
-        self._recorder.on_action(batch, action)
+        self._recorder.on_action(batch if self._acting is None else self._acting.seen(batch), action)
         return action
 
     def step(self, actions: Any) -> Any:

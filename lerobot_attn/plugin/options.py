@@ -18,6 +18,9 @@ class AttentionEvalConfig(EvalConfig):
     save_attention_maps: bool = False
     # What to record and how to store it; --eval.attention=FILE reads the settings from a YAML file.
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    # Act on the policy, whether it is recorded or not: a YAML file of a condition (docs/interventions.md), or
+    # its content in braces.
+    interventions: str | None = None
 
 
 @dataclass

@@ -34,6 +34,7 @@ class ReplayRequest:
         rename: JSON of the data set's feature → the policy's.
         batch_size: questions in one call of the policy.
         seed: of the noise.
+        interventions: a YAML file of what is done to the policy.
         options: `--policy.name=value` and `--attention.name=value`, as they were written.
     """
 
@@ -49,6 +50,7 @@ class ReplayRequest:
     rename: str | None = None
     batch_size: int = 8
     seed: int = 0
+    interventions: str | None = None
     options: Sequence[str] = field(default_factory=list)
 
 
@@ -66,6 +68,13 @@ def replay(request: ReplayRequest, progress: Callable[[int, int], None] | None =
     config = attention_config(options["attention"])
     rename = rename_map(request.rename)
     _check_doors(request)
+    condition = None
+    if request.interventions is not None:
+        from lerobot_attn.plugin.acting import read_condition
+        from lerobot_attn.recording.conditions import refuse_masks
+
+        condition = read_condition(request.interventions, "--interventions")
+        refuse_masks(condition, "a replay")
 
     from lerobot_attn.plugin.checkpoints import load_policy, read_checkpoint
     from lerobot_attn.recording import VideoFrames, record_dataset
@@ -96,6 +105,7 @@ def replay(request: ReplayRequest, progress: Callable[[int, int], None] | None =
         task=request.task,
         batch_size=request.batch_size,
         seed=request.seed,
+        interventions=condition,
         progress=progress,
     )
 

@@ -26,6 +26,7 @@ from lerobot_attn.plugin.compatibility import ROLLOUT_MODULES
 from lerobot_attn.plugin.script import with_options
 
 if TYPE_CHECKING:
+    from lerobot_attn.plugin.acting import Acting
     from lerobot_attn.plugin.feeding.facts import World
     from lerobot_attn.recording.robot import RobotRecording
 
@@ -49,11 +50,11 @@ def _make_rollout(original: Callable[..., Any], namespace: dict[str, Any]) -> Ca
     run_original = inspect.unwrap(original)  # takes the parsed config
 
     def rollout(cfg: AttentionRolloutConfig) -> Any:
-        if not cfg.save_attention_maps:
+        if not cfg.save_attention_maps and cfg.interventions is None:
             return run_original(cfg)
-        _check(cfg)
+        acting = _check(cfg)
         failures: list[str] = []
-        with recorded_rollout(namespace, cfg, failures):
+        with recorded_rollout(namespace, cfg, failures, acting):
             result = run_original(cfg)
         if failures:
             sys.exit(
@@ -65,15 +66,19 @@ def _make_rollout(original: Callable[..., Any], namespace: dict[str, Any]) -> Ca
     return with_options(original, rollout, AttentionRolloutConfig, ROLLOUT)
 
 
-def _check(cfg: Any) -> None:
-    """Check all that can be checked before the robot is connected.
+def _check(cfg: Any) -> Acting | None:
+    """Check all that can be checked before the robot is connected; return what acts on the policy.
 
     Raises:
-        UnsupportedPolicyError, ConfigError: the rollout cannot be recorded.
+        UnsupportedPolicyError, ConfigError: the rollout cannot be recorded, or not be acted on.
     """
+    from lerobot_attn.plugin.acting import acting_of_rollout
     from lerobot_attn.policies import adapter_type
 
     adapter_type(cfg.policy)
+    acting = None if cfg.interventions is None else acting_of_rollout(cfg)
+    if not cfg.save_attention_maps:
+        return acting
     cfg.attention.for_robots()
     if cfg.use_torch_compile and cfg.attention.compiled and cfg.policy.type not in ("pi0", "pi05"):
         raise ConfigError(
@@ -81,6 +86,7 @@ def _check(cfg: Any) -> None:
             f"{cfg.policy.type}, because LeRobot compiles its predict_action_chunk as a whole there, out of "
             "which no map can be handed; leave one of the two out"
         )
+    return acting
 
 
 def stores_of(cfg: Any) -> Path:
@@ -93,13 +99,16 @@ def stores_of(cfg: Any) -> Path:
 
 
 @contextmanager
-def recorded_rollout(namespace: dict[str, Any], cfg: Any, failures: list[str]) -> Iterator[None]:
-    """Record the rollout that starts inside the block.
+def recorded_rollout(
+    namespace: dict[str, Any], cfg: Any, failures: list[str], acting: Acting | None = None
+) -> Iterator[None]:
+    """Record the rollout that starts inside the block, or act on it, or both.
 
     Args:
         namespace: globals of the rollout script.
         cfg: the parsed options.
         failures: gets a line for each episode that could not be saved whole.
+        acting: what is done to the policy, if something is.
 
     Raises:
         ConfigError, StoreError: it cannot be recorded; the robot has been disconnected then.
@@ -114,8 +123,11 @@ def recorded_rollout(namespace: dict[str, Any], cfg: Any, failures: list[str]) -
         def build_rollout_context(*args: Any, **kwargs: Any) -> Any:
             ctx = build(*args, **kwargs)
             try:
-                begun.append(stack.enter_context(_recording(ctx, cfg)))
-                stack.enter_context(_observed(ctx, begun[0]))
+                if acting is not None:
+                    stack.enter_context(acting.on_rollout(ctx, begun))
+                if cfg.save_attention_maps:
+                    begun.append(stack.enter_context(_recording(ctx, cfg, acting)))
+                    stack.enter_context(_observed(ctx, begun[0]))
             except BaseException:
                 _let_go(ctx.hardware)
                 raise
@@ -136,8 +148,9 @@ def _let_go(hardware: Any) -> None:
                 device.disconnect()
 
 
-def _recording(ctx: Any, cfg: Any) -> Any:
+def _recording(ctx: Any, cfg: Any, acting: Acting | None) -> Any:
     from lerobot_attn.capture import find_tokenizer
+    from lerobot_attn.recording.conditions import said_of
     from lerobot_attn.recording.plan import DimensionNames
     from lerobot_attn.recording.robot import record_robot
 
@@ -163,6 +176,7 @@ def _recording(ctx: Any, cfg: Any) -> Any:
             "strategy": cfg.strategy.type,
             "inference": cfg.inference.type,
             "dataset": None if dataset is None else {"repo_id": dataset.repo_id, "root": str(dataset.root)},
+            **said_of(None if acting is None else acting.condition),
         },
         rerun_url=_rerun_url(cfg),
     )
@@ -242,13 +256,13 @@ def _first_look(ctx: Any, recording: RobotRecording) -> Callable[..., None]:
     from lerobot_attn.plugin.feeding.facts import INPUT_CHECKS
     from lerobot_attn.plugin.feeding.quiet import QuietChecks
 
-    cfg, checks, looked = ctx.runtime.cfg, QuietChecks(lambda: _robot(ctx)), threading.Event()
+    checks, looked = QuietChecks(lambda: _robot(ctx)), threading.Event()
 
     def look(batch: Any = None, *args: Any, **kwargs: Any) -> None:
         if looked.is_set():
             return
         looked.set()
-        task = cfg.dataset.single_task if cfg.dataset else cfg.task
+        task = getattr(ctx.policy.inference, "_task", None)  # what the policy is told, by a condition too
         processors = ctx.policy.preprocessor, ctx.policy.postprocessor
         found = checks.look(ctx.policy.policy, *processors, batch, [task or ""])
         if found:

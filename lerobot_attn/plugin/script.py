@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,24 @@ def with_options(
 
     wrapper.lerobot_attn = True  # type: ignore[attr-defined]
     return wrapper
+
+
+@contextmanager
+def replaced_names(
+    namespace: dict[str, Any], wrappers: Mapping[str, Callable[[Any], Callable[..., Any]]]
+) -> Iterator[None]:
+    """Put wrapped functions into a script while the block runs.
+
+    Args:
+        namespace: globals of the script, where its functions look each other up by name.
+        wrappers: name of a function → returns what stands in its place, given the function.
+    """
+    originals = {name: namespace[name] for name in wrappers}
+    try:
+        namespace.update({name: wrap(originals[name]) for name, wrap in wrappers.items()})
+        yield
+    finally:
+        namespace.update(originals)
 
 
 @contextmanager

@@ -104,7 +104,8 @@ class RunFolder:
         """Do with the episodes that are there what was asked for, before the first is recorded.
 
         Args:
-            attributes: what every store of this run says of it; `policy` and `replay` are compared.
+            attributes: what every store of this run says of it; `policy`, `replay` and `condition` are
+                compared.
             capture: this run's capture settings.
 
         Raises:
@@ -130,6 +131,9 @@ class RunFolder:
             for name in _REPLAY:
                 if replayed.get(name) != replays.get(name):
                     raise self._mixture(store, f"replay {name}", replayed.get(name), replays.get(name))
+            done, does = _condition(found.attributes), _condition(attributes)
+            if done != does:
+                raise self._mixture(store, "condition", *_told_apart(done, does))
             settings = _part(found.attributes, "capture")
             for name in _CAPTURE:
                 if _meant(name, settings, theirs) != _meant(name, capture, ours):
@@ -202,6 +206,17 @@ def _complete(store: Path) -> Header | None:
 def _part(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     part = attributes.get(name)
     return part if isinstance(part, Mapping) else {}
+
+
+def _condition(attributes: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the name of what was done to the policy, and what it was; untouched it is the baseline."""
+    condition = _part(attributes, "condition")
+    return str(condition.get("name", "baseline")), list(condition.get("interventions", ()))
+
+
+def _told_apart(done: tuple[str, Any], does: tuple[str, Any]) -> tuple[Any, Any]:
+    """Return the names of two conditions, or what they do where the names are the same."""
+    return (done[0], does[0]) if done[0] != does[0] else (done[1], does[1])
 
 
 def _meant(name: str, settings: Mapping[str, Any], policy: Mapping[str, Any]) -> Any:

@@ -27,10 +27,12 @@ from lerobot_attn.capture import (
 )
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, ConfigError
+from lerobot_attn.interventions import Intervener
 from lerobot_attn.policies.base import Probe, Site
 from lerobot_attn.policies.taps import replaced_attribute
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.beside import viewers_beside
+from lerobot_attn.recording.conditions import Interventions, acting_on, said_of
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.loop_episode import Chosen, LoopEpisode, shown_by
@@ -40,6 +42,7 @@ from lerobot_attn.recording.series import EpisodeSeries
 
 logger = logging.getLogger(__name__)
 
+_MASKLESS = "a loop, unless intervene(…, masks=…) is entered around it and what it yields is given,"
 _REMEDIES = Remedies("choose another folder", "AttentionConfig(existing=…): ")
 
 
@@ -56,6 +59,7 @@ def record_episodes(
     action_names: Sequence[str] = (),
     attributes: Mapping[str, Any] | None = None,
     probes: Sequence[tuple[Probe, Iterable[Site]]] = (),
+    interventions: Interventions | None = None,
 ) -> Iterator[LoopRecording]:
     """Record episodes of your own loop; `lerobot-attn view FOLDER` and `open_run(FOLDER)` open them.
 
@@ -74,6 +78,8 @@ def record_episodes(
         action_names: names of the action's dimensions.
         attributes: further plain values that each store says of itself.
         probes: others that watch or change the policy, as `capture_attention` takes them.
+        interventions: what is done to the policy, which each store then says: a `Condition`, interventions,
+            or what `intervene` yielded around this. An episode's `task` is then what to tell the policy.
 
     Raises:
         UnsupportedPolicyError: no adapter knows the policy.
@@ -89,13 +95,17 @@ def record_episodes(
     stores = Path(config.dir) if config.dir else Path(folder) / "attention"
     run_folder = RunFolder(stores, config.existing, _REMEDIES)
     check_encoder(policy, config)
+    tokenizer = tokenizer or find_tokenizer(preprocessor)
     with run_folder.claim(), viewers_beside(run_folder.path, config):
         recording = LoopRecording(policy, run_folder, config, fps, DimensionNames(state_names, action_names))
         with (
+            acting_on(
+                policy, interventions, _MASKLESS, tokenizer=tokenizer, preprocessor=preprocessor
+            ) as acting,
             capture_attention(
                 policy,
                 config,
-                tokenizer=tokenizer or find_tokenizer(preprocessor),
+                tokenizer=tokenizer,
                 on_record=recording._on_record,
                 on_failure=recording._on_failure,
                 probes=probes,
@@ -103,7 +113,9 @@ def record_episodes(
             replaced_attribute(policy, "select_action", recording._observed(policy.select_action)),
             replaced_attribute(policy, "predict_action_chunk", recording._asked(policy.predict_action_chunk)),
         ):
-            recording._begin(capture, attributes or {})
+            recording._acting = acting
+            condition = None if acting is None else acting.condition
+            recording._begin(capture, {**said_of(condition), **(attributes or {})})
             capture.enabled = False
             try:
                 yield recording
@@ -128,6 +140,7 @@ class LoopRecording(EpisodeSeries):
     ):
         super().__init__(policy, run_folder, config, fps, names)
         self._open: list[LoopEpisode] = []  # one for each environment of the batch
+        self._acting: Intervener | None = None
 
     @contextmanager
     def episode(
@@ -200,20 +213,22 @@ class LoopRecording(EpisodeSeries):
         numbers = [index for index in rows["indices"] if index is not None]
         if len(set(numbers)) < len(numbers) or 0 < len(numbers) < len(tasks):
             raise ConfigError(f"indices: got {indices}, expected each number once, or none at all")
-        plans = [
-            self._plan(named, group, task_id, index, seed)
-            for index, seed in zip(rows["indices"], rows["seeds"], strict=True)
-        ]
+        plans, numbers = [], []
+        for index, seed in zip(rows["indices"], rows["seeds"], strict=True):
+            numbers.append(self._next.get(named, 0) if index is None else index)
+            plans.append(self._plan(named, group, task_id, index, seed))
+        told = self._told(tasks, numbers)
         opened = [
             LoopEpisode(
                 self._policy,
                 self._capture,
                 self._writer,
                 self._config,
-                self._handle(plan, task),
+                self._handle(plan, task, own),
                 self._enable,
+                task,
             )
-            for plan, task in zip(plans, tasks, strict=True)
+            for plan, task, own in zip(plans, told, tasks, strict=True)
         ]
         self._open = opened
         self._enable()
@@ -229,11 +244,20 @@ class LoopRecording(EpisodeSeries):
             self._open = []
             self._enable()
 
-    def _handle(self, plan: EpisodePlan | None, task: str) -> EpisodeHandle | None:
+    def _told(self, tasks: Sequence[str], episodes: Sequence[int]) -> list[str]:
+        """Return what the policy is to be told of episodes that begin, one for each environment."""
+        if self._acting is None:
+            return [*tasks]
+        self._acting.begin(episodes)
+        return [self._acting.task(task, episode) for task, episode in zip(tasks, episodes, strict=True)]
+
+    def _handle(self, plan: EpisodePlan | None, task: str, own: str) -> EpisodeHandle | None:
         if plan is None:
             return None
         handle = EpisodeHandle(plan, 0, self._config, self._writer, self._names, strict=False)
         handle.task, handle.has_reward, handle.has_success = task, False, False
+        if self._acting is not None and self._acting.condition.changes_task:
+            handle.attributes["environment_task"] = own
         self._handles.append(handle)
         return handle
 
@@ -270,6 +294,8 @@ class LoopRecording(EpisodeSeries):
             self._on_failure(
                 CaptureError(f"select_action returned no ({len(self._open)}, action_dim) tensor: {error}")
             )
+        if self._acting is not None:
+            batch = self._acting.seen(batch)
         views = shown_by(self._capture, batch) if self._config.cameras else None
         for env, episode in enumerate(self._open):
             episode.on_action(

@@ -51,6 +51,7 @@ class LoopEpisode:
     Attributes:
         success: whether the episode succeeded; None until somebody knows. What `step` is told counts where
             this is not set.
+        task: the instruction as the policy is to be told it: the loop's, or another if a condition says so.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class LoopEpisode:
         config: AttentionConfig,
         handle: EpisodeHandle | None,
         after_step: Callable[[], None],
+        task: str,
     ):
         self.success: bool | None = None
+        self.task = task
         self._cameras = cameras_of(policy)
         self._capture = capture
         self._writer = writer

@@ -17,10 +17,12 @@ from typing import Any, Literal
 from lerobot_attn.capture import InferenceRecord, capture_attention, find_tokenizer
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.interventions import FixedNoise
 from lerobot_attn.policies import unwrap
 from lerobot_attn.policies.base import Probe, Site
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.beside import viewers_beside
+from lerobot_attn.recording.conditions import Interventions, acting_on, refuse_masks, said_of
 from lerobot_attn.recording.dataset import DatasetFrames
 from lerobot_attn.recording.folder import Remedies, RunFolder
 from lerobot_attn.recording.footage import Footage
@@ -53,6 +55,7 @@ def record_dataset(
     seed: int = 0,
     attributes: Mapping[str, Any] | None = None,
     probes: Sequence[tuple[Probe, Iterable[Site]]] = (),
+    interventions: Interventions | None = None,
     progress: Progress | None = None,
 ) -> list[EpisodeResult]:
     """Ask a policy about recorded observations and store what it attends to, one store an episode.
@@ -87,6 +90,9 @@ def record_dataset(
         seed: of the noise.
         attributes: further plain values that each store says of itself.
         probes: others that watch or change the policy, as `capture_attention` takes them.
+        interventions: what is done to the policy, which each store then says: a `Condition`, interventions,
+            or what `intervene` yielded. Noise is the same in every condition anyway; the seed of a
+            `fixed_noise` stands in place of `seed`.
         progress: called with (frames done, frames in all).
 
     Returns:
@@ -112,15 +118,19 @@ def record_dataset(
     config = replace(config, episodes=None)  # they are chosen
     run_folder = RunFolder(_stores_in(folder, config), config.existing, _REMEDIES)
     check_encoder(policy, config)
+    tokenizer = tokenizer or find_tokenizer(preprocessor)
     records: list[InferenceRecord] = []
     failures: list[Exception] = []
     with (
         run_folder.claim(),
         viewers_beside(run_folder.path, config),
+        acting_on(
+            policy, interventions, "a replay", tokenizer=tokenizer, preprocessor=preprocessor
+        ) as acting,
         capture_attention(
             policy,
             config,
-            tokenizer=tokenizer or find_tokenizer(preprocessor),
+            tokenizer=tokenizer,
             on_record=records.append,
             on_failure=failures.append,
             probes=probes,
@@ -129,7 +139,11 @@ def record_dataset(
         if every in (None, "chunk"):
             every = footage.every if every is None and footage.every else capture.policy.n_action_steps
         assert isinstance(every, int)
-        asker = Asker(policy, capture, inputs, preprocessor, postprocessor, seed, records, failures)
+        condition = None if acting is None else acting.condition
+        if condition is not None:
+            refuse_masks(condition, "a replay")
+            seed = next((one.seed for one in condition.interventions if isinstance(one, FixedNoise)), seed)
+        asker = Asker(policy, capture, inputs, preprocessor, postprocessor, seed, records, failures, acting)
         said = {
             **footage.said,
             "every": every,
@@ -142,7 +156,8 @@ def record_dataset(
             logger.info("The policy draws its own noise, so it is asked about one frame at a time")
             batch_size = 1
         run = ReplayRun(policy, run_folder, config, footage, every=every, batch_size=batch_size, task=task)
-        run.run(asker, wanted, {"replay": said, "dataset": footage.dataset, **(attributes or {})}, progress)
+        said_too = {"replay": said, "dataset": footage.dataset, **said_of(condition), **(attributes or {})}
+        run.run(asker, wanted, said_too, progress)
     return run.results
 
 

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from lerobot_attn.capture import AttentionCapture, InferenceRecord
 from lerobot_attn.errors import CaptureError
+from lerobot_attn.interventions import Intervener
 from lerobot_attn.interventions.noise import fixed_noise, seed_of
 from lerobot_attn.policies import unwrap
+from lerobot_attn.recording.episode import Views
 from lerobot_attn.recording.footage import FootageEpisode
 from lerobot_attn.recording.handle import EpisodeHandle
+from lerobot_attn.recording.loop_episode import shown_by
 from lerobot_attn.recording.replay_inputs import ReplayInputs, collated
 
 
@@ -56,6 +59,7 @@ class Answer:
     record: InferenceRecord | None
     failure: Exception | None
     predicted: np.ndarray | None = None  # (batch, row of the chunk, action_dim), in the robot's units
+    seen: Views | None = None  # what the cameras showed the policy, where something was painted over
 
 
 class Asker:
@@ -71,6 +75,7 @@ class Asker:
         seed: int,
         records: list[InferenceRecord],
         failures: list[Exception],
+        acting: Intervener | None = None,
     ):
         self._policy = policy
         self.capture = capture
@@ -83,6 +88,7 @@ class Asker:
         # What every store says it was drawn with; a policy that does not denoise draws nothing.
         self.seed = seed if self.draws_itself or noise_shape is not None else None
         self._records, self._failures = records, failures
+        self._acting = acting
         self._config = unwrap(policy).config
         self._device = torch.device(getattr(self._config, "device", None) or "cpu")
 
@@ -90,6 +96,16 @@ class Asker:
     def predicts(self) -> bool:
         """Whether answers come in the robot's units."""
         return self._postprocessor is not None
+
+    @property
+    def changes_task(self) -> bool:
+        """Whether the policy is told other instructions than the recorded ones."""
+        return self._acting is not None and self._acting.condition.changes_task
+
+    def told(self, episode: ReplayedEpisode, frame: int) -> str:
+        """Return the instruction as the policy is told it at a frame."""
+        task = episode.task_of(frame)
+        return task if self._acting is None else self._acting.task(task, episode.footage.index)
 
     @contextmanager
     def _own_noise(self, question: Question) -> Iterator[None]:
@@ -101,6 +117,12 @@ class Asker:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed_of(self.seed, question.episode.footage.index, question.frame))
             yield
+
+    def _painted(self, batch: dict[str, Any]) -> Views | None:
+        """Return the pictures that the policy just saw, if they are not those that it was given."""
+        seen = batch if self._acting is None else self._acting.seen(batch)
+        is_painted = any(seen[name] is not value for name, value in batch.items())
+        return shown_by(self.capture, seen) if is_painted else None
 
     @torch.inference_mode()
     def ask(
@@ -118,7 +140,9 @@ class Asker:
         """
         self._records.clear()
         self._failures.clear()
-        batch = collated(frames, [question.task for question in questions])
+        if self._acting is not None:
+            self._acting.begin([question.episode.footage.index for question in questions])
+        batch = collated(frames, [self.told(question.episode, question.frame) for question in questions])
         if self._preprocessor is not None:
             batch = self._preprocessor(batch)
         more = {}
@@ -144,7 +168,7 @@ class Asker:
                 CaptureError(f"the policy got a batch of {record.batch_size}, expected {len(questions)}"),
                 None,
             )
-        answer = Answer(record, failure)
+        answer = Answer(record, failure, seen=self._painted(batch))
         if self._postprocessor is not None:
             rows = range(min(chunk.shape[1], max(q.stop - q.frame for q in questions)))
             # Row by row, as in a rollout: it may add the state that the preprocessor saw last.

@@ -158,17 +158,18 @@ class ReplayRun(EpisodeSeries):
             yield batch
 
     def _begun(self, plan: EpisodePlan, found: FootageEpisode) -> ReplayedEpisode:
-        task = found.tasks[0] if self._task is None else self._task
         handle = EpisodeHandle(plan, 0, self._config, self._writer, self._names)
         self._handles.append(handle)
         arrays = found.arrays
-        handle.task = task
+        episode = ReplayedEpisode(found, handle, self._task)
+        handle.task = self._asker.told(episode, 0)
+        if self._asker.changes_task:
+            handle.attributes["environment_task"] = episode.task_of(0)
         handle.has_reward, handle.has_success = "reward" in arrays, "success" in arrays
         handle.state_dim = arrays["state"].shape[1] if "state" in arrays else None
         predicted = ("predicted_action",) if self._asker.predicts else ()
         error = ("action_error",) if predicted and "action" in arrays else ()
         handle.more = frozenset({*_COORDINATES, *predicted, *error})
-        episode = ReplayedEpisode(found, handle, self._task)
         self._open.append(episode)
         return episode
 
@@ -237,6 +238,8 @@ class ReplayRun(EpisodeSeries):
             predicted = None if answer.predicted is None else answer.predicted[row]
             for token, frame in enumerate(range(question.frame, question.stop)):
                 shown = views[token] if views else None
+                if shown is not None and token == 0 and answer.seen is not None:
+                    shown = answer.seen.of(row)
                 if shown is not None:
                     queue_views(self._writer, [handle], shown)
                 has_token = token < record.action_chunk.shape[1]

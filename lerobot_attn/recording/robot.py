@@ -194,6 +194,11 @@ class RobotRecording(EpisodeSeries):
             if self._episode is not None:
                 self._episode.say("policy_errors", list(self._policy_errors))
 
+    def tell_task(self, task: str) -> None:
+        """The policy is told this instruction in the episodes to come."""
+        with self._lock:
+            self._task = task
+
     def say(self, name: str, value: Any) -> None:
         """Let the stores of the episode that runs and of those to come say something."""
         with self._lock:

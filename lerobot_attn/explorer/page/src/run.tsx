@@ -46,7 +46,7 @@ const isPlain = (event: MouseEvent) =>
 /** Whether an episode's name, task, condition, id or outcome holds each word of a search. */
 export function holds(row: EpisodeRow, search: string): boolean {
   const words = search.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = `${episodeName(row)} ${row.task} ${row.condition ?? ""} ${row.id} ${outcome(row)}`.toLowerCase();
+  const text = `${episodeName(row)} ${row.task} ${row.condition} ${row.id} ${outcome(row)}`.toLowerCase();
   return words.every((word) => text.includes(word));
 }
 
