@@ -12,7 +12,9 @@ import torch
 from lerobot_attn.capture import capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, ConfigError
+from lerobot_attn.interventions import BlockAttention, Occlude, intervene
 from lerobot_attn.layout import Kind
+from lerobot_attn.masks import SceneMasks, instances_of
 from lerobot_attn.policies import adapter_for
 from lerobot_attn.policies.base import PolicyAdapter, Site
 
@@ -76,12 +78,14 @@ class AdapterContract:
         is_bfloat16: whether the policy computes in bfloat16.
         can_edit: whether attention can be edited; False for a policy that stays compiled.
         n_blocked: so many keys, from the first, are blocked in order to change actions.
+        can_block: whether interventions may block attention.
     """
 
     settings: ClassVar[dict[str, Any]] = {}
     is_bfloat16 = False
     can_edit = True
     n_blocked = 1
+    can_block = True
 
     def act(self, policy, batch, seed, n=1):
         """Return n actions of a fresh episode and the random state after them; the same for the same seed."""
@@ -263,6 +267,78 @@ class AdapterContract:
         assert not [
             name for name, value in vars(record).items() if torch.is_tensor(value) and value.requires_grad
         ]
+
+    def first_camera(self, policy, batch):
+        features = adapter_for(policy).policy.config.image_features
+        return next(name for name in features if name in batch)
+
+    @contextmanager
+    def blocking(self, policy, interventions, **options):
+        """Intervene; None where that is duly refused."""
+        acting = intervene(policy, interventions, **options)
+        if self.can_edit and self.can_block:
+            with acting as intervener:
+                yield intervener
+            return
+        message = "the policy is compiled" if self.can_block else "got a policy of type .*, expected one of"
+        with pytest.raises(ConfigError, match=message) as caught, acting:
+            pass
+        assert "\n" not in str(caught.value)
+        yield None
+
+    def test_what_is_blocked_weighs_nothing_and_its_pixels_do_not_matter(self, policy, batch):
+        """And what acted is recorded; what finds nothing to block changes nothing, and nothing is left."""
+        camera = self.first_camera(policy, batch)
+        block = BlockAttention({"camera": camera}, passes="both")
+        actions, random_state = self.act(policy, batch, 7)
+        policy.reset()
+        before = instance_state(policy)
+        with self.blocking(policy, block) as acting:
+            if acting is None:
+                return
+            config = self.config(layers="all", prefix_layers="all")
+            with capture_attention(policy, config) as capture:
+                blocked, blocked_state = self.act(policy, batch, 7)
+            other, _ = self.act(policy, {**batch, camera: 1 - batch[camera]}, 7)
+        policy.reset()
+        assert instance_state(policy) == before
+        (record,) = capture.drain()
+        effect = (actions - blocked).abs().max()
+        assert effect > 0
+        assert torch.equal(random_state, blocked_state)
+        # The softmax was taken before the keys were, so what is left is rounding.
+        assert (other - blocked).abs().max() <= (0.25 if self.is_bfloat16 else 1e-4) * effect
+        segment = next(one for one in record.layout.segments if one.name == camera)
+        keys = slice(segment.start, segment.stop)
+        assert not np.nan_to_num(record.suffix_attention[..., keys]).any()
+        assert not record.suffix_attention_mean[..., keys].any()
+        assert not record.prefix_attention[..., keys].any()
+        tolerance = 2**-11 + record.layout.n_keys * 2**-25 + (2**-8 if self.is_bfloat16 else 0)
+        sums = np.nansum(record.suffix_attention, axis=-1, dtype=np.float32)
+        assert np.abs(sums - 1).max() <= tolerance
+        is_query = record.key_mask[:, : record.layout.prefix_len]
+        sums = record.prefix_attention.sum(-1, dtype=np.float32)
+        assert np.abs(sums - is_query[:, None]).max() <= tolerance
+        instances = instances_of(["background", "soup"], {"soup": "target"}, where="here")
+        unseen = SceneMasks(instances, {camera: np.zeros((8, 8), np.int16)})
+        target = {"role": "target"}
+        parts = [BlockAttention(target, passes="both"), Occlude(target)]
+        with intervene(policy, parts, masks=lambda: [unseen, unseen]):
+            untouched, untouched_state = self.act(policy, batch, 7)
+        assert torch.equal(actions, untouched)
+        assert torch.equal(random_state, untouched_state)
+
+    def test_nothing_is_left_behind_when_a_policy_raises_that_is_acted_on(self, policy, batch, break_policy):
+        policy.reset()
+        before = instance_state(policy)
+        block = BlockAttention({"camera": self.first_camera(policy, batch)})
+        with break_policy(), self.blocking(policy, block) as acting:
+            if acting is None:
+                return
+            with pytest.raises(RuntimeError, match="the policy broke"):
+                self.act(policy, batch, 0)
+        policy.reset()
+        assert instance_state(policy) == before
 
     def test_sites_that_do_not_exist_are_named(self, policy):
         site = Site("expert", 99)

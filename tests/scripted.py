@@ -133,6 +133,7 @@ class ScriptedPolicy(PreTrainedPolicy):
 
 class ScriptedAdapter:
     policy_types = ("scripted",)
+    predicts = "predict_action_chunk"
 
     def __init__(self, policy):
         self.policy = policy

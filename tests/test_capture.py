@@ -34,6 +34,8 @@ def batch():
 
 
 class TestScriptedAdapter(AdapterContract):
+    can_block = False
+
     def act(self, policy, batch, seed, n=1):
         policy.n_inferences = 0  # its attention depends on a counter, not on the seed
         return act(policy, batch, seed, n)

@@ -81,6 +81,8 @@ def denormalised(image):
 
 
 class XVLAContract(AdapterContract):
+    can_block = False
+
     def picture(self, image):
         return denormalised(image)
 

@@ -33,6 +33,7 @@ from lerobot_attn.policies.base import (
     SiteInfo,
     Stream,
 )
+from lerobot_attn.policies.taps import in_trial_pass
 from lerobot_attn.prompt import PieceDecoder, label_text
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Collector:
         self._n_queries, self._n_keys, self._prefix_len = layout.n_queries, layout.n_keys, layout.prefix_len
         self._first_executed, self._stop_executed = executed.start, executed.stop
         self._n_patches = 0 if inputs.vision_grid is None else math.prod(inputs.vision_grid)
-        if not self.enabled:
+        if not self.enabled or in_trial_pass():
             return
         with self._guard():
             self._copies = HostCopies()

@@ -124,7 +124,13 @@ def _selector(
     }
     for key, one in selector.items():
         selector[key] = checks[key](one, f"{where}.{key}")
+    part = "patches" if "patches" in known["camera"] else "box"
     for like in selector.get("random_like", ()):
+        if "camera" in like and "role" not in like and part not in like:
+            raise ConfigError(
+                f"{where}.random_like: got all of camera {like['camera']}, expected a part of it ({part} or "
+                "a role): nothing of it is left to choose from; another camera is the control of a camera"
+            )
         if not any(key in like for key in _OF_PATCHES):
             raise ConfigError(
                 f"{where}.random_like: got {like!r}, expected a camera or a role: only patches of a picture "

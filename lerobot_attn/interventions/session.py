@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.interventions.blocking import Blocker, Rows
+from lerobot_attn.interventions.keys import PromptLabels
 from lerobot_attn.interventions.noise import fixed_noise
+from lerobot_attn.interventions.occlusion import Occluder
+from lerobot_attn.interventions.selectors import flat
 from lerobot_attn.interventions.spec import (
     BlockAttention,
     Condition,
@@ -29,12 +33,17 @@ from lerobot_attn.interventions.spec import (
     Task,
 )
 from lerobot_attn.masks import SceneMasks
-from lerobot_attn.policies import adapter_for
+from lerobot_attn.policies import adapter_for, adapter_type
 from lerobot_attn.policies.base import PolicyAdapter
-from lerobot_attn.policies.taps import replaced_attribute
+from lerobot_attn.policies.taps import in_trial_pass, is_watched, replaced_attribute, trial_pass
 from lerobot_attn.prompt import Tokenizer, find_tokenizer
 
 MasksNow = Callable[[], Sequence[SceneMasks]]
+
+# Families whose attention is blocked. The others' kernels give probabilities that are computed beside what
+# acts, and a recording around them could not tell what acted.
+_BLOCKED = ("act", "pi0", "pi05", "smolvla")
+_NEEDS_WORDS = ("task", "template")  # segments that only a tokenizer can tell
 
 
 class Intervener:
@@ -59,11 +68,18 @@ class Intervener:
         self._adapter = adapter
         self._policy = adapter.describe()
         self._draws = self._policy.noise_shape is not None
-        self._tasks = [one for one in condition.interventions if isinstance(one, Task)]
-        self._noise = next((one for one in condition.interventions if isinstance(one, FixedNoise)), None)
+        self._prompts = PromptLabels(tokenizer, adapter.parse_prompt)
+        parts = condition.interventions
+        self._tasks = [one for one in parts if isinstance(one, Task)]
+        self._blocks = [one for one in parts if isinstance(one, BlockAttention)]
+        occlusions = [one for one in parts if isinstance(one, Occlude)]
+        self._noise = next((one for one in parts if isinstance(one, FixedNoise)), None)
+        features: Mapping[str, Any] = getattr(adapter.policy.config, "image_features", None) or {}
+        self._occluder = Occluder(occlusions, list(features)) if occlusions else None
         self._episodes: tuple[int, ...] | None = None
         self._n_inferences = 0
         self._told = False
+        self._rows = Rows((), None)
         self._painted: dict[str, Tensor] = {}
 
     def begin(self, episodes: Sequence[int]) -> None:
@@ -101,31 +117,78 @@ class Intervener:
         painted, self._painted = self._painted, {}
         return {**batch, **{name: image for name, image in painted.items() if name in batch}}
 
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        """Act while the context lasts.
+
+        Raises:
+            ConfigError: something cannot be done with this policy.
+        """
+        adapter, policy = self._adapter, self._adapter.policy
+        self._check()
+        with ExitStack() as stack:
+            blocker = None
+            if self._blocks:
+                blocker = Blocker(self._blocks, self._policy, self._prompts, lambda: self._rows)
+                stack.enter_context(adapter.observe(blocker, blocker.sites, compiled=False))
+            parameters = inspect.signature(getattr(type(policy), adapter.predicts)).parameters
+            predict = self._around(getattr(policy, adapter.predicts), list(parameters)[2:], blocker)
+            stack.enter_context(replaced_attribute(policy, adapter.predicts, predict))
+            yield
+
     def _check(self) -> None:
         """Refuse what cannot be done with this policy."""
-        policy = self._policy
-        for one in self.condition.interventions:
-            if isinstance(one, BlockAttention | Occlude):
-                raise ConfigError(f"{one.kind}: cannot be done yet, expected task or fixed_noise")
-        if self._noise is not None and policy.noise_shape is None and policy.n_denoise_steps:
+        policy, config = self._policy, self._adapter.policy.config
+        kind = policy.policy_type
+        if self._noise is not None and not self._draws and policy.n_denoise_steps:
             raise ConfigError(
-                f"fixed_noise: {policy.policy_type} takes no noise as an argument, expected a policy that "
-                "does; seed this one before each inference instead"
+                f"fixed_noise: {kind} takes no noise as an argument, expected a policy that does; seed this "
+                "one before each inference instead"
             )
-
-    def _rows(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the episode of each row of a batch."""
-        n_rows = next((len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim), 1)
-        if self._episodes is None:
-            return tuple(range(n_rows))
-        if len(self._episodes) != n_rows:
+        if self._tasks and not hasattr(config, "tokenizer_max_length"):
+            raise ConfigError(f"task: {kind} is given no instruction, expected a policy that is")
+        if not self._blocks:
+            return
+        if adapter_type(config) not in _BLOCKED:
             raise ConfigError(
-                f"the policy got a batch of {n_rows}, expected {len(self._episodes)}, as begin() was told"
+                f"block_attention: got a policy of type {kind}, expected one of {', '.join(_BLOCKED)}: what "
+                f"{kind}'s kernels weigh by is only computed beside them"
             )
-        return self._episodes
+        if self._is_compiled():
+            raise ConfigError(
+                "block_attention: the policy is compiled, so its attention can only be read, expected one "
+                "that is not; set compile_model=false"
+            )
+        if is_watched(self._adapter.policy, self._adapter.predicts):
+            raise ConfigError(
+                "block_attention: the policy's attention is already being captured, which would record maps "
+                "that did not act; enter intervene first and the capture inside it"
+            )
+        for selector in flat([one for block in self._blocks for one in block.keys]):
+            needs_words = "words" in selector or selector.get("segment") in _NEEDS_WORDS
+            if needs_words and not self._prompts.can_read:
+                raise ConfigError(
+                    f"keys: got {selector}, but no tokenizer is known, expected one; give intervene() "
+                    "tokenizer= or preprocessor="
+                )
 
-    def _around(self, predict: Callable[..., Tensor], names: Sequence[str]) -> Callable[..., Tensor]:
-        """Return the policy's method that predicts, with everything done that is no attention."""
+    def _is_compiled(self) -> bool:
+        policy = self._adapter.policy
+        # torch.compile puts its wrapper on the instance.
+        by_config = getattr(policy.config, "compile_model", False) and "sample_actions" in vars(policy.model)
+        by_command = hasattr(vars(policy).get(self._adapter.predicts), "_torchdynamo_orig_callable")
+        return bool(by_config or by_command)
+
+    def _around(
+        self, predict: Callable[..., Tensor], names: Sequence[str], blocker: Blocker | None
+    ) -> Callable[..., Tensor]:
+        """Return the policy's method that predicts, with everything done.
+
+        Args:
+            predict: the method; attention is blocked in it.
+            names: of its arguments behind the batch.
+            blocker: blocks it; None where nothing is.
+        """
 
         def predict_under_condition(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -134,19 +197,60 @@ class Intervener:
                     "task: the policy was asked before anybody asked Intervener.task for its instruction; "
                     "give the preprocessor what it returns"
                 )
-            episodes = self._rows(batch)
+            self._rows = self._rows_of(batch)
+            if self._occluder is not None:
+                self._painted = self._occluder.painted(batch, *self._rows)
+                batch = {**batch, **self._painted}
+            # The caller's own noise is fixed already, as that of a replay.
             if self._noise is not None and self._draws and given.get("noise") is None:
-                given["noise"] = self._noise_for(self._noise, episodes, batch)
+                given["noise"] = self._noise_of(self._noise, batch)
+            if blocker is not None and blocker.ranks:
+                self._rank(predict, blocker, batch, given)
             actions = predict(batch, **given)
-            self._n_inferences += 1
+            if not in_trial_pass():
+                self._n_inferences += 1
             return actions
 
         return predict_under_condition
 
-    def _noise_for(self, noise: FixedNoise, episodes: Sequence[int], batch: Mapping[str, Any]) -> Tensor:
-        assert self._policy.noise_shape is not None
+    def _rank(
+        self,
+        predict: Callable[..., Tensor],
+        blocker: Blocker,
+        batch: Mapping[str, Any],
+        given: Mapping[str, Any],
+    ) -> None:
+        """Run the unblocked pass that ranks patches; random numbers are drawn again by the one that acts."""
+        cuda = {one.device for one in batch.values() if torch.is_tensor(one) and one.device.type == "cuda"}
+        blocker.rank()
+        with torch.random.fork_rng(devices=list(cuda)), trial_pass():
+            predict(dict(batch), **given)
+        blocker.ranked()
+
+    def _rows_of(self, batch: Mapping[str, Any]) -> Rows:
+        """Return whom a batch is about."""
+        n_rows = next((len(value) for value in batch.values() if torch.is_tensor(value) and value.ndim), 1)
+        episodes = tuple(range(n_rows)) if self._episodes is None else self._episodes
+        if len(episodes) != n_rows:
+            raise ConfigError(
+                f"the policy got a batch of {n_rows}, expected {len(episodes)}, as begin() was told"
+            )
+        if not self.condition.needs_masks:
+            return Rows(episodes, None)
+        if self.masks is None:
+            raise ConfigError(
+                f"{self.condition.name}: speaks of roles, and nobody says what the pixels show, expected "
+                "masks; give intervene() masks="
+            )
+        scenes = list(self.masks())
+        if len(scenes) != n_rows:
+            raise ConfigError(f"masks: got {len(scenes)} scenes, expected {n_rows}, one for each row")
+        return Rows(episodes, scenes)
+
+    def _noise_of(self, noise: FixedNoise, batch: Mapping[str, Any]) -> Tensor:
         shape, number = self._policy.noise_shape, self._n_inferences
-        drawn = [fixed_noise(shape, noise.seed, episode, number) for episode in episodes]
+        assert shape is not None
+        drawn = [fixed_noise(shape, noise.seed, episode, number) for episode in self._rows.episodes]
         device = next(value.device for value in batch.values() if torch.is_tensor(value))
         return torch.stack(drawn).to(device)
 
@@ -179,14 +283,8 @@ def intervene(
     adapter = adapter_for(policy)
     condition = Condition.of(condition)
     acting = Intervener(adapter, condition, tokenizer=tokenizer or find_tokenizer(preprocessor), masks=masks)
-    acting._check()
     if not condition.interventions:
         yield acting
         return
-    unwrapped: Any = getattr(adapter, "policy")  # noqa: B009
-    name: str = getattr(adapter, "predicts", "predict_action_chunk")
-    names = list(inspect.signature(getattr(type(unwrapped), name)).parameters)[2:]
-    with ExitStack() as stack:
-        around = acting._around(getattr(unwrapped, name), names)
-        stack.enter_context(replaced_attribute(unwrapped, name, around))
+    with acting._acting():
         yield acting

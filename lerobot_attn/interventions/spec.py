@@ -106,6 +106,12 @@ class Occlude:
         """
         _set(self, "where", region_selectors(self.where, f"{self.kind}.where"))
         check_choice(self, "fill", FILLS)
+        for one in flat(self.where) if self.fill == "inpaint" else ():
+            if "camera" in one and "box" not in one and "role" not in one:
+                raise ConfigError(
+                    f"occlude.fill: got inpaint for all of camera {one['camera']}, expected a part of it: "
+                    "nothing is left to continue; take mean"
+                )
 
     @property
     def said(self) -> str:

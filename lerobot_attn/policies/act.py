@@ -32,7 +32,7 @@ from lerobot_attn.policies.base import (
     Stream,
 )
 from lerobot_attn.policies.kernels import kernel_tap
-from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute
+from lerobot_attn.policies.taps import check_sites, no_attention, watched_method
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class ACTAdapter:
     """Adapter of `ACTPolicy` and policies derived from it."""
 
     policy_types: ClassVar[tuple[str, ...]] = ("act",)
+    predicts: ClassVar[str] = "predict_action_chunk"
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -104,15 +105,14 @@ class ACTAdapter:
         def on_encoder(module: nn.Module, args: Any) -> None:
             if batches:
                 probe.begin(self._inputs(batches[0], grids, args[0]))
+                grids.clear()  # the same batch may be asked about twice
 
         def on_decoder(module: nn.Module, args: Any) -> None:
             if batches:
                 probe.denoise_step(float("nan"))
 
         with ExitStack() as stack:
-            stack.enter_context(
-                replaced_attribute(policy, "predict_action_chunk", observed_predict_action_chunk)
-            )
+            stack.enter_context(watched_method(policy, self.predicts, observed_predict_action_chunk))
             hooks = [
                 model.encoder.register_forward_pre_hook(on_encoder),
                 model.decoder.register_forward_pre_hook(on_decoder),

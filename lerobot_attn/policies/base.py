@@ -199,9 +199,17 @@ class Probe(Protocol):
 
 @runtime_checkable
 class PolicyAdapter(Protocol):
-    """Everything that is needed of a policy family. Built around one (unwrapped) policy."""
+    """Everything that is needed of a policy family. Built around one (unwrapped) policy.
+
+    Attributes:
+        policy_types: the types as registered with LeRobot.
+        predicts: the policy's method that every inference goes through, from a batch to an action chunk.
+        policy: the policy.
+    """
 
     policy_types: ClassVar[tuple[str, ...]]
+    predicts: ClassVar[str]
+    policy: Any
 
     def __init__(self, policy: nn.Module) -> None: ...
 

@@ -25,7 +25,7 @@ from lerobot_attn.policies.base import (
     Site,
     SiteInfo,
 )
-from lerobot_attn.policies.taps import CompiledTap, check_sites, replaced_attribute
+from lerobot_attn.policies.taps import CompiledTap, check_sites, replaced_attribute, watched_method
 from lerobot_attn.policies.vision import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -135,8 +135,8 @@ class FlowMatchingAdapter(ABC):
             return denoise_step(*args, **kwargs)
 
         with ExitStack() as stack:
+            stack.enter_context(watched_method(policy, self.predicts, observed_predict))
             for owner, name, value in (
-                (policy, self.predicts, observed_predict),
                 (model, "sample_actions", observed_sample_actions),
                 (model, "denoise_step", observed_denoise_step),
             ):

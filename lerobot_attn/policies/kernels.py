@@ -175,6 +175,9 @@ def _multihead(
         probabilities = forward(**eager)[1]
     given = exchange(probabilities if probabilities.ndim == 4 else probabilities[None])
     if given is not None and not torch.equal(given.view_as(probabilities), probabilities):
-        with _Applied(given):
+        applied = given.view_as(probabilities)
+        with _Applied(applied):
             output = forward(**eager)[0]
+        if weights is not None:  # what is handed out is what was applied, e.g. to a tap around this one
+            weights = applied if weights.shape == applied.shape else applied.mean(dim=-3)
     return output, weights

@@ -41,7 +41,7 @@ from lerobot_attn.policies.flow import key_mask
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.paligemma import PaliGemmaCameras
 from lerobot_attn.policies.prompts import TaskAndState
-from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute
+from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute, watched_method
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class Pi0FastAdapter(PaliGemmaCameras):
     """Adapter of `PI0FastPolicy` and policies derived from it."""
 
     policy_types: ClassVar[tuple[str, ...]] = ("pi0_fast",)
+    predicts: ClassVar[str] = "predict_action_chunk"
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -154,8 +155,8 @@ class Pi0FastAdapter(PaliGemmaCameras):
         embed: Callable[..., Any] = model.embed_prefix_fast
         forward: Callable[..., Any] = model.paligemma_with_expert.forward
         with ExitStack() as stack:
+            stack.enter_context(watched_method(policy, self.predicts, observed_predict))
             for owner, name, value in (
-                (policy, "predict_action_chunk", observed_predict),
                 (model, "embed_prefix_fast", observed_embedding),
                 (model.paligemma_with_expert, "forward", observed_pass),
                 (model, _WITH_CACHE, partial(observed_decoding, getattr(model, _WITH_CACHE))),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,23 @@ _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm
 
 Exchange = Callable[[Tensor], Tensor | None]
 
+_TRIAL = ContextVar("trial", default=False)
+
+
+@contextmanager
+def trial_pass() -> Iterator[None]:
+    """Say of a pass of the policy that it only serves to prepare one that acts; this thread's alone."""
+    token = _TRIAL.set(True)
+    try:
+        yield
+    finally:
+        _TRIAL.reset(token)
+
+
+def in_trial_pass() -> bool:
+    """Return whether the pass that runs acts on nothing, so that nobody records it."""
+    return _TRIAL.get()
+
 
 @contextmanager
 def replaced_attribute(owner: object, name: str, value: object) -> Iterator[None]:
@@ -39,6 +57,19 @@ def replaced_attribute(owner: object, name: str, value: object) -> Iterator[None
             object.__delattr__(owner, name)
         else:
             object.__setattr__(owner, name, before)
+
+
+@contextmanager
+def watched_method(policy: object, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace the method with which a policy infers by one that hands inferences to a probe."""
+    function.hands_over = True  # type: ignore[attr-defined]
+    with replaced_attribute(policy, name, function):
+        yield
+
+
+def is_watched(policy: object, name: str) -> bool:
+    """Return whether the newest thing that was put around a policy's method hands inferences to a probe."""
+    return bool(getattr(vars(policy).get(name), "hands_over", False))
 
 
 def check_sites(asked: Iterable[Site], known: Mapping[Site, SiteInfo]) -> list[Site]:

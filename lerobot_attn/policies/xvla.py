@@ -46,7 +46,7 @@ from lerobot_attn.policies.base import (
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute
+from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute, watched_method
 
 # As BART's tokenizer writes it; padded on either side.
 _PROMPT = re.compile(
@@ -60,6 +60,7 @@ class XVLAAdapter:
     """Adapter of `XVLAPolicy` and policies derived from it."""
 
     policy_types: ClassVar[tuple[str, ...]] = ("xvla",)
+    predicts: ClassVar[str] = "_get_action_chunk"
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -158,7 +159,7 @@ class XVLAAdapter:
             return edited.roll((n_actions, n_actions), dims=(-2, -1))
 
         with ExitStack() as stack:
-            stack.enter_context(replaced_attribute(policy, "_get_action_chunk", observed_predict))
+            stack.enter_context(watched_method(policy, self.predicts, observed_predict))
             stack.enter_context(replaced_attribute(model, "forward_vlm", observed_forward_vlm))
             for hook in (
                 model.vlm.multi_modal_projector.register_forward_hook(on_projector),
