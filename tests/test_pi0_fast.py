@@ -13,7 +13,7 @@ pytest.importorskip("lerobot")
 
 import scripted  # noqa: E402
 from adapter_contract import AdapterContract, Editor, act, rows_that_exist  # noqa: E402
-from browser import drawn  # noqa: E402
+from browser import drawn, until  # noqa: E402
 from fast_policy import (  # noqa: E402
     ACTION_DIM,
     DEPTH,
@@ -599,7 +599,10 @@ def test_means_are_over_the_tokens_that_were_read(episode):
         assert found.attrs["denoise_step"] == ""
     one = attention(without, inference=1, layer=2, head="all", query="executed")
     np.testing.assert_allclose(one.values, expected[1][2], atol=2e-4)
-    assert modality_share(data, frame=7).sum() == pytest.approx(1, abs=1e-3)
+    shares = modality_share(data, frame=7)
+    assert shares.sum() == pytest.approx(1, abs=1e-3)
+    assert "actions" not in shares.modality
+    assert shares.sel(modality="decoded tokens") > 0
     frames = attention(data, frame=[0, 7])
     assert frames.attrs["query"].startswith("mean of the decoded tokens; actions of frames are no tokens")
     with pytest.raises(SelectionError, match="is no token of an inference's chunk"):
@@ -716,6 +719,9 @@ def test_the_page_names_decoded_tokens(episode, pages):
         assert "executed actions" not in said
         assert "Decoded token 0 alone." in said
         assert "Action token" not in said
+        for place in (".timeline-keys", "#shares"):
+            until(page, lambda place=place: "decoded tokens" in page.locator(place).inner_text(), place)
+            assert "actions" not in page.locator(place).inner_text()
 
 
 def test_means_of_layers_with_full_maps_alone_are_those_of_the_store(run, episode, fast_policy, tmp_path):

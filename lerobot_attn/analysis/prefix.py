@@ -24,6 +24,7 @@ from lerobot_attn.analysis.select import PREFIX, HeadChoice, Labels, LayerChoice
 from lerobot_attn.analysis.spatial import camera_geometry, camera_names, on_grid
 from lerobot_attn.analysis.tokens import (
     ACTIONS,
+    DECODED,
     MODALITY_OF,
     PADDING,
     TokenGroup,
@@ -246,7 +247,7 @@ def cross_modal(dataset: xr.Dataset, **where: Unpack[PrefixWhere]) -> xr.DataArr
     choice = _PrefixChoice.of(dataset, **where)
     names, keys = modality_keys(dataset)
     present = set(np.unique(keys[:, : choice.n_prefix]).tolist())
-    kept = [i for i, name in enumerate(names) if i in present and name not in (ACTIONS, PADDING)]
+    kept = [i for i, name in enumerate(names) if i in present and name not in (ACTIONS, DECODED, PADDING)]
     members = _members(keys, kept, choice.n_prefix)
     result = _gather(choice, rows=("from_modality", _averaged(members)), columns=("to_modality", members))
     labels = [names[i] for i in kept]

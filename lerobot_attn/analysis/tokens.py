@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.decoded import decodes
 from lerobot_attn.analysis.labels import ranges
 from lerobot_attn.analysis.reduce import group_sums
 from lerobot_attn.analysis.select import (
@@ -25,6 +26,7 @@ from lerobot_attn.layout import Kind
 
 TASK, STATE, TEMPLATE, SPECIAL, TEXT = "task", "state", "template", "special", "text"
 ACTIONS, PADDING = "actions", "padding"
+DECODED = "decoded tokens"  # in place of actions, where the policy decodes tokens of which none is an action
 MODALITY_OF = {
     Kind.TASK: TASK,
     Kind.STATE: STATE,
@@ -192,11 +194,18 @@ def by_token(dataset: xr.Dataset, array: xr.DataArray) -> xr.DataArray:
 
 
 def modalities(dataset: xr.Dataset) -> list[str]:
-    """Return the modalities of an episode: each camera, then task, state, template, text and actions."""
+    """Return the modalities of an episode: each camera, then task, state, template, text and actions.
+
+    Of a policy that decodes its suffix (Pi0-FAST) the actions are "decoded tokens".
+    """
     layout = layout_of(dataset)
     present = set(np.unique(dataset["key_kind"].values).tolist())
     names = [camera.name for camera in layout.cameras if not camera.is_empty]
-    return names + [name for kind, name in MODALITY_OF.items() if kind in present]
+    return names + [name for kind, name in _names_of_kinds(dataset).items() if kind in present]
+
+
+def _names_of_kinds(dataset: xr.Dataset) -> dict[Kind, str]:
+    return MODALITY_OF | ({Kind.ACTION: DECODED} if decodes(dataset) else {})
 
 
 def modality_keys(dataset: xr.Dataset) -> tuple[list[str], NDArray[np.int16]]:
@@ -208,7 +217,7 @@ def modality_keys(dataset: xr.Dataset) -> tuple[list[str], NDArray[np.int16]]:
     for index, camera in enumerate(layout.cameras):
         if not camera.is_empty:
             keys[(kinds == Kind.IMAGE) & (cameras == index)] = names.index(camera.name)
-    for kind, name in MODALITY_OF.items():
+    for kind, name in _names_of_kinds(dataset).items():
         keys[kinds == kind] = names.index(name) if name in names else -1
     return names, keys
 

@@ -70,6 +70,7 @@ _MODALITIES = {
     "special": "#666666",
     "text": "#CC79A7",
     "actions": "#D55E00",
+    "decoded tokens": "#D55E00",
     "padding": "#DDDDDD",
 }
 

@@ -123,6 +123,7 @@ const COLOURS: Record<string, string> = {
   text: "#CC79A7",
   special: "#666666",
   actions: "#D55E00",
+  "decoded tokens": "#D55E00",
   padding: "#DDDDDD",
 };
 
@@ -132,11 +133,16 @@ export function modalityColour(facts: Facts, modality: string): string {
   return camera >= 0 ? CAMERA_COLOURS[camera % CAMERA_COLOURS.length]! : (COLOURS[modality] ?? "#DDDDDD");
 }
 
-const OF_KIND: Record<string, string> = { action: "actions" };
+/** The modality of a kind of key: a policy that decodes its suffix has no token that is an action. */
+function modalityOf(kind: string, { decodes }: Pick<Facts, "decodes">): string {
+  return kind !== "action" ? kind : decodes ? "decoded tokens" : "actions";
+}
 
 /** Each key's modality: an index into `modalities`, -1 for none. */
 export function modalityOfKey(facts: Facts, keyKind: number[], modalities: string[]): Int16Array {
-  const nameOf = new Map(Object.entries(facts.kinds).map(([name, value]) => [value, OF_KIND[name] ?? name]));
+  const nameOf = new Map(
+    Object.entries(facts.kinds).map(([name, value]) => [value, modalityOf(name, facts)]),
+  );
   const found = new Int16Array(facts.n_keys).fill(-1);
   keyKind.forEach((kind, key) => (found[key] = modalities.indexOf(nameOf.get(kind) ?? "")));
   for (const { camera, segment } of cameraViews(facts)) {
@@ -156,6 +162,6 @@ export function modalitiesOf(facts: Facts, keyKind: number[]): string[] {
   );
   return [
     ...cameraViews(facts).map((view) => view.camera.name),
-    ...rest.map((name) => OF_KIND[name] ?? name),
+    ...rest.map((name) => modalityOf(name, facts)),
   ];
 }

@@ -89,6 +89,15 @@ describe("cameras and keys", () => {
     expect(modalityLabel(facts, "state")).toBe("state");
   });
 
+  it("calls what a policy decodes no actions", () => {
+    const decoding = { ...facts, decodes: true };
+    const names = modalitiesOf(decoding, keyKind);
+    expect(names).toContain("decoded tokens");
+    expect(names).not.toContain("actions");
+    expect(names[modalityOfKey(decoding, keyKind, names).at(-1)!]).toBe("decoded tokens");
+    expect(modalityColour(decoding, "decoded tokens")).toBe(modalityColour(facts, "actions"));
+  });
+
   it("gives each key its modality", () => {
     const names = modalitiesOf(facts, keyKind);
     const found = [...modalityOfKey(facts, keyKind, names)].map((index) => names[index]);
