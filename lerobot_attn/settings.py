@@ -145,6 +145,16 @@ def check_choice(settings: object, name: str, choices: Iterable[str]) -> None:
         raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(words)}")
 
 
+def check_flag(settings: object, name: str) -> None:
+    """Check that a field is true or false.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(getattr(settings, name), bool):
+        raise ConfigError(f"{name}: got {getattr(settings, name)!r}, expected true or false")
+
+
 def check_numbers(name: str, value: Any, word: str) -> Any:
     """Return a list of whole numbers as a tuple, one number as a tuple of it, and a word as it is.
 

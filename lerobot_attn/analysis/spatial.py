@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from lerobot_attn.analysis.select import Where, attention, layout_of
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import ImageGeometry, Segment
+from lerobot_attn.masks import UNKNOWN, Instance
 
 Normalisation = Literal["share", "image", "frame", "episode"]
 Interpolation = Literal["nearest", "linear"]
@@ -61,6 +62,41 @@ def camera_geometry(dataset: xr.Dataset, camera: str | None = None) -> tuple[str
         why = "does not exist" if not found else "is ambiguous" if len(found) > 1 else "showed no image"
         raise SelectionError(f"camera {camera!r} {why}; the episode's are {', '.join(names)}")
     return found[0].name, found[0].geometry, images[layout.cameras.index(found[0])]
+
+
+class Mask(NamedTuple):
+    """What one camera showed at an inference.
+
+    Attributes:
+        instance_of_pixel: (mask_y, mask_x) int16, an index into `instances`; −1 where nobody knows.
+        instances: what the numbers stand for.
+    """
+
+    instance_of_pixel: NDArray[np.int16]
+    instances: tuple[Instance, ...]
+
+
+def masks_at(dataset: xr.Dataset, camera: str, frames: Sequence[int]) -> dict[int, Mask]:
+    """Return what a camera showed when the policy was asked about frames: each frame's inference → its mask.
+
+    Empty where the episode has no masks of this camera. An inference of which nothing is known is left out.
+
+    Args:
+        dataset: an episode's.
+        camera: its full name.
+        frames: frame numbers.
+    """
+    if "segmentation" not in dataset or camera not in dataset["mask_camera"].values:
+        return {}
+    place = dataset["mask_camera"].values.tolist().index(camera)
+    names, roles = (dataset[name].values.tolist() for name in ("instance", "instance_role"))
+    instances = tuple(Instance(name, role) for name, role in zip(names, roles, strict=True))
+    found = {}
+    for inference in np.unique(dataset["frame_inference"].values[list(frames)]).tolist():
+        mask = dataset["segmentation"].isel(inference=inference, mask_camera=place).values
+        if (mask > UNKNOWN).any():
+            found[inference] = Mask(mask, instances)
+    return found
 
 
 def image_heatmap(

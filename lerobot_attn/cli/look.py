@@ -23,6 +23,7 @@ from lerobot_attn.cli.options import (
     Layer,
     LeaveOut,
     Normalisation,
+    Outlines,
     Query,
     SettingsFile,
     Step,
@@ -99,6 +100,7 @@ def plot(
     color_map: ColorMap = None,
     alpha: Alpha = None,
     interpolation: Interpolation = None,
+    outlines: Outlines = None,
     width: Annotated[
         float | None, typer.Option(help="Width in inches: 3.4 is a paper's column, 7 (default) a page.")
     ] = None,
@@ -131,6 +133,7 @@ def plot(
         colormap=color_map,
         alpha=alpha,
         interpolation=interpolation,
+        outlines=outlines,
         width=width,
         columns=columns,
         dpi=dpi,
@@ -162,6 +165,7 @@ def overlay(
     alpha: Alpha = None,
     color_map: ColorMap = None,
     interpolation: Interpolation = None,
+    outlines: Outlines = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second. Default: the episode's.")] = None,
     size: Annotated[
         int | None, typer.Option(help="Height of a view in pixels. Default: the camera's.")
@@ -196,6 +200,7 @@ def overlay(
         alpha=alpha,
         colormap=color_map,
         interpolation=interpolation,
+        outlines=outlines,
         fps=fps,
         size=size,
         frames=frames,

@@ -60,3 +60,10 @@ Clip = Annotated[
 Interpolation = Annotated[
     str | None, typer.Option(help="nearest (a patch is a square) or linear (blended between patch centres).")
 ]
+Outlines = Annotated[
+    bool | None,
+    typer.Option(
+        "--outlines/--no-outlines",
+        help="Outline the scene's objects, if the episode has masks. Default: yes.",
+    ),
+]

@@ -19,7 +19,7 @@ from lerobot_attn.figures.canvas import (
     styled,
 )
 from lerobot_attn.figures.fonts import one_line
-from lerobot_attn.figures.images import Group, draw_overlay
+from lerobot_attn.figures.images import Group, draw_overlay, outline
 from lerobot_attn.figures.text import sentence_of, sentence_places, shade_sentence, token_bars
 from lerobot_attn.layout import short_names
 
@@ -64,6 +64,7 @@ def combined_figure(
     for column, group in enumerate(groups):
         axes = figure.add_subplot(grid[0, column])
         draw_overlay(axes, group.image, group.panels[0].heat, vmax=vmax, cmap=cmap, alpha=alpha)
+        outline(axes, group)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(one_line(group.label, 40), pad=2)

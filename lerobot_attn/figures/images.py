@@ -13,10 +13,12 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.spatial import Mask
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.figures.canvas import Caption, colorbar, largest, new_figure, styled
 from lerobot_attn.figures.fonts import one_line
 from lerobot_attn.figures.matrices import draw_matrix
+from lerobot_attn.figures.outlines import draw_outlines
 from lerobot_attn.figures.scale import ColourScale, colormap
 from lerobot_attn.layout import short_names
 
@@ -39,12 +41,14 @@ class Group:
         image: (height, width, 3) uint8.
         panels: the heatmaps.
         note: what is to be said of the image in a few words, e.g. that there was none.
+        mask: of the objects that are outlined in all pictures of the group; None: none.
     """
 
     label: str
     image: NDArray[np.uint8]
     panels: Sequence[Panel]
     note: str = ""
+    mask: Mask | None = None
 
 
 @styled
@@ -183,6 +187,7 @@ def _draw_rows(
         if row.is_first:
             axes = figure.add_subplot(grid[index, 0])
             axes.imshow(row.group.image)
+            outline(axes, row.group)
             _bare(axes, row.group.label, characters)
             say_note(axes, row.group.note)
             shown.append(axes)
@@ -190,6 +195,7 @@ def _draw_rows(
             axes = figure.add_subplot(grid[index, column])
             image = row.group.image if panel.image is None else panel.image
             draw_overlay(axes, image, panel.heat, vmin=vmin, vmax=vmax, cmap=cmap, alpha=alpha)
+            outline(axes, row.group)
             _bare(axes, panel.title, characters)
             shown.append(axes)
     return shown
@@ -227,6 +233,13 @@ def draw_overlay(
         hatch = Rectangle((0, 0), 1, 1, fill=False, linewidth=0, edgecolor="#AAAAAA", hatch="///")
         hatch.set_transform(axes.transAxes)
         axes.add_patch(hatch)
+
+
+def outline(axes: Axes, group: Group) -> None:
+    """Outline a group's objects in one of its pictures."""
+    if group.mask is not None:
+        height, width, _ = group.image.shape
+        draw_outlines(axes, group.mask, (height, width))
 
 
 def say_note(axes: Axes, note: str) -> None:

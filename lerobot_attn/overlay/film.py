@@ -17,9 +17,10 @@ from lerobot_attn.analysis.select import MEANS, PREFIX, frames_of
 from lerobot_attn.analysis.spatial import NORMALISATIONS
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError
 from lerobot_attn.figures.fonts import missing_note, one_line
+from lerobot_attn.figures.outlines import Painted, outlines_in_words, painted_outlines
 from lerobot_attn.figures.scale import ColourScale, blend
 from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.overlay.maps import read_maps
+from lerobot_attn.overlay.maps import read_maps, read_masks
 from lerobot_attn.overlay.settings import OverlaySettings
 from lerobot_attn.overlay.words import (
     AMBER,
@@ -54,6 +55,7 @@ class _View(NamedTuple):
     heat: NDArray[np.float32]  # (frame, grid_y, grid_x) float32
     rows: NDArray[np.intp]  # (height,): the row of patches that a row of pixels shows
     columns: NDArray[np.intp]  # (width,): likewise
+    outlines: dict[int, Painted]  # by the inference; empty: none
 
 
 class _Place(NamedTuple):
@@ -120,13 +122,21 @@ class Film:
             actions = episode.layout.action_of_query(queries[self.frames])
             self._actions = dict(zip(self.frames, actions.tolist(), strict=True))
         self._views = []
+        self._inferences = dict(
+            zip(self.frames, data["frame_inference"].values[self.frames].tolist(), strict=True)
+        )
+        masks = {name: read_masks(episode, name, self.frames) if settings.outlines else {} for name in names}
+        self._outlines = outlines_in_words(
+            (mask for of_camera in masks.values() for mask in of_camera.values()), names=False
+        )
         for name in names:
             _, geometry, _ = analysis.camera_geometry(data, name)
             size = _size_of(geometry, settings.size, max_size_px)
             crop = episode.image_size_px(name)
             rows, columns = _patches_of(geometry, size)
+            outlines = {number: painted_outlines(mask, size) for number, mask in masks[name].items()}
             self._views.append(
-                _View(name, videos[name], crop, geometry, size, maps.heat[name], rows, columns)
+                _View(name, videos[name], crop, geometry, size, maps.heat[name], rows, columns, outlines)
             )
         self._n_read = maps.n_read
         self._arrange()
@@ -148,6 +158,9 @@ class Film:
                 if image.shape[:2] != view.size_px:
                     image = resized(image, view.size_px)
                 over, pure = self._paint(view, view.heat[index_of[frame]], image)
+                outlines = view.outlines.get(self._inferences[frame])
+                if outlines is not None:
+                    over = outlines.onto(over)
                 rows = slice(place.top, place.top + height)
                 canvas[rows, place.left : place.left + width] = over
                 canvas[rows, place.right : place.right + width] = pure
@@ -198,6 +211,7 @@ class Film:
             "from stored means" if attrs["source"] == MEANS else "",
             attrs["left_out"],
             "grey: not in the store" if self._has_missing else "",
+            f"{self._outlines}, where the policy saw them" if self._outlines else "",
             "" if self._episode.is_complete else "incomplete episode",
         ]
 

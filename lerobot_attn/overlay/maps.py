@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from lerobot_attn import analysis
 from lerobot_attn.analysis.prefix import attention_from
 from lerobot_attn.analysis.select import RAW, Where, default_query
 from lerobot_attn.analysis.sinks import keys_to_exclude
-from lerobot_attn.analysis.spatial import by_camera, percentile_of
+from lerobot_attn.analysis.spatial import Mask, by_camera, masks_at, percentile_of
 from lerobot_attn.errors import LerobotAttnError, StoreError
 from lerobot_attn.figures.look import OneMapSettings
 from lerobot_attn.overlay.settings import OverlaySettings
@@ -100,17 +101,32 @@ def read_attention(
     inference_of = data["frame_inference"].values[frames]
     for inference in np.unique(inference_of).tolist():
         where = {**where, "frame": frames[inference_of == inference].tolist()}
-        try:
+        with _told_as_damage(episode, f"the attention of inference {inference}"):
             yield _attention(data, where, prefix_query)
-        except LerobotAttnError:
+
+
+def read_masks(episode: Episode, camera: str, frames: Sequence[int]) -> dict[int, Mask]:
+    """Return what a camera showed when the policy was asked about frames, as `masks_at` does.
+
+    Raises:
+        StoreError: the store is damaged.
+    """
+    with _told_as_damage(episode, f"masks of {camera}"):
+        return masks_at(episode.arrays, camera, frames)
+
+
+@contextmanager
+def _told_as_damage(episode: Episode, what: str) -> Iterator[None]:
+    try:
+        yield
+    except LerobotAttnError:
+        raise
+    except Exception as error:  # a damaged chunk raises whatever its codec raises
+        if not is_damaged(episode):
             raise
-        except Exception as error:  # a damaged chunk raises whatever its codec raises
-            if not is_damaged(episode):
-                raise
-            raise StoreError(
-                f"{episode.path}: the attention of inference {inference} cannot be read: {error}; "
-                "lerobot-attn verify tells what is damaged"
-            ) from error
+        raise StoreError(
+            f"{episode.path}: {what} cannot be read: {error}; lerobot-attn verify tells what is damaged"
+        ) from error
 
 
 def range_of(heatmaps: Iterable[NDArray[np.float32]], settings: OneMapSettings) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from lerobot_attn.analysis.spatial import Normalisation
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.figures.look import OneMapSettings
-from lerobot_attn.settings import check_numbers, check_one_map, check_ranges
+from lerobot_attn.settings import check_flag, check_numbers, check_one_map, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class OverlaySettings(OneMapSettings):
     alpha: float = 0.6
     # Height of a view, pixels. Default: the camera's; 224 at most for a GIF.
     size: int | None = None
+    # Outline the objects of the scene by their role, if the episode has masks.
+    outlines: bool = True
     # Frames: 'all', a number, a list or a range as '40-80'; shown in the episode's order.
     frames: Any = "all"
 
@@ -43,6 +45,7 @@ class OverlaySettings(OneMapSettings):
             raise ConfigError(f"camera: got {self.camera!r}, expected one camera's name or 'all'")
         self._set("frames", check_numbers("frames", self.frames, "all"))
         self._check_prefix_query()
+        check_flag(self, "outlines")
         if self.size is not None:
             check_ranges(self, {"size": (32, 4320)})
             if self.size != int(self.size):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lerobot_attn import analysis
 from lerobot_attn.analysis.select import frames_of, seen_frame
-from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange
+from lerobot_attn.analysis.spatial import NORMALISATIONS, ColourRange, Mask, masks_at
 from lerobot_attn.errors import SelectionError
+from lerobot_attn.figures.canvas import Caption
+from lerobot_attn.figures.outlines import outlines_in_words
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.plot.cameras import camera_pictures
 from lerobot_attn.plot.settings import PlotSettings
@@ -54,16 +57,23 @@ class View(NamedTuple):
     images: list[Frame]  # (height, width, 3) uint8 each
     notes: list[str]  # of each image, said beside it; "" for none
     reason: str  # why images are blank; "" if none is
+    masks: list[Mask | None]  # of the objects to outline in each image; None: none
 
 
-def views_of(episode: Episode, settings: PlotSettings, frames: Sequence[int]) -> list[View]:
-    """Return what the chosen cameras showed at some frames."""
+def views_of(
+    episode: Episode, settings: PlotSettings, frames: Sequence[int], *, outlines: bool = False
+) -> list[View]:
+    """Return what the chosen cameras showed at some frames; with `outlines` also where objects were."""
     views = []
+    inferences = episode.arrays["frame_inference"].values[list(frames)].tolist()
     for camera in chosen_cameras(episode, settings):
         name, geometry, _ = analysis.camera_geometry(episode.arrays, camera)
         images, is_blank, reason = camera_pictures(episode, name, frames)
         notes = [NO_IMAGE if blank else "" for blank in is_blank]
-        views.append(View(name, episode.layout.short_names[name], geometry, images, notes, reason))
+        masks = masks_at(episode.arrays, name, frames) if outlines and settings.outlines else {}
+        of_frames = [masks.get(inference) for inference in inferences]
+        label = episode.layout.short_names[name]
+        views.append(View(name, label, geometry, images, notes, reason, of_frames))
     return views
 
 
@@ -73,6 +83,12 @@ def reasons(views: Sequence[View]) -> list[str]:
     for view in views:
         cameras.setdefault(view.reason, []).append(view.label)
     return [f"{', '.join(names)}: {reason}" for reason, names in cameras.items() if reason]
+
+
+def with_outlines(caption: Caption, views: Sequence[View]) -> Caption:
+    """Return a caption that also says which outlines mean what, where there are any."""
+    masks = (mask for view in views for mask in view.masks if mask is not None)
+    return replace(caption, facts=[*caption.facts, outlines_in_words(masks)])
 
 
 def look(settings: PlotSettings, shown: ColourRange, *, of: str = "all attention") -> dict[str, Any]:

@@ -50,6 +50,7 @@ from lerobot_attn.plot.choices import (
     one_frame,
     reasons,
     views_of,
+    with_outlines,
 )
 from lerobot_attn.plot.settings import PlotSettings
 from lerobot_attn.plot.vision import vision_kind
@@ -92,10 +93,11 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
             f"{_MOST_GROUPS} images at most; choose frames, or make a video with lerobot-attn overlay"
         )
     of_frames = [_heatmaps(data, cameras, settings, {**where, "frame": frame}) for frame in frames]
-    views = views_of(episode, settings, frames)
+    views = views_of(episode, settings, frames, outlines=along == "layer")
     groups, heatmaps = [], []
     for view in views:
-        for frame, image, note, of_frame in zip(frames, view.images, view.notes, of_frames, strict=True):
+        seen = zip(frames, view.images, view.notes, view.masks, of_frames, strict=True)
+        for frame, image, note, mask, of_frame in seen:
             heat = of_frame[view.camera]
             heatmaps.append(heat)
             heat = heat if along in heat.dims else heat.expand_dims(along)
@@ -111,6 +113,7 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
                     image,
                     [figures.Panel(pixel, title) for pixel, title in zip(pixels, titles, strict=True)],
                     note,
+                    mask,
                 )
             )
     shown = _range(data, heatmaps, cameras, settings, where)
@@ -120,7 +123,9 @@ def _image_grid(episode: Episode, settings: PlotSettings, *, along: str, panels:
     return partial(
         figures.image_grid,
         groups,
-        caption_of(episode, chosen, settings, frames, leave=along, notes=reasons(views)),
+        with_outlines(
+            caption_of(episode, chosen, settings, frames, leave=along, notes=reasons(views)), views
+        ),
         columns=settings.columns,
         **look(settings, shown),
     )
@@ -150,19 +155,19 @@ def _combined(episode: Episode, settings: PlotSettings) -> Draw:
     cameras = chosen_cameras(episode, settings)
     array = analysis.attention(data, **where).load()
     heatmaps = by_camera(data, array, cameras, normalisation=settings.normalisation)
-    views = views_of(episode, settings, [frame])
+    views = views_of(episode, settings, [frame], outlines=True)
     groups = []
     for view in views:
-        (image,), (note,) = view.images, view.notes
+        (image,), (note,), (mask,) = view.images, view.notes, view.masks
         pixels = on_image(heatmaps[view.camera], view.geometry, image, settings)
-        groups.append(figures.Group(view.label, image, [figures.Panel(pixels, "")], note))
+        groups.append(figures.Group(view.label, image, [figures.Panel(pixels, "")], note, mask))
     shown = _range(data, [*heatmaps.values()], cameras, settings, where)
     return partial(
         figures.combined_figure,
         groups,
         by_modality(data, array),
         by_token(data, array),
-        caption_of(episode, array.attrs, settings, [frame], notes=reasons(views)),
+        with_outlines(caption_of(episode, array.attrs, settings, [frame], notes=reasons(views)), views),
         **look(settings, shown),
     )
 

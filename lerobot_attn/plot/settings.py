@@ -9,7 +9,7 @@ import numpy as np
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.figures.look import LookSettings
-from lerobot_attn.settings import is_number, parse_choice
+from lerobot_attn.settings import check_flag, is_number, parse_choice
 
 PEAK = "peak"
 
@@ -39,6 +39,8 @@ class PlotSettings(LookSettings):
     # For kind vision: whose attention is shown, as ROW,COLUMN in the vision tower's grid, ranges for an area
     # (12-15,20-23), or 'peak': where the actions look most, on each camera. Default: peak.
     patch: Any = None
+    # For kinds image and combined: outline the objects of the scene by their role, if the episode has masks.
+    outlines: bool = True
     # Width of the figure, inches: 3.4 is a column of a paper, 7 a page.
     width: float = 7.0
     # Panels in a row.
@@ -63,6 +65,7 @@ class PlotSettings(LookSettings):
             ConfigError: a value is out of range or of the wrong type.
         """
         super().__post_init__()
+        check_flag(self, "outlines")
         if isinstance(self.cameras, str):
             names = [name.strip() for name in self.cameras.split(",")]
             self._set("cameras", None if self.cameras == "all" else names)
