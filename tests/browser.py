@@ -161,7 +161,13 @@ def canvas(page: Any, camera: str, kind: str, side: int = 0) -> np.ndarray:
     Returns:
         (height, width, 4) uint8, of the canvas's own pixels.
     """
-    found = page.locator(".side").nth(side).locator(f'canvas[data-camera="{camera}"][data-kind={kind}]')
+    return pixels(
+        page.locator(".side").nth(side).locator(f'canvas[data-camera="{camera}"][data-kind={kind}]')
+    )
+
+
+def pixels(found: Any) -> np.ndarray:
+    """Return what a canvas holds, (height, width, 4) uint8, from Playwright's locator of it."""
     # What was just chosen is painted in the next animation frame.
     encoded = found.evaluate(
         """async (canvas) => {

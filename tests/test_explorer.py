@@ -1262,12 +1262,16 @@ def words_of(text):
 
 
 def fields_of(value):
-    """Return the names of all fields of an answer, those of rows too, but not of what is named by cameras."""
+    """Return the names of all fields of an answer, those of rows too, but not what cameras name."""
     if isinstance(value, list):
         return set().union(*map(fields_of, value[:3])) if value else set()
     if not isinstance(value, dict):
         return set()
-    inner = [found for name, found in value.items() if name not in ("kinds", "ranges")]
+    named = ("kinds", "ranges", "area", "coverage")
+    inner = [found for name, found in value.items() if name not in named]
+    if isinstance(value.get("cameras"), dict):
+        inner += value["cameras"].values()
+        inner.remove(value["cameras"])
     return set(value).union(*map(fields_of, inner))
 
 
@@ -1280,7 +1284,7 @@ def test_every_request_is_documented_and_every_documented_one_is_there(run):
 
 
 def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
-    plan = SyntheticPlan(prefix_layers=(1,), episode_index=9)
+    plan = SyntheticPlan(prefix_layers=(1,), episode_index=9, objects={"cup": "target"})
     shutil.copytree(mixed, tmp_path / "run")
     write_planted_episode(tmp_path / "run", plan)
     with client_of(tmp_path / "run") as client:
@@ -1313,7 +1317,7 @@ def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
             elif "X-Shape" in answer.headers:
                 shape = re.search(r"float16 \(([^)]*)\)", text)[1].split(", ")
                 assert len(values(answer).shape) == len(shape), address
-    assert n_json == 9
+    assert n_json == 11
 
 
 def test_the_documents_example_runs_against_the_command(run, capsys):

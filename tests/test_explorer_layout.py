@@ -82,6 +82,21 @@ def test_all_cameras_are_seen_without_scrolling(pages, url, number, shape, size,
     assert page.evaluate(wide) == []
 
 
+def test_outlines_and_their_numbers_leave_the_cameras_in_view(pages, tmp_path):
+    objects = {"cup": "target", "bowl": "destination", "can": "distractor", "robot": "robot"}
+    path = write_softmax_episode(tmp_path, SyntheticPlan(n_frames=6, objects=objects))
+    with pages.serving(path) as address:
+        page = pages.open(f"{address}?frame=4", viewport={"width": 1440, "height": 900})
+        page.locator(".plot.roles canvas").wait_for()
+        page.wait_for_load_state("networkidle")
+        ((_, footer, _, _),) = boxes(page, "footer")
+        for _, top, right, bottom in boxes(page, ".camera, .outline-legend, .colour-bar, table.objects"):
+            assert 0 <= top <= bottom <= footer
+            assert right <= 1440
+        size = "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
+        assert page.evaluate(size) == [1440, 900]
+
+
 @pytest.mark.parametrize("number", CAMERAS)
 def test_in_a_window_of_900_pixels_cameras_lie_above_two_columns(pages, url, number):
     page = opened(pages, url, f"{number}wide", (900, 720), compared=False)

@@ -23,7 +23,8 @@ from browser import (
 )
 from PIL import Image
 from test_benchmarks import load
-from test_explorer import client_of, without_suffix
+from test_explorer import client_of, edit_attributes, without_suffix
+from test_explorer_absent import set_array
 from test_explorer_build import PAGE
 from test_store import frame_rows, inference_rows, make_writer, write_episode
 
@@ -289,6 +290,39 @@ def test_the_page_shows_other_policies(pages, tmp_path, family):
         assert "no token of a chunk" in page.locator("#actions").inner_text()
 
 
+@pytest.mark.parametrize("predicts", [True, False])
+def test_a_replay_says_that_nothing_was_executed(pages, tmp_path, predicts):
+    path = write_planted_episode(tmp_path, SyntheticPlan(videos=False, frames_without_query=(5,)))
+    edit_attributes(path, replay={"every": 3})
+    data = open_episode(path).arrays
+    predicted = data["action"].values + 1
+    predicted[5] = np.nan
+    if predicts:
+        set_array(path, "predicted_action", predicted)
+    with pages.serving(path) as address:
+        page = pages.open(f"{address}?frame=4&query=frame&layer=3")
+        page.locator(".badge", has_text="replay").wait_for()
+        panel, names = page.locator("#actions"), page.locator(".action-names li")
+        names.first.wait_for()
+        said = page.locator("body").inner_text()
+        assert "executed" not in said
+        assert "action 1, predicted for this frame" in said
+        assert ("beside it the predicted one" in said) == predicts
+        assert (
+            "mean of the first 3 actions"
+            in page.get_by_role("combobox", name=re.compile("^Action token")).inner_text()
+        )
+        shown = [[float(number) for number in row.split()[1:]] for row in names.all_inner_texts()]
+        recorded = data["action"].values[4][:, None]
+        expected = np.concatenate([recorded, predicted[4][:, None]], axis=1) if predicts else recorded
+        np.testing.assert_allclose(shown, expected, atol=6e-4)
+        seek(page, 5)
+        drawn(page, frame=5)
+        until(page, lambda: "none of it stands for this frame" in panel.inner_text(), "it has no prediction")
+        page.get_by_text("No action of a chunk stands for this frame").wait_for()
+        assert [len(row.split()) for row in names.all_inner_texts()] == [2] * 4
+
+
 def test_a_camera_that_the_words_have_not_seen_says_so(pages, tmp_path):
     """X-VLA's further cameras enter with the actions: a word cannot have looked at them."""
     write_planted_episode(tmp_path / "out", replace(FAMILIES["xvla"], videos=False))
@@ -547,6 +581,7 @@ EPISODE_STATE = {
     "patch": "wrist:3:5",
     "compare": SECOND,
     "lock": "phase",
+    "outlines": "off",
 }
 RUN_STATE = {"show": "failure", "find": "episode 1"}
 

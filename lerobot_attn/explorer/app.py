@@ -27,7 +27,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.explorer import facts, groups, ranges, slabs, tables
+from lerobot_attn.explorer import facts, groups, ranges, scene, slabs, tables
 from lerobot_attn.explorer.base_path import BasePath, guessed
 from lerobot_attn.explorer.document import page_folder
 from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, HostGate
@@ -89,10 +89,12 @@ def create_app(
         get("/api/episodes/{id}", explorer.facts, zip_=True),
         get(episode + "/timeline", explorer.timeline, zip_=True),
         get(episode + "/shares", explorer.shares, zip_=True),
+        get(episode + "/roles/{camera:path}", explorer.roles, zip_=True),
         get(episode + "/ranges", explorer.ranges_of_steps, zip_=True),
         get(episode + "/ranges/{denoise_step:number}", explorer.ranges, zip_=True),
         get(at + "/tokens", explorer.tokens, zip_=True),
         get(at + "/actions", explorer.actions, zip_=True),
+        get(at + "/masks", explorer.masks, zip_=True),
         get(at + "/means/{denoise_step:number}", explorer.means),
         get(at + "/maps/{denoise_step:number}/{layer:number}", explorer.maps),
         get(at + "/prefix/{layer:number}/{query:number}", explorer.prefix),
@@ -160,14 +162,16 @@ class _Explorer:
         return _json(request, _read(self._episode(request), tables.timeline))
 
     def shares(self, request: Request) -> Response:
-        first = _integer(request, "first", 0)
-        where = {
-            "layer": _integer_or(request, "layer", "mean"),
-            "denoise_step": _integer(request, "denoise_step", -1),
-            "head": _integer_or(request, "head", "mean", "max"),
-        }
-        found = _read(self._episode(request), tables.shares, first, **where)
+        found = _read(self._episode(request), tables.shares, **_which_means(request))
         return _json(request, found)
+
+    def roles(self, request: Request) -> Response:
+        camera, where = request.path_params["camera"], _which_means(request)
+
+        def read(episode: Episode) -> dict[str, Any]:
+            return scene.role_shares(episode, where["first"], camera, tables.chosen_means(episode, **where))
+
+        return _json(request, _read(self._episode(request), read))
 
     def ranges(self, request: Request) -> Response:
         step = request.path_params["denoise_step"]
@@ -179,6 +183,10 @@ class _Explorer:
     def tokens(self, request: Request) -> Response:
         inference = request.path_params["inference"]
         return _json(request, _read(self._episode(request), tables.tokens, inference), immutable=True)
+
+    def masks(self, request: Request) -> Response:
+        inference = request.path_params["inference"]
+        return _json(request, _read(self._episode(request), scene.masks, inference), immutable=True)
 
     def actions(self, request: Request) -> Response:
         inference = request.path_params["inference"]
@@ -290,6 +298,16 @@ def _read[**P, R](episode: Episode, read: Callable[..., R], *args: Any, **where:
         raise
     except Exception as error:
         raise StoreError(f"{episode.path.name}: cannot be read: {first_line(error)}") from error
+
+
+def _which_means(request: Request) -> dict[str, Any]:
+    """Return which means over the executed actions a request asks for: arguments of `chosen_means`."""
+    return {
+        "first": _integer(request, "first", 0),
+        "layer": _integer_or(request, "layer", "mean"),
+        "denoise_step": _integer(request, "denoise_step", -1),
+        "head": _integer_or(request, "head", "mean", "max"),
+    }
 
 
 def _json(request: Request, value: Any, *, immutable: bool = False) -> Response:

@@ -22,7 +22,7 @@ import numpy as np
 
 from lerobot_attn.analysis.labels import ranges
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
-from lerobot_attn.explorer import slabs, tables
+from lerobot_attn.explorer import scene, slabs, tables
 from lerobot_attn.explorer.document import Document, data_element, escaped, single_document
 from lerobot_attn.explorer.excerpt import Excerpt, as_option, choose, facts_of
 from lerobot_attn.explorer.library import id_alone, summary_of
@@ -234,6 +234,8 @@ def _read(episode: Episode, chosen: Excerpt, quality: int, progress: Progress | 
         "tokens": [],
         "actions": [],
     }
+    if found["facts"]["scene"] is not None:
+        found["masks"] = []
     places = np.ix_(
         _places(chosen.recording["mean_layers"], chosen.layers),
         _places(chosen.recording["heads"], chosen.heads),
@@ -243,6 +245,8 @@ def _read(episode: Episode, chosen: Excerpt, quality: int, progress: Progress | 
     for inference in chosen.inferences:
         found["tokens"].append(tables.tokens(episode, inference))
         found["actions"].append(tables.action_chunk(episode, inference))
+        if "masks" in found:
+            found["masks"].append(scene.masks(episode, inference))
         for step in chosen.steps:
             slab, whole = slabs.mean_slab(episode, inference, step)
             maps.append(zipped.compress(np.frombuffer(slab, "<f2").reshape(whole)[places].tobytes()))

@@ -12,6 +12,7 @@ from lerobot_attn.analysis.select import RAW, prefix_only_layers
 from lerobot_attn.analysis.tokens import prompt_truncated
 from lerobot_attn.explorer.means import mean_layers
 from lerobot_attn.explorer.pictures import video_version
+from lerobot_attn.explorer.scene import scene
 from lerobot_attn.explorer.slabs import PREFIX, labels
 from lerobot_attn.explorer.values import numbers, plain
 from lerobot_attn.layout import Kind
@@ -55,6 +56,7 @@ def facts(episode: Episode) -> dict[str, Any]:
         "decodes": decodes(data),
         "first_action_query": layout.first_action_query,
         "action_queries": [actions.start, actions.stop],
+        "replay": "replay" in attributes,
         "executed_queries": attributes.get("executed_queries"),
         "mean_layers": mean_layers(data),
         "layers": labels(data, "layer", RAW),
@@ -69,6 +71,7 @@ def facts(episode: Episode) -> dict[str, Any]:
             {"kind": s.kind, "name": s.name, "start": s.start, "stop": s.stop} for s in layout.segments
         ],
         "cameras": _cameras(episode),
+        "scene": scene(data),
         "video_errors": _video_errors(attributes),
         "prompt_truncated": bool(prompt_truncated(data).any()),
         "kinds": {kind.name.lower(): int(kind) for kind in Kind},

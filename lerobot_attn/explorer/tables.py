@@ -48,8 +48,9 @@ def tokens(episode: Episode, inference: int) -> dict[str, Any]:
 def timeline(episode: Episode) -> dict[str, Any]:
     """Return what is stored once a frame: the executed action, state, reward, success, and where from.
 
-    State, reward and success are None where the recording has none. Query and action are -1 where the frame's
-    action is no token of an inference's chunk.
+    State, reward, success and the predicted action are None where the recording has none. Query and action
+    are -1 where the frame's action is no token of an inference's chunk. In a replay the action is the
+    recorded one.
     """
     data, actions = episode.arrays, episode.layout.action_queries
     query = data["frame_query"].values
@@ -64,6 +65,7 @@ def timeline(episode: Episode) -> dict[str, Any]:
         "reward": numbers(data["reward"].values) if "reward" in data else None,
         "success": data["success"].values.tolist() if "success" in data else None,
         "action": numbers(data["action"].values),
+        "predicted_action": numbers(data["predicted_action"].values) if "predicted_action" in data else None,
         "state": numbers(data["state"].values) if "state" in data else None,
     }
 
@@ -94,6 +96,25 @@ def shares(
     Raises:
         SelectionError: the episode does not hold it.
     """
+    data, n = episode.arrays, episode.n_inferences
+    maps = chosen_means(episode, first, layer=layer, denoise_step=denoise_step, head=head)
+    share = by_modality(data.isel(inference=slice(first, n)), maps).transpose("inference", "modality")
+    return {
+        "first": first,
+        "modalities": [str(name) for name in share["modality"].values],
+        "share": numbers(share.values),
+        "effective_tokens": numbers(attention_entropy(maps)["effective_number"].values),
+    }
+
+
+def chosen_means(
+    episode: Episode, first: int, *, layer: int | str, denoise_step: int, head: int | str
+) -> xr.DataArray:
+    """Return (inference, key) float32: means over the executed actions, of the inferences from `first` on.
+
+    NaN where an inference's maps are missing or damaged, and at keys that a layer cannot see. Arguments and
+    errors are those of `shares`.
+    """
     n = episode.n_inferences
     if not 0 <= first <= n:
         raise SelectionError(f"inference {first} does not exist: the episode has {n}, expected 0 to {n}")
@@ -115,11 +136,4 @@ def shares(
     rows = np.full((n - first, data.sizes["key"]), np.nan, np.float32)
     for block, found in in_blocks(n - first, read):
         rows[block] = found.transpose("inference", "key").values
-    maps = xr.DataArray(rows, dims=("inference", "key"), coords={"inference": np.arange(n - first)})
-    share = by_modality(data.isel(inference=slice(first, n)), maps).transpose("inference", "modality")
-    return {
-        "first": first,
-        "modalities": [str(name) for name in share["modality"].values],
-        "share": numbers(share.values),
-        "effective_tokens": numbers(attention_entropy(maps)["effective_number"].values),
-    }
+    return xr.DataArray(rows, dims=("inference", "key"), coords={"inference": np.arange(n - first)})

@@ -30,6 +30,52 @@ export interface Camera {
   video_version: string | null;
 }
 
+export interface Instance {
+  name: string;
+  role: string;
+}
+
+/** What masks show: their numbers' meaning, and which cameras have masks, by full name. */
+export interface Scene {
+  /** The first is the background. */
+  instances: Instance[];
+  cameras: string[];
+  /** Of a mask, whatever the size of its camera. */
+  height_px: number;
+  width_px: number;
+}
+
+/** Patches, row by row in the grid, and which share of what each of them shows something takes. */
+export type Coverage = [patches: number[], shares: number[]];
+
+export interface CameraMask {
+  /** Row by row: instance, length, instance, length …; -1 where nobody knows. */
+  runs: number[];
+  /** By the instance's number, of those in view: its share of the image's area. */
+  area: Record<number, number>;
+  /** Likewise. */
+  coverage: Record<number, Coverage>;
+  /** Patches that show nothing of the image, or nothing that is known. */
+  hidden: number[];
+}
+
+/** What the cameras showed at an inference, by full name. */
+export interface Masks {
+  cameras: Record<string, CameraMask>;
+}
+
+/** How much of one camera's attention lies on the objects of each role. */
+export interface RoleShares {
+  /** Number of the first inference. */
+  first: number;
+  camera: string;
+  roles: string[];
+  /** (inference, role); null where nothing of it is in view too. */
+  share: (number | null)[][];
+  /** Likewise, of a uniform map: the share of the image's area. */
+  chance: (number | null)[][];
+}
+
 export interface EpisodeRow {
   id: string;
   version: string;
@@ -88,6 +134,8 @@ export interface Facts {
   first_action_query: number;
   /** First suffix query that is an action, and the one after the last; a state token may come before. */
   action_queries: [number, number];
+  /** Whether recorded observations were shown to the policy: then none of its actions was executed. */
+  replay?: boolean;
   /** null where it is not known which are executed. */
   executed_queries: [number, number] | null;
   /** Layers whose means over the executed actions can be shown: stored ones, and those of full maps. */
@@ -105,6 +153,8 @@ export interface Facts {
   action_dims: string[];
   segments: Segment[];
   cameras: Camera[];
+  /** null where the recording has no masks of what its cameras showed. */
+  scene?: Scene | null;
   /** Full name of a camera → why its video could not be written. */
   video_errors: Record<string, string>;
   /** Whether the policy cut a prompt because it did not fit. */
@@ -147,7 +197,10 @@ export interface Timeline {
   /** null where the recording has none, as for `success` and `state`. */
   reward: (number | null)[] | null;
   success: boolean[] | null;
+  /** As it was executed; in a replay, as it was recorded. */
   action: (number | null)[][];
+  /** (frame, action_dim) What the policy predicted for each frame, in a replay; null elsewhere. */
+  predicted_action?: (number | null)[][] | null;
   state: (number | null)[][] | null;
 }
 

@@ -1,11 +1,14 @@
 /** Cameras with the heatmap over them, and the heatmap alone beside it. */
 
-import { useSignalEffect, type ReadonlySignal } from "@preact/signals";
+import { useSignal, useSignalEffect, type ReadonlySignal } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import { isMissing, percent, sum } from "./heat";
 import { pixelMap, visiblePatches, type CameraView } from "./layout";
 import type { EpisodeModel, Heat } from "./model";
+import { objectInWords } from "./objects";
+import { paintOutlines } from "./outlines";
 import { paintHeat } from "./paint";
+import { instanceAt } from "./scene";
 import * as state from "./state";
 
 /** What the pictures below say of themselves: the numbers beside a camera's name. */
@@ -36,12 +39,17 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
   const { model, view, end } = props;
   const overlay = useRef<HTMLCanvasElement>(null);
   const raw = useRef<HTMLCanvasElement>(null);
+  const outlines = { overlay: useRef<HTMLCanvasElement>(null), raw: useRef<HTMLCanvasElement>(null) };
+  /** The object that is pointed at, and where, in shares of the picture. */
+  const pointed = useSignal<{ kind: string; instance: number; x: number; y: number } | null>(null);
   const scratch = useRef<{ heat: ImageData; canvas: OffscreenCanvas } | null>(null);
   const map = pixelMap(view.geometry);
   const name = view.camera.name;
   const heat = model.heats.value.find((found) => found.view === view);
   const isChosen = model.camera.value === view;
   const videoError = model.facts.value?.video_errors[name];
+  const scene = model.facts.value?.scene;
+  const isOutlined = Boolean(scene?.cameras.includes(name)) && state.outlines.value === "on";
 
   useSignalEffect(() => {
     const found = model.heats.value.find((heat) => heat.view === view);
@@ -65,10 +73,34 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
     model.isPainted.value = true;
   });
 
-  const pickPatch = (event: MouseEvent) => {
+  useSignalEffect(() => {
+    const scene = model.facts.value?.scene;
+    const found = state.outlines.value === "on" ? model.maskOf(name) : null;
+    for (const { current } of Object.values(outlines)) {
+      if (!scene || !current) continue;
+      paintOutlines(current, found?.pixels ?? null, scene);
+      // For whoever waits for it.
+      current.dataset["inference"] = String(model.shown.value?.inference ?? "");
+    }
+  });
+
+  /** Where an event lies, in shares of the picture. */
+  const placeOf = (event: MouseEvent) => {
     const box = (event.currentTarget as HTMLElement).getBoundingClientRect();
-    const x = Math.floor(((event.clientX - box.left) / box.width) * map.width);
-    const y = Math.floor(((event.clientY - box.top) / box.height) * map.height);
+    return { x: (event.clientX - box.left) / box.width, y: (event.clientY - box.top) / box.height };
+  };
+  const point = (event: MouseEvent, kind: string) => {
+    const found = isOutlined && scene ? model.maskOf(name) : null;
+    const { x, y } = placeOf(event);
+    const instance = found ? instanceAt(found.pixels, scene!, x, y) : -1;
+    pointed.value = instance < 0 ? null : { kind, instance, x, y };
+  };
+  const leave = (event: PointerEvent) => {
+    if (event.pointerType !== "touch") pointed.value = null; // a finger leaves as soon as it has tapped
+  };
+  const pickPatch = (event: MouseEvent) => {
+    const place = placeOf(event);
+    const [x, y] = [Math.floor(place.x * map.width), Math.floor(place.y * map.height)];
     const row = map.rows[Math.min(Math.max(y, 0), map.height - 1)];
     const column = map.columns[Math.min(Math.max(x, 0), map.width - 1)];
     state.patch.value = `${view.camera.label}:${row}:${column}`;
@@ -80,10 +112,20 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
     <figure class={`camera ${isChosen ? "chosen" : ""}`}>
       <div class="pictures">
         {[
-          { ref: overlay, kind: "overlay", label: `Picture with ${what}` },
-          { ref: raw, kind: "raw", label: `Map alone: ${what}` },
-        ].map(({ ref, kind, label }) => (
-          <div class="picture" onClick={pickPatch} key={kind} title="Click a patch to ask who looks at it">
+          { ref: overlay, lines: outlines.overlay, kind: "overlay", label: `Picture with ${what}` },
+          { ref: raw, lines: outlines.raw, kind: "raw", label: `Map alone: ${what}` },
+        ].map(({ ref, lines, kind, label }) => (
+          <div
+            class="picture"
+            onClick={(event) => {
+              pickPatch(event);
+              point(event, kind);
+            }}
+            onPointerMove={(event) => point(event, kind)}
+            onPointerLeave={leave}
+            key={kind}
+            title={isOutlined ? undefined : "Click a patch to ask who looks at it"}
+          >
             <canvas
               ref={ref}
               width={map.width}
@@ -93,7 +135,19 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
               data-camera={view.camera.label}
               data-kind={kind}
             />
+            {isOutlined && (
+              <canvas
+                ref={lines}
+                class="outlines"
+                aria-hidden="true"
+                data-outlines={view.camera.label}
+                data-over={kind}
+              />
+            )}
             <PatchMark view={view} />
+            {isOutlined && pointed.value?.kind === kind && (
+              <ObjectLabel model={model} view={view} {...pointed.value} />
+            )}
           </div>
         ))}
       </div>
@@ -108,6 +162,30 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
         )}
       </figcaption>
     </figure>
+  );
+}
+
+/** What is pointed at: its name, its role, and how much of this camera's attention lies on it. */
+function ObjectLabel(props: {
+  model: EpisodeModel;
+  view: CameraView;
+  instance: number;
+  x: number;
+  y: number;
+}) {
+  const { model, view, instance, x, y } = props;
+  const said = objectInWords(model, view, instance);
+  if (!said) return null;
+  const style = {
+    [x < 0.5 ? "left" : "right"]: `${100 * Math.min(x, 1 - x)}%`,
+    [y < 0.5 ? "top" : "bottom"]: `calc(${100 * Math.min(y, 1 - y)}% + 14px)`,
+  };
+  return (
+    <span class="object-label" role="status" style={style}>
+      <strong>{said.name}</strong> {said.role}
+      <br />
+      {said.numbers}
+    </span>
   );
 }
 

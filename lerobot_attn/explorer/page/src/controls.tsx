@@ -1,6 +1,7 @@
 /** Native controls for everything that is chosen, and the keys that do the same. */
 
 import { effect, type ReadonlySignal } from "@preact/signals";
+import type { Facts } from "./api";
 import { COLOUR_MAPS, type ColourMap } from "./colormaps";
 import { NORMALISATIONS, type Normalisation } from "./heat";
 import { averagedInWords, isAll, tokenInWords } from "./labels";
@@ -48,7 +49,12 @@ const numbers = (labels: number[], name: (label: number) => string = String) =>
 
 const chosen = <T extends string>(value: string) => (/^-?\d+$/.test(value) ? Number(value) : (value as T));
 
-export function Controls({ model }: { model: EpisodeModel }) {
+function meanInWords(facts: Facts): string {
+  if (facts.decodes) return "mean of all";
+  return facts.replay ? `mean of ${averagedInWords(facts).replace(/ actions$/, "")}` : "mean of the executed";
+}
+
+export function Controls({ model, hasMasks }: { model: EpisodeModel; hasMasks: boolean }) {
   const facts = model.facts.value;
   if (!facts) return null;
   const nActions = countActions(facts);
@@ -114,10 +120,17 @@ export function Controls({ model }: { model: EpisodeModel }) {
         label={facts.decodes ? "Decoded token" : "Action token"}
         value={String(state.query.value)}
         options={[
-          { value: "executed", name: facts.decodes ? "mean of all" : "mean of the executed" },
+          { value: "executed", name: meanInWords(facts) },
           ...(facts.layers.length
             ? [
-                ...(facts.decodes ? [] : [{ value: "frame", name: "the one executed now" }]),
+                ...(facts.decodes
+                  ? []
+                  : [
+                      {
+                        value: "frame",
+                        name: facts.replay ? "the one for this frame" : "the one executed now",
+                      },
+                    ]),
                 ...numbers(
                   Array.from({ length: nActions }, (_, i) => i),
                   (label) => tokenInWords(facts, label),
@@ -150,6 +163,18 @@ export function Controls({ model }: { model: EpisodeModel }) {
           onInput={(event) => (state.opacity.value = Number(event.currentTarget.value))}
         />
       </label>
+      {hasMasks && (
+        <label class="control toggle">
+          <span>
+            Outlines <kbd>o</kbd>
+          </span>
+          <input
+            type="checkbox"
+            checked={state.outlines.value === "on"}
+            onChange={(event) => (state.outlines.value = event.currentTarget.checked ? "on" : "off")}
+          />
+        </label>
+      )}
       {lacksMap && (
         <p class="note" role="status">
           No full map of layer {layer} was recorded (of {facts.layers.join(", ") || "none"}): this is the mean
@@ -158,7 +183,10 @@ export function Controls({ model }: { model: EpisodeModel }) {
       )}
       {!lacksMap && isNoToken && (
         <p class="note" role="status">
-          The action of this frame is no token of a chunk: this is the mean of {averagedInWords(facts)}.
+          {facts.replay
+            ? "No action of a chunk stands for this frame"
+            : "The action of this frame is no token of a chunk"}
+          : this is the mean of {averagedInWords(facts)}.
         </p>
       )}
       {isBlind && (
@@ -223,6 +251,7 @@ function isTaken(event: KeyboardEvent): boolean {
   if (event.ctrlKey || event.metaKey || event.altKey) return true;
   if (target.closest("dialog")) return true;
   if (target instanceof HTMLInputElement && target.type === "range") return MOVES.test(event.key);
+  if (target instanceof HTMLInputElement && target.type === "checkbox") return event.key === " ";
   if (target instanceof HTMLSelectElement) return MOVES.test(event.key) || /^[\w ]$/.test(event.key);
   if (target instanceof HTMLButtonElement || target instanceof HTMLAnchorElement) return event.key === " ";
   return target.matches("input, textarea, summary");
@@ -259,6 +288,7 @@ export function followKeys(
         const labels = model.views.value.map(({ camera }) => camera.label);
         state.camera.value = next(labels, model.camera.value?.camera.label ?? "", 1, true);
       },
+      o: () => (state.outlines.value = state.outlines.value === "on" ? "off" : "on"),
       "?": help,
     };
     const action = actions[event.key];

@@ -19,6 +19,7 @@ import { percent } from "./heat";
 import { Help } from "./help";
 import { visiblePatches } from "./layout";
 import { EpisodeModel, sharedEnd } from "./model";
+import { ObjectsPanel, OutlineLegend } from "./objects";
 import { PatchPanel } from "./patch";
 import { download } from "./picture";
 import { episodeName, holds, Outcome, outcome, RandomWeights } from "./run";
@@ -113,6 +114,14 @@ export function EpisodePage(props: {
               </span>
             )}
             <Outcome of={facts} />
+            {facts.replay && (
+              <span
+                class="badge unknown"
+                title="The policy was shown what had been recorded; its actions moved nothing."
+              >
+                replay
+              </span>
+            )}
             {growing.has(first.id) && <span class="badge live">live</span>}
           </>
         )}
@@ -152,7 +161,7 @@ export function EpisodePage(props: {
       {!facts && !first.problem.value && <p class="note">Loading …</p>}
       {facts && (
         <>
-          <Controls model={first} />
+          <Controls model={first} hasMasks={both.some(hasMasks)} />
           <div class={second ? "sides two" : "sides"}>
             {both.map((model, i) => (
               <Side
@@ -178,11 +187,13 @@ export function EpisodePage(props: {
           </footer>
         </>
       )}
-      {help.value && <Help onClose={() => (help.value = false)} />}
+      {help.value && <Help hasMasks={both.some(hasMasks)} onClose={() => (help.value = false)} />}
       {state.tour.value > 0 && <Tour model={first} />}
     </main>
   );
 }
+
+const hasMasks = (model: EpisodeModel) => Boolean(model.facts.value?.scene);
 
 /** The frame of the compared episode that goes with the first one's, and where the playhead can go. */
 function otherFrame(first: EpisodeModel) {
@@ -312,6 +323,7 @@ function Side(props: {
       <div class="panels seen">
         <section class="panel" id={isSecond ? "cameras-2" : "cameras"} aria-label="Cameras">
           <Cameras model={model} end={end} />
+          <OutlineLegend model={model} />
           {!isSecond && <ColourBar end={end} />}
         </section>
       </div>
@@ -330,6 +342,7 @@ function Side(props: {
       )}
       <div class="panels told">
         <ShareBar model={model} />
+        <ObjectsPanel model={model} id={isSecond ? "objects-2" : "objects"} />
         <Sentence model={model} />
         {!isSecond && <PatchPanel model={model} />}
       </div>

@@ -6,7 +6,9 @@ import {
   type AllRanges,
   type EpisodeRow,
   type Facts,
+  type Masks,
   type Ranges,
+  type RoleShares,
   type Run,
   type Shares,
   type Slab,
@@ -16,6 +18,7 @@ import {
 import { decodeFloat16 } from "./float16";
 import { CLIP, effectiveNumber, percentile, pick, sumByGroup } from "./heat";
 import { blindOf, cameraViews, modalitiesOf, modalityOfKey } from "./layout";
+import { isKnown, lyingOn, ofRole, rolesOf, type Lying } from "./scene";
 import { pictureCache, type EpisodeId, type Source, type Video, type Where } from "./source";
 
 export interface Embedded {
@@ -27,6 +30,8 @@ export interface Embedded {
   inferences: number[];
   tokens: Tokens[];
   actions: ActionChunk[];
+  /** None of a recording without. */
+  masks?: Masks[];
   /** float16 (inference, denoise step, layer, head, key), gzip, base64 */
   means: { shape: [number, number, number, number, number]; data: string };
   /** Full name of a camera → frame → JPEG, base64. */
@@ -72,6 +77,11 @@ export class FileSource implements Source {
   timeline = async (_: EpisodeId) => this.data.timeline;
   tokens = async (_: EpisodeId, inference: number) => this.data.tokens[this.place(inference)]!;
   actions = async (_: EpisodeId, inference: number) => this.data.actions[this.place(inference)]!;
+  masks = async (_: EpisodeId, inference: number) => {
+    const found = this.data.masks?.[this.place(inference)];
+    if (!found) throw notHere("masks");
+    return found;
+  };
   map = () => Promise.reject(notHere("full maps"));
   prefix = () => Promise.reject(notHere("the prefix"));
 
@@ -103,6 +113,29 @@ export class FileSource implements Source {
       const shares = [...sumByGroup(attention, modality, names.length)];
       found.share.push(shares.map((share) => (Number.isNaN(share) ? null : share)));
       found.effective_tokens.push(effectiveNumber(attention));
+    }
+    return found;
+  }
+
+  async roles(episode: EpisodeId, first: number, where: Where, camera: string): Promise<RoleShares> {
+    const { facts, masks, inferences } = this.data;
+    const view = cameraViews(facts).find((view) => view.camera.name === camera);
+    if (!facts.scene || !masks || !view) throw notHere("masks");
+    const roles = rolesOf(facts.scene);
+    const found: RoleShares = { first, camera, roles, share: [], chance: [] };
+    for (let inference = first; inference < facts.n_inferences; inference++) {
+      const mask = masks[inferences.indexOf(inference)]?.cameras[camera];
+      if (!mask || !isKnown(mask)) {
+        found.share.push(roles.map(() => null));
+        found.chance.push(roles.map(() => null));
+        continue;
+      }
+      const attention = await this.attention(episode, inference, where);
+      const values = attention.subarray(view.segment.start, view.segment.stop);
+      const lying = roles.map((role) => lyingOn(values, mask, ofRole(facts.scene!.instances, role)));
+      const seen = (value: number, { chance }: Lying) => (chance > 0 && !Number.isNaN(value) ? value : null);
+      found.share.push(lying.map((one) => seen(one.share, one)));
+      found.chance.push(lying.map((one) => seen(one.chance, one)));
     }
     return found;
   }

@@ -7,7 +7,10 @@ import {
   type Choice,
   type HeadChoice,
   type EpisodeRow,
+  type CameraMask,
   type Facts,
+  type Masks,
+  type RoleShares,
   type Shares,
   type Slab,
   type Timeline,
@@ -17,6 +20,7 @@ import { patches, pick, rangeEnd, rowOf, type Normalisation } from "./heat";
 import { Frames, indexOf, nearestLabel } from "./labels";
 import { blindOf, cameraViews, queryOfAction, type CameraView } from "./layout";
 import { EpisodeRanges } from "./ranges";
+import { decodeMask, isKnown } from "./scene";
 import type { EpisodeId, Source } from "./source";
 import * as state from "./state";
 
@@ -33,12 +37,15 @@ export interface Shown {
   row: { slab: Slab; layer: number; query: number } | null;
   tokens: Tokens;
   chunk: ActionChunk;
+  /** null where the recording has none, or they cannot be read. */
+  masks: Masks | null;
   /** Full name of a camera → its picture, if there is a video. */
   pictures: Map<string, ImageBitmap>;
 }
 
 /** What is loaded by itself, and can fail by itself. */
-export type Loaded = "episode" | "frame" | "shares" | "ranges" | "all ranges" | "steps" | "word" | "map";
+export type Loaded =
+  "episode" | "frame" | "shares" | "roles" | "ranges" | "all ranges" | "steps" | "word" | "map";
 
 interface Word {
   group: number;
@@ -64,6 +71,8 @@ export class EpisodeModel {
   readonly facts = signal<Facts | null>(null);
   readonly timeline = signal<Timeline | null>(null);
   readonly shares = signal<(Shares & { asked: string }) | null>(null);
+  /** Of the chosen camera. */
+  readonly roles = signal<(RoleShares & { asked: string }) | null>(null);
   readonly shown = signal<Shown | null>(null);
   /** Means of every denoise step of the shown inference, once they are here. */
   readonly steps = signal<{ inference: number; slabs: Slab[] } | null>(null);
@@ -106,6 +115,7 @@ export class EpisodeModel {
   // What an inference's frames share stays the same object: who reads these is not drawn anew each frame.
   readonly means = computed(() => this.shown.value?.means ?? null);
   readonly tokens = computed(() => this.shown.value?.tokens ?? null);
+  readonly masks = computed(() => this.shown.value?.masks ?? null);
   private readonly isOpened = computed(() => this.shown.value !== null || this.problem.value !== null);
   private readonly row = computed(() => this.shown.value?.row ?? null);
 
@@ -134,8 +144,16 @@ export class EpisodeModel {
     JSON.stringify([this.facts.value?.version, this.layer.value, this.head.value, this.step.value]),
   );
 
+  /** Which role shares are wanted; null where there can be none. */
+  private readonly rolesAsked = computed(() => {
+    const camera = this.camera.value?.camera.name;
+    const hasMasks = camera !== undefined && this.facts.value?.scene?.cameras.includes(camera);
+    return hasMasks ? JSON.stringify([this.sharesAsked.value, camera]) : null;
+  });
+
   private readonly stops: (() => void)[] = [];
   isDisposed = false;
+  private readonly pixels = new WeakMap<CameraMask, Int16Array>();
   private request = 0;
   private delivered = 0;
   private refreshes = 0;
@@ -153,6 +171,7 @@ export class EpisodeModel {
     this.stops.push(
       effect(() => this.loadShown()),
       effect(() => this.loadShares()),
+      effect(() => this.loadRoles()),
       effect(() => this.ranges.loadStep()),
       effect(() => this.ranges.loadAll()),
       effect(() => this.loadSteps()),
@@ -181,6 +200,15 @@ export class EpisodeModel {
         .slice(view.segment.start, view.segment.stop)
         .reduce((total, value) => total + value, 0),
     }));
+  }
+
+  /** What a camera shows at the shown inference: its mask and what is known of it; null where there is none. */
+  maskOf(camera: string): { mask: CameraMask; pixels: Int16Array } | null {
+    const mask = this.masks.value?.cameras[camera];
+    if (!mask || !isKnown(mask)) return null;
+    let pixels = this.pixels.get(mask);
+    if (!pixels) this.pixels.set(mask, (pixels = decodeMask(mask.runs)));
+    return { mask, pixels };
   }
 
   videoUrl(camera: string): string | null {
@@ -268,6 +296,7 @@ export class EpisodeModel {
   private forget(): void {
     this.delivered = ++this.request;
     this.shown.value = this.shares.value = this.steps.value = this.word.value = null;
+    this.roles.value = null;
     this.ranges.forget();
     this.isPainted.value = false;
   }
@@ -290,11 +319,12 @@ export class EpisodeModel {
     if (isShown && !lacksPicture && !old.row && layer === null) return;
     const request = ++this.request;
     const load = async () => {
-      const [means, row, tokens, chunk, pictures] = await Promise.all([
+      const [means, row, tokens, chunk, masks, pictures] = await Promise.all([
         this.loadMeans(facts, inference, step),
         this.loadRow(facts, timeline, frame, inference, step, layer, query),
         this.source.tokens(this.key, inference),
         this.source.actions(this.key, inference),
+        this.loadMasks(facts, inference),
         this.loadPictures(frame),
       ]);
       if (request < this.delivered || this.isDisposed) return; // a later one was faster
@@ -303,7 +333,7 @@ export class EpisodeModel {
       batch(() => {
         if (!isSameInference) this.word.value = null;
         this.failedFrame.value = null;
-        this.shown.value = { ...wanted, means, row, tokens, chunk, pictures };
+        this.shown.value = { ...wanted, means, row, tokens, chunk, masks, pictures };
       });
       if (!isSameInference && this.pointedAt !== null) void this.showWord(this.pointedAt);
       if (request !== this.request) return;
@@ -340,6 +370,17 @@ export class EpisodeModel {
     return { slab: rowOf(map, wanted), layer, query: wanted };
   }
 
+  private async loadMasks(facts: Facts, inference: number): Promise<Masks | null> {
+    if (!facts.scene) return null;
+    try {
+      return await this.source.masks(this.key, inference);
+    } catch (error) {
+      // As of pictures: attention is shown without them where they are damaged.
+      if (!(error instanceof ApiError) || error.status === 0) throw error;
+      return null;
+    }
+  }
+
   private async loadPictures(frame: number): Promise<Map<string, ImageBitmap>> {
     const found = new Map<string, ImageBitmap>();
     await Promise.all(
@@ -365,6 +406,7 @@ export class EpisodeModel {
       if (this.hasMeans.value) this.source.means(this.key, next, step).catch(ignore);
       this.source.tokens(this.key, next).catch(ignore);
       this.source.actions(this.key, next).catch(ignore);
+      if (this.facts.value?.scene) this.source.masks(this.key, next).catch(ignore);
     }
     const frames = this.frames.value;
     const place = frames.placeOf(frame);
@@ -402,6 +444,31 @@ export class EpisodeModel {
         const isOld = present?.asked === asked && present.share.length > share.length;
         if (asked !== this.sharesAsked.value || isOld) return; // a later one was faster
         this.shares.value = { modalities: found.modalities, first: 0, share, effective_tokens, asked };
+      });
+    }, SHARES_SETTLE_MS);
+    return () => clearTimeout(timer);
+  }
+
+  private loadRoles(): (() => void) | void {
+    const [facts, asked] = [this.facts.value, this.rolesAsked.value];
+    const camera = this.camera.value?.camera.name;
+    const where = { layer: this.layer.value, head: this.head.value, step: this.step.value };
+    const isWanted = facts && facts.n_inferences && this.hasMeans.value && this.isOpened.value;
+    if (!isWanted || asked === null || camera === undefined) return;
+    const key = this.key;
+    const old = untracked(() => this.roles.value);
+    const known = old?.asked === asked ? old : null;
+    if (known && known.share.length === facts.n_inferences) return;
+    const timer = setTimeout(() => {
+      void this.attempt("roles", async () => {
+        const first = known?.share.length ?? 0;
+        const found = await this.source.roles(key, first, where, camera);
+        const share = [...(known?.share ?? []), ...found.share];
+        const chance = [...(known?.chance ?? []), ...found.chance];
+        const present = this.roles.value;
+        const isOld = present?.asked === asked && present.share.length > share.length;
+        if (asked !== this.rolesAsked.value || isOld) return; // a later one was faster
+        this.roles.value = { ...found, first: 0, share, chance, asked };
       });
     }, SHARES_SETTLE_MS);
     return () => clearTimeout(timer);

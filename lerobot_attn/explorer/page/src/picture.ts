@@ -5,6 +5,8 @@ import { NORMALISATIONS, type Normalisation } from "./heat";
 import { averagedInWords, headInWords, inWords, tokenInWords } from "./labels";
 import { actionOfQuery, denoises } from "./layout";
 import type { EpisodeModel } from "./model";
+import { olderFrame } from "./objects";
+import { outlinesInWords } from "./outlines";
 import * as state from "./state";
 
 const GAP = 12;
@@ -30,7 +32,7 @@ export function caption(model: EpisodeModel): string[] {
     ? tokenInWords(facts, actionOfQuery(facts, shown.row.query))
     : facts.decodes
       ? `mean of ${averagedInWords(facts)}`
-      : `mean of executed actions${executedInWords(facts)}`;
+      : `mean of ${facts.replay ? "" : "executed "}actions${executedInWords(facts)}`;
   const step = denoises(facts) ? `denoise step ${shown.step} · ` : "";
   const word = model.word.value;
   return [
@@ -38,10 +40,18 @@ export function caption(model: EpisodeModel): string[] {
     word
       ? `frame ${shown.frame} · what “${shown.tokens.groups[word.group]?.label}” looks at in the prefix, layer ${word.layer}, ${headInWords(word.head, facts)} · ${UNITS[state.normalisation.value]}`
       : `frame ${shown.frame} · ${layer} · ${head} · ${step}${query} · ${UNITS[state.normalisation.value]}`,
+    ...(state.outlines.value === "on" && facts.scene && model.masks.value
+      ? [`outlines${asAt(model)}: ${outlinesInWords(facts.scene)}`]
+      : []),
     ...(facts.random_weights ? ["random weights: the maps mean nothing"] : []),
     ...(facts.condition ? [`condition: ${facts.condition}`] : []),
     ...(facts.policy_remark ? [facts.policy_remark] : []),
   ];
+}
+
+function asAt(model: EpisodeModel): string {
+  const older = olderFrame(model);
+  return older === null ? "" : ` as at frame ${older}`;
 }
 
 /** " 0–9", or nothing where it is not known which are executed. */
@@ -81,6 +91,12 @@ export function compose(models: EpisodeModel[], root: ParentNode = document): HT
     let left = GAP;
     for (const canvas of canvases) {
       context.drawImage(canvas, left, top, widthOf(canvas), HEIGHT);
+      const outlines = canvas.parentElement?.querySelector<HTMLCanvasElement>("canvas[data-outlines]");
+      if (outlines?.width) {
+        context.imageSmoothingEnabled = true;
+        context.drawImage(outlines, left, top, widthOf(canvas), HEIGHT);
+        context.imageSmoothingEnabled = false;
+      }
       left += widthOf(canvas) + GAP;
     }
     lines.forEach((line, i) => {

@@ -10,7 +10,9 @@ import {
   type Facts,
   type Groups,
   type HeadChoice,
+  type Masks,
   type Ranges,
+  type RoleShares,
   type Run,
   type Shares,
   type Slab,
@@ -34,10 +36,13 @@ export interface Source {
   facts(id: string): Promise<Facts>;
   timeline(episode: EpisodeId): Promise<Timeline>;
   shares(episode: EpisodeId, first: number, where: Where): Promise<Shares>;
+  /** Of one camera, by its full name. */
+  roles(episode: EpisodeId, first: number, where: Where, camera: string): Promise<RoleShares>;
   ranges(episode: EpisodeId, step: number): Promise<Ranges>;
   allRanges(episode: EpisodeId): Promise<AllRanges>;
   tokens(episode: EpisodeId, inference: number): Promise<Tokens>;
   actions(episode: EpisodeId, inference: number): Promise<ActionChunk>;
+  masks(episode: EpisodeId, inference: number): Promise<Masks>;
   /** (layer, head, key): means over the executed actions. */
   means(episode: EpisodeId, inference: number, step: number): Promise<Slab>;
   /** (head, query, key): a full map. */
@@ -151,9 +156,9 @@ export class ServerSource implements Source {
   timeline = (episode: EpisodeId) => json<Timeline>(`${base(episode)}/timeline`);
 
   shares = (episode: EpisodeId, first: number, where: Where) =>
-    json<Shares>(
-      `${base(episode)}/shares?first=${first}&layer=${where.layer}&head=${where.head}&denoise_step=${where.step}`,
-    );
+    json<Shares>(`${base(episode)}/shares?${asked(first, where)}`);
+  roles = (episode: EpisodeId, first: number, where: Where, camera: string) =>
+    json<RoleShares>(`${base(episode)}/roles/${encodeURIComponent(camera)}?${asked(first, where)}`);
 
   ranges = (episode: EpisodeId, step: number) => json<Ranges>(`${base(episode)}/ranges/${step}`);
   allRanges = (episode: EpisodeId) => json<AllRanges>(`${base(episode)}/ranges`);
@@ -161,6 +166,8 @@ export class ServerSource implements Source {
     this.kept<Tokens>(`${base(episode)}/inferences/${inference}/tokens`);
   actions = (episode: EpisodeId, inference: number) =>
     this.kept<ActionChunk>(`${base(episode)}/inferences/${inference}/actions`);
+  masks = (episode: EpisodeId, inference: number) =>
+    this.kept<Masks>(`${base(episode)}/inferences/${inference}/masks`);
 
   means(episode: EpisodeId, inference: number, step: number): Promise<Slab> {
     const address = `${base(episode)}/inferences/${inference}/means/${step}`;
@@ -213,6 +220,10 @@ export class ServerSource implements Source {
   private kept<T>(address: string): Promise<T> {
     return this.facts_.get(address, () => json<T>(address)) as Promise<T>;
   }
+}
+
+function asked(first: number, { layer, head, step }: Where): string {
+  return `first=${first}&layer=${layer}&head=${head}&denoise_step=${step}`;
 }
 
 function base(episode: EpisodeId): string {

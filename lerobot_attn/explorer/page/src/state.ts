@@ -7,6 +7,7 @@ import { NORMALISATIONS, type Normalisation } from "./heat";
 
 /** "executed": the mean over the executed actions; "frame": the action executed at the frame; or its number. */
 export type Query = "executed" | "frame" | number;
+export type Toggle = "on" | "off";
 export type Lock = "frame" | "phase";
 export type Filter = "all" | "success" | "failure" | "incomplete";
 
@@ -54,6 +55,8 @@ export const opacity = field("opacity", 0.7, (value) => {
   const number = Number(value);
   return number >= 0 && number <= 1 ? number : undefined;
 });
+/** Whether objects are outlined, in recordings that have masks of them. */
+export const outlines = field<Toggle>("outlines", "on", oneOf("on", "off"));
 /** camera:row:column of the patch that was asked about. */
 export const patch = field("patch", "", (value) => (/^.+:\d+:\d+$/.test(value) ? value : undefined));
 /** A second episode beside the first. */

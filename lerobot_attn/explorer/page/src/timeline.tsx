@@ -4,12 +4,14 @@ import { useSignal, useSignalEffect } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
-import type { Facts, Shares, Timeline as Table } from "./api";
+import type { Facts, RoleShares, Shares, Timeline as Table } from "./api";
 import { modalityColour, modalityLabel } from "./layout";
 import type { EpisodeModel } from "./model";
+import { isRole, LOOKS } from "./scene";
 import { ink, type Ink } from "./theme";
 
 const SHARES_PX = 58;
+const ROLES_PX = 46;
 const LINES_PX = 64;
 const AXIS_PX = 44;
 const WHOLE = [1, 2, 5]
@@ -116,6 +118,40 @@ function sharesPlan(facts: Facts, shares: Shares, table: Table): Plan {
   };
 }
 
+/** Each role's share of the chosen camera's attention as a line, and its chance dashed, in the same colour. */
+function rolesPlan(roles: RoleShares, table: Table): Plan {
+  const told = roles.roles.flatMap((name, place) => (isRole(name) ? [{ name, place }] : []));
+  const line = (colour: string) => ({
+    scale: "share",
+    stroke: colour,
+    paths: steps,
+    points: { show: false },
+  });
+  return {
+    height: ROLES_PX,
+    series: told.flatMap(({ name }) => {
+      const { colour } = LOOKS[name];
+      return [
+        { ...line(colour), label: `${name} by chance`, width: 1, dash: [3, 3] },
+        { ...line(colour), label: name, width: 2 },
+      ];
+    }),
+    data: told.flatMap(({ place }) => [
+      perFrame(table, (inference) => roles.chance[inference]?.[place]),
+      perFrame(table, (inference) => roles.share[inference]?.[place]),
+    ]),
+    scales: { share: { range: (_, __, most) => [0, most > 0 ? Math.min(1, most * 1.1) : 1] } },
+    axes: [
+      {
+        scale: "share",
+        space: 20,
+        values: (_, ticks) => ticks.map((tick) => `${+(tick * 100).toFixed(1)} %`),
+      },
+    ],
+    numbered: false,
+  };
+}
+
 function linesPlan(colour: Ink, shares: Shares, table: Table): Plan {
   const effective = perFrame(table, (inference) => shares.effective_tokens[inference]);
   const line = { width: 1.5, paths: steps, points: { show: false } };
@@ -147,6 +183,7 @@ export function TimelinePanel(props: {
 }) {
   const { model, label, onSeek } = props;
   const sharesRef = useRef<HTMLDivElement>(null);
+  const rolesRef = useRef<HTMLDivElement>(null);
   const linesRef = useRef<HTMLDivElement>(null);
   const plots = useRef<uPlot[]>([]);
   const width = useSignal(0);
@@ -173,6 +210,10 @@ export function TimelinePanel(props: {
     plots.current.forEach((plot) => plot.destroy());
     const colour = ink(sharesRef.current!);
     plots.current = [plot(sharesRef.current!, table, sharesPlan(facts, shares, table), movePlayhead)];
+    const roles = model.roles.value;
+    if (rolesRef.current && roles) {
+      plots.current.push(plot(rolesRef.current, table, rolesPlan(roles, table), () => {}));
+    }
     if (linesRef.current) {
       plots.current.push(plot(linesRef.current, table, linesPlan(colour, shares, table), () => {}));
     }
@@ -195,6 +236,7 @@ export function TimelinePanel(props: {
 
   const succeeded = model.timeline.value?.success?.indexOf(true) ?? -1;
   const [facts, modalities] = [model.facts.value, model.shares.value?.modalities];
+  const roles = facts?.scene ? model.roles.value : null;
   return (
     <section class="timeline" aria-label={label}>
       <div class="timeline-keys" aria-hidden="true">
@@ -210,6 +252,21 @@ export function TimelinePanel(props: {
                 {modalityLabel(facts, name)}
               </span>
             ))}
+        {facts && roles && (
+          <span>
+            <b>on objects</b>, of camera {modalityLabel(facts, roles.camera)}:
+          </span>
+        )}
+        {roles?.roles.map((role) => (
+          <span key={role}>
+            <i class="swatch" style={{ background: isRole(role) ? LOOKS[role].colour : "" }} /> {role}
+          </span>
+        ))}
+        {roles && (
+          <span>
+            <i class="line dashed soft" /> chance, by area
+          </span>
+        )}
         <span>
           <i class="line accent" /> tokens it is worth (2^entropy)
         </span>
@@ -223,6 +280,7 @@ export function TimelinePanel(props: {
       </div>
       <div class="plots" onPointerDown={seek} onPointerMove={seek}>
         <div ref={sharesRef} class="plot" />
+        {facts?.scene && facts.mean_layers.length > 0 && <div ref={rolesRef} class="plot roles" />}
         <div ref={linesRef} class="plot" />
         {left.value !== null && <span class="playhead" style={{ left: `${left.value}px` }} />}
       </div>

@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
 import type { Facts, Tokens } from "../src/api";
 import { FileSource, type Embedded } from "../src/file";
+import type { Where } from "../src/source";
 
 const ID = { id: "episode", version: "v" };
 const ONE = 0x3c00; // float16
@@ -108,6 +109,30 @@ describe("an exported episode", async () => {
     const found = await holed.shares(ID, 1, { layer: 3, head: 2, step: 0 });
     expect(found.share[0]).toEqual([null, null]);
     expect(found.effective_tokens[0]).toBeNull();
+  });
+
+  it("gives shares of roles of what is there, and null of what is not", async () => {
+    const mask = (coverage: object, area: object) => ({
+      cameras: { "images.front": { runs: [1, 2], coverage, area, hidden: [] } },
+    });
+    const scene = { instances: [{ role: "background" }, { role: "target" }], cameras: ["images.front"] };
+    const masked = new FileSource({
+      ...(source as unknown as { data: Embedded }).data,
+      facts: { ...(await source.facts(ID.id)), scene },
+      masks: [mask({ 1: [[0], [0.25]] }, { 1: 0.125 }), mask({}, {})],
+    } as unknown as Embedded);
+    const where: Where = { layer: 3, head: 2, step: 0 };
+    // Inference 1 looks at patch 0 alone; at inference 4 the target is not in view.
+    expect(await masked.roles(ID, 0, where, "images.front")).toEqual({
+      first: 0,
+      camera: "images.front",
+      roles: ["target"],
+      share: [[null], [0.25], [null], [null], [null]],
+      chance: [[null], [0.125], [null], [null], [null]],
+    });
+    expect((await masked.masks(ID, 4)).cameras["images.front"]!.coverage).toEqual({});
+    await expect(source.masks(ID, 1)).rejects.toThrow("does not hold masks");
+    await expect(source.roles(ID, 0, where, "images.front")).rejects.toThrow("does not hold masks");
   });
 
   it("ends colours by what is in the file", async () => {

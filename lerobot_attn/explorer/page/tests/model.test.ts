@@ -32,6 +32,8 @@ class Server {
   /** What all maps of inference 0 hold; of the next 10 more. */
   value = 1;
   hasPictures = true;
+  hasMasks = false;
+  hasDamagedMasks = false;
   broken: (what: string) => void = () => {};
   delayMs: (what: string) => number = () => 0;
   asked: string[] = [];
@@ -72,6 +74,7 @@ class Server {
         { kind: "language", name: "language", start: 4, stop: 6 },
       ],
       cameras: [CAMERA],
+      scene: this.hasMasks ? { instances: [], cameras: [CAMERA.name], height_px: 2, width_px: 2 } : null,
       kinds: { image: 1, task: 2 },
     } as unknown as Facts;
   }
@@ -109,6 +112,18 @@ class Server {
           share: new Array(this.nInferences - first).fill([1]),
           effective_tokens: new Array(this.nInferences - first).fill(1),
         } as Shares),
+      masks: (_: unknown, inference: number) => {
+        if (this.hasDamagedMasks) return Promise.reject(new ApiError(422, "damaged"));
+        return this.answer(`masks ${inference}`, { cameras: { [CAMERA.name]: { runs: [inference, 4] } } });
+      },
+      roles: (_: unknown, first: number, where: Where, camera: string) =>
+        this.answer(`roles ${first} ${where.layer} ${camera}`, {
+          first,
+          camera,
+          roles: ["target"],
+          share: Array.from({ length: this.nInferences - first }, (_, i) => [first + i]),
+          chance: Array.from({ length: this.nInferences - first }, () => [0.1]),
+        }),
       ranges: (_: unknown, step: number) =>
         this.answer(`ranges ${step}`, {
           layers: [0, 1, "mean"],
@@ -388,4 +403,57 @@ it("says which frame cannot be loaded, until one can", async () => {
   await pass();
   expect(model.failedFrame.value).toBeNull();
   expect(model.problem.value).toBeNull();
+});
+
+describe("masks", () => {
+  beforeEach(() => {
+    server.hasMasks = true;
+  });
+
+  it("are of the shown inference, and so are their numbers", async () => {
+    await opened();
+    expect([...model.maskOf(CAMERA.name)!.pixels]).toEqual([0, 0, 0, 0]);
+    state.frame.value = 2;
+    await pass();
+    expect([...model.maskOf(CAMERA.name)!.pixels]).toEqual([1, 1, 1, 1]);
+    expect(model.maskOf("another")).toBeNull();
+  });
+
+  it("cost no frame where they are damaged", async () => {
+    server.hasDamagedMasks = true;
+    await opened();
+    expect(model.shown.value).toMatchObject({ frame: 0, masks: null });
+    expect(model.problem.value).toBeNull();
+  });
+
+  it("are not asked for where there are none", async () => {
+    server.hasMasks = false;
+    await opened();
+    expect(model.shown.value!.masks).toBeNull();
+    expect(server.asked.filter((what) => /masks|roles/.test(what))).toEqual([]);
+  });
+
+  it("have shares of roles, of which a growing episode asks for the new ones alone", async () => {
+    await opened();
+    expect(model.roles.value).toMatchObject({ first: 0, share: [[0], [1]] });
+    server.nInferences = 4;
+    await model.follow(server.row);
+    await pass();
+    expect(model.roles.value).toMatchObject({ first: 0, share: [[0], [1], [2], [3]] });
+    expect(server.asked.filter((what) => what.startsWith("roles"))).toEqual([
+      `roles 0 1 ${CAMERA.name}`,
+      `roles 2 1 ${CAMERA.name}`,
+    ]);
+  });
+
+  it("have shares of the layer that is chosen last, however late another's come", async () => {
+    await opened();
+    server.delayMs = (what) => (what.startsWith("roles 0 mean") ? 800 : 0);
+    state.layer.value = "mean";
+    await pass(300);
+    state.layer.value = 0;
+    await pass(2000);
+    expect(server.asked).toContain(`roles 0 mean ${CAMERA.name}`);
+    expect(JSON.parse(model.roles.value!.asked)[0]).toContain(",0,");
+  });
 });
