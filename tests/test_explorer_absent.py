@@ -67,6 +67,21 @@ def test_what_a_loop_does_not_have_is_null(planted, tmp_path, page, missing):  #
     assert exported(planted, tmp_path, page)["timeline"] == found
 
 
+def test_a_replays_predicted_actions_are_told(planted, tmp_path, page):  # noqa: F811
+    assert facts(open_episode(planted))["replay"] is False
+    assert timeline(open_episode(planted))["predicted_action"] is None
+    predicted = np.arange(PLAN.n_frames * PLAN.n_actions, dtype=np.float32).reshape(PLAN.n_frames, -1)
+    predicted[-1] = np.nan
+    set_array(planted, "predicted_action", predicted)
+    edit_attributes(planted, replay={"every": 3})
+    found = timeline(open_episode(planted))
+    assert facts(open_episode(planted))["replay"] is True
+    assert found["predicted_action"] == [*predicted[:-1].tolist(), [None] * PLAN.n_actions]
+    export = exported(planted, tmp_path, page)
+    assert export["timeline"] == found
+    assert "executed" not in export["facts"]["excerpt"]
+
+
 def test_an_action_that_is_no_token_has_no_query(planted, tmp_path, page):  # noqa: F811
     queries = open_episode(planted).arrays["frame_query"].values.copy()
     queries[[0, 4, PLAN.n_frames - 1]] = -1

@@ -309,7 +309,7 @@ def test_a_replay_says_that_nothing_was_executed(pages, tmp_path, predicts):
         assert "action 1, predicted for this frame" in said
         assert ("beside it the predicted one" in said) == predicts
         assert (
-            "mean of the first 3 actions"
+            "mean of the first 3"
             in page.get_by_role("combobox", name=re.compile("^Action token")).inner_text()
         )
         shown = [[float(number) for number in row.split()[1:]] for row in names.all_inner_texts()]

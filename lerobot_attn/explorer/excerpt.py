@@ -84,9 +84,16 @@ def choose(episode: Episode, *, layers: Any, heads: Any, denoise_steps: Any, fra
     inference_of = dict(zip(numbers, data["frame_inference"].values[numbers].tolist(), strict=True))
     is_every_frame = len(numbers) == episode.n_frames
     said.append("all frames" if is_every_frame else _frames_in_words(numbers, episode.n_frames))
+    averaged = (
+        "the decoded tokens"
+        if recording["decodes"]
+        else "the first actions of each chunk"
+        if recording["replay"]
+        else "the executed actions"
+    )
     sentence = (
         f"An export of {', '.join(said)}. Means, largest values and the episode's colour range are of what "
-        "is here; the maps are means over the executed actions."
+        f"is here; the maps are means over {averaged}."
     )
     return Excerpt(
         recording, labels[0], labels[1], labels[2], numbers, inference_of, sentence, is_every_frame

@@ -1,7 +1,9 @@
-/** The action chunk that the inference yielded, and the action executed at the frame. */
+/** The action chunk that the inference yielded, and the frame's own action: executed, or recorded and predicted. */
 
 import { useSignalEffect } from "@preact/signals";
 import { useRef } from "preact/hooks";
+import type { Facts } from "./api";
+import { averagedInWords } from "./labels";
 import { actionOfQuery, countActions } from "./layout";
 import type { EpisodeModel } from "./model";
 import { ink } from "./theme";
@@ -27,28 +29,23 @@ export function Actions({ model }: { model: EpisodeModel }) {
   });
 
   if (!facts || !shown) return null;
+  // In a replay, the one that was recorded.
   const executed = timeline?.action[shown.frame];
+  const predicted = timeline?.predicted_action?.[shown.frame];
   const query = timeline?.frame_query[shown.frame] ?? -1;
   return (
     <section class="panel" aria-labelledby="actions-title" id="actions">
       <h2 id="actions-title">
-        Actions{" "}
-        <small>
-          {facts.decodes
-            ? "the action executed at this frame; all decoded tokens together make the chunk"
-            : `the chunk as the policy yielded it; ${
-                query < 0
-                  ? "the action of this frame is no token of a chunk"
-                  : `the line is action ${actionOfQuery(facts, query)}, executed at this frame`
-              }`}
-          {!facts.decodes && facts.executed_queries && "; shaded: all that are executed"}
-        </small>
+        Actions <small>{said(facts, query, Boolean(timeline?.predicted_action))}</small>
       </h2>
       <div class="actions">
         <ul class="action-names">
           {facts.action_dims.map((name, i) => (
             <li key={name} style={{ height: `${ROW_PX}px` }}>
               {name} <strong>{executed?.[i]?.toFixed(3) ?? ""}</strong>
+              {timeline?.predicted_action && (
+                <span class="predicted">{predicted?.[i]?.toFixed(3) ?? ""}</span>
+              )}
             </li>
           ))}
         </ul>
@@ -63,6 +60,33 @@ export function Actions({ model }: { model: EpisodeModel }) {
       </div>
     </section>
   );
+}
+
+/** What is shown. In a replay no action was executed: the frame's own was recorded, the policy's is predicted. */
+function said(facts: Facts, query: number, isPredicted: boolean): string {
+  const beside = isPredicted
+    ? "the recorded action of this frame, and beside it the predicted one"
+    : "the recorded action of this frame";
+  if (facts.decodes) {
+    const what = facts.replay ? beside : "the action executed at this frame";
+    return `${what}; all decoded tokens together make the chunk`;
+  }
+  const line = `the line is action ${actionOfQuery(facts, query)}`;
+  const parts = ["the chunk as the policy yielded it"];
+  if (facts.replay) {
+    parts.push(
+      query < 0 ? "none of it stands for this frame" : `${line}, predicted for this frame`,
+      `left: ${beside}`,
+    );
+  } else {
+    parts.push(
+      query < 0 ? "the action of this frame is no token of a chunk" : `${line}, executed at this frame`,
+    );
+  }
+  if (facts.executed_queries) {
+    parts.push(`shaded: ${facts.replay ? averagedInWords(facts) : "all that are executed"}`);
+  }
+  return parts.join("; ");
 }
 
 function draw(

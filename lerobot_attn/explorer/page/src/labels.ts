@@ -75,9 +75,14 @@ export function tokenInWords({ decodes }: Pick<Facts, "decodes">, number: number
   return `${decodes ? "decoded token" : "action"} ${number}`;
 }
 
-/** What the stored means are over, after "mean of ". */
-export function averagedInWords({ decodes }: Pick<Facts, "decodes">): string {
-  return decodes ? "the decoded tokens" : "the executed actions";
+/** What the stored means are over, after "mean of ". In a replay nothing was executed. */
+export function averagedInWords(
+  facts: Partial<Pick<Facts, "decodes" | "replay" | "executed_queries">>,
+): string {
+  const { decodes, replay, executed_queries: queries } = facts;
+  if (decodes) return "the decoded tokens";
+  if (!replay) return "the executed actions";
+  return queries ? `the first ${queries[1] - queries[0]} actions` : "the first actions";
 }
 
 /** Whether these are all that the policy has, as far as is known. */

@@ -3,6 +3,7 @@
 import { batch, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import type { Facts } from "./api";
+import { averagedInWords } from "./labels";
 import type { EpisodeModel } from "./model";
 import * as state from "./state";
 
@@ -59,8 +60,8 @@ export const STOPS: Stop[] = [
   {
     title: "From actions to images",
     at: "cameras",
-    text: () =>
-      "The map is the mean over the action tokens that are executed. “Colours show” decides the unit: the share of all attention tells how much, the share within the image tells where. Switch between them and see whether the place still looks important when it is measured against everything else.",
+    text: (facts) =>
+      `The map is the mean of ${averagedInWords(facts)}. “Colours show” decides the unit: the share of all attention tells how much, the share within the image tells where. Switch between them and see whether the place still looks important when it is measured against everything else.`,
     show: (_, facts) => overview(facts),
   },
   {

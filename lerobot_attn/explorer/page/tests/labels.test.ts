@@ -62,6 +62,11 @@ describe("labels in words", () => {
     ]);
   });
 
+  it("say of a replay that nothing was executed", () => {
+    expect(averagedInWords({ replay: true, executed_queries: [1, 11] })).toBe("the first 10 actions");
+    expect(averagedInWords({ replay: true, executed_queries: null })).toBe("the first actions");
+  });
+
   it("knows when they are all", () => {
     expect([isAll([0, 1], 2), isAll([1], 2), isAll([1], null)]).toEqual([true, false, true]);
   });
