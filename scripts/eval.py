@@ -3,6 +3,7 @@
 
 python scripts/eval.py env=libero_object capture=summary policy.path=CHECKPOINT eval.n_episodes=10
 python scripts/eval.py -m env=libero_object,libero_goal capture=last_two policy.path=CHECKPOINT
+python scripts/eval.py -m intervention=fixed_noise,no_language env=libero_object policy.path=CHECKPOINT
 
 Fields of LeRobot's config that configs/ does not name are added with a plus, maps and lists too:
 +policy.n_action_steps=5 +trust_remote_code=true '+env.camera_name_mapping={agentview_image: front}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 
@@ -13,12 +14,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
 import scripted  # noqa: E402
+from lerobot.rollout.strategies import episodic  # noqa: E402
 from recorded import write_dataset  # noqa: E402
 from robots import Scripted  # noqa: E402
 from test_plugin import ENV, error_of, run_main  # noqa: E402, F401
 from test_record_episodes import batch_of, observation_of  # noqa: E402
 from test_recording import make_policy, scripted_adapter  # noqa: E402, F401
-from test_robots import rollout  # noqa: E402, F401
+from test_robots import Conductor, Keys, rollout  # noqa: E402, F401
 
 from lerobot_attn import AttentionConfig, open_run, plugin, record_dataset, record_episodes  # noqa: E402
 from lerobot_attn.errors import ConfigError, StoreError  # noqa: E402
@@ -231,13 +233,48 @@ def test_a_robots_policy_is_told_another_task(rollout, tmp_path, recorded):  # n
         assert sent[0] == sent[1] != bare.sent
         return
     (episode,) = open_run(rollout.stores)
-    data = episode.arrays
-    words = "".join(data["token_text"].values[0][data["text_word"].values[0] >= 0])
-    assert words.split() == ["pick", "up", "the", "milk"]
+    assert prompt_of(episode) == ["pick", "up", "the", "milk"]
     assert episode.task == "pick up the milk"
     assert episode.attributes["environment_task"] == "pick up the soup"
     assert episode.condition.name == "milk"
     assert Scripted.made
+
+
+def prompt_of(episode):
+    data = episode.arrays
+    return "".join(data["token_text"].values[0][data["text_word"].values[0] >= 0]).split()
+
+
+def test_real_time_chunking_is_told_another_task_too(rollout, monkeypatch):  # noqa: F811
+    Conductor(monkeypatch, 3)
+    shuffled = json.dumps({"name": "shuffled", "interventions": [{"kind": "task", "shuffle": True}]})
+    options = ("--robot.breaks_at=12", "--inference.type=rtc", f"--interventions={shuffled}")
+    rollout(*options, raises=ConnectionError)
+    (episode,) = open_run(rollout.stores)
+    assert prompt_of(episode) == SHUFFLED.interventions[0].applied("pick up the soup", 0).split()
+    assert episode.task.split() == prompt_of(episode) != ["pick", "up", "the", "soup"]
+
+
+def test_each_of_a_robots_episodes_begins_with_its_number(rollout, monkeypatch):  # noqa: F811
+    events = {"exit_early": False, "rerecord_episode": False, "stop_recording": False}
+    monkeypatch.setattr(episodic, "init_keyboard_listener", lambda: (None, events))
+    ends = functools.partial(events.update, exit_early=True)
+    again = functools.partial(events.update, exit_early=True, rerecord_episode=True)
+    Keys(monkeypatch, {5: ends, 7: ends, 11: again, 13: ends, 17: ends})
+    begun, begin = [], Acting.begin_episodes
+    monkeypatch.setattr(
+        Acting, "begin_episodes", lambda acting, numbers: begun.append(numbers) or begin(acting, numbers)
+    )
+    rollout(
+        "--dataset.num_episodes=2", "--dataset.episode_time_s=60", "--dataset.reset_time_s=60",
+        "--strategy.reset_to_initial_position=false", f"--interventions={json.dumps(SHUFFLED.to_dict())}",
+        strategy="episodic",
+    )  # fmt: skip
+    # The engine starts; the first episode; the second one, which is recorded again.
+    assert begun == [[0], [0], [1], [1]]
+    told = [SHUFFLED.interventions[0].applied("pick up the soup", number) for number in (0, 1)]
+    assert [episode.task for episode in open_run(rollout.stores)] == told
+    assert [prompt_of(episode) for episode in open_run(rollout.stores)] == [task.split() for task in told]
 
 
 def test_robots_have_no_masks_and_compiled_policies_are_left_alone(rollout, capsys):  # noqa: F811

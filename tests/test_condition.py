@@ -180,3 +180,24 @@ def test_the_command_refuses_other_sides(folder, tmp_path, monkeypatch, capsys, 
     assert error.startswith(("error: --by: got", "error: conditions: got"))
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.browser
+def test_the_page_says_it_in_the_table_above_the_maps_and_beside_a_compared_one(folder, pages):
+    with pages.serving(folder) as address:
+        page = pages.open(address, wait=False)
+        table = page.locator("table.episodes")
+        table.get_by_text(TEXT).first.wait_for()
+        assert table.get_by_role("columnheader", name="Condition").count() == 1
+        assert table.get_by_text(TEXT).count() == 2
+        page.get_by_role("searchbox").fill("blocked")
+        assert table.locator("tbody tr").count() == 2
+        name = "attention:synthetic_0:episode_0000"
+        page = pages.open(f"{address}?episode={name}2")
+        assert page.get_by_text(f"condition: {TEXT}", exact=True).count() == 1
+        page = pages.open(f"{address}?episode={name}0&compare={name}3")
+        page.locator(".side-title").get_by_text(TEXT).wait_for()
+        assert page.get_by_text(TEXT).count() == 1
+        page = pages.open(f"{address}?episode={name}1")
+        assert page.get_by_text("condition").count() == 0
+    assert not pages.said

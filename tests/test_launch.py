@@ -12,10 +12,12 @@ import yaml
 
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.interventions import Condition, FixedNoise
 from lerobot_attn.plugin.launch import eval_arguments, option_text
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs" / "capture").glob("*.yaml"))
+CONDITIONS = sorted(path.stem for path in (ROOT / "configs" / "intervention").glob("*.yaml"))
 SUITES = sorted(path.stem for path in (ROOT / "configs" / "env").glob("*.yaml"))
 
 
@@ -53,6 +55,27 @@ def test_composed_command():
     ]
 
 
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_an_intervention_is_on_the_command_line_whole(name):
+    """What LeRobot's parser gives back is the condition of the file; recording is left to `capture`."""
+    import draccus
+
+    from lerobot_attn.plugin.acting import read_condition
+    from lerobot_attn.plugin.command_line import expand_attention_file
+    from lerobot_attn.plugin.options import AttentionEvalConfig
+
+    arguments = eval_arguments(compose("policy.path=CKPT", f"intervention={name}", "~capture"))
+    (option,) = (argument for argument in arguments if "interventions" in argument)
+    assert not any("attention_maps" in argument for argument in arguments)
+    (option,) = expand_attention_file([option])
+    parsed = draccus.parse(AttentionEvalConfig, args=[option.replace("--eval.", "--")])
+    condition = read_condition(parsed.interventions, "--eval.interventions")
+    assert condition == Condition.from_yaml(ROOT / "configs" / "intervention" / f"{name}.yaml")
+    assert condition.name == name
+    # The same noise in each of them: they can be compared pair by pair.
+    assert FixedNoise(0) in condition.interventions
+
+
 def test_any_field_of_lerobots_config_can_be_added():
     arguments = eval_arguments(
         compose("policy.path=CKPT", "+policy.n_action_steps=5", "eval.use_async_envs=false", "~capture")
@@ -67,6 +90,7 @@ def test_any_field_of_lerobots_config_can_be_added():
     [
         ([], "policy.path: not given"),
         (["policy.path=CKPT", "+capture.layerz=all"], "capture: unknown key 'layerz'"),
+        (["policy.path=CKPT", "+intervention.name=a b"], "intervention: name: got 'a b'"),
         (["policy.path=CKPT", "capture.layers=last"], "layers: got 'last'"),
         (["policy.path=CKPT", "+job_name=include me"], "job_name: got 'include me', expected text that does"),
     ],

@@ -18,7 +18,9 @@ import yaml
 
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.interventions import Condition
 
+_SECTIONS = ("policy", "env", "eval", "capture", "intervention")
 # LeRobot looks these options up on the command line before it parses it, so they are never quoted.
 _READ_AS_TEXT = re.compile(r"config_path|(.*\.)?(path|type|discover_packages_path)")
 # What quoted YAML holds only as an escape: control characters, surrogates, other kinds of line break.
@@ -31,13 +33,13 @@ def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: LeRobot's own fields by their names: the sections `policy`, `env` and `eval`, and top-level
             ones such as `output_dir`, `seed` or `rename_map`. Besides, `capture`: the attention settings, or
-            null to evaluate without capture.
+            null to evaluate without capture; and `intervention`, a condition: what is done to the policy.
 
     Raises:
-        ConfigError: an unknown attention setting, no policy path, a section that is no mapping, or text that
-            LeRobot's parser would take for the name of a file.
+        ConfigError: an unknown attention setting or intervention, no policy path, a section that is no
+            mapping, or text that LeRobot's parser would take for the name of a file.
     """
-    for section in ("policy", "env", "eval", "capture"):
+    for section in _SECTIONS:
         if not isinstance(settings.get(section) or {}, Mapping):
             raise ConfigError(f"{section}: got {settings[section]!r}, expected a mapping of its fields")
     if not (settings.get("policy") or {}).get("path"):
@@ -52,12 +54,14 @@ def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
         AttentionConfig.from_dict(dict(capture), where="capture")
         options.append(("eval.save_attention_maps", True))
         options += _fields("eval.attention", capture)
+    intervention = settings.get("intervention")
+    if intervention:
+        condition = Condition.from_dict(dict(intervention), where="intervention")
+        options.append(("eval.interventions", condition.to_dict()))
     # The usual ones first, so that the command's end says where the results go.
     names = dict.fromkeys(["output_dir", "seed", "job_name", *settings])
     options += [
-        (name, settings[name])
-        for name in names
-        if name not in ("policy", "env", "eval", "capture") and settings.get(name) is not None
+        (name, settings[name]) for name in names if name not in _SECTIONS and settings.get(name) is not None
     ]
     return [_argument(name, value) for name, value in options]
 
