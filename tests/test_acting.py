@@ -7,12 +7,14 @@ import functools
 import importlib
 import json
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
+import recorded  # noqa: E402
 import scripted  # noqa: E402
 from lerobot.rollout.strategies import episodic  # noqa: E402
 from recorded import write_dataset  # noqa: E402
@@ -28,6 +30,7 @@ from lerobot_attn.interventions import Condition, FixedNoise, Task, intervene  #
 from lerobot_attn.plugin.acting import Acting, acting_in, read_condition  # noqa: E402
 from lerobot_attn.recording.conditions import said_of  # noqa: E402
 from lerobot_attn.recording.run import RunRecorder  # noqa: E402
+from lerobot_attn.store.video import read_frames  # noqa: E402
 
 BASELINE = Condition("baseline")
 NOISE = Condition("noise", (FixedNoise(3),))
@@ -50,7 +53,9 @@ class NoisyPolicy(scripted.ScriptedPolicy):
 
 
 def noisy(n_action_steps=5):
-    return NoisyPolicy(scripted.make_config(n_action_steps=n_action_steps))
+    policy = NoisyPolicy(scripted.make_config(n_action_steps=n_action_steps))
+    policy.config.tokenizer_max_length = 48  # as of a policy that is given an instruction
+    return policy
 
 
 def evaluate(folder, envs, condition=None, *, policy=None, n_episodes=None, record=True, **settings):
@@ -214,30 +219,61 @@ def test_what_cannot_be_done_is_one_line_before_any_environment(
     assert "\n" not in error.strip()
 
 
+PAINTED = Condition.from_dict(
+    {
+        "name": "painted",
+        "interventions": [{"kind": "occlude", "where": {"camera": "image", "box": [0, 0, 0.5, 0.5]}}],
+    }
+)
+
+
+def lit_picture():
+    """A bright square in the upper left quarter; `PAINTED` takes the mean colour of the rest, 40."""
+    image = np.full((32, 32, 3), 40, np.uint8)
+    image[:16, :16] = 200
+    return image
+
+
+def corners_of(episode):
+    """How bright that quarter is in each frame of the camera's video."""
+    return [frame[4:12, 4:12].mean() for frame in read_frames(episode.video(scripted.CAMERA))]
+
+
+class Lit(scripted.ScriptedEnv):
+    def _observation(self):
+        return super()._observation() | {"pixels": {"image": lit_picture()}}
+
+
+def test_a_video_shows_what_an_inference_saw(tmp_path):
+    """What is painted over is so at the frames at which the policy was asked, in each environment's video."""
+    lit = gym.vector.SyncVectorEnv(
+        [lambda: Lit(7, False, 1000, size=32)] * 2, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP
+    )
+    evaluate(tmp_path, {0: lit}, PAINTED, policy=noisy(3), cameras=True)
+    for episode in open_run(tmp_path):
+        np.testing.assert_allclose(corners_of(episode), [40, 200, 200] * 2 + [40], atol=6)
+
+
 # A robot
 
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_robots_policy_is_told_another_task(rollout, tmp_path, recorded):  # noqa: F811
-    """Its prompt holds the words; two episodes, each from its own noise, the first one's as before."""
     file = tmp_path / "milk.yaml"
     file.write_text(json.dumps(MILK.to_dict()))
-    sent = []
-    for _ in range(2 if not recorded else 1):
-        robot = rollout(
-            f"--interventions={file}", "--robot.breaks_at=14", recorded=recorded, raises=ConnectionError
-        )
-        sent.append(robot.sent)
+    options = (f"--interventions={file}", "--robot.breaks_at=9")
+    robot = rollout(*options, recorded=recorded, raises=ConnectionError)
     if not recorded:
-        bare = rollout("--robot.breaks_at=14", recorded=False, raises=ConnectionError)
-        assert sent[0] == sent[1] != bare.sent
+        bare = rollout("--robot.breaks_at=9", recorded=False, raises=ConnectionError)
+        assert len(robot.sent) == len(bare.sent)
+        assert robot.sent != bare.sent
+        assert not rollout.stores.exists()
         return
     (episode,) = open_run(rollout.stores)
     assert prompt_of(episode) == ["pick", "up", "the", "milk"]
     assert episode.task == "pick up the milk"
     assert episode.attributes["environment_task"] == "pick up the soup"
     assert episode.condition.name == "milk"
-    assert Scripted.made
 
 
 def prompt_of(episode):
@@ -330,6 +366,16 @@ def test_a_replay_has_no_masks(small, tmp_path):
     assert not list(tmp_path.rglob("*.zarr"))
 
 
+def test_a_replays_video_shows_what_an_inference_saw(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorded, "picture", lambda *args: lit_picture())
+    root = tmp_path / "lit"
+    data = write_dataset(root, (7,), cameras=(scripted.CAMERA,), dims=(3, 4), size=32)
+    config = AttentionConfig(**{**SMALL, "cameras": True})
+    record_dataset(noisy(), data, tmp_path / "out", config, every=3, batch_size=2, interventions=PAINTED)
+    (episode,) = open_run(tmp_path / "out")
+    np.testing.assert_allclose(corners_of(episode), [40, 200, 200] * 2 + [40], atol=6)
+
+
 # One's own loop
 
 
@@ -340,12 +386,12 @@ def run_episode(policy, episode):
         episode.step(observation_of(frame), action)
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("entered", ["by the recording", "around it", "around it, and given"])
 def test_a_loop_is_told_what_to_say_and_each_episode_has_its_noise(tmp_path, entered):
-    """The condition is entered by the recording, or by the loop around it."""
     policy = noisy()
     with contextlib.ExitStack() as stack:
-        acting = stack.enter_context(intervene(policy, MILK)) if entered else MILK
+        acting = MILK if entered == "by the recording" else stack.enter_context(intervene(policy, MILK))
+        acting = None if entered == "around it" else acting
         recording = stack.enter_context(
             record_episodes(policy, tmp_path, AttentionConfig(**SMALL), fps=20, interventions=acting)
         )
@@ -366,3 +412,17 @@ def test_a_loop_is_told_what_to_say_and_each_episode_has_its_noise(tmp_path, ent
         run_episode(again._policy, episode)
     (same,) = open_run(tmp_path / "again")
     np.testing.assert_array_equal(same.arrays["action"].values, second.arrays["action"].values)
+
+
+def test_two_conditions_at_once_are_refused_for_a_store_says_one(tmp_path):
+    policy = noisy()
+    for given in (None, MILK):
+        with (
+            intervene(policy, NOISE),
+            intervene(policy, MILK) if given is None else contextlib.nullcontext(),
+            pytest.raises(ConfigError, match=r"noise.* already acts on the policy, exp"),
+            record_episodes(policy, tmp_path, AttentionConfig(**SMALL), fps=20, interventions=given),
+        ):
+            pass
+    with record_episodes(policy, tmp_path, AttentionConfig(**SMALL), fps=20) as recording:
+        assert "condition" not in recording._attributes

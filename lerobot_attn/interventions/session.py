@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from lerobot_attn.interventions.spec import (
     Task,
 )
 from lerobot_attn.masks import SceneMasks
-from lerobot_attn.policies import adapter_for, adapter_type
+from lerobot_attn.policies import adapter_for, adapter_type, unwrap
 from lerobot_attn.policies.base import PolicyAdapter
 from lerobot_attn.policies.taps import in_trial_pass, is_watched, replaced_attribute, trial_pass
 from lerobot_attn.prompt import Tokenizer, find_tokenizer
@@ -44,6 +45,7 @@ MasksNow = Callable[[], Sequence[SceneMasks]]
 # acts, and a recording around them could not tell what acted.
 _BLOCKED = ("act", "pi0", "pi05", "smolvla")
 _NEEDS_WORDS = ("task", "template")  # segments that only a tokenizer can tell
+_ACTING: WeakKeyDictionary[Any, list[Intervener]] = WeakKeyDictionary()  # by policy
 
 
 class Intervener:
@@ -287,4 +289,13 @@ def intervene(
         yield acting
         return
     with acting._acting():
-        yield acting
+        _ACTING.setdefault(adapter.policy, []).append(acting)
+        try:
+            yield acting
+        finally:
+            _ACTING[adapter.policy].remove(acting)
+
+
+def interveners_of(policy: Any) -> tuple[Intervener, ...]:
+    """Return what acts on a policy now, the outermost first, so that a recording can say it."""
+    return tuple(_ACTING.get(unwrap(policy), ()))

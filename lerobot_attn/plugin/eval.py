@@ -95,6 +95,11 @@ def _start_acting(cfg: Any, interventions: str | None) -> Acting | None:
 
     acting = Acting(read_condition(interventions, f"--{EVAL.interventions}"))
     _check_policy(cfg, f"--{EVAL.interventions}")
+    if acting.condition.interventions and getattr(cfg.policy, "compile_model", False):
+        raise ConfigError(
+            f"--{EVAL.interventions}: got {acting.condition.name} with policy.compile_model=true, expected "
+            "false, because a compiled policy cannot be acted on; leave one of the two out"
+        )
     return acting
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions import Condition, Intervener, Intervention, intervene
+from lerobot_attn.interventions.session import interveners_of
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.store.trust import MAX_INTERVENTIONS, MAX_NAME, MAX_TEXT
 
@@ -66,7 +67,8 @@ def acting_on(
 
     Args:
         policy: a LeRobot policy.
-        interventions: what to do, or what `intervene` yielded: that acts already.
+        interventions: what to do, or what `intervene` yielded: that acts already. None: what acts already,
+            if something does.
         whose: what runs the policy and has no masks, for messages.
         tokenizer: see `intervene`.
         preprocessor: likewise.
@@ -75,6 +77,15 @@ def acting_on(
         UnsupportedPolicyError: no adapter knows the policy.
         ConfigError: something that cannot be done with this policy.
     """
+    already = interveners_of(policy)
+    if interventions is None and already:
+        interventions = already[-1]
+    if len(already) > 1 or (already and interventions is not already[-1]):
+        names = ", ".join(one.condition.name for one in already)
+        raise ConfigError(
+            f"interventions: {names} already acts on the policy, expected one condition, for a store says "
+            "one; give intervene() all interventions in one list, and the recording none"
+        )
     if interventions is None or isinstance(interventions, Intervener):
         yield interventions
         return

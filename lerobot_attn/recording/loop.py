@@ -79,7 +79,8 @@ def record_episodes(
         attributes: further plain values that each store says of itself.
         probes: others that watch or change the policy, as `capture_attention` takes them.
         interventions: what is done to the policy, which each store then says: a `Condition`, interventions,
-            or what `intervene` yielded around this. An episode's `task` is then what to tell the policy.
+            or what `intervene` yielded; None: what acts on the policy already, if something does. An
+            episode's `task` is then what to tell the policy.
 
     Raises:
         UnsupportedPolicyError: no adapter knows the policy.

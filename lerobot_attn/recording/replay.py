@@ -91,8 +91,8 @@ def record_dataset(
         attributes: further plain values that each store says of itself.
         probes: others that watch or change the policy, as `capture_attention` takes them.
         interventions: what is done to the policy, which each store then says: a `Condition`, interventions,
-            or what `intervene` yielded. Noise is the same in every condition anyway; the seed of a
-            `fixed_noise` stands in place of `seed`.
+            or what `intervene` yielded; None: what acts on the policy already. Noise is the same in every
+            condition anyway; the seed of a `fixed_noise` stands in place of `seed`.
         progress: called with (frames done, frames in all).
 
     Returns:
