@@ -22,6 +22,7 @@ _HOMES = {
     "InferenceRecord": "lerobot_attn.capture",
     "Occlude": "lerobot_attn.interventions",
     "Task": "lerobot_attn.interventions",
+    "attach_masks": "lerobot_attn.store.attach",
     "capture_attention": "lerobot_attn.capture",
     "intervene": "lerobot_attn.interventions",
     "open_episode": "lerobot_attn.store.reader",
@@ -39,6 +40,7 @@ __all__ = [
     "InferenceRecord",
     "Occlude",
     "Task",
+    "attach_masks",
     "capture_attention",
     "intervene",
     "open_episode",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from lerobot_attn.config import AttentionConfig
     from lerobot_attn.interventions import BlockAttention, Condition, FixedNoise, Occlude, Task, intervene
     from lerobot_attn.recording import record_dataset, record_episodes
+    from lerobot_attn.store.attach import attach_masks
     from lerobot_attn.store.reader import open_episode
     from lerobot_attn.store.runs import open_run
 

@@ -90,6 +90,10 @@ class StorageSettings:
     view: bool = False
     # Send cameras, heatmaps, shares, words and actions to a Rerun viewer while they are recorded.
     rerun: bool = False
+    # Store which object each camera pixel shows at every inference (LIBERO in lerobot-eval).
+    segmentation: bool = False
+    # Roles of objects in these masks, e.g. {milk_1: target}; default: as the task's goal says.
+    roles: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -118,6 +122,13 @@ class StorageSettings:
         _check_bool(self, "cameras")
         _check_bool(self, "view")
         _check_bool(self, "rerun")
+        _check_bool(self, "segmentation")
+        if not isinstance(self.roles, dict) or not all(isinstance(role, str) for role in self.roles.values()):
+            raise ConfigError(
+                f"roles: got {self.roles!r}, expected instances and roles, e.g. {{milk_1: target}}"
+            )
+        if self.roles and not self.segmentation:
+            raise ConfigError("roles: got some without segmentation=true, expected both or neither")
 
 
 @dataclass
@@ -202,6 +213,22 @@ class AttentionConfig(StorageSettings, CaptureSettings):
             )
         settings = self.for_evaluation()
         return replace(settings, when_behind="drop") if self.when_behind == "auto" else settings
+
+    def without_simulator(self, where: str) -> "AttentionConfig":
+        """Return the settings where nobody can be asked which object a pixel shows.
+
+        Args:
+            where: what it is, e.g. "on a robot".
+
+        Raises:
+            ConfigError: masks are asked for.
+        """
+        if self.segmentation:
+            raise ConfigError(
+                f"segmentation: got true {where}, expected false, because no simulator draws masks there; "
+                "attach some afterwards with `lerobot-attn masks`, or give `step` masks in your own loop"
+            )
+        return self
 
     @property
     def when_full(self) -> Literal["wait", "drop"]:

@@ -145,6 +145,7 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
             if (shape := episode.array_shape(spec.name)) is not None
         },
         "saved": coordinates,
+        "masks": episode.masked,
         "segments": [
             {"kind": s.kind, "name": s.name, "start": s.start, "stop": s.stop, "tokens": len(s)}
             for s in episode.layout.segments
@@ -209,6 +210,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         *_replayed(attributes),
         ("frames", f"{facts['n_frames']}, from {facts['n_inferences']} inferences"),
         ("saved", "; ".join(f"{name} {ranges(values)}" for name, values in facts["saved"].items())),
+        *([("masks", facts["masks"]["text"])] if facts["masks"] else []),
         (
             "on disk",
             f"{format_bytes(facts['stored_bytes'])}, maps compressed {facts['compression_ratio'] or 0:.1f}x",

@@ -87,6 +87,22 @@ def _overlaps(pixels: int, pad: int, resized: int, whole: int, patches: int) -> 
     return np.clip(high - low, 0, None) / (whole / patches)
 
 
+def scaled(mask: NDArray[Any], size_px: tuple[int, int]) -> NDArray[np.int16]:
+    """Return a mask in another (height, width): each pixel shows what lies at its centre."""
+    if mask.shape == size_px:
+        return mask.astype(np.int16, copy=False)
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size_px, mask.shape, strict=True)
+    )
+    return mask[np.ix_(rows, columns)].astype(np.int16)
+
+
+def in_words(instances: Sequence[Instance]) -> str:
+    """Return the instances by role, in one line; the background last."""
+    by_role = {role: [one.name for one in instances if one.role == role] for role in ROLES}
+    return "; ".join(f"{role} {', '.join(names)}" for role, names in by_role.items() if names)
+
+
 def check_role(role: Any, *, where: str) -> Role:
     """Return a role that somebody wrote.
 

@@ -54,13 +54,15 @@ def lerobot_eval(checkpoint, folder, *arguments):
 
 
 SYNCHRONOUS = ["--env.task=libero_object", "--env.task_ids=[0]", "--eval.n_episodes=2", "--eval.batch_size=1"]
+ASYNCHRONOUS = ["--env.task=libero_goal", "--env.task_ids=[1]", "--eval.batch_size=2"]
 
 
 @pytest.fixture(scope="module")
 def synchronous(libero_ready, demo_checkpoint, tmp_path_factory):
     """By the very command."""
     folder = tmp_path_factory.mktemp("synchronous")
-    arguments = eval_arguments(demo_checkpoint, folder, *SYNCHRONOUS, "--eval.save_attention_maps=true")
+    recorded = ("--eval.save_attention_maps=true", "--eval.attention.segmentation=true")
+    arguments = eval_arguments(demo_checkpoint, folder, *SYNCHRONOUS, *recorded)
     result = subprocess.run(
         [command("lerobot-eval"), *arguments],
         capture_output=True,
@@ -80,14 +82,13 @@ def asynchronous(libero_ready, demo_checkpoint, tmp_path_factory):
     settings = folder / "capture.yaml"
     settings.write_text(
         "layers: all\nprefix_layers: [-1]\nvision_layers: [-1]\ndenoise_steps: [0, -1]\nkeep_bits: 8\n"
+        "segmentation: true\nroles: {plate_1: destination}\n"
     )
     log = lerobot_eval(
         demo_checkpoint,
         folder,
-        "--env.task=libero_goal",
-        "--env.task_ids=[1]",
+        *ASYNCHRONOUS,
         "--eval.n_episodes=3",
-        "--eval.batch_size=2",
         "--eval.save_attention_maps=true",
         f"--eval.attention={settings}",
     )
@@ -265,10 +266,13 @@ def test_eval_info_lists_the_stores(synchronous, asynchronous):
         assert len(info["overall"]["video_paths"]) >= n
 
 
-def test_evaluation_is_the_same_without_capture(synchronous, demo_checkpoint, tmp_path):
-    """Policy, simulation and videos: bit for bit what they are without us."""
-    folder, _ = synchronous
-    lerobot_eval(demo_checkpoint, tmp_path, *SYNCHRONOUS)
+@pytest.mark.parametrize("kind", ["synchronous", "asynchronous"])
+def test_evaluation_is_the_same_without_capture(request, kind, demo_checkpoint, tmp_path):
+    """Policy, simulation and videos: bit for bit what they are without us, and without masks."""
+    folder, _ = request.getfixturevalue(kind)
+    # Of the asynchronous episodes the first batch.
+    arguments = SYNCHRONOUS if kind == "synchronous" else [*ASYNCHRONOUS, "--eval.n_episodes=2"]
+    lerobot_eval(demo_checkpoint, tmp_path, *arguments)
     plain = tmp_path / "out"
     assert not (plain / "attention").exists()
     videos = sorted((plain / "videos").rglob("*.mp4"))
@@ -279,7 +283,77 @@ def test_evaluation_is_the_same_without_capture(synchronous, demo_checkpoint, tm
     metrics = without["per_task"][0]["metrics"]
     assert "attention" not in metrics
     for key in ("sum_rewards", "max_rewards", "successes"):
-        assert with_capture["per_task"][0]["metrics"][key] == metrics[key]
+        assert with_capture["per_task"][0]["metrics"][key][:2] == metrics[key]
+
+
+def pixels_of(episode, camera):
+    """Pictures at the inferences' frames: (inference, height, width, 3)."""
+    frames = list(read_frames(episode.videos[camera]))
+    return np.stack([frames[frame] for frame in episode.arrays.inference_frame.values]).astype(float)
+
+
+def edges(values):
+    """(…, height, width) bool: pixels that differ from their neighbour below or to the right."""
+    below = np.diff(values, axis=1, append=values[:, -1:])
+    right = np.diff(values, axis=2, append=values[:, :, -1:])
+    return (below != 0) | (right != 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles"),
+    [
+        (
+            "synchronous",
+            {
+                "alphabet_soup_1": "target",
+                "basket_1": "destination",
+                "milk_1": "distractor",
+                "PandaGripper0": "robot",
+            },
+        ),
+        (
+            "asynchronous",
+            {
+                "akita_black_bowl_1": "target",
+                "flat_stove_1": "destination",
+                "plate_1": "destination",  # as it was told
+                "wine_bottle_1": "distractor",
+                "wooden_cabinet_1": "background",
+                "RethinkMount0": "robot",
+            },
+        ),
+    ],
+)
+def test_masks_lie_on_what_the_cameras_showed(request, kind, roles):
+    folder, _ = request.getfixturevalue(kind)
+    for episode in open_run(folder):
+        data = episode.arrays
+        assert episode.attributes["segmentation"] == {"source": "mujoco"}
+        found = dict(zip(data.instance.values, data.instance_role.values, strict=True))
+        assert found["background"] == "background"
+        assert found | roles == found
+        assert data.segmentation.shape == (3, 2, 360, 360)
+        cameras = data.mask_camera.values.tolist()
+        assert cameras == ["observation.images.image", "observation.images.image2"]
+        for number, camera in enumerate(cameras):
+            masks, pictures = data.segmentation.values[:, number], pixels_of(episode, camera)
+            steps = np.abs(np.diff(pictures, axis=1, append=pictures[:, -1:])).sum(axis=-1)
+            steps += np.abs(np.diff(pictures, axis=2, append=pictures[:, :, -1:])).sum(axis=-1)
+            on_edges = steps[edges(masks)].mean()
+            assert on_edges > 3 * steps.mean()
+            for turn in (np.s_[:, ::-1], np.s_[:, :, ::-1], np.s_[:, ::-1, ::-1]):
+                assert steps[edges(masks[turn])].mean() < 0.6 * on_edges, "the masks are turned"
+        # The target is in sight of the first camera, where things are.
+        first = data.segmentation.values[:, 0]
+        (target,) = (n for n, name in enumerate(found) if found[name] == "target")
+        assert (first == target).any(axis=(1, 2)).all()
+        positions = data.instance_position.values
+        assert np.isnan(positions[:, 0]).all()
+        assert np.isfinite(positions[:, 1:]).all()
+        gripper = list(found).index("PandaGripper0")
+        np.testing.assert_allclose(
+            positions[:, gripper], data.state.values[data.inference_frame.values, :3], atol=0.15
+        )  # the state has the point between the fingers, the body is the hand
 
 
 def test_inspect_tells_what_is_there(synchronous):

@@ -56,6 +56,8 @@ def evaluate(
     videos=10,
     record=True,
     recording=None,
+    env_preprocessor=lambda value: value,
+    preprocessor=lambda value: value,
     group="group",
     **settings,
 ):
@@ -73,9 +75,9 @@ def evaluate(
         return module.eval_policy_all(
             envs={group: envs},
             policy=policy,
-            env_preprocessor=same,
+            env_preprocessor=env_preprocessor,
             env_postprocessor=same,
-            preprocessor=same,
+            preprocessor=preprocessor,
             postprocessor=same,
             n_episodes=n_episodes or first.num_envs,
             max_episodes_rendered=0 if recording else videos,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.plugin.command_line import EVAL
-from lerobot_attn.plugin.environments import ACTION_NAMES, STATE_NAMES
+from lerobot_attn.plugin.environments import ACTION_NAMES, STATE_NAMES, renamed_by
 from lerobot_attn.plugin.feeding.facts import INPUT_CHECKS
 from lerobot_attn.plugin.script import replaced_names, with_options
 
@@ -51,6 +51,10 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
         run = _start_run(cfg, options.attention, acting) if options.save_attention_maps else None
         with ExitStack() as stack:
             if run is not None:
+                if run.config.segmentation:
+                    from lerobot_attn.plugin.segmentation import environments_with_masks
+
+                    stack.enter_context(environments_with_masks(cfg.env.type))
                 stack.enter_context(
                     recording(namespace, run, env_type=cfg.env.type, env=cfg.env, acting=acting)
                 )
@@ -114,8 +118,14 @@ def _start_run(cfg: Any, config: Any, acting: Acting | None) -> RunRecorder:
     from lerobot_attn.recording.run import RunRecorder
 
     _check_policy(cfg, f"--{EVAL.flag}=true")
+    attributes: dict[str, Any] = {}
+    if config.segmentation:
+        from lerobot_attn.plugin.segmentation import SOURCE, check_masks
+
+        check_masks(cfg.env.type, config.roles)
+        attributes["segmentation"] = SOURCE
     folder = Path(config.dir) if config.dir else Path(cfg.output_dir) / "attention"
-    attributes = {
+    attributes |= {
         "versions": versions(),
         "policy": checkpoint_facts(cfg.policy),
         "env_type": cfg.env.type,
@@ -228,7 +238,13 @@ def _wrap_rollout(
         bound.apply_defaults()
         call = bound.arguments
         env, policy = call["env"], call["policy"]
-        with run.rollout(env.num_envs, call["seeds"]) as recorder, ExitStack() as stack:
+        with ExitStack() as stack:
+            scenes = None
+            if run.config.segmentation:
+                from lerobot_attn.plugin.segmentation import scenes_of_rollout
+
+                scenes = stack.enter_context(scenes_of_rollout(call, run.config.roles)).of
+            recorder = stack.enter_context(run.rollout(env.num_envs, call["seeds"], scenes))
             look = functools.partial(checks.look, policy, call["preprocessor"], call["postprocessor"])
             observers = _Observers(
                 run, recorder, env, policy, call["env_preprocessor"], call.get("preprocessor"), look, acting
@@ -263,10 +279,7 @@ class _Observers:
         self._step = env.step
         self._select_action = policy.select_action
         self._env_preprocessor = env_preprocessor
-        # The environment's name of an observation → the policy's (`--rename_map`).
-        self._renamed: dict[str, str] = {}
-        for step in getattr(preprocessor, "steps", ()):
-            self._renamed |= getattr(step, "rename_map", {})
+        self._renamed = renamed_by(preprocessor)
         self._look: Callable[..., Any] | None = look  # at the first observation
         self._tasks: Any = None
         self._acting = acting

@@ -79,7 +79,7 @@ def _check(cfg: Any) -> Acting | None:
     acting = None if cfg.interventions is None else acting_of_rollout(cfg)
     if not cfg.save_attention_maps:
         return acting
-    cfg.attention.for_robots()
+    cfg.attention.for_robots().without_simulator("on a robot")
     if cfg.use_torch_compile and cfg.attention.compiled and cfg.policy.type not in ("pi0", "pi05"):
         raise ConfigError(
             "attention.compiled: got true with use_torch_compile=true, expected false for a policy of type "

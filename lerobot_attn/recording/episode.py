@@ -21,11 +21,13 @@ from lerobot_attn.capture import HostCopies, InferenceRecord
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, StoreError
 from lerobot_attn.layout import TokenLayout
+from lerobot_attn.masks import SceneMasks
+from lerobot_attn.recording.begin import begin_store
 from lerobot_attn.recording.camera_videos import CameraVideos
 from lerobot_attn.recording.plan import Ending, EpisodePlan, EpisodeResult, Known
+from lerobot_attn.recording.scenes import SceneRows
 from lerobot_attn.sizes import format_bytes
-from lerobot_attn.store.schema import BY_NAME, coordinates_of, coordinates_of_vision
-from lerobot_attn.store.writer import Compression, EpisodeWriter
+from lerobot_attn.store.writer import EpisodeWriter
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ class EpisodeJob:
         self._has_truncation = False
         self._is_decoded = False
         self._known: Known | None = None
+        self._scenes: SceneRows | None = None  # where the first inference came with masks
         self._raw_bytes = 0
         self._videos = CameraVideos(plan)
         self._chunk: np.ndarray | None = None  # (chunk, action_dim): of the latest inference
@@ -133,10 +136,11 @@ class EpisodeJob:
         frame: int,
         known: Known | None = None,
         more: Mapping[str, Any] | None = None,
+        scene: SceneMasks | None = None,
     ) -> None:
         """Write the frames up to here and then the inference made at `frame`; commit both.
 
-        `more` holds this inference's values of optional arrays, by their names.
+        `more` holds this inference's values of optional arrays, by their names; `scene` its masks.
 
         Raises:
             StoreError: the disk is full.
@@ -146,7 +150,7 @@ class EpisodeJob:
             self._append_frames(entries)
             if record is not None:
                 assert known is not None
-                self._append_inference(record, frame, known, more or {})
+                self._append_inference(record, frame, known, more or {}, scene)
             if self._store is not None:
                 self._store.commit()
                 self.n_written = self._store.n_inferences
@@ -331,7 +335,12 @@ class EpisodeJob:
         return NO_TOKEN if self._is_decoded else self._layout.query_of_action(action)
 
     def _append_inference(
-        self, record: InferenceRecord, frame: int, known: Known, more: Mapping[str, Any]
+        self,
+        record: InferenceRecord,
+        frame: int,
+        known: Known,
+        more: Mapping[str, Any],
+        scene: SceneMasks | None,
     ) -> None:
         env, layout = self.env, record.layout
         record.wait()
@@ -339,11 +348,16 @@ class EpisodeJob:
             self._layout, self._known = layout, known
             self._has_truncation = record.prompt_truncated is not None
             self._is_decoded = record.suffix_token_id is not None
-            self._store = self._create(record, known)
+            self._scenes = None if scene is None else SceneRows(scene)
+            self._store = begin_store(self.plan, record, known, self._config, self._scenes)
         elif layout != self._layout:
             raise CaptureError(
                 f"inference {record.index} has another token layout than the episode's first (another image "
                 "size or prompt length?), expected the same throughout"
+            )
+        if scene is not None and self._scenes is None:
+            raise CaptureError(
+                f"masks at frame {frame}, but not at the first inference; expected them at both"
             )
         labels = record.prompts[env].labels
         chunk = record.action_chunk[env]
@@ -360,6 +374,7 @@ class EpisodeJob:
             "inference_frame": np.int32(frame),  # type: ignore[dict-item]
             "action_chunk": action_chunk,
             **{name: np.asarray(value) for name, value in more.items()},
+            **({} if self._scenes is None else self._scenes.rows(scene)),
         }
         if record.suffix_token_id is not None and record.suffix_token_text is not None:
             rows["suffix_token_id"] = record.suffix_token_id[env]
@@ -377,72 +392,6 @@ class EpisodeJob:
                 rows[name] = np.moveaxis(maps, axis, 0)[env]  # a view: all layers' maps take 150 MB
                 self._raw_bytes += rows[name].nbytes
         self._store.append_inference(rows)
-
-    def _create(self, record: InferenceRecord, known: Known) -> EpisodeWriter:
-        layout, selection = record.layout, record.selection
-        sizes = {
-            "denoise_step": len(selection.denoise_steps),
-            "layer": len(selection.layers),
-            "all_layer": len(selection.mean_layers),
-            "prefix_layer": len(selection.prefix_layers),
-            "head": len(selection.heads),
-            "query": layout.n_queries,
-            "key": layout.n_keys,
-            "prefix_query": layout.prefix_len,
-            "prefix_key": layout.prefix_len,
-            "text": len(layout.language),
-            "action_dim": record.action_chunk.shape[-1],
-        }
-        coordinates: dict[str, np.ndarray] = {
-            "flow_time": record.flow_time,
-            "denoise_step": np.array(selection.denoise_steps, np.int32),
-            "head": np.array(selection.heads, np.int32),
-            **coordinates_of(layout),
-            "action_dim": known.names.labels("action", sizes["action_dim"]),
-        }
-        if (maps := record.vision_attention) is not None and record.vision_grid is not None:
-            sizes |= zip(BY_NAME["vision_attention"].dims[1:], maps[:, :, 0].shape, strict=True)
-            grid, heads = record.vision_grid, selection.vision_heads
-            coordinates |= coordinates_of_vision(grid, record.vision_cameras, heads)
-        has_or_not = {"reward": known.has_reward, "success": known.has_success}
-        has_or_not["prompt_truncated"] = self._has_truncation
-        optional = {name for name, has in has_or_not.items() if has}
-        for array, coordinate, chosen in (
-            ("suffix_attention", "layer", selection.layers),
-            ("suffix_attention_mean", "all_layer", selection.mean_layers),
-            ("prefix_attention", "prefix_layer", selection.prefix_layers),
-            ("vision_attention", "vision_layer", selection.vision_layers),
-        ):
-            if chosen:
-                optional.add(array)
-                coordinates[coordinate] = np.array(chosen, np.int32)
-                if coordinate in ("layer", "all_layer") and not set(chosen) <= record.layers_seeing_suffix:
-                    sees = [layer in record.layers_seeing_suffix for layer in chosen]
-                    coordinates[f"{coordinate}_sees_suffix"] = np.array(sees)
-        optional |= known.more
-        if self._is_decoded:
-            optional |= {"suffix_token_id", "suffix_token_text"}
-        if known.state_dim is not None:
-            optional.add("state")
-            sizes["state_dim"] = known.state_dim
-            coordinates["state_dim"] = known.names.labels("state", known.state_dim)
-        queries = record.executed_queries
-        return EpisodeWriter(
-            self.plan.path,
-            sizes=sizes,
-            coordinates=coordinates,
-            attributes={
-                **self.plan.attributes,
-                "task": known.task,
-                "success": None,
-                "layout": layout.to_dict(),
-                "executed_queries": [queries.start, queries.stop],
-                "attention_dtype": record.attention_dtype,
-                "capture": self._config.to_dict(),
-            },
-            compression=Compression(self._config.compressor, self._config.level, self._config.keep_bits),
-            optional=optional,
-        )
 
 
 def _row(values: np.ndarray | None, env: int) -> Any:

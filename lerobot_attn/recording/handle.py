@@ -16,6 +16,7 @@ import numpy as np
 from lerobot_attn.capture import InferenceRecord
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
+from lerobot_attn.masks import SceneMasks
 from lerobot_attn.recording.background import BackgroundWriter, WhenFull
 from lerobot_attn.recording.episode import NO_TOKEN, EpisodeJob, Frame, FrameEntry, Views
 from lerobot_attn.recording.plan import DimensionNames, Ending, EpisodePlan, EpisodeResult, Known
@@ -189,10 +190,14 @@ class EpisodeHandle:
         return Known(self.task, self.state_dim, self.names, self.has_reward, self.has_success, self.more)
 
     def _append(
-        self, record: InferenceRecord, asked_at: int | None, more: Mapping[str, Any] | None
+        self,
+        record: InferenceRecord,
+        asked_at: int | None,
+        more: Mapping[str, Any] | None,
+        scene: SceneMasks | None,
     ) -> Callable[[], None]:
         frame = self.n_frames if asked_at is None else asked_at
-        return partial(self._job.append, self._entries, record, frame, self._known(), more)
+        return partial(self._job.append, self._entries, record, frame, self._known(), more, scene)
 
     def _dropped(self, asked_at: int | None) -> None:
         """Let the store say that the writer could not keep up."""
@@ -232,6 +237,7 @@ def queue_inference(
     *,
     asked_at: int | None = None,
     more: Mapping[str, Any] | None = None,
+    scenes: Mapping[int, SceneMasks] | None = None,
     when_full: WhenFull = "wait",
 ) -> bool:
     """Hand an inference to the episodes of its batch.
@@ -242,6 +248,7 @@ def queue_inference(
         record: what was captured.
         asked_at: frame that the policy was shown; None: the one that is running.
         more: this inference's values of the episodes' optional arrays.
+        scenes: number of an environment → its masks at this inference.
         when_full: what to do while the queue is full.
 
     Returns:
@@ -250,9 +257,13 @@ def queue_inference(
     if when_full == "drop" and any(not handle.n_queued for handle in handles):
         when_full = "take"  # an episode's first inference makes its store
     jobs: dict[Hashable, Callable[[], None]] = {
-        handle.key: handle._append(record, asked_at, more) for handle in handles
+        handle.key: handle._append(record, asked_at, more, (scenes or {}).get(handle.env))
+        for handle in handles
     }
-    if not writer.submit_shared(jobs, record.n_bytes, when_full=when_full):
+    n_bytes = record.n_bytes + sum(
+        mask.nbytes for one in (scenes or {}).values() for mask in one.masks.values()
+    )
+    if not writer.submit_shared(jobs, n_bytes, when_full=when_full):
         for handle in handles:
             handle._dropped(asked_at)
         return False

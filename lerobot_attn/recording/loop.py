@@ -90,7 +90,7 @@ def record_episodes(
         CaptureError: at the end, if some episode could not be saved whole; or at once with
             `config.on_error="abort"`.
     """
-    config = config or AttentionConfig()
+    config = (config or AttentionConfig()).without_simulator("in a loop of your own")
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
         raise ConfigError(f"fps: got {fps!r}, expected a number above 0, the frames per second of the loop")
     stores = Path(config.dir) if config.dir else Path(folder) / "attention"

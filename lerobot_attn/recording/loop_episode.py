@@ -17,6 +17,7 @@ from torch import Tensor
 from lerobot_attn.capture import AttentionCapture, HostCopies, InferenceRecord
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
+from lerobot_attn.masks import SceneMasks
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.episode import Frame, Views
 from lerobot_attn.recording.handle import EpisodeHandle, queue_inference, queue_views
@@ -77,6 +78,7 @@ class LoopEpisode:
         self._asked_at = 0
         self._chosen: Chosen | None = None
         self._views: Views | None = None
+        self._masks: tuple[SceneMasks, int] | None = None  # and the frame that they are of
         self._state_names: tuple[str, ...] = ()
         self._lock = threading.RLock()  # an inference may end on another thread than the loop's
         self._over = False
@@ -105,6 +107,7 @@ class LoopEpisode:
         success: bool | None = None,
         policy_action: Any = None,
         from_chunk: bool = True,
+        masks: SceneMasks | Callable[[], SceneMasks] | None = None,
     ) -> None:
         """A frame took place: the policy saw the observation, and the action answered it.
 
@@ -120,6 +123,9 @@ class LoopEpisode:
             from_chunk: False where the action is no single token of a chunk: blended, overlapping, or changed
                 beyond what a postprocessor does. So is any action that is neither in the newest chunk nor in
                 the one before.
+            masks: which object each pixel of the observation's pictures shows, or a function that returns it,
+                which is called only where the policy ran at this very frame. Stored for the inferences that
+                were asked at this frame; the first one must have some if any has.
 
         Raises:
             CaptureError: the episode is over; a reward or state at some frames only; an action of another
@@ -140,6 +146,7 @@ class LoopEpisode:
                         "policy.reset() when an episode begins"
                     )
                 )
+            self._note_masks(handle.n_frames, masks)
             self._queue_records(handle)
             # Of a batch that was normalised nobody knows what the values were, also where they fit a picture.
             views = None if self._cameras.are_normalised else self._views
@@ -236,11 +243,25 @@ class LoopEpisode:
         if self._handle is not None:
             self._handle.fail(error)
 
+    def _note_masks(self, frame: int, masks: SceneMasks | Callable[[], SceneMasks] | None) -> None:
+        """Keep the masks of a frame at which the policy was asked: its answer may come later."""
+        if callable(masks):
+            ran_now = any(asked_at == frame for _, asked_at in self._records)
+            masks = masks() if ran_now else None
+        if masks is not None and self._asked_at == frame:
+            self._masks = (masks, frame)
+
     def _queue_records(self, handle: EpisodeHandle) -> None:
         while self._records:
             record, asked_at = self._records.pop(0)
+            masks, frame = self._masks or (None, None)
             queue_inference(
-                self._writer, [handle], record, asked_at=asked_at, when_full=self._config.when_full
+                self._writer,
+                [handle],
+                record,
+                asked_at=asked_at,
+                scenes={handle.env: masks} if masks is not None and frame == asked_at else None,
+                when_full=self._config.when_full,
             )
 
     def finish(self) -> None:

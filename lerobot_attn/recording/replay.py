@@ -107,7 +107,7 @@ def record_dataset(
         CaptureError: pictures that are no float in [0, 1]; at the end, if some episode could not be saved
             whole, or at once with `config.on_error="abort"`.
     """
-    config = (config or AttentionConfig()).for_evaluation()
+    config = (config or AttentionConfig()).for_evaluation().without_simulator("in a replay")
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         _check_whole(name, value, least)
     if every is not None and every != "chunk":

@@ -78,7 +78,7 @@ def record_robot(
         ConfigError: a layer, head or denoise step does not exist.
         StoreError: the folder cannot be used, or there is no video encoder.
     """
-    config = config.for_robots()
+    config = config.for_robots().without_simulator("on a robot")
     run_folder = RunFolder(folder, config.existing, _REMEDIES)
     check_encoder(policy, config)
     with _quick_turns(), run_folder.claim(), viewers_beside(run_folder.path, config, rerun_url):

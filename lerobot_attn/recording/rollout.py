@@ -7,7 +7,7 @@ LeRobot's scripts nor how attention is observed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from lerobot_attn.capture import HostCopies, InferenceRecord
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
+from lerobot_attn.masks import SceneMasks
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.episode import EpisodeJob, Frame, Views
 from lerobot_attn.recording.handle import EpisodeHandle, queue_inference, queue_views
@@ -33,6 +34,7 @@ class RolloutRecorder:
         camera_views: what the cameras show the policy, from the batch that the policy gets.
         cameras: the policy's; what its batch does not show of them is taken from the observation.
         names: names of state and action dimensions.
+        scenes: numbers of environments → their masks now, asked for at each inference; None: there are none.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class RolloutRecorder:
         camera_views: Callable[[dict[str, Any]], dict[str, Tensor]],
         cameras: PolicyCameras | None = None,
         names: DimensionNames | None = None,
+        scenes: Callable[[Collection[int]], Mapping[int, SceneMasks]] | None = None,
     ):
         self._config = config
         self._writer = writer
         self._camera_views = camera_views
         self._cameras = cameras or PolicyCameras()
+        self._scenes = scenes
         names = names or DimensionNames()
         self._episodes = [
             EpisodeHandle(plan, env, config, writer, names)
@@ -115,7 +119,9 @@ class RolloutRecorder:
         copies.seal()
         record, self._record = self._record, None
         if record is not None and active:
-            self._has_token = queue_inference(self._writer, active, record, when_full=self._config.when_full)
+            self._has_token = queue_inference(
+                self._writer, active, record, scenes=self._scenes_now(), when_full=self._config.when_full
+            )
         for episode in active:
             episode.add_frame(self._frame, has_token=self._has_token)
 
@@ -175,6 +181,16 @@ class RolloutRecorder:
     def wants_inferences(self) -> bool:
         """Whether some environment's episode still needs what the policy attends to."""
         return any(episode.failure is None for episode in self._active)
+
+    def _scenes_now(self) -> Mapping[int, SceneMasks] | None:
+        """Return the masks of environments whose episode goes on: others may have begun another one."""
+        if self._scenes is None:
+            return None
+        try:
+            return self._scenes([episode.env for episode in self._active if episode.failure is None])
+        except CaptureError as error:
+            self.fail(error)
+            return None
 
     def _shown(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return camera → what it showed, (batch, height, width, 3) uint8.

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ import numpy as np
 from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
+from lerobot_attn.masks import SceneMasks
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.beside import viewers_beside
@@ -167,8 +168,19 @@ class RunRecorder:
         return summary
 
     @contextmanager
-    def rollout(self, n_envs: int, seeds: Sequence[int] | None) -> Iterator[RolloutRecorder]:
-        """Follow one batched rollout; the caller tells the recorder what happens."""
+    def rollout(
+        self,
+        n_envs: int,
+        seeds: Sequence[int] | None,
+        scenes: Callable[[Collection[int]], Mapping[int, SceneMasks]] | None = None,
+    ) -> Iterator[RolloutRecorder]:
+        """Follow one batched rollout; the caller tells the recorder what happens.
+
+        Args:
+            n_envs: environments of the batch.
+            seeds: of each environment, if there are any.
+            scenes: numbers of environments → their masks now; None: none are stored.
+        """
         task = self._running_task
         episodes = range(self._next_episode, self._next_episode + n_envs)
         self._next_episode += n_envs
@@ -181,6 +193,7 @@ class RunRecorder:
             camera_views=self._open_capture.adapter.camera_views,
             cameras=self._cameras,
             names=task.names,
+            scenes=scenes,
         )
         self._recorder = recorder
         try:

@@ -67,8 +67,8 @@ class StoredArray:
 
     @property
     def can_miss_values(self) -> bool:
-        """Whether what is not there reads as NaN, and so cannot be taken for a value."""
-        return self.spec is not None and self.spec.fill_value != self.spec.fill_value
+        """Whether what is not there reads as NaN or unknown, and so cannot be taken for a value."""
+        return self.spec is not None and self.spec.can_be_missing
 
     @property
     def n_files(self) -> Grid:

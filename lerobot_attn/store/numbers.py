@@ -40,13 +40,16 @@ class Allowed(NamedTuple):
         return (values < self.first) | (False if self.last is None else values > self.last)
 
 
-def allowed_numbers(n_cameras: int, n_inferences: int, n_queries: int) -> dict[str, Allowed]:
+def allowed_numbers(
+    n_cameras: int, n_inferences: int, n_queries: int, n_instances: int = 0
+) -> dict[str, Allowed]:
     """Return array name → the numbers that mean something there.
 
     Args:
         n_cameras: cameras of the layout.
         n_inferences: inferences that the store holds.
         n_queries: action tokens of an inference.
+        n_instances: what masks can show; 0 where there are none.
     """
     return {
         "key_kind": Allowed(min(Kind), max(Kind)),
@@ -56,6 +59,7 @@ def allowed_numbers(n_cameras: int, n_inferences: int, n_queries: int) -> dict[s
         "inference_frame": Allowed(0, None),
         "frame_inference": Allowed(0, n_inferences - 1),
         "frame_query": Allowed(-1, n_queries - 1),
+        "segmentation": Allowed(-1, n_instances - 1),
     }
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.layout import TokenLayout
+from lerobot_attn.masks import ROLES, Instance, in_words
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.trust import shortened, shown
@@ -158,12 +159,47 @@ class Episode:
         cameras = self.attributes.get("layout", {}).get("cameras")
         n_queries = self._header.shapes["action_chunk"][1]
         allowed = allowed_numbers(
-            len(cameras) if isinstance(cameras, list) else 0, self.n_inferences, n_queries
+            len(cameras) if isinstance(cameras, list) else 0,
+            self.n_inferences,
+            n_queries,
+            (self._header.shapes.get("instance") or (0,))[0],
         )
         try:
             return lazy_dataset(self.path, rows, allowed, with_dask=with_dask)
         except Exception as error:  # zarr and xarray raise many kinds for damaged metadata
             raise StoreError(f"{self.path}: damaged metadata: {shortened(first_line(error))}") from error
+
+    @cached_property
+    def instances(self) -> tuple[Instance, ...]:
+        """What the episode's masks can show, in the order of their numbers; none if it has no masks.
+
+        Raises:
+            StoreError: a role does not exist.
+        """
+        if self.array_shape("segmentation") is None:
+            return ()
+        names, roles = (self.arrays[name].values.tolist() for name in ("instance", "instance_role"))
+        odd = [role for role in roles if role not in ROLES]
+        if odd:
+            raise StoreError(f"{self.path}: its instance_role has {shown(odd[0])}, no role: damaged")
+        return tuple(map(Instance, names, roles))
+
+    @property
+    def masked(self) -> dict[str, Any] | None:
+        """What the episode's masks are of, as plain JSON values and as a line of text; None without masks."""
+        if not self.instances:
+            return None
+        said = self.attributes.get("segmentation", {})
+        cameras = [str(camera) for camera in self.arrays["mask_camera"].values]
+        height, width = (self.array_shape("segmentation") or ())[-2:]
+        short = ", ".join(camera.rpartition(".")[2] for camera in cameras)
+        return {
+            "source": said.get("source"),
+            "cameras": cameras,
+            "size_px": [height, width],
+            "instances": [instance._asdict() for instance in self.instances],
+            "text": f"{short} {height} x {width}, from {said.get('source')}: {in_words(self.instances)}",
+        }
 
     def array_shape(self, name: str) -> tuple[int, ...] | None:
         """Return an array's shape without opening it, or None if the episode does not have it."""

@@ -83,6 +83,11 @@ class ArraySpec:
         return self.sharded and self.dtype == "float16"
 
     @property
+    def can_be_missing(self) -> bool:
+        """Whether what is not there reads as "nobody knows", and so cannot be taken for a value."""
+        return self.fill_value != self.fill_value or self.name == "segmentation"
+
+    @property
     def grows_with(self) -> Growth:
         """The dimension along which rows are appended, if any."""
         first = self.dims[0]

@@ -31,7 +31,7 @@ MAX_NAME = 200
 MAX_TEXT = 2000
 MAX_INTERVENTIONS = 100
 # Attributes that are JSON objects, where they are there.
-_OBJECTS = ("capture", "experiment", "layout", "policy", "replay", "videos")
+_OBJECTS = ("capture", "experiment", "layout", "policy", "replay", "segmentation", "videos")
 
 
 def checked_shapes(path: Path, document: dict[str, Any]) -> dict[str, tuple[int, ...]]:

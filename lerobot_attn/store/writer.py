@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +126,14 @@ class EpisodeWriter:
                 continue
             if spec.grows_with is None and spec.name not in names:
                 continue
-            array = self._create(group, spec)
+            array = create_array(group, spec, self._sizes, self._compression)
             self._metadata[spec.name] = json.loads((path / spec.name / METADATA).read_text(encoding="utf-8"))
             if spec.grows_with:
                 self._growing[spec.name] = _GrowingArray(array, spec)
             else:
                 array[...] = np.asarray(coordinates[spec.name])
         # Coordinates that are no dimension's own: xarray finds them through this attribute.
-        extra = [n for n in self._metadata if BY_NAME[n].coordinate and BY_NAME[n].dims != (n,)]
-        self._attributes["coordinates"] = " ".join(extra)
+        self._attributes["coordinates"] = " ".join(extra_coordinates(self._metadata))
         self.commit()
 
     @property
@@ -231,23 +230,46 @@ class EpisodeWriter:
                 self._growing[name].restore(state)
             raise
 
-    def _create(self, group: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
-        tables = [zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()]
-        order = spec.stored_order
-        return group.create_array(
-            spec.name,
-            shape=spec.shape(self._sizes),
-            dtype=spec.dtype,
-            chunks=spec.chunks(self._sizes),
-            shards=spec.shards(self._sizes),
-            fill_value=spec.fill_value,
-            dimension_names=spec.dims,
-            attributes=spec.attributes(),
-            filters=[] if order is None else [zarr.codecs.TransposeCodec(order=order)],
-            compressors=self._compression.codecs() if spec.sharded else tables,
-            # A chunk that is not there is a lost one, also where it would hold but the fill value.
-            config={"write_empty_chunks": True},
-        )
+
+def create_array(
+    group: zarr.Group,
+    spec: ArraySpec,
+    sizes: Mapping[str, int],
+    compression: Compression,
+    *,
+    n_rows: int = 0,
+) -> zarr.Array[Any]:
+    """Create an array as the schema has it.
+
+    Args:
+        group: where.
+        spec: which.
+        sizes: dimension name → size.
+        compression: of maps and masks.
+        n_rows: rows along the dimension that grows, if it has one.
+    """
+    tables = [zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()]
+    order = spec.stored_order
+    return group.create_array(
+        spec.name,
+        shape=spec.shape(sizes, n_rows),
+        dtype=spec.dtype,
+        chunks=spec.chunks(sizes),
+        shards=spec.shards(sizes),
+        fill_value=spec.fill_value,
+        dimension_names=spec.dims,
+        attributes=spec.attributes(),
+        filters=[] if order is None else [zarr.codecs.TransposeCodec(order=order)],
+        compressors=compression.codecs() if spec.sharded else tables,
+        # A chunk that is not there is a lost one, also where it would hold but the fill value.
+        config={"write_empty_chunks": True},
+    )
+
+
+def extra_coordinates(names: Iterable[str]) -> list[str]:
+    """Return those of an episode's arrays that are coordinates, but no dimension's own."""
+    known = [BY_NAME[name] for name in names if name in BY_NAME]
+    return [spec.name for spec in known if spec.coordinate and spec.dims != (spec.name,)]
 
 
 class _GrowingArray:

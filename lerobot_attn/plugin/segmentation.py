@@ -1,0 +1,247 @@
+"""Instance masks of a rollout's environments, under the policy's names and turned as the policy sees them.
+
+    with environments_with_masks("libero"):         # while environments are built
+        …
+        source = SceneSource(env, cameras=["observation.images.image"])
+        source.shown(observation, preprocessed)     # tells how pictures are turned on their way to the policy
+        source.current()                            # one SceneMasks for each environment, drawn once a step
+        source.forget()                             # the environments step
+
+An environment can be asked for masks if its class has a method `lerobot_attn_masks(environments, cameras)`
+that returns `SceneMasks` of its newest pictures, named and turned as in its own observation. LeRobot's LIBERO
+is given it here (`libero_env.py`); a class of one's own around robosuite makes them with
+`mujoco_scene.RobosuiteScene`. The environments may live in other processes. Knows no recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lerobot_attn.errors import CaptureError, ConfigError, first_line
+from lerobot_attn.masks import SceneMasks, check_role, instances_of
+from lerobot_attn.plugin.environments import renamed_by
+from lerobot_attn.policies.taps import replaced_attribute
+from lerobot_attn.recording.observation import cameras_of
+
+METHOD = "lerobot_attn_masks"
+LIBERO = ("libero", "libero_plus")
+SOURCE = {"source": "mujoco"}  # what a store says of the masks
+_IMAGES = "observation.images."
+# How LeRobot's environments may turn pictures, as the axes of (channel, row, column) that are flipped.
+_TURNS = ((), (1, 2), (1,), (2,))
+
+
+def check_masks(env_type: str, roles: Mapping[str, str]) -> None:
+    """Refuse what cannot be drawn before an environment is built.
+
+    Args:
+        env_type: LeRobot's name of the environment. Whether one that LeRobot does not bring can be asked for
+            masks shows at its reset.
+        roles: instance → role, whose names show at the reset, too.
+
+    Raises:
+        ConfigError: it is an environment of LeRobot's that has no masks, or a role does not exist.
+    """
+    from lerobot.envs.configs import EnvConfig
+
+    for name, role in roles.items():
+        check_role(role, where=f"roles, {name}")
+
+    known = EnvConfig.get_known_choices()
+    own = env_type in known and known[env_type].__module__.startswith("lerobot.envs")
+    if own and env_type not in LIBERO:
+        raise ConfigError(_refusal(f"env.type={env_type}"))
+
+
+@contextmanager
+def environments_with_masks(env_type: str) -> Iterator[None]:
+    """Let LeRobot's factory build environments that can be asked for masks, as long as this lasts."""
+    if env_type not in LIBERO:
+        yield
+        return
+    import lerobot.envs.libero as module
+
+    from lerobot_attn.plugin.libero_env import LiberoEnvWithMasks
+
+    original = module.LiberoEnv
+    module.LiberoEnv = LiberoEnvWithMasks
+    try:
+        yield
+    finally:
+        module.LiberoEnv = original
+
+
+@contextmanager
+def scenes_of_rollout(call: dict[str, Any], roles: Mapping[str, str] | None = None) -> Iterator[SceneSource]:
+    """Follow a rollout, as long as this lasts, to know when masks are new and how pictures are turned.
+
+    Args:
+        call: the rollout's arguments by name; its `env_preprocessor` is replaced.
+        roles: instance → role, instead of the one that the environment says.
+
+    Raises:
+        ConfigError: at the rollout's first observation, if its environments have no such masks.
+    """
+    env, before, step = call["env"], call["env_preprocessor"], call["env"].step
+    source = SceneSource(
+        env,
+        cameras_of(call["policy"]).names,
+        renamed=renamed_by(call.get("preprocessor")),
+        roles=roles,
+    )
+    is_first = True
+
+    def env_preprocessor(observation: dict[str, Any]) -> dict[str, Any]:
+        nonlocal is_first
+        preprocessed: dict[str, Any] = before(dict(observation))
+        source.shown(observation, preprocessed)
+        if is_first:
+            is_first = False
+            source.check()
+        return preprocessed
+
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        source.forget()
+        return step(*args, **kwargs)
+
+    call["env_preprocessor"] = env_preprocessor
+    with replaced_attribute(env, "step", stepped):
+        yield source
+
+
+class SceneSource:
+    """Masks of a batch of environments, each drawn at most once between two steps.
+
+    Args:
+        env: the vector environment of a rollout.
+        cameras: the policy's names of its cameras; others are not drawn.
+        renamed: the environment's name of an observation → the policy's, where they differ.
+        roles: instance → role, instead of the one that the environment says.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        cameras: Sequence[str],
+        *,
+        renamed: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
+    ):
+        self._env = env
+        self._cameras = tuple(cameras)
+        self._renamed = dict(renamed or {})
+        self._roles = dict(roles or {})
+        self._turns: dict[str, tuple[int, ...]] = {}  # the environment's name of a camera → flipped axes
+        self._drawn: dict[int, SceneMasks] = {}
+
+    def shown(self, observation: Mapping[str, Any], preprocessed: Mapping[str, Any]) -> None:
+        """Find out how pictures are turned, from one before and after the environment's preprocessor.
+
+        Args:
+            observation: name → (batch, channel, height, width), before.
+            preprocessed: the same after it.
+
+        Raises:
+            ConfigError: a picture is changed by more than being turned, so that no mask lies on it.
+        """
+        for name, after in preprocessed.items():
+            if name in self._turns or self._renamed.get(name, name) not in self._cameras:
+                continue
+            before = observation.get(name)
+            if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+                continue
+            fitting = [turn for turn in _TURNS if _is_turned(before[0], after[0], turn)]
+            if not fitting:
+                raise ConfigError(
+                    f"{name}: the environment's preprocessor changes its pictures, expected them turned at "
+                    "most, because the masks are laid over them; leave segmentation out"
+                )
+            if len(fitting) == 1:  # of a picture that looks the same turned, a later one will tell
+                self._turns[name] = fitting[0]
+
+    def forget(self) -> None:
+        """The environments step: what was drawn is over."""
+        self._drawn.clear()
+
+    def check(self) -> None:
+        """Draw once, to find out before the first action what cannot be drawn.
+
+        Raises:
+            ConfigError: as of `of`.
+        """
+        with suppress(CaptureError):  # later pictures may tell
+            self.current()
+
+    def current(self) -> list[SceneMasks]:
+        """Return the masks of each environment of the batch.
+
+        Raises:
+            ConfigError, CaptureError: as of `of`.
+        """
+        found = self.of(range(self._env.num_envs))
+        return [found[env] for env in range(self._env.num_envs)]
+
+    def of(self, environments: Collection[int]) -> Mapping[int, SceneMasks]:
+        """Return number of an environment → its masks; those of others are not drawn.
+
+        Raises:
+            ConfigError: the environments have no masks, none of them is of the policy's cameras, or a role
+                was given to an instance that is not there.
+            CaptureError: it is not known yet how pictures are turned.
+        """
+        missing = [env for env in environments if env not in self._drawn]
+        if missing:
+            names = {name: self._renamed.get(name, name) for name in self._env_cameras()}
+            try:
+                found = self._env.call(METHOD, missing, [name.removeprefix(_IMAGES) for name in names])
+            except AttributeError as error:
+                raise ConfigError(_refusal(f"these environments ({first_line(error)})")) from error
+            for env in missing:
+                self._drawn[env] = self._as_seen(found[env], names)
+        return {env: self._drawn[env] for env in environments}
+
+    def _env_cameras(self) -> list[str]:
+        """Return the environment's names of the policy's cameras."""
+        given = {self._renamed.get(name, name): name for name in self._renamed}
+        return [given.get(camera, camera) for camera in self._cameras]
+
+    def _as_seen(self, scene: SceneMasks, names: Mapping[str, str]) -> SceneMasks:
+        """Return an environment's masks under the policy's names, turned as the policy sees them."""
+        masks = {}
+        for name, camera in names.items():
+            mask = scene.masks.get(name.removeprefix(_IMAGES))
+            if mask is None:  # the policy's config may name cameras that this environment does not have
+                continue
+            if name not in self._turns:
+                raise CaptureError(
+                    f"{name}: how its pictures are turned cannot be told from what they show so far"
+                )
+            masks[camera] = np.ascontiguousarray(np.flip(mask, [axis - 1 for axis in self._turns[name]]))
+        if not masks:
+            raise ConfigError(
+                f"segmentation: got masks of {', '.join(scene.masks) or 'no camera'}, expected some of the "
+                f"policy's cameras: {', '.join(self._cameras) or 'none'}"
+            )
+        instances = scene.instances
+        if self._roles:
+            roles = {instance.name: instance.role for instance in instances} | self._roles
+            instances = instances_of([instance.name for instance in instances], roles, where="roles")
+        return replace(scene, instances=instances, masks=masks)
+
+
+def _is_turned(before: Tensor, after: Tensor, turn: tuple[int, ...]) -> bool:
+    turned = before.flip(turn) if turn else before
+    return bool(turned.shape == after.shape and (turned == after.to(turned.device)).all())
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"segmentation: got true with {what}, expected LIBERO, or environments whose class has the method "
+        f"{METHOD} (docs/recording.md); leave it out, or attach masks afterwards with `lerobot-attn masks`"
+    )
