@@ -127,8 +127,6 @@ class StorageSettings:
             raise ConfigError(
                 f"roles: got {self.roles!r}, expected instances and roles, e.g. {{milk_1: target}}"
             )
-        if self.roles and not self.segmentation:
-            raise ConfigError("roles: got some without segmentation=true, expected both or neither")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from test_recording import evaluate, make_policy, scripted_adapter  # noqa: E402
 from lerobot_attn import AttentionConfig, open_episode, open_run, record_episodes  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError  # noqa: E402
 from lerobot_attn.masks import Instance, SceneMasks, scaled  # noqa: E402
-from lerobot_attn.plugin.segmentation import SceneSource, check_masks  # noqa: E402
+from lerobot_attn.plugin.segmentation import SceneSource, check_masks, scenes_of_rollout  # noqa: E402
 
 INSTANCES = (Instance("background", "background"), Instance("soup_1", "target"), Instance("arm", "robot"))
 
@@ -277,3 +277,24 @@ def test_a_mask_of_another_size_shows_what_lies_at_each_pixels_centre():
     mask = np.arange(12, dtype=np.int16).reshape(3, 4)
     np.testing.assert_array_equal(scaled(mask, (6, 8)), mask.repeat(2, axis=0).repeat(2, axis=1))
     np.testing.assert_array_equal(scaled(mask.repeat(3, axis=0).repeat(5, axis=1), (3, 4)), mask)
+
+
+def test_two_who_follow_one_rollout_share_its_masks(tmp_path):
+    """Who acts on what a mask shows, and who records it."""
+    envs = make_envs((7,))
+    envs.reset(seed=[0])
+    plain = envs.step
+    call = {"env": envs, "policy": make_policy(), "env_preprocessor": turning}
+    with scenes_of_rollout(call) as outer:
+        with scenes_of_rollout(call) as inner:
+            assert inner is outer
+        picture = torch.arange(64.0).reshape(1, 1, 8, 8)
+        call["env_preprocessor"]({scripted.CAMERA: picture})
+        inner.current()
+        assert envs.envs[0].asked == [0]
+        envs.step(np.zeros((1, 4), np.float32))
+        outer.current()
+        assert envs.envs[0].asked == [0, 1]
+    assert envs.step == plain
+    with scenes_of_rollout(call) as later:
+        assert later is not outer

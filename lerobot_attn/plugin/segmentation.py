@@ -32,6 +32,7 @@ from lerobot_attn.recording.observation import cameras_of
 METHOD = "lerobot_attn_masks"
 LIBERO = ("libero", "libero_plus")
 SOURCE = {"source": "mujoco"}  # what a store says of the masks
+_FOLLOWED = "_lerobot_attn_scenes"  # attribute of a vector environment that is followed
 _IMAGES = "observation.images."
 # How LeRobot's environments may turn pictures, as the axes of (channel, row, column) that are flipped.
 _TURNS = ((), (1, 2), (1,), (2,))
@@ -81,6 +82,8 @@ def environments_with_masks(env_type: str) -> Iterator[None]:
 def scenes_of_rollout(call: dict[str, Any], roles: Mapping[str, str] | None = None) -> Iterator[SceneSource]:
     """Follow a rollout, as long as this lasts, to know when masks are new and how pictures are turned.
 
+    Where somebody follows the rollout already, theirs is what is returned: nothing is drawn twice.
+
     Args:
         call: the rollout's arguments by name; its `env_preprocessor` is replaced.
         roles: instance → role, instead of the one that the environment says.
@@ -89,6 +92,9 @@ def scenes_of_rollout(call: dict[str, Any], roles: Mapping[str, str] | None = No
         ConfigError: at the rollout's first observation, if its environments have no such masks.
     """
     env, before, step = call["env"], call["env_preprocessor"], call["env"].step
+    if (followed := getattr(env, _FOLLOWED, None)) is not None:
+        yield followed
+        return
     source = SceneSource(
         env,
         cameras_of(call["policy"]).names,
@@ -111,7 +117,7 @@ def scenes_of_rollout(call: dict[str, Any], roles: Mapping[str, str] | None = No
         return step(*args, **kwargs)
 
     call["env_preprocessor"] = env_preprocessor
-    with replaced_attribute(env, "step", stepped):
+    with replaced_attribute(env, "step", stepped), replaced_attribute(env, _FOLLOWED, source):
         yield source
 
 
