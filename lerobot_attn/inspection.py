@@ -401,10 +401,8 @@ def _outcome(facts: dict[str, Any]) -> str:
     outcome = {True: "success", False: "failure"}.get(facts["success"], "unknown")
     if facts["complete"]:
         return f"{outcome}, complete"
-    attributes = facts["attributes"]
-    cause = (
-        attributes.get("error") or attributes.get("interrupted_by") or "the recording did not come to its end"
-    )
+    said, unsaid = facts["attributes"], "the recording did not come to its end"
+    cause = said.get("error") or said.get("interrupted_by") or unsaid
     return f"INCOMPLETE ({cause}): it holds the {facts['n_inferences']} inferences committed before"
 
 
