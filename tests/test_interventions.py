@@ -296,8 +296,8 @@ def test_all_but_the_most_attended_patches_and_all_but_as_many_random_ones():
 # Taking them out of maps
 
 
-def blocked(spec, value, site, n_prefix, *, key_mask=None, steps=1):
-    """What a blocker makes of one map of a policy without cameras: a state of `n_prefix` tokens, actions."""
+def begun(spec, value, n_prefix, *, key_mask=None, steps=1):
+    """A blocker in an inference of a policy without cameras: a state of `n_prefix` tokens, and actions."""
     n_keys = max(value.shape[-1], n_prefix + 3)
     layout = TokenLayout(
         tiled([("state", "state", n_prefix), ("action", "action", n_keys - n_prefix)]), n_prefix, ()
@@ -309,7 +309,12 @@ def blocked(spec, value, site, n_prefix, *, key_mask=None, steps=1):
     blocker.begin(InferenceInputs(layout, torch.zeros(n, 0, dtype=torch.int64), mask))
     for _ in range(steps):
         blocker.denoise_step(1.0)
-    return blocker.at(site, value)
+    return blocker
+
+
+def blocked(spec, value, site, n_prefix, **options):
+    """What a blocker makes of one map."""
+    return begun(spec, value, n_prefix, **options).at(site, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -327,6 +332,47 @@ def test_blocking_is_a_mask_before_the_softmax(dtype):
     assert (found.float().sum(-1) - 1).abs().max() <= tolerance * 4
     less = blocked(BlockAttention({"segment": "state"}, renormalise=False), value, Site("expert", 0), 6)
     assert torch.equal(less, value.masked_fill(mask[:, None, None], 0))
+
+
+def test_scores_are_masked_where_they_can_be_and_then_nothing_is_left_to_do():
+    value = torch.rand(2, 2, 4, 10).softmax(-1)
+    words = BlockAttention({"segment": "text"}, heads=[1])
+    layout = TokenLayout(
+        tiled([("language", "language", 4), ("state", "state", 2), ("action", "action", 4)]), 6, ()
+    )
+    policy = PolicyDescription("made up", 1, 1, 2, 1, 4, 4)
+    site, mask = Site("expert", 0), torch.ones(2, 10, dtype=torch.bool)
+    for used, is_left in ((4, False), (3, True)):  # of the slots; the one that is left over stays unblocked
+        blocker = Blocker([words], policy, PromptLabels(None, parse_task_line), lambda: Rows([0, 1], None))
+        keys = mask.clone()
+        keys[:, used:4] = is_left
+        spec_layout = (
+            layout
+            if not is_left
+            else TokenLayout(
+                tiled(
+                    [
+                        ("image", "eye", 1),
+                        ("language", "language", 3),
+                        *[(s.kind, s.name, len(s)) for s in layout.segments[1:]],
+                    ]
+                ),
+                6,
+                (Camera("eye", ImageGeometry(8, 8, 8, 8, 0, 0, 8, 8, 1, 1)),),
+            )
+        )
+        blocker.begin(InferenceInputs(spec_layout, torch.zeros(2, 4 - is_left, dtype=torch.int64), keys))
+        blocker.denoise_step(1.0)
+        bias = blocker.bias(site)
+        if not is_left:  # the state alone, which not every token may read: rows are cut instead
+            assert bias is None
+            assert not blocker.at(site, value)[:, 1, :, :4].any()
+            continue
+        expected = torch.zeros(2, 2, 1, 10)
+        expected[:, 1, :, 1:4] = float("-inf")
+        assert torch.equal(bias.broadcast_to(expected.shape), expected)
+        assert blocker.at(site, value) is None
+        assert not blocker.at(site, value)[:, 1, :, 1:4].any()  # its scores were not masked
 
 
 def test_a_row_of_which_nothing_is_left_reads_nothing():

@@ -191,13 +191,17 @@ def test_maps_are_taken_as_arrays(demo_policy):
     }
 
 
-def test_a_probe_blocks_a_camera(demo_policy):
+def test_a_policy_that_cannot_look_at_a_camera(demo_policy):
     policy, preprocess, _ = demo_policy(num_inference_steps=2)
-    (block,) = (block for block in BLOCKS if "probes=" in block)
-    noise = torch.randn(1, policy.config.chunk_size, policy.config.max_action_dim)
-    names = {"policy": policy, "batch": preprocess(observation()), "noise": noise}
+    (block,) = (block for block in BLOCKS if "BlockAttention" in block)
+    names = {"policy": policy, "batch": preprocess(observation())}
     exec(compile(block, "recipes.md", "exec"), names)
-    (record,) = names["capture"].drain()
-    assert not record.suffix_attention[..., : len(record.layout.segments[0])].any()
+    (record,) = names["capture"].drain()  # of the last, the control
+    first, second = (len(segment) for segment in record.layout.segments[:2])
+    assert record.suffix_attention[..., :first].any()
+    assert not record.suffix_attention[..., first : first + second].any()
     assert record.suffix_attention.sum(axis=-1) == pytest.approx(1, abs=2e-3)
-    assert (names["blind"] - names["seeing"]).abs().max() > 0
+    actions = names["actions"]
+    effects = {name: float((chunk - actions["seeing"]).abs().max()) for name, chunk in actions.items()}
+    assert effects.pop("seeing") == 0
+    assert min(effects.values()) > 0

@@ -1,13 +1,14 @@
 """The probe that blocks attention: takes chosen keys out of rows of attention before these are applied.
 
-After the softmax, because there the seam is: keys are set to 0 and what is left is scaled to sum to 1, which
-equals masking their scores before the softmax. A row of which nothing is left is 0: its token reads nothing.
-Knows no policy family.
+Where the adapter reaches the scores, they are masked before the softmax, so that a token that nobody reads
+has no influence at all. Elsewhere, and where rows are not renormalised, keys are set to 0 after the softmax
+and what is left is scaled to sum to 1: the same but for rounding. A row of which nothing is left is 0: its
+token reads nothing. Knows no policy family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class _Cut(NamedTuple):
     keep: Tensor  # (batch, 1 or head, 1 or query, key), float32: 0 where nothing is read
     is_cut: Tensor  # (batch, 1 or head, 1 or query, 1), bool: rows in which something is not read
     renormalise: bool
+    bias: Tensor | None  # 0, or -inf where nothing is read; None where scores cannot be masked
 
 
 class _Block(NamedTuple):
@@ -81,6 +83,7 @@ class Blocker:
         self._maps: dict[str, NDArray[np.float32]] = {}
         self._sums: dict[str, list[Tensor]] | None = None  # while patches are ranked
         self._step = -1
+        self._masked: Site | None = None  # whose scores were masked, and are about to come
 
     @property
     def ranks(self) -> bool:
@@ -127,8 +130,16 @@ class Blocker:
             scenes=rows.scenes,
             maps=self._maps,
         )
-        for number, block in enumerate(self._blocks):
-            blocked, readers = keys.chosen(block.spec.keys), None
+        chosen = [keys.chosen(block.spec.keys) for block in self._blocks]
+        # Masked scores of a row of which nothing is left would weigh padding, so such rows are cut. That
+        # something is left is sure if it is in the prefix, and no state, which not all tokens may read.
+        left = inputs.key_mask.cpu().numpy() & ~np.logical_or.reduce(chosen)
+        for segment in layout.segments:
+            if segment.kind == "state":
+                left[:, segment.start : segment.stop] = False
+        is_left = bool(left[:, : layout.prefix_len].any(axis=1).all())
+        for number, (block, blocked) in enumerate(zip(self._blocks, chosen, strict=True)):
+            readers = None
             if block.spec.queries == "actions":
                 readers = np.zeros_like(blocked)
                 readers[:, layout.actions.start : layout.actions.stop] = True
@@ -136,7 +147,7 @@ class Blocker:
                 readers = keys.segment(block.spec.queries)
             for stream in block.layers:
                 self._cuts[number, stream] = self._cut(
-                    block, stream, blocked, readers, inputs.key_mask.device
+                    block, stream, blocked, readers, inputs.key_mask.device, is_left=is_left
                 )
 
     def camera(self, name: str) -> None:
@@ -146,19 +157,24 @@ class Blocker:
         """The next Euler step starts."""
         self._step += 1
 
+    def bias(self, site: Site) -> Tensor | None:
+        """Return what masks a site's scores: broadcasts to (batch, head, query, key); None masks nothing."""
+        self._masked = site
+        total: Tensor | None = None
+        for cut in self._cuts_at(site):
+            if cut.bias is not None:
+                total = cut.bias if total is None else total + cut.bias
+        return total
+
     def at(self, site: Site, value: Tensor) -> Tensor | None:
-        """Return a site's attention without what is blocked, or None where nothing is."""
+        """Return a site's attention without what is blocked, or None where nothing is left to do."""
+        is_masked, self._masked = self._masked == site, None
         if self._sums is not None:
             self._note(site, value)
             return None
         current = value
-        for number, block in enumerate(self._blocks):
-            if site.layer not in block.layers.get(site.stream, ()):
-                continue
-            if site.stream == "expert" and self._step not in block.steps:
-                continue
-            cut = self._cuts[number, site.stream]
-            if cut is not None:
+        for cut in self._cuts_at(site):
+            if cut.bias is None or not is_masked:
                 current = _without(current, cut)
         return None if current is value else current
 
@@ -177,6 +193,19 @@ class Blocker:
         """
         raise error
 
+    def _cuts_at(self, site: Site) -> Iterator[_Cut]:
+        """Yield what is blocked at a site in the step that runs."""
+        if self._sums is not None:
+            return
+        for number, block in enumerate(self._blocks):
+            if site.layer not in block.layers.get(site.stream, ()):
+                continue
+            if site.stream == "expert" and self._step not in block.steps:
+                continue
+            cut = self._cuts[number, site.stream]
+            if cut is not None:
+                yield cut
+
     def _note(self, site: Site, value: Tensor) -> None:
         assert self._sums is not None
         if site.stream != "expert":
@@ -193,6 +222,8 @@ class Blocker:
         blocked: NDArray[np.bool_],
         readers: NDArray[np.bool_] | None,
         device: torch.device,
+        *,
+        is_left: bool,
     ) -> _Cut | None:
         """Return what a block does to a stream's maps; None if nothing.
 
@@ -202,6 +233,7 @@ class Blocker:
             blocked: (batch, key).
             readers: (batch, key), the tokens that do not read them; None: all.
             device: of the maps.
+            is_left: whether in every row something is left to read.
         """
         if stream == "vlm":
             blocked = blocked[:, : self._prefix_len]
@@ -216,7 +248,11 @@ class Blocker:
         if not not_read.any():
             return None
         not_read = not_read.to(device)
-        return _Cut((~not_read).float(), not_read.any(-1, keepdim=True), block.spec.renormalise)
+        bias = None
+        if block.spec.renormalise and is_left:
+            bias = torch.zeros(not_read.shape, device=device).masked_fill(not_read, float("-inf"))
+        is_cut = not_read.any(-1, keepdim=True)
+        return _Cut((~not_read).float(), is_cut, block.spec.renormalise, bias)
 
 
 def _without(value: Tensor, cut: _Cut) -> Tensor:

@@ -198,6 +198,22 @@ class Probe(Protocol):
 
 
 @runtime_checkable
+class MaskingProbe(Protocol):
+    """A probe that can say before the softmax which keys are not read."""
+
+    def bias(self, site: Site) -> Tensor | None:
+        """Return what is added to a site's scores before the softmax; None adds nothing.
+
+        Asked, right before `at`, where an adapter reaches the scores; so a probe learns there that `at` gets
+        what came of them.
+
+        Returns:
+            0, or -inf where a key is not read: of a shape that broadcasts to (batch, head, query, key). Keys
+            that the layer does not see come last, and are left out.
+        """
+
+
+@runtime_checkable
 class PolicyAdapter(Protocol):
     """Everything that is needed of a policy family. Built around one (unwrapped) policy.
 

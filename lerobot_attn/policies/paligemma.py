@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
-from lerobot_attn.policies.taps import CompiledTap, attention_tap, no_attention
+from lerobot_attn.policies.taps import CompiledTap, attention_tap, bias_of, no_attention
 from lerobot_attn.policies.vision import VisionTower
 
 
@@ -121,7 +121,8 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
                 stack.callback(module.register_forward_hook(graph.hook(site)).remove)
             else:
                 missed = partial(probe.fail, no_attention(site))
-                stack.enter_context(attention_tap(module, partial(probe.at, site), missed))
+                exchange, bias = partial(probe.at, site), bias_of(probe, site)
+                stack.enter_context(attention_tap(module, exchange, missed, bias))
 
     def _layout(self, cameras: list[Camera], n_text: int) -> TokenLayout:
         n_patches = self._grid[0] * self._grid[1]

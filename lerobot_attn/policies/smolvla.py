@@ -22,7 +22,7 @@ from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, newest
 from lerobot_attn.policies.prompts import parse_task_line
-from lerobot_attn.policies.taps import CompiledTap, no_attention, replaced_attribute, tapped
+from lerobot_attn.policies.taps import CompiledTap, bias_of, no_attention, replaced_attribute, tapped
 from lerobot_attn.policies.vision import VisionTower
 
 # With `add_image_special_tokens`, as `embed_prefix` writes them around each camera.
@@ -126,7 +126,8 @@ class SmolVLAAdapter(FlowMatchingAdapter):
                 return attend
             if graph is not None:
                 return tapped(attend, partial(graph.note, site), partial(graph.note, site, None))
-            return tapped(attend, partial(probe.at, site), partial(probe.fail, no_attention(site)))
+            missed = partial(probe.fail, no_attention(site))
+            return tapped(attend, partial(probe.at, site), missed, bias_of(probe, site))
 
         for name, value in (
             ("forward_attn_layer", entered(towers.forward_attn_layer)),

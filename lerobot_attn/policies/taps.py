@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lerobot_attn.errors import CaptureError, ConfigError
-from lerobot_attn.policies.base import Probe, Site, SiteInfo
+from lerobot_attn.policies.base import MaskingProbe, Probe, Site, SiteInfo
 
 _ABSENT = object()
 _SOFTMAX = frozenset({nn.functional.softmax, torch.softmax, Tensor.softmax})
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
 
 Exchange = Callable[[Tensor], Tensor | None]
+Bias = Callable[[], Tensor | None]
 
 _TRIAL = ContextVar("trial", default=False)
 
@@ -109,9 +111,10 @@ class _BeforeUse(TorchFunctionMode):
     So casts and dropout between the two have been done already, whatever the module does there.
     """
 
-    def __init__(self, exchange: Exchange):
+    def __init__(self, exchange: Exchange, bias: Bias | None = None):
         super().__init__()
         self._exchange = exchange
+        self._bias = bias
         self._softmaxed = False
         self.n_exchanged = 0
 
@@ -127,11 +130,21 @@ class _BeforeUse(TorchFunctionMode):
             return func(value if given is None else given, *others, **kwargs)
         if func in _SOFTMAX:
             self._softmaxed = True
+            if self._bias is not None and (bias := self._bias()) is not None:
+                scores, *others = args
+                bias = bias[..., : scores.shape[-1]].to(scores.dtype)
+                # In place, for another map of this size would cost more than the addition: nothing but the
+                # softmax reads the scores of the functions that are tapped with a bias.
+                scores = scores + bias if scores.requires_grad else scores.add_(bias)
+                return func(scores, *others, **kwargs)
         return func(*args, **kwargs)
 
 
 def tapped(
-    function: Callable[..., Any], exchange: Exchange, missed: Callable[[], None]
+    function: Callable[..., Any],
+    exchange: Exchange,
+    missed: Callable[[], None],
+    bias: Bias | None = None,
 ) -> Callable[..., Any]:
     """Return a function that hands its attention probabilities to `exchange` before it applies them.
 
@@ -142,11 +155,12 @@ def tapped(
         function: calls softmax and then multiplies its result with the values.
         exchange: gets (batch, head, query, key); returns None, or what is applied instead.
         missed: called after a call in which no such product came.
+        bias: what is added to the scores, see `MaskingProbe`.
     """
 
     def tapped_function(*args: Any, **kwargs: Any) -> Any:
         # The mode belongs to one call: it is kept per thread, and a real robot infers in a thread of its own.
-        with _BeforeUse(exchange) as mode:
+        with _BeforeUse(exchange, bias) as mode:
             output = function(*args, **kwargs)
         if not mode.n_exchanged:
             missed()
@@ -156,10 +170,17 @@ def tapped(
 
 
 @contextmanager
-def attention_tap(module: nn.Module, exchange: Exchange, missed: Callable[[], None]) -> Iterator[None]:
+def attention_tap(
+    module: nn.Module, exchange: Exchange, missed: Callable[[], None], bias: Bias | None = None
+) -> Iterator[None]:
     """Tap an attention module's forward pass as `tapped` does, while the context lasts."""
-    with replaced_attribute(module, "forward", tapped(module.forward, exchange, missed)):
+    with replaced_attribute(module, "forward", tapped(module.forward, exchange, missed, bias)):
         yield
+
+
+def bias_of(probe: Probe, site: Site) -> Bias | None:
+    """Return how a probe masks a site's scores; None of one that does not."""
+    return partial(probe.bias, site) if isinstance(probe, MaskingProbe) else None
 
 
 def no_attention(site: Site) -> CaptureError:
