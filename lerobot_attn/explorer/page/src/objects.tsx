@@ -96,9 +96,9 @@ function RoleRows(props: { role: Role; instances: Instance[]; mask: CameraMask; 
         lying={of(numbers)}
       />
       {numbers.length > 1 &&
-        numbers.map((number) => (
-          <Row key={number} nested name={instances[number]!.name} lying={of([number])} />
-        ))}
+        numbers
+          .filter((number) => mask.area[number])
+          .map((number) => <Row key={number} nested name={instances[number]!.name} lying={of([number])} />)}
     </>
   );
 }
