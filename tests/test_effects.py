@@ -276,7 +276,11 @@ def record(
     file = path / "zarr.json"
     document = json.loads(file.read_text())
     said = {"name": "test", "condition": condition, "control_of": control_of}
-    document["attributes"] |= {"experiment": said, "condition": {"name": condition, "interventions": []}}
+    document["attributes"] |= {
+        "experiment": said,
+        "condition": {"name": condition, "text": f"{condition}: as planted", "interventions": []},
+        "task": "pick up the soup and place it in the basket",  # the environment's
+    }
     file.write_text(json.dumps(document))
     return path
 
@@ -372,12 +376,31 @@ def test_the_command_writes_a_report(experiment, tmp_path, monkeypatch, capsys):
     assert set(written["control"]) == {"random", "baseline"}
     text = (tmp_path / "report.md").read_text()
     assert "random weights" in text
+    assert "| blocked | as planted |  | 6 | 50 % |" in text
     assert "| blocked | 3 | 3 | 33 % |" in text  # of six, which object was approached; chance
     assert "blocked against random" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_an_experiment_or_positions_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_measured_is_said(tmp_path):
+    for condition in ("baseline", "blocked"):
+        plan = SyntheticPlan(n_frames=3, layers=(), grid=(4, 4), videos=False, n_layers=1)
+        file = write_planted_episode(tmp_path / condition, plan) / "zarr.json"
+        document = json.loads(file.read_text())
+        document["attributes"]["experiment"] = {"name": "test", "condition": condition, "control_of": None}
+        file.write_text(json.dumps(document))
+    found = find_effects(open_run(tmp_path))
+    assert {effect.metric for effect in found.effects} == {"success", "action_difference", "steps_to_success"}
+    assert found.notes == (
+        "not measured in 2 episodes: end effector: the state has joint_0, joint_1, joint_2; expected eef_x, "
+        "eef_y, eef_z",
+    )
+    bare = open_episode(record(tmp_path, "bare", 0)).arrays.drop_vars("instance_position")
+    with pytest.raises(SelectionError, match=r"no instance_position; expected .* segmentation=true"):
+        approached(bare)
+
+
+def test_without_an_experiment_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
     plan = SyntheticPlan(n_frames=3, layers=(), grid=(4, 4), videos=False, n_layers=1)
     write_planted_episode(tmp_path / "baseline", plan)
     status, _, error = run_cli(monkeypatch, capsys, "effects", tmp_path)

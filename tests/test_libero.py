@@ -14,11 +14,14 @@ import pytest
 import xarray as xr
 from forked import STOCK, Forked, run_lerobot_eval
 
+from lerobot_attn.analysis.behaviour import approached, given_instruction
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError
 from lerobot_attn.layout import Kind
 from lerobot_attn.overlay import OverlaySettings, write_overlay
 from lerobot_attn.plot import KINDS, plot
-from lerobot_attn.report import write_report
+from lerobot_attn.plugin import experiment
+from lerobot_attn.plugin.experiment import ExperimentPlan, run_experiment
+from lerobot_attn.report import find_effects, write_report
 from lerobot_attn.store.reader import open_run
 from lerobot_attn.store.video import count_frames, read_frames
 from lerobot_attn.verify import contact_sheet, verify_episode
@@ -407,6 +410,53 @@ def test_real_episodes_verify_and_every_picture_is_drawn(synchronous, asynchrono
     files = {file.name for file in write_report([first], [second], tmp_path / "report")}
     assert {"comparison.png", "comparison.mp4", "report.md"} <= files
     assert count_frames(tmp_path / "report" / "comparison.mp4") == N_STEPS
+
+
+def test_an_experiment_begins_each_condition_alike(libero_ready, demo_checkpoint, tmp_path, monkeypatch):
+    """Another object is named: the scene and the noise are the same, the words and the actions are not."""
+    plan = ExperimentPlan(
+        name="swap",
+        policy={"path": str(demo_checkpoint), "device": "cpu", "n_action_steps": 5},
+        env={"type": "libero", "task": "libero_object", "task_ids": [0], "episode_length": N_STEPS},
+        n_episodes=1,
+        capture={"layers": "none", "mean_layers": "all", "segmentation": True},
+        conditions=[
+            {"name": "milk", "interventions": [{"kind": "task", "replace": {"alphabet soup": "milk"}}]}
+        ],
+        no_control=True,
+    )
+
+    def in_a_fork(arguments):
+        with Forked(run_lerobot_eval, tmp_path / "logs", STOCK, argv=arguments) as process:
+            status = process.wait(PATIENCE_S)
+        assert status == 0, process.log[-4000:]
+        return status
+
+    monkeypatch.setattr(experiment, "launch_eval", in_a_fork)
+    assert run_experiment(plan, tmp_path / "out") == 0
+    baseline, swapped = open_run(tmp_path / "out")
+    assert [e.attributes["condition"]["name"] for e in (baseline, swapped)] == ["baseline", "milk"]
+    assert swapped.attributes["experiment"] == {
+        "name": "swap",
+        "condition": "milk",
+        "control_of": None,
+    }
+    assert given_instruction(baseline.arrays) == "pick up the alphabet soup and place it in the basket"
+    assert given_instruction(swapped.arrays) == "pick up the milk and place it in the basket"
+    for name in ("state", "instance_position"):
+        np.testing.assert_array_equal(baseline.arrays[name][0], swapped.arrays[name][0])
+    chunks = [episode.arrays["action_chunk"].values for episode in (baseline, swapped)]
+    assert np.abs(chunks[0][0] - chunks[1][0]).max() > 0
+    went = approached(baseline.arrays)
+    assert went.targets == ("alphabet_soup_1",)
+    assert {"milk_1", "alphabet_soup_1"} < set(went.objects)
+    assert "basket_1" not in went.objects
+    assert 0.05 < min(went.nearest_m.values()) < 1  # the same frame of reference
+    found = find_effects(open_run(tmp_path / "out"))
+    effects = {effect.metric: effect for effect in found.effects}
+    assert found.notes == ()
+    assert effects["action_difference"].a > 0
+    assert effects["path_length"].n == 1
 
 
 @pytest.mark.browser

@@ -208,6 +208,20 @@ def test_evaluations_compose(words):
     assert "--policy.path=CHECKPOINT" in eval_arguments(OmegaConf.to_container(config, resolve=True))
 
 
+@pytest.mark.parametrize("words", [*commands(PAGES, "python scripts/experiment.py")])
+def test_experiments_compose(words):
+    hydra = pytest.importorskip("hydra")
+    from omegaconf import OmegaConf
+
+    from lerobot_attn.plugin.experiment import ExperimentPlan
+
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        values = OmegaConf.to_container(hydra.compose("experiment", words), resolve=True)
+    assert Path(values.pop("output_dir")).parts[0] == "outputs"
+    assert values.pop("dry_run") is False
+    assert ExperimentPlan.from_dict(values).policy["path"] == "CHECKPOINT"
+
+
 def test_every_option_of_an_evaluation_is_a_setting():
     settings = set(AttentionConfig().to_dict())
     for page in PAGES:

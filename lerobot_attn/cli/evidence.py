@@ -1,4 +1,4 @@
-"""Commands that ask whether what a policy attends to matters: effects."""
+"""Commands that ask whether what a policy attends to matters: experiment, effects."""
 
 from __future__ import annotations
 
@@ -11,6 +11,32 @@ import typer
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import progress_bar
 from lerobot_attn.cli.options import SettingsFile
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def experiment(
+    context: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.yaml", help="The plan; configs/experiment has some to begin with.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to record into.")],
+    no_control: Annotated[
+        bool, typer.Option("--no-control", help="Let conditions pass that have no control.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the commands and the number of episodes.")
+    ] = False,
+) -> None:
+    """Evaluate a policy in several conditions, from the same initial states and with the same noise.
+
+    The plan's values can be given here: policy.path=CHECKPOINT n_episodes=20 env.task_ids=[0,3]. What is
+    complete in the folder is kept, so the same command goes on where it was interrupted.
+    """
+    from lerobot_attn.plugin.experiment import ExperimentPlan, run_experiment
+
+    values = {"no_control": True} if no_control else {}
+    plan = ExperimentPlan.from_yaml(file, context.args, **values)
+    raise typer.Exit(run_experiment(plan, output, dry_run=dry_run, say=lambda line: print(line, flush=True)))
 
 
 @app.command()

@@ -66,12 +66,25 @@ def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
     return [_argument(name, value) for name, value in options]
 
 
+def eval_command(arguments: Sequence[str]) -> str:
+    """Return the `lerobot-eval` command as one types it into a shell."""
+    return "lerobot-eval " + shlex.join(arguments)
+
+
 def launch_eval(arguments: list[str]) -> int:
-    """Print the equivalent `lerobot-eval` command, run it as a process, and return its exit status."""
-    print("lerobot-eval " + shlex.join(arguments), flush=True)
-    return subprocess.run(
-        [sys.executable, "-m", "lerobot.scripts.lerobot_eval", *arguments], check=False
-    ).returncode
+    """Print the equivalent `lerobot-eval` command, run it as a process, and return its exit status.
+
+    Ctrl-C is left to that process, which writes out what it has recorded before it ends. The status of a
+    process that a signal ended is 128 and the signal's number, as in a shell.
+    """
+    print(eval_command(arguments), flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "lerobot.scripts.lerobot_eval", *arguments])
+    while True:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # a terminal sends it to both
+            continue
+        return status if status >= 0 else 128 - status
 
 
 def option_text(value: Any) -> str:

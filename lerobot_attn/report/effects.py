@@ -160,13 +160,16 @@ def _change(chunks: Mapping[tuple[Any, ...], Any], row: Mapping[str, Any]) -> tu
 def _measured(episode: Episode, settings: EffectsSettings) -> tuple[dict[str, Any], list[str]]:
     """Return an episode's row, and what could not be measured."""
     said = _part(episode.attributes, "experiment")
-    condition = said.get("condition") or _part(episode.attributes, "condition").get("name")
+    done = _part(episode.attributes, "condition")
+    condition = str(said.get("condition") or done.get("name") or BASELINE)
     data, lacks = episode.arrays, []
     row: dict[str, Any] = {
         "experiment": str(said.get("name") or "experiment"),
-        "condition": str(condition or BASELINE),
-        "control_of": said.get("control_of"),
-        **{name: episode.attributes.get(name) for name in (*_KEY, "seed")},
+        "condition": condition,
+        "text": str(done.get("text") or ""),
+        "control_of": None if said.get("control_of") is None else str(said["control_of"]),
+        "task_group": str(episode.attributes.get("task_group")),
+        **{name: _whole(episode.attributes.get(name)) for name in ("task_id", "episode_index", "seed")},
         "success": math.nan if episode.success is None else float(episode.success),
         **dict.fromkeys(("approached_target", "approached_named", "path_length"), math.nan),
         "steps_to_success": math.nan,
@@ -191,6 +194,11 @@ def _measured(episode: Episode, settings: EffectsSettings) -> tuple[dict[str, An
 def _part(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     part = attributes.get(name)
     return part if isinstance(part, Mapping) else {}
+
+
+def _whole(value: Any) -> int:
+    """Return a number that a store says of its episode; -1 where it says none."""
+    return value if type(value) is int else -1
 
 
 def _start(data: xr.Dataset) -> list[float] | None:
@@ -347,11 +355,12 @@ def _page(run: Run, found: Effects, settings: EffectsSettings, picture: Path) ->
 
 
 def _conditions(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    header = ["condition", "control of", "episodes", *(METRICS[name].text for name in METRICS)]
+    header = ["condition", "what is done", "control of", "episodes", *(m.text for m in METRICS.values())]
     rows = []
     for condition, part in table.groupby("condition", sort=False):
         control_of = part["control_of"].iloc[0]
-        cells = [str(condition), "" if control_of is None else str(control_of), str(len(part))]
+        text = part["text"].iloc[0].removeprefix(f"{condition}: ")
+        cells = [str(condition), text, "" if control_of is None else str(control_of), str(len(part))]
         for metric in METRICS.values():
             mean = part[metric.name].mean()
             if math.isnan(mean):
