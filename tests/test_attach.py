@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from PIL import Image
 from test_inspection import run_cli
 
@@ -122,6 +123,40 @@ def test_masks_are_replaced_only_where_that_is_asked_for(store, tmp_path):
     np.testing.assert_array_equal(data.segmentation[2, 0], made(IMAGE, 4))
     assert find_damage(own).is_sound
     assert verify_episode(open_episode(own)).passed
+
+
+def change(path, name, values):
+    """Change stored values behind the store's back."""
+    array = zarr.open_group(path, mode="r+")[name]
+    array[...] = values(array[...])
+
+
+def no_background(roles):
+    return np.array(["robot", *roles[1:]], dtype=object)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "found"),
+    [
+        ("segmentation", lambda masks: masks + 1, "inference 0 shows instance 2, there are 0 to 1"),
+        ("segmentation", lambda masks: masks - 2, "inference 0 shows instance -2"),
+        ("mask_camera", lambda names: np.array(["front", *names[1:]], dtype=object), "front is no camera of"),
+        ("instance", lambda names: np.full_like(names, "cup"), "two instances have one name"),
+        ("instance_role", no_background, "the first instance is no background"),
+        ("instance_role", lambda roles: np.full_like(roles, "goal"), "has 'goal', no role: damaged"),
+    ],
+)
+def test_masks_that_mean_nothing_do_not_verify(tmp_path, name, values, found):
+    plan = SyntheticPlan(**{**vars(PLAN), "objects": {"soup_1": "target"}, "videos": False})
+    path = write_planted_episode(tmp_path, plan)
+    assert not [check for check in verify_episode(open_episode(path)).checks if check.passed is False]
+    change(path, name, values)
+    (failed,) = [check for check in verify_episode(open_episode(path)).checks if check.passed is False]
+    assert failed.name == "masks"
+    assert found in failed.detail
+    if name == "segmentation":  # whoever looks an instance up by its number finds one
+        with pytest.raises(StoreError, match=r"segmentation is -?2 at .*, expected -1 to 1: damaged"):
+            open_episode(path).arrays.segmentation.values.any()
 
 
 @pytest.mark.parametrize("nth", [2, 5, 6])

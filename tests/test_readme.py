@@ -183,7 +183,7 @@ def test_commands_run(words, run, tmp_path, monkeypatch):
     (tmp_path / "out").symlink_to(run / "out")
     words = [places.get(word, word) for word in words]
     if (
-        words[0] in ("view", "export-html", "replay", "effects", "experiment")
+        words[0] in ("view", "export-html", "replay", "effects", "experiment", "masks")
         or "--policy.path=CHECKPOINT" in words
     ):
         # One serves until Ctrl-C, two need the built page: only that their options exist is tried. Others
