@@ -18,7 +18,7 @@ from lerobot_attn.analysis.compare import (
     overall_table,
     split_by_success,
 )
-from lerobot_attn.analysis.intervals import _bootstrap
+from lerobot_attn.analysis.intervals import interval_of_difference
 from lerobot_attn.analysis.runs import success_of
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.synthetic import SyntheticPlan, planted, planted_shares, write_planted_episode
@@ -170,8 +170,10 @@ def test_missing_values_are_drawn_from_the_episodes_that_have_them():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(6, 3)), rng.normal(size=(5, 3))
     a[[0, 4], 1], b[2, 1], b[:4, 2] = np.nan, np.nan, np.nan
-    low, high = _bootstrap(a, b, 0.95, 400, 0)
-    alone = _bootstrap(np.delete(a, [0, 4], axis=0)[:, 1:2], np.delete(b, 2, axis=0)[:, 1:2], 0.95, 400, 0)
+    low, high = interval_of_difference(a, b, 0.95, 400, 0)
+    alone = interval_of_difference(
+        np.delete(a, [0, 4], axis=0)[:, 1:2], np.delete(b, 2, axis=0)[:, 1:2], 0.95, 400, 0
+    )
     assert low[1] == pytest.approx(alone[0][0])
     assert high[1] == pytest.approx(alone[1][0])
     assert np.isnan([low[2], high[2]]).all()
@@ -180,7 +182,9 @@ def test_missing_values_are_drawn_from_the_episodes_that_have_them():
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(1)
     # 1,000 simulated comparisons of 30 episodes a group, whose true difference is 0.3.
-    low, high = _bootstrap(rng.normal(0, 1, (30, 1000)), rng.normal(0.3, 1.5, (30, 1000)), 0.9, 1000, 0)
+    low, high = interval_of_difference(
+        rng.normal(0, 1, (30, 1000)), rng.normal(0.3, 1.5, (30, 1000)), 0.9, 1000, 0
+    )
     covered = ((low <= 0.3) & (high >= 0.3)).mean()
     assert 0.85 < covered < 0.93
 
@@ -302,7 +306,7 @@ def test_overall_is_the_mean_of_each_whole_episode(groups):
     )
     assert row.a == pytest.approx(of_a.mean(), abs=1e-6)
     assert row.difference == pytest.approx(of_b.mean() - of_a.mean(), abs=1e-6)
-    low, high = _bootstrap(of_a[:, None], of_b[:, None], 0.95, 300, 5)
+    low, high = interval_of_difference(of_a[:, None], of_b[:, None], 0.95, 300, 5)
     assert (row.low, row.high) == (pytest.approx(low[0], abs=1e-6), pytest.approx(high[0], abs=1e-6))
     assert row.low > 0
     sharp = compare_overall(a, b, "sharpness")

@@ -35,7 +35,7 @@ def difference_of(
     together = stacked([*a.values, *b.values], "episode", fill_value=np.nan, names=[*a.paths, *b.paths])
     values = together.values
     # Low and high are NaN unless both groups have two episodes with a value.
-    low, high = _bootstrap(values[:n_a], values[n_a:], confidence, n_resamples, seed)
+    low, high = interval_of_difference(values[:n_a], values[n_a:], confidence, n_resamples, seed)
     mean_a, mean_b = mean_of(values[:n_a]), mean_of(values[n_a:])
     found = {
         "a": (mean_a, "mean of a's episodes"),
@@ -80,7 +80,40 @@ def difference_of(
     return result
 
 
-def _bootstrap(
+def interval_of_mean(
+    values: NDArray[np.float64], confidence: float, n_resamples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the expanded percentile bootstrap interval of the mean over the first axis; see `expanded_tail`.
+
+    Args:
+        values: (episode, …), NaN where an episode has no value.
+        confidence: of the interval, 0 to 1.
+        n_resamples: how often as many episodes are drawn with replacement.
+        seed: of the drawing.
+
+    Returns:
+        Low and high, (…); NaN where fewer than two episodes have a value.
+    """
+    shape = values.shape[1:]
+    values = values.reshape(len(values), -1)
+    low, high = np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
+    patterns, members = np.unique(np.isfinite(values), axis=1, return_inverse=True)
+    some = max(1, _BATCH_BYTES // (8 * n_resamples))
+    for index, pattern in enumerate(patterns.T):
+        n = int(pattern.sum())
+        if n < 2:
+            continue
+        tail = expanded_tail(n, confidence)
+        ends = [100 * tail, 100 * (1 - tail)]
+        weights = _resample(n, n_resamples, np.random.default_rng(seed))
+        cells = np.flatnonzero(members.ravel() == index)
+        for start in range(0, len(cells), some):
+            part = cells[start : start + some]
+            low[part], high[part] = np.percentile(weights @ values[np.ix_(pattern, part)], ends, axis=0)
+    return low.reshape(shape), high.reshape(shape)
+
+
+def interval_of_difference(
     a: NDArray[np.float64], b: NDArray[np.float64], confidence: float, n_resamples: int, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the percentile interval of mean(b) - mean(a); a and b are (episode, …), NaN for no value.
@@ -116,13 +149,27 @@ def _resample(n: int, n_resamples: int, rng: np.random.Generator) -> NDArray[np.
     return np.bincount(drawn.ravel(), minlength=n_resamples * n).reshape(n_resamples, n) / n
 
 
+def expanded_tail(n: int, confidence: float) -> float:
+    """Return the share of resampled means that an interval leaves out at each end.
+
+    The percentiles lie farther out than the confidence says, as Student's t does from the normal: the plain
+    ones are too narrow for few values. Source: Hesterberg 2015, The American Statistician 69:371-386.
+
+    Args:
+        n: values, two or more.
+        confidence: of the interval.
+    """
+    from scipy.special import ndtr, stdtrit  # takes a while to import
+
+    return float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2)))
+
+
 def paired_interval(
     differences: NDArray[np.float64], *, confidence: float = 0.95, n_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the expanded percentile bootstrap interval of a mean of paired differences; pairs are drawn.
 
-    The percentiles lie farther out than the confidence says, as Student's t does from the normal: the plain
-    ones are too narrow for few pairs. Source: Hesterberg 2015, The American Statistician 69:371-386.
+    Its percentiles are those of `expanded_tail`.
 
     Args:
         differences: (pair,), no NaN.
@@ -135,11 +182,7 @@ def paired_interval(
     """
     if len(differences) < 2:
         return np.nan, np.nan
-    from scipy.special import ndtr, stdtrit  # takes a while to import
-
-    n = len(differences)
-    expanded = math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2)
-    tail = 100 * ndtr(expanded)
+    tail = 100 * expanded_tail(len(differences), confidence)
     rng = np.random.default_rng(seed)
     some = max(1, _BATCH_BYTES // (24 * len(differences)))
     means = [
