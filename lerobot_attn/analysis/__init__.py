@@ -21,6 +21,7 @@ from lerobot_attn.analysis.compare import (
     split_by_success,
 )
 from lerobot_attn.analysis.effects import effects_table, episodes_needed, mcnemar, paired_effects
+from lerobot_attn.analysis.grounding import grounding, mean_maps
 from lerobot_attn.analysis.measures import attention_entropy, sharpness, stability
 from lerobot_attn.analysis.prefix import (
     PrefixWhere,
@@ -90,9 +91,11 @@ __all__ = [
     "episodes_needed",
     "executed_actions",
     "flow",
+    "grounding",
     "image_heatmap",
     "image_to_text",
     "mcnemar",
+    "mean_maps",
     "mean_over",
     "modality_share",
     "on_camera_pixels",

@@ -20,7 +20,7 @@ def said_of(dataset: xr.Dataset) -> dict[str, Any]:
     A dataset carries objects as JSON text and truths as 0 or 1, because netCDF takes neither.
     """
     said = dict(dataset.attrs)
-    for name in ("capture", "condition", "layout", "policy", "videos"):
+    for name in ("capture", "condition", "layout", "policy", "segmentation", "videos"):
         if isinstance(said.get(name), str):
             with contextlib.suppress(ValueError):
                 said[name] = json.loads(said[name])

@@ -41,7 +41,7 @@ from lerobot_attn.sizes import Progress
 
 By = Literal["inference", "frame"]
 
-_MAPS = (RAW, MEANS, "prefix_attention", "vision_attention")
+_MAPS = (RAW, MEANS, "prefix_attention", "vision_attention", "segmentation")
 _BLOCK_BYTES = 8_000_000  # where the maps of an inference are smaller: blocks of a few would be slow
 _MOST_INFERENCES = 64  # of a block: its tables of tokens grow with it, too
 _NAMING = ("modality", "token", "camera")
