@@ -421,3 +421,14 @@ def test_interval_of_the_mean_holds_it_as_often_as_it_says():
     values = np.random.default_rng(2).normal(0, 1, (6, 2000))
     low, high = interval_of_mean(values, 0.9, 1000, 0)
     assert 0.87 < ((low <= 0) & (high >= 0)).mean() < 0.94
+
+
+def test_explorers_timeline_has_the_same_numbers(planted):
+    from lerobot_attn.explorer.scene import role_shares
+
+    for camera in (IMAGE, WRIST):
+        found = role_shares(planted, 0, camera, analysis.attention(planted.arrays, layer=2, head=1))
+        mine = grounding(planted.arrays, layer=2, head=1, cameras=[camera], roles=found["roles"])
+        for name, kind in (("share", "value"), ("chance", "uniform")):
+            expected = mine[kind].sel(camera=camera, metric="mass").values
+            np.testing.assert_allclose(np.array(found[name], float), expected, atol=1e-4)

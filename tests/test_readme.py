@@ -20,7 +20,7 @@ from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their code blocks are run. CONTRIBUTING has none; the explorer's requests have a test of their own.
-WITH_CODE = [page for page in PAGES if page.name in ("README.md", "store.md", "recipes.md")]
+WITH_CODE = [page for page in PAGES if page.name in ("README.md", "store.md", "recipes.md", "evidence.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDING = (ROOT / "docs" / "recording.md").read_text(encoding="utf-8")
 STORE = (ROOT / "docs" / "store.md").read_text(encoding="utf-8")
@@ -136,6 +136,7 @@ def run(tmp_path_factory):
         vision_layers=(3,),
         n_denoise_steps=10,
         task_group="libero_object",
+        objects={"soup": "target", "basket": "destination", "arm": "robot"},
     )
     write_planted_episode(folder / "out", plan)
     write_planted_episode(folder / "out", replace(plan, episode_index=1, success=False))

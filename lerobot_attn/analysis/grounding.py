@@ -25,7 +25,9 @@ from lerobot_attn.analysis.select import Where, attention
 from lerobot_attn.analysis.spatial import camera_geometry, camera_names, on_grid
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import ImageGeometry
-from lerobot_attn.masks import ROLES, UNKNOWN, Role, patch_coverage
+from lerobot_attn.masks import ROLES as ROLES
+from lerobot_attn.masks import UNKNOWN, patch_coverage
+from lerobot_attn.masks import Role as Role
 
 Metric = Literal["mass", "concentration", "iou", "peak_hit", "centre_distance"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

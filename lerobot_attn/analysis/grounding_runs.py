@@ -95,6 +95,10 @@ class RunGrounding:
         """Whether each episode solved its task; None where nobody knows."""
         return [success_of(source) for source in self.sources]
 
+    def arrays(self, index: int) -> xr.Dataset:
+        """Open an episode; it is let go when what is returned is."""
+        return _arrays(self.sources[index])
+
     def place(self, candidate: Candidate) -> tuple[int, int, int]:
         """Return where a candidate lies on the axes camera, layer and head."""
         return (
@@ -137,7 +141,7 @@ class RunGrounding:
 
         `frame` is the one at which each inference was asked for.
         """
-        dataset = _arrays(self.sources[index])
+        dataset = self.arrays(index)
         where = {**self._where, "layer": candidate.layer, "denoise_step": self.denoise_steps[step]}
         fixed = self._maps.others(index)
         place = {"layer": candidate.layer, "head": candidate.head, "denoise_step": self.denoise_steps[step]}

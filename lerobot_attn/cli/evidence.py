@@ -1,4 +1,4 @@
-"""Commands that ask whether what a policy attends to matters: experiment, effects."""
+"""Commands that ask whether attention is on the right thing, and whether it matters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import progress_bar
 from lerobot_attn.cli.options import SettingsFile
+from lerobot_attn.errors import RANDOM_WEIGHTS
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -72,4 +73,71 @@ def effects(
         print(note, file=sys.stderr)
     matched = [effect for effect in found.effects if effect.control != BASELINE]
     print("\n".join(map(sentence, matched or found.effects)))
+    print("\n".join(f"Wrote {file}" for file in files))
+
+
+@app.command()
+def ground(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A run's output folder, a task's folder, or an episode (….zarr); with masks."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for figures, tables and page.")
+    ] = Path("grounding"),
+    role: Annotated[
+        str | None,
+        typer.Option(help="Whose mask: target (default), destination, distractor, robot or background."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What layers and heads are ranked by: mass (share inside, default), concentration, iou, "
+            "peak_hit or centre_distance."
+        ),
+    ] = None,
+    camera: Annotated[
+        list[str] | None,
+        typer.Option(help="Camera, by the end of its name; may be repeated. Default: all that have masks."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layers: a list as 0,4 or a range as 0-3. Default: all.")
+    ] = None,
+    denoise_step: Annotated[
+        int | None,
+        typer.Option(help="Denoise step of the ranking, negative from the last. Default: last stored."),
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Action token: executed (mean, default), mean of all, or a number.")
+    ] = None,
+    confidence: Annotated[float | None, typer.Option(help="Of the intervals over episodes.")] = None,
+    settings: SettingsFile = None,
+) -> None:
+    """Say which layers and heads are on the target, against chance, and write a report.
+
+    Needs masks: record with --eval.attention.segmentation=true, or attach them with lerobot-attn masks. Each
+    number stands beside three levels of chance: a uniform map, the policy's own mean map over other episodes,
+    and a centre prior. The best layer and head is chosen on half of the episodes and reported on the others.
+    """
+    from lerobot_attn.report import GroundSettings, write_grounding
+    from lerobot_attn.report.grounding_page import sentence
+    from lerobot_attn.settings import load_settings
+    from lerobot_attn.store.runs import open_run
+
+    chosen = load_settings(
+        GroundSettings,
+        settings,
+        role=role,
+        metric=metric,
+        cameras=tuple(camera) if camera else None,
+        layer=layer,
+        denoise_step=denoise_step,
+        query=query,
+        confidence=confidence,
+    )
+    with progress_bar("Grounding") as progress:
+        found, files = write_grounding(open_run(path), output, chosen, progress)
+    for note in (*found.notes, *([RANDOM_WEIGHTS] if found.has_random_weights else [])):
+        print(note, file=sys.stderr)
+    print(sentence(found))
     print("\n".join(f"Wrote {file}" for file in files))
