@@ -26,9 +26,9 @@ _HOMES = {
     "capture_attention": "lerobot_attn.capture",
     "intervene": "lerobot_attn.interventions",
     "open_episode": "lerobot_attn.store.reader",
-    "record_episodes": "lerobot_attn.recording",
+    "record_episodes": "lerobot_attn.plugin.recorders",
     "open_run": "lerobot_attn.store.runs",
-    "record_dataset": "lerobot_attn.recording",
+    "record_dataset": "lerobot_attn.plugin.recorders",
 }
 __all__ = [
     "AttentionCapture",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from lerobot_attn.capture.policy import AttentionPolicy
     from lerobot_attn.config import AttentionConfig
     from lerobot_attn.interventions import BlockAttention, Condition, FixedNoise, Occlude, Task, intervene
-    from lerobot_attn.recording import record_dataset, record_episodes
+    from lerobot_attn.plugin.recorders import record_dataset, record_episodes
     from lerobot_attn.store.attach import attach_masks
     from lerobot_attn.store.reader import open_episode
     from lerobot_attn.store.runs import open_run

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.plugin.command_line import EVAL
 from lerobot_attn.plugin.environments import ACTION_NAMES, STATE_NAMES, renamed_by
-from lerobot_attn.plugin.feeding.facts import INPUT_CHECKS
 from lerobot_attn.plugin.script import replaced_names, with_options
+from lerobot_attn.recording.first_look import INPUT_CHECKS
 
 if TYPE_CHECKING:
     from lerobot_attn.plugin.acting import Acting

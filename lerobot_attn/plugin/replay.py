@@ -77,7 +77,8 @@ def replay(request: ReplayRequest, progress: Callable[[int, int], None] | None =
         refuse_masks(condition, "a replay")
 
     from lerobot_attn.plugin.checkpoints import load_policy, read_checkpoint
-    from lerobot_attn.recording import VideoFrames, record_dataset
+    from lerobot_attn.plugin.recorders import record_dataset
+    from lerobot_attn.recording import VideoFrames
     from lerobot_attn.recording.dataset import DatasetFrames
     from lerobot_attn.recording.replay import check_replay
 

@@ -253,8 +253,8 @@ def _replaced_name(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def _first_look(ctx: Any, recording: RobotRecording) -> Callable[..., None]:
     """Return what checks the first batch that the policy gets, called with the policy's arguments."""
-    from lerobot_attn.plugin.feeding.facts import INPUT_CHECKS
     from lerobot_attn.plugin.feeding.quiet import QuietChecks
+    from lerobot_attn.recording.first_look import INPUT_CHECKS
 
     checks, looked = QuietChecks(lambda: _robot(ctx)), threading.Event()
 

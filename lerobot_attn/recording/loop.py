@@ -14,8 +14,9 @@ Knows the policy by what it is asked and answers. Knows no environment, and LeRo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lerobot_attn.policies.taps import replaced_attribute
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.conditions import Interventions, acting_on, said_of
+from lerobot_attn.recording.first_look import INPUT_CHECKS, Found, InputChecks, is_pipeline
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.loop_episode import Chosen, LoopEpisode, shown_by
@@ -60,6 +62,7 @@ def record_episodes(
     attributes: Mapping[str, Any] | None = None,
     probes: Sequence[tuple[Probe, Iterable[Site]]] = (),
     interventions: Interventions | None = None,
+    checks: InputChecks | None = None,
 ) -> Iterator[LoopRecording]:
     """Record episodes of your own loop; `lerobot-attn view FOLDER` and `open_run(FOLDER)` open them.
 
@@ -81,6 +84,9 @@ def record_episodes(
         interventions: what is done to the policy, which each store then says: a `Condition`, interventions,
             or what `intervene` yielded; None: what acts on the policy already, if something does. An
             episode's `task` is then what to tell the policy.
+        checks: looks at the first batch that the policy gets in each episode, if `preprocessor` is a LeRobot
+            pipeline; what it finds is the store's `input_checks`. `lerobot_attn.record_episodes` brings its
+            own.
 
     Raises:
         UnsupportedPolicyError: no adapter knows the policy.
@@ -98,7 +104,9 @@ def record_episodes(
     check_encoder(policy, config)
     tokenizer = tokenizer or find_tokenizer(preprocessor)
     with run_folder.claim(), viewers_beside(run_folder.path, config):
-        recording = LoopRecording(policy, run_folder, config, fps, DimensionNames(state_names, action_names))
+        names = DimensionNames(state_names, action_names)
+        looks = partial(checks, policy, preprocessor, None) if checks and is_pipeline(preprocessor) else None
+        recording = LoopRecording(policy, run_folder, config, fps, names, looks)
         with (
             acting_on(
                 policy, interventions, _MASKLESS, tokenizer=tokenizer, preprocessor=preprocessor
@@ -137,9 +145,17 @@ class LoopRecording(EpisodeSeries):
     """
 
     def __init__(
-        self, policy: Any, run_folder: RunFolder, config: AttentionConfig, fps: float, names: DimensionNames
+        self,
+        policy: Any,
+        run_folder: RunFolder,
+        config: AttentionConfig,
+        fps: float,
+        names: DimensionNames,
+        looks: Callable[..., list[Found] | None] | None = None,
     ):
         super().__init__(policy, run_folder, config, fps, names)
+        self._looks = looks  # at (batch, tasks)
+        self._looked = False
         self._open: list[LoopEpisode] = []  # one for each environment of the batch
         self._acting: Intervener | None = None
 
@@ -231,7 +247,7 @@ class LoopRecording(EpisodeSeries):
             )
             for plan, task, own in zip(plans, told, tasks, strict=True)
         ]
-        self._open = opened
+        self._open, self._looked = opened, False
         self._enable()
         try:
             yield opened
@@ -268,6 +284,7 @@ class LoopRecording(EpisodeSeries):
 
     def _observed(self, select_action: Any) -> Any:
         def observed_select_action(batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self._look(batch, self._fps)
             for episode in self._open:
                 episode.on_request()
             action = select_action(batch, *args, **kwargs)
@@ -279,11 +296,23 @@ class LoopRecording(EpisodeSeries):
 
     def _asked(self, predict_action_chunk: Any) -> Any:
         def asked_predict_action_chunk(*args: Any, **kwargs: Any) -> Any:
+            self._look(args[0] if args else kwargs.get("batch"), None)  # the loop says what is executed of it
             for episode in self._open:
                 episode.on_request()
             return predict_action_chunk(*args, **kwargs)
 
         return asked_predict_action_chunk
+
+    def _look(self, batch: Any, fps: float | None) -> None:
+        """Check the first batch of the episodes that are open."""
+        if self._looks is None or self._looked or not self._open:
+            return
+        self._looked = True
+        tasks = [episode.task or None for episode in self._open]  # what is not given here may be in the batch
+        found = self._looks(batch, tasks, fps=fps, state_names=self._names.state)
+        if found is not None and len(found) == len(self._open):
+            for episode, checks in zip(self._open, found, strict=True):
+                episode.say(INPUT_CHECKS, checks)
 
     def _on_action(self, batch: dict[str, Any], action: Any) -> None:
         """Nothing that goes wrong here may reach the loop through the policy."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.conditions import Interventions, acting_on, refuse_masks, said_of
 from lerobot_attn.recording.dataset import DatasetFrames
+from lerobot_attn.recording.first_look import InputChecks, is_pipeline
 from lerobot_attn.recording.folder import Remedies, RunFolder
 from lerobot_attn.recording.footage import Footage
 from lerobot_attn.recording.plan import EpisodeResult
@@ -57,6 +59,7 @@ def record_dataset(
     probes: Sequence[tuple[Probe, Iterable[Site]]] = (),
     interventions: Interventions | None = None,
     progress: Progress | None = None,
+    checks: InputChecks | None = None,
 ) -> list[EpisodeResult]:
     """Ask a policy about recorded observations and store what it attends to, one store an episode.
 
@@ -94,6 +97,8 @@ def record_dataset(
             or what `intervene` yielded; None: what acts on the policy already. Noise is the same in every
             condition anyway; the seed of a `fixed_noise` stands in place of `seed`.
         progress: called with (frames done, frames in all).
+        checks: looks at each episode's first observation, if `preprocessor` is a LeRobot pipeline; what it
+            finds is the store's `input_checks`. `lerobot_attn.record_dataset` brings its own.
 
     Returns:
         What became of each episode.
@@ -143,7 +148,14 @@ def record_dataset(
         if condition is not None:
             refuse_masks(condition, "a replay")
             seed = next((one.seed for one in condition.interventions if isinstance(one, FixedNoise)), seed)
-        asker = Asker(policy, capture, inputs, preprocessor, postprocessor, seed, records, failures, acting)
+        looks = None
+        if checks is not None and is_pipeline(preprocessor):
+            looks = partial(
+                checks, policy, preprocessor, postprocessor, state_names=footage.features.state_names
+            )
+        asker = Asker(
+            policy, capture, inputs, preprocessor, postprocessor, seed, records, failures, acting, looks
+        )
         said = {
             **footage.said,
             "every": every,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from lerobot_attn.interventions import Intervener
 from lerobot_attn.interventions.noise import fixed_noise, seed_of
 from lerobot_attn.policies import unwrap
 from lerobot_attn.recording.episode import Views
+from lerobot_attn.recording.first_look import Found
 from lerobot_attn.recording.footage import FootageEpisode
 from lerobot_attn.recording.handle import EpisodeHandle
 from lerobot_attn.recording.loop_episode import shown_by
@@ -54,12 +55,16 @@ class ReplayedEpisode:
 
 @dataclass
 class Answer:
-    """What the policy answered to a batch of questions; `record` is None where capture failed."""
+    """What the policy answered to a batch of questions; `record` is None where capture failed.
+
+    `found`: row of the batch → what an episode's first observation did not pass, where it was looked at.
+    """
 
     record: InferenceRecord | None
     failure: Exception | None
     predicted: np.ndarray | None = None  # (batch, row of the chunk, action_dim), in the robot's units
     seen: Views | None = None  # what the cameras showed the policy, where something was painted over
+    found: Mapping[int, Found] = field(default_factory=dict)
 
 
 class Asker:
@@ -76,6 +81,7 @@ class Asker:
         records: list[InferenceRecord],
         failures: list[Exception],
         acting: Intervener | None = None,
+        looks: Callable[..., list[Found] | None] | None = None,
     ):
         self._policy = policy
         self.capture = capture
@@ -89,6 +95,7 @@ class Asker:
         self.seed = seed if self.draws_itself or noise_shape is not None else None
         self._records, self._failures = records, failures
         self._acting = acting
+        self._looks = looks  # at (batch, tasks)
         self._config = unwrap(policy).config
         self._device = torch.device(getattr(self._config, "device", None) or "cpu")
 
@@ -106,6 +113,15 @@ class Asker:
         """Return the instruction as the policy is told it at a frame."""
         task = episode.task_of(frame)
         return task if self._acting is None else self._acting.task(task, episode.footage.index)
+
+    def _look(self, questions: Sequence[Question], batch: Any) -> Mapping[int, Found]:
+        """Check the first observation of each episode that begins in a batch; before the policy gets it."""
+        rows = [row for row, question in enumerate(questions) if question.frame == 0]
+        if self._looks is None or not rows:
+            return {}
+        tasks = [self.told(question.episode, question.frame) for question in questions]
+        found = self._looks(batch, tasks, rows=rows)
+        return {} if found is None else dict(zip(rows, found, strict=True))
 
     @contextmanager
     def _own_noise(self, question: Question) -> Iterator[None]:
@@ -145,6 +161,7 @@ class Asker:
         batch = collated(frames, [self.told(question.episode, question.frame) for question in questions])
         if self._preprocessor is not None:
             batch = self._preprocessor(batch)
+        found = self._look(questions, batch)
         more = {}
         if self._noise_shape is not None and self.seed is not None:
             noise = [
@@ -168,7 +185,7 @@ class Asker:
                 CaptureError(f"the policy got a batch of {record.batch_size}, expected {len(questions)}"),
                 None,
             )
-        answer = Answer(record, failure, seen=self._painted(batch))
+        answer = Answer(record, failure, seen=self._painted(batch), found=found)
         if self._postprocessor is not None:
             rows = range(min(chunk.shape[1], max(q.stop - q.frame for q in questions)))
             # Row by row, as in a rollout: it may add the state that the preprocessor saw last.

@@ -20,6 +20,7 @@ from lerobot_attn.capture import HostCopies
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError
 from lerobot_attn.recording.episode import Frame, Views
+from lerobot_attn.recording.first_look import INPUT_CHECKS
 from lerobot_attn.recording.folder import RunFolder, task_folder
 from lerobot_attn.recording.footage import Footage, FootageEpisode
 from lerobot_attn.recording.handle import (
@@ -229,6 +230,8 @@ class ReplayRun(EpisodeSeries):
 
     def _write_one(self, question: Question, answer: Answer, row: int, views: Sequence[Views | None]) -> None:
         episode, handle = question.episode, question.episode.handle
+        if row in answer.found:
+            handle.attributes[INPUT_CHECKS] = answer.found[row]
         if answer.record is None:
             handle.fail(answer.failure or CaptureError("nothing was captured"))
         elif handle.failure is None:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 STATE, ACTION = "observation.state", "action"
-INPUT_CHECKS = "input_checks"  # a store's attribute: what did not pass when its episode was recorded
 _EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's own stand-ins, which nothing ever shows
 _EPS = 1e-8  # LeRobot's, where a range has no width
 

@@ -26,7 +26,8 @@ def expected_of(config: Any, preprocessor: Any, postprocessor: Any) -> Expected:
     Args:
         config: its LeRobot config.
         preprocessor: its pipeline, whose statistics scale what it is fed.
-        postprocessor: its pipeline, whose statistics scale its actions back.
+        postprocessor: its pipeline, whose statistics scale its actions back; None: it is unknown, and how
+            actions are scaled is not judged.
     """
     from lerobot.utils.constants import IMAGENET_STATS
 
@@ -55,6 +56,8 @@ def expected_of(config: Any, preprocessor: Any, postprocessor: Any) -> Expected:
             if feature.type.name == "VISUAL":  # as LeRobot does with flat ones
                 found = {key: value.reshape(-1, 1, 1) for key, value in found.items()}
             statistics[name] = found
+    if postprocessor is None:
+        modes.pop(ACTION, None)
     state, action = inputs.get(STATE), outputs.get(ACTION)
     is_compiled = bool(getattr(config, "compile_model", False))
     return Expected(

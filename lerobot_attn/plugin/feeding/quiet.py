@@ -14,6 +14,7 @@ from lerobot_attn.plugin.feeding import CHECKS, check_feeding
 from lerobot_attn.plugin.feeding.facts import Facts, World
 from lerobot_attn.plugin.feeding.gather import FedReader, batch_size, expected_of
 from lerobot_attn.policies import unwrap
+from lerobot_attn.recording.first_look import Found
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,10 @@ class QuietChecks:
     """Checks first observations, and warns once of each thing that is wrong.
 
     Args:
-        world: returns what shows the observations.
+        world: returns what shows the observations; None: a loop or a replay, of which nothing else is known.
     """
 
-    def __init__(self, world: Callable[[], World]):
+    def __init__(self, world: Callable[[], World] | None = None):
         self._world = world
         self._told: set[str] = set()
 
@@ -35,29 +36,38 @@ class QuietChecks:
         preprocessor: Any,
         postprocessor: Any,
         batch: Any,
-        tasks: Sequence[str] | None,
-    ) -> list[list[dict[str, str]]] | None:
-        """Check every observation of a batch.
+        tasks: Sequence[str | None] | None,
+        *,
+        rows: Sequence[int] | None = None,
+        fps: float | None = None,
+        state_names: Sequence[str] = (),
+    ) -> list[Found] | None:
+        """Check observations of a batch; see `InputChecks`.
 
         Args:
             policy: it is not asked; its config says what it expects.
             preprocessor: the pipeline that returned the batch; it is not called.
-            postprocessor: the policy's, likewise.
+            postprocessor: the policy's, likewise; None: nothing is known of it.
             batch: feature → (batch, …), as the policy gets it; it is not changed.
             tasks: the instruction of each observation; None: unknown.
+            rows: which observations; None: all of them.
+            fps: actions a second, if nothing else is known of what shows the observations.
+            state_names: names of the state's dimensions, likewise.
 
         Returns:
             For each observation what did not pass, as plain values; None: the checks broke.
         """
         try:
-            config, world = unwrap(policy).config, self._world()
+            config = unwrap(policy).config
+            world = World("the loop", state_names, fps=fps) if self._world is None else self._world()
             expected, reader = (
                 expected_of(config, preprocessor, postprocessor),
                 FedReader(config, preprocessor),
             )
             found = []
-            for row in range(batch_size(batch)):
-                fed = reader.read(batch, row, None if tasks is None else str(tasks[row]))
+            for row in range(batch_size(batch)) if rows is None else rows:
+                task = None if tasks is None else tasks[row]
+                fed = reader.read(batch, row, None if task is None else str(task))
                 checks = check_feeding(Facts(expected, fed, world))
                 found.append([check for check in checks if check.status in (WARNING, FAILED)])
             self._warn(sorted({check.name for checks in found for check in checks}))
