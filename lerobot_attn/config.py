@@ -21,6 +21,7 @@ KEEP = ("all", "success", "failure")
 ON_ERROR = ("continue", "abort")
 EXISTING = ("refuse", "skip", "overwrite")
 WHEN_BEHIND = ("auto", "wait", "drop")
+REFERENCE = "reference"  # of cameras
 FLOAT16_MANTISSA_BITS = 10
 
 
@@ -66,8 +67,9 @@ class StorageSettings:
     episodes: list[int] | None = None
     # Which finished episodes to keep: all, success or failure.
     keep: str = "all"
-    # Write what each camera showed the policy as an MP4 beside the store.
-    cameras: bool = True
+    # Write what each camera showed the policy as an MP4 beside the store: true, false, or (replays of data
+    # sets) reference: point into the data set's own videos instead.
+    cameras: bool | str = True
     # Blosc compressor, always with bit shuffle: zstd, lz4, blosclz, zlib, or none.
     compressor: str = "zstd"
     # Compression level, 0 to 9.
@@ -119,7 +121,8 @@ class StorageSettings:
         _check_range(self, "queue_mb", 1, 1_000_000)
         if self.keep_bits is not None:
             _check_range(self, "keep_bits", 1, FLOAT16_MANTISSA_BITS)
-        _check_bool(self, "cameras")
+        if self.cameras != REFERENCE and not isinstance(self.cameras, bool):
+            raise ConfigError(f"cameras: got {self.cameras!r}, expected true, false or {REFERENCE!r}")
         _check_bool(self, "view")
         _check_bool(self, "rerun")
         _check_bool(self, "segmentation")
@@ -202,7 +205,8 @@ class AttentionConfig(StorageSettings, CaptureSettings):
         """Return the settings with what a robot takes "auto" for: the means of all layers, and no waiting.
 
         Raises:
-            ConfigError: episodes are to be kept by their success, which nobody tells on a robot.
+            ConfigError: episodes are to be kept by their success, which nobody tells on a robot; or cameras
+                are to be a data set's.
         """
         if self.keep != "all":
             raise ConfigError(
@@ -210,6 +214,7 @@ class AttentionConfig(StorageSettings, CaptureSettings):
                 "episode succeeded; remove what you do not want afterwards"
             )
         settings = self.for_evaluation()
+        settings.check_films()
         return replace(settings, when_behind="drop") if self.when_behind == "auto" else settings
 
     def without_simulator(self, where: str) -> "AttentionConfig":
@@ -227,6 +232,18 @@ class AttentionConfig(StorageSettings, CaptureSettings):
                 "attach some afterwards with `lerobot-attn masks`, or give `step` masks in your own loop"
             )
         return self
+
+    def check_films(self) -> None:
+        """Check that what the cameras show can be filmed where there is no data set.
+
+        Raises:
+            ConfigError: it shall be a data set's videos.
+        """
+        if self.cameras == REFERENCE:
+            raise ConfigError(
+                f"cameras: got {REFERENCE!r}, expected true or false: there is no data set here whose "
+                "videos a store could point to; a replay of one has them"
+            )
 
     @property
     def when_full(self) -> Literal["wait", "drop"]:

@@ -177,7 +177,7 @@ def test_missing_videos_are_skipped(tmp_path, path):
     report = verify_episode(open_episode(path))
     assert report.passed
     words = {check.name: check.detail for check in report.checks if check.passed is None}
-    assert words["frames of image"] == "its video is not beside the store"
+    assert words["frames of image"] == "its MP4 is not beside the store; copy it too"
     assert "not in the run's folder" in words["evaluation's view"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import xarray as xr
@@ -91,6 +92,7 @@ def _cameras(episode: Episode) -> list[dict[str, Any]]:
                 "label": short[camera.name],
                 "geometry": None if camera.geometry is None else vars(camera.geometry),
                 "has_video": version is not None,
+                "has_file": version is not None and isinstance(video, Path),
                 "video_version": version,
             }
         )

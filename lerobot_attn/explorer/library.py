@@ -25,6 +25,7 @@ from lerobot_attn.explorer.facts import identity
 from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.references import Clip, Video, is_unchanged
 from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
@@ -206,7 +207,7 @@ class Library:
             raise NotThereError(f"episode {id_} was replaced by another recording; load the page anew")
         return episode
 
-    def video(self, episode: Episode, camera: str) -> Path:
+    def video(self, episode: Episode, camera: str) -> Video:
         """Return a camera's video; looks at its path anew, for a link may have taken the file's place.
 
         Args:
@@ -220,7 +221,10 @@ class Library:
         # Beside an episode that is served alone lies what its folder holds, which is not under the root.
         if video is not None and (self.is_episode or self._refusal(folder) is None):
             with contextlib.suppress(OSError, RuntimeError):  # a loop of links
-                if video.is_file() and video.resolve().parent == folder.resolve():
+                if isinstance(video, Clip):
+                    if is_unchanged(video):
+                        return video
+                elif video.is_file() and video.resolve().parent == folder.resolve():
                     return video
         raise NotThereError(f"this episode has no video of camera {camera!r}")
 

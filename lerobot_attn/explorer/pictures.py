@@ -13,7 +13,6 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lerobot_attn.errors import StoreError
+from lerobot_attn.store.references import Clip, Video, file_of
 from lerobot_attn.store.video import Frame, read_frames
 
 # Frames that are kept on the way to a wanted one; one further ahead is sooner found from the video's start.
@@ -32,18 +32,19 @@ _QUALITY = 90
 class _Video(NamedTuple):
     """A video as it is now."""
 
-    path: Path
+    source: Video
     version: str
     size_px: tuple[int, int] | None
 
 
-def video_version(video: Path) -> str | None:
+def video_version(video: Video) -> str | None:
     """Return what changes with a video's file: 8 hexadecimal digits; None where there is no file."""
     try:
-        found = video.stat()
+        found = file_of(video).stat()
     except OSError:
         return None
-    return hashlib.sha256(f"{found.st_mtime_ns} {found.st_size}".encode()).hexdigest()[:8]
+    part = f" {video.start_s} {video.n_frames}" if isinstance(video, Clip) else ""
+    return hashlib.sha256(f"{found.st_mtime_ns} {found.st_size}{part}".encode()).hexdigest()[:8]
 
 
 class FramePictures:
@@ -60,11 +61,11 @@ class FramePictures:
         self._decoders: OrderedDict[_Video, _Decoder] = OrderedDict()
         self._lock = threading.Lock()
 
-    def picture(self, video: Path, frame: int, size_px: tuple[int, int] | None) -> bytes:
+    def picture(self, video: Video, frame: int, size_px: tuple[int, int] | None) -> bytes:
         """Return one frame as JPEG.
 
         Args:
-            video: the file.
+            video: the file, or the episode's part of one.
             frame: number, from 0.
             size_px: (height, width) to crop to: the encoder pads odd sizes.
 
@@ -73,7 +74,7 @@ class FramePictures:
         """
         version = video_version(video)
         if version is None:
-            raise StoreError(f"{video.name}: no such video file")
+            raise StoreError(f"{file_of(video).name}: no such video file")
         source = _Video(video, version, size_px)
         found = self._held(source, frame)
         if found is None:
@@ -133,7 +134,7 @@ class _Decoder:
         if self._frames is None or not self._next <= frame < self._next + _BLOCK:
             self._next = frame - frame % _BLOCK
             self._frames = read_frames(
-                self._source.path, size_px=self._source.size_px, numbers=itertools.count(self._next)
+                self._source.source, size_px=self._source.size_px, numbers=itertools.count(self._next)
             )
         try:
             while self._next <= frame:

@@ -18,6 +18,7 @@ from lerobot_attn.overlay.film import Film
 from lerobot_attn.overlay.settings import OverlaySettings
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.references import file_of
 from lerobot_attn.store.video import Frame, VideoWriter, count_frames
 
 FORMATS = (".mp4", ".gif")
@@ -191,7 +192,7 @@ def refuse_inputs(episode: Episode, path: Path) -> None:
         ConfigError: it is.
     """
     target = path.resolve()
-    inputs = [file for file in (*episode.videos.values(), episode.eval_video) if file is not None]
+    inputs = [file for file in (*map(file_of, episode.videos.values()), episode.eval_video) if file]
     if target in [file.resolve() for file in inputs] or target.is_relative_to(episode.path.resolve()):
         raise ConfigError(f"{path}: is one of the episode's own files; expected another name")
     if target.is_dir():

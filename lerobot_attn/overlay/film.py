@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +33,7 @@ from lerobot_attn.overlay.words import (
 )
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.references import Video
 from lerobot_attn.store.video import Frame, count_frames, read_frames
 
 _DEFAULT_FPS = 20.0
@@ -48,7 +48,7 @@ class _View(NamedTuple):
     """One camera's pair of pictures on the canvas; sizes in pixels."""
 
     camera: str
-    video: Path
+    video: Video
     crop_px: tuple[int, int] | None
     geometry: ImageGeometry
     size_px: tuple[int, int]

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lerobot_attn.config import REFERENCE
 from lerobot_attn.errors import ConfigError, first_line
 from lerobot_attn.recording.footage import FootageEpisode, FootageFeatures
+from lerobot_attn.store.references import Clip
 
 _OBSERVATION = "observation."
 # Array of the store → feature of the data set.
@@ -162,6 +164,32 @@ class DatasetFrames:
             name: value
             for name, value in item.items()
             if name.startswith(_OBSERVATION) and isinstance(value, Tensor)
+        }
+
+    def check_clips(self, cameras: Sequence[str]) -> None:
+        """Check that what cameras showed is kept as videos.
+
+        Raises:
+            ConfigError: a camera's pictures are files of their own.
+        """
+        images = [camera for camera in cameras if camera not in self.meta.video_keys]
+        if images:
+            raise ConfigError(
+                f"cameras: got {REFERENCE!r}, but {self._name} keeps {images[0]} as images, expected videos; "
+                "set cameras=true, which writes them"
+            )
+
+    def clips(self, index: int, cameras: Sequence[str]) -> dict[str, Clip]:
+        """Return which part of which of the data set's files shows an episode, of each camera."""
+        said = self.meta.episodes[index]
+        return {
+            camera: Clip(
+                Path(self.meta.root) / self.meta.get_video_file_path(index, camera),
+                float(said[f"videos/{camera}/from_timestamp"]),
+                self.fps,
+                int(said["dataset_to_index"]) - int(said["dataset_from_index"]),
+            )
+            for camera in cameras
         }
 
     def pictures(self, index: int, frame: int, cameras: Sequence[str]) -> dict[str, Tensor]:

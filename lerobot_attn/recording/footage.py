@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from lerobot_attn.store.references import Clip
+
 
 @dataclass(frozen=True)
 class FootageEpisode:
@@ -102,6 +104,16 @@ class Footage(Protocol):
 
         Pictures are (3, height, width) float32 in [0, 1].
         """
+
+    def check_clips(self, cameras: Sequence[str]) -> None:
+        """Check that a store can point to what cameras showed.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+
+    def clips(self, index: int, cameras: Sequence[str]) -> dict[str, Clip]:
+        """Return which part of which file shows an episode, of each camera."""
 
     def pictures(self, index: int, frame: int, cameras: Sequence[str]) -> dict[str, Tensor]:
         """Read what cameras showed at one frame: (3, height, width) float32 in [0, 1] each."""

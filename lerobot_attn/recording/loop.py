@@ -90,13 +90,15 @@ def record_episodes(
 
     Raises:
         UnsupportedPolicyError: no adapter knows the policy.
-        ConfigError: a layer, head or denoise step does not exist, or fps is not above 0.
+        ConfigError: a layer, head or denoise step does not exist, fps is not above 0, or `config.cameras` is
+            "reference".
         StoreError: the folder cannot be used or holds episodes already (`config.existing`), another recording
             goes on there, or there is no video encoder for the policy's cameras.
         CaptureError: at the end, if some episode could not be saved whole; or at once with
             `config.on_error="abort"`.
     """
     config = (config or AttentionConfig()).without_simulator("in a loop of your own")
+    config.check_films()
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
         raise ConfigError(f"fps: got {fps!r}, expected a number above 0, the frames per second of the loop")
     stores = Path(config.dir) if config.dir else Path(folder) / "attention"

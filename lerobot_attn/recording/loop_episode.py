@@ -238,11 +238,6 @@ class LoopEpisode:
             if self._handle is not None and not self._over:
                 self._records.append((record, self._asked_at))
 
-    @property
-    def task(self) -> str:
-        """The instruction, as the loop gave it; "" of an episode that is not recorded."""
-        return "" if self._handle is None else self._handle.task
-
     def say(self, name: str, value: Any) -> None:
         """Let the store say something of itself."""
         if self._handle is not None:

@@ -62,5 +62,5 @@ def check_encoder(policy: Any, config: AttentionConfig) -> None:
         StoreError: there is none.
     """
     cameras = getattr(getattr(policy, "config", None), "image_features", True)
-    if config.cameras and cameras:
+    if config.cameras is True and cameras:
         find_encoder()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lerobot_attn.capture import InferenceRecord, capture_attention, find_tokenizer
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn.config import REFERENCE, AttentionConfig
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.interventions import FixedNoise
+from lerobot_attn.interventions import FixedNoise, Occlude
 from lerobot_attn.policies import unwrap
 from lerobot_attn.policies.base import Probe, Site
 from lerobot_attn.prompt import Tokenizer
@@ -78,6 +78,7 @@ def record_dataset(
         folder: where to record; `config.dir`, if given, holds the stores instead of `{folder}/attention`.
         config: what to capture and how to store it. `mean_layers="auto"` means all layers, as in
             evaluations. `config.existing="skip"` goes on where an earlier replay was cut off.
+            `config.cameras="reference"` lets the stores point into the data set's own videos.
         preprocessor: the policy's; without it the policy gets the observations as they are.
         postprocessor: the policy's, which gives actions in the robot's units; without it there is no
             `predicted_action`.
@@ -118,7 +119,7 @@ def record_dataset(
     if every is not None and every != "chunk":
         _check_whole("every", every, 1, " or 'chunk'")
     footage: Footage = dataset if _is_footage(dataset) else DatasetFrames(dataset)
-    inputs = ReplayInputs.of(unwrap(policy).config, footage, rename, preprocessor)
+    inputs = _inputs(unwrap(policy).config, footage, config, rename, preprocessor)
     wanted = footage.choose(config.episodes if episodes is None else episodes)
     config = replace(config, episodes=None)  # they are chosen
     run_folder = RunFolder(_stores_in(folder, config), config.existing, _REMEDIES)
@@ -147,6 +148,13 @@ def record_dataset(
         condition = None if acting is None else acting.condition
         if condition is not None:
             refuse_masks(condition, "a replay")
+            if config.cameras == REFERENCE and any(
+                isinstance(one, Occlude) for one in condition.interventions
+            ):
+                raise ConfigError(
+                    f"cameras: got {REFERENCE!r}, but a condition paints over pictures, which the data set's "
+                    "videos do not show; set cameras=true"
+                )
             seed = next((one.seed for one in condition.interventions if isinstance(one, FixedNoise)), seed)
         looks = None
         if checks is not None and is_pipeline(preprocessor):
@@ -192,11 +200,24 @@ def check_replay(
         preprocessor: the policy's.
 
     Raises:
-        ConfigError: a camera, state or action does not fit the policy.
+        ConfigError: a camera, state or action does not fit the policy, or no store can point to its videos.
         StoreError: the folder cannot be used.
     """
-    ReplayInputs.of(policy_config, footage, rename, preprocessor)
+    _inputs(policy_config, footage, config, rename, preprocessor)
     RunFolder(_stores_in(folder, config), config.existing, _REMEDIES)
+
+
+def _inputs(
+    policy_config: Any,
+    footage: Footage,
+    config: AttentionConfig,
+    rename: Mapping[str, str] | None,
+    preprocessor: Any,
+) -> ReplayInputs:
+    inputs = ReplayInputs.of(policy_config, footage, rename, preprocessor)
+    if config.cameras == REFERENCE:
+        footage.check_clips(list(inputs.cameras))
+    return inputs
 
 
 def _stores_in(folder: str | Path, config: AttentionConfig) -> Path:

@@ -9,7 +9,9 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lerobot_attn.capture import HostCopies
-from lerobot_attn.config import AttentionConfig
+from lerobot_attn.config import REFERENCE, AttentionConfig
 from lerobot_attn.errors import CaptureError
 from lerobot_attn.recording.episode import Frame, Views
 from lerobot_attn.recording.first_look import INPUT_CHECKS
@@ -36,6 +38,8 @@ from lerobot_attn.recording.replay_ask import Answer, Asker, Question, ReplayedE
 from lerobot_attn.recording.replay_views import FilmedFrames, ViewsAhead, reading
 from lerobot_attn.recording.series import EpisodeSeries
 from lerobot_attn.sizes import Progress, format_bytes
+from lerobot_attn.store.references import reference_to
+from lerobot_attn.store.video import frame_size_px
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +143,25 @@ class ReplayRun(EpisodeSeries):
             plan = self._plan(name, group, found.task_id, found.index, seed)
             if plan is None:
                 continue
+            if self._config.cameras == REFERENCE:
+                videos = reader.submit(self._references, found.index, plan.path).result()
+                plan = replace(plan, attributes={**plan.attributes, "videos": videos})
             planned.append((plan, found))
             self._n_frames += len(found)
             self._n_questions += -(-len(found) // self._every)
         return planned
+
+    def _references(self, index: int, store: Path) -> dict[str, dict[str, Any]]:
+        """Return where the cameras' videos of an episode are, by the policy's names, for its store to say.
+
+        Raises:
+            CaptureError: a file cannot be read.
+        """
+        found = {}
+        for camera, clip in self._footage.clips(index, list(self._inputs.cameras)).items():
+            with reading(index, 0):
+                found[self._inputs.cameras[camera]] = reference_to(clip, store, frame_size_px(clip.path))
+        return found
 
     def _batches(self, planned: Sequence[tuple[EpisodePlan, FootageEpisode]]) -> Iterator[list[Question]]:
         """Yield batches of questions of one task: a longer prompt would pad the others of its batch."""
@@ -166,6 +185,8 @@ class ReplayRun(EpisodeSeries):
         handle.task = self._asker.told(episode, 0)
         if self._asker.changes_task:
             handle.attributes["environment_task"] = episode.task_of(0)
+        if self._config.cameras == REFERENCE:
+            handle.attributes["videos"] = plan.attributes["videos"]
         handle.has_reward, handle.has_success = "reward" in arrays, "success" in arrays
         handle.state_dim = arrays["state"].shape[1] if "state" in arrays else None
         predicted = ("predicted_action",) if self._asker.predicts else ()
@@ -188,7 +209,7 @@ class ReplayRun(EpisodeSeries):
         self, reader: ThreadPoolExecutor, questions: Sequence[Question], frame: Mapping[str, Tensor]
     ) -> ViewsAhead | None:
         """Begin to read what the cameras showed; None where nothing is filmed."""
-        if not self._config.cameras or not self._inputs.cameras:
+        if self._config.cameras is not True or not self._inputs.cameras:
             return None
         pictures = [frame[self._inputs.rename.get(name, name)] for name in self._inputs.cameras]
         return ViewsAhead(reader, self._views_of, questions, sum(picture.numel() for picture in pictures))

@@ -78,11 +78,13 @@ class RunRecorder:
         attributes: what every store says of the run (versions, policy, environment).
 
     Raises:
+        ConfigError: cameras are to be a data set's.
         StoreError: the folder holds episodes and `existing` is "refuse", is a file, or cannot be written.
     """
 
     def __init__(self, config: AttentionConfig, folder: Path, attributes: Mapping[str, Any]):
         self.config = config = config.for_evaluation()
+        config.check_films()
         self.folder = folder
         self.failures: list[str] = []
         self._attributes = dict(attributes)

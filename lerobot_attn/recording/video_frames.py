@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lerobot_attn.config import REFERENCE, AttentionConfig
 from lerobot_attn.errors import ConfigError, StoreError, first_line
 from lerobot_attn.recording.footage import FootageEpisode, FootageFeatures
+from lerobot_attn.store.references import Clip
 from lerobot_attn.store.video import count_frames, frame_rate, read_frames
 
 _STATE = "observation.state"
@@ -78,6 +80,14 @@ class VideoFrames:
     def fps(self) -> float:
         """The videos' own; one frame a second where single frames were chosen."""
         return 1.0 if self._is_choice else self._rate
+
+    def check_clips(self, cameras: Sequence[str]) -> None:
+        """Refuse: the videos are somebody's own files, of which nobody promised that they stay."""
+        AttentionConfig(cameras=REFERENCE).check_films()
+
+    def clips(self, index: int, cameras: Sequence[str]) -> dict[str, Clip]:
+        """There is none."""
+        return {}
 
     @property
     def every(self) -> int | None:

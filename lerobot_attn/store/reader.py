@@ -19,6 +19,7 @@ from lerobot_attn.layout import TokenLayout
 from lerobot_attn.masks import ROLES, Instance, in_words
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.attributes import Header, read_header
+from lerobot_attn.store.references import Video, referenced
 from lerobot_attn.store.trust import shortened, shown
 
 if TYPE_CHECKING:
@@ -237,8 +238,8 @@ class Episode:
                 yield episode
 
     @cached_property
-    def videos(self) -> dict[str, Path]:
-        """Camera → MP4 of what it showed the policy, where the file exists.
+    def videos(self) -> dict[str, Video]:
+        """Camera → MP4 of what it showed the policy, or its part of a data set's file; where that exists.
 
         A recording that was killed could not list its videos: they are found by their names beside the store.
         """
@@ -247,13 +248,17 @@ class Episode:
             return self._unlisted_videos()
         found = {}
         for camera, video in listed.items():
-            path = self._beside(video.get("path")) if isinstance(video, dict) else None
-            if path is not None:
-                found[camera] = path
+            shown: Video | None = None
+            if isinstance(video, dict) and video.get("reference") is True:
+                shown = referenced(video, self.path, self.n_frames)
+            elif isinstance(video, dict):
+                shown = self._beside(video.get("path"))
+            if shown is not None:
+                found[camera] = shown
         return found
 
-    def video(self, camera: str) -> Path:
-        """Return the MP4 of what a camera showed the policy.
+    def video(self, camera: str) -> Video:
+        """Return the MP4 of what a camera showed the policy, or its part of a data set's file.
 
         Raises:
             StoreError: there is none.
@@ -270,6 +275,12 @@ class Episode:
         if isinstance(failed, dict) and camera in failed:
             return f"its video could not be written: {failed[camera]}"
         if isinstance(listed, dict) and camera in listed:
+            video = listed[camera]
+            if isinstance(video, dict) and video.get("reference") is True:
+                return (
+                    f"the data set's file {video.get('absolute_path')} is not there, or another one by now; "
+                    "put it back, or replay with cameras=true"
+                )
             return "its MP4 is not beside the store; copy it too"
         if isinstance(capture, dict) and capture.get("cameras") is False:
             return "recorded without cameras (cameras=false)"
@@ -326,8 +337,8 @@ class Episode:
             tolerance += 2.0 ** -(keep_bits + 1)
         return tolerance
 
-    def _unlisted_videos(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+    def _unlisted_videos(self) -> dict[str, Video]:
+        found: dict[str, Video] = {}
         for camera in self.layout.cameras if "layout" in self.attributes else ():
             # Of two cameras with one short name, the second one's file has the whole name.
             for name in (camera.name, camera.name.rpartition(".")[2]):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError
+from lerobot_attn.store.references import Clip, Video
 
 Frame = NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -118,27 +119,28 @@ class VideoWriter:
 
 
 def read_frames(
-    path: Path, *, size_px: tuple[int, int] | None = None, numbers: Iterable[int] | None = None
+    video: Video, *, size_px: tuple[int, int] | None = None, numbers: Iterable[int] | None = None
 ) -> Iterator[Frame]:
     """Yield the frames of a video, (height, width, 3) uint8, in order.
 
     Args:
-        path: the video.
+        video: a file, or a part of one.
         size_px: (height, width) to crop to, for videos of odd sizes.
-        numbers: frame numbers wanted, from 0, ascending; all by default. Found by decoding from the start,
-            so they are exact, whatever the file's timestamps say.
+        numbers: frame numbers wanted, from 0, ascending; all by default. Those of a file are found by
+            decoding from the start, so they are exact, whatever the file's timestamps say; those of a part
+            by their times, which must be those of its frames per second.
 
     Raises:
-        StoreError: the file is missing or no video, or ends before a wanted frame.
+        StoreError: the file is missing or no video, or ends before a wanted frame, or lacks it.
     """
     wanted = None if numbers is None else iter(numbers)
     next_one = 0 if wanted is None else next(wanted, None)
     if next_one is None:
         return
     n_frames = 0
-    for frame in _decode(path):
-        n_frames += 1
-        if n_frames <= next_one:
+    for number, frame in _numbered(video, next_one):
+        n_frames = number + 1
+        if number < next_one:
             continue
         image = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
         yield image if size_px is None else image[: size_px[0], : size_px[1]]
@@ -149,16 +151,27 @@ def read_frames(
             raise ValueError(f"numbers must ascend, got {following} after {next_one}")
         next_one = following
     if wanted is not None:
-        raise StoreError(f"{path}: has {n_frames} frames, expected a frame {next_one} in it")
+        has = "it ends before" if isinstance(video, Clip) else f"has {n_frames} frames, expected"
+        raise StoreError(f"{video}: {has} a frame {next_one} in it")
 
 
-def count_frames(path: Path) -> int:
+def count_frames(video: Video) -> int:
     """Return the number of frames of a video, by decoding it.
 
     Raises:
         StoreError: the file is missing or no video.
     """
-    return sum(1 for _ in _decode(path))
+    return sum(1 for _ in _numbered(video, 0))
+
+
+def frame_size_px(path: Path) -> tuple[int, int]:
+    """Return (height, width) of a video's frames, as its file says.
+
+    Raises:
+        StoreError: the file is missing or no video.
+    """
+    with _opened(path) as (_, stream):
+        return int(stream.codec_context.height), int(stream.codec_context.width)
 
 
 def frame_rate(path: Path) -> float:
@@ -178,10 +191,47 @@ def _url(path: str | Path) -> str:
     return f"file:{Path(path).absolute()}"
 
 
-def _decode(path: Path) -> Iterator[av.VideoFrame]:
-    """Yield decoded frames that are not converted to RGB yet: what is skipped costs little."""
+def _numbered(video: Video, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield frames that are not converted to RGB yet, with their numbers; of a part from `first` on.
+
+    Raises:
+        StoreError: a part lacks a frame between others.
+    """
+    if not isinstance(video, Clip):
+        yield from enumerate(_decode(video))
+        return
+    expected = min(first, video.n_frames)
+    # A file's frames may depend on others before a place that one can jump to; then all are decoded.
+    for start_s in (video.start_s + first / video.fps, None):
+        for frame in _decode(video.path, start_s) if expected < video.n_frames else ():
+            if frame.pts is None or frame.time_base is None:
+                raise StoreError(f"{video.path}: its frames have no times, expected those of a data set")
+            number = round((float(frame.pts * frame.time_base) - video.start_s) * video.fps)
+            if number < expected:
+                continue
+            if number > expected:
+                break
+            yield number, frame
+            expected += 1
+            if expected == video.n_frames:
+                return
+        else:
+            return
+        if expected > first:
+            raise StoreError(f"{video}: frame {expected} is missing in it")
+
+
+def _decode(path: Path, start_s: float | None = None) -> Iterator[av.VideoFrame]:
+    """Yield decoded frames that are not converted to RGB yet: what is skipped costs little.
+
+    Args:
+        path: the file.
+        start_s: begin at a frame before that time that can be decoded by itself; None: at the file's start.
+    """
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
+        if start_s:
+            container.seek(int(start_s / stream.time_base), stream=stream)
         yield from container.decode(stream)
 
 

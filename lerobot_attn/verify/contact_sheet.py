@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -28,6 +27,7 @@ from lerobot_attn.overlay import ColourScale
 from lerobot_attn.overlay.maps import is_damaged
 from lerobot_attn.settings import check_one_map, check_ranges, parse_choice
 from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.references import Video
 from lerobot_attn.store.video import Frame, read_frames
 
 
@@ -161,7 +161,7 @@ def contact_sheet(episode: Episode, settings: VerifySettings | None = None) -> F
 
 
 def _some_frames(
-    video: Path | None, frames: Sequence[int], size_px: tuple[int, int] | None = None
+    video: Video | None, frames: Sequence[int], size_px: tuple[int, int] | None = None
 ) -> list[Frame | None]:
     """Return frames of a video, None where it is missing, damaged or too short."""
     if video is None:

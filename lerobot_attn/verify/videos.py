@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from lerobot_attn.errors import Check, StoreError
 from lerobot_attn.overlay import resized
 from lerobot_attn.store.damage import was_cut
 from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.references import Video, file_of
 from lerobot_attn.store.video import Frame, count_frames, read_frames
 from lerobot_attn.verify.ticks import Ticks
 
@@ -37,7 +37,7 @@ def frame_counts(episode: Episode) -> list[Check]:
         elif camera in errors:
             checks.append(Check.of(name, None, f"its video could not be written: {errors[camera]}"))
         elif camera in episode.attributes.get("videos", {}):
-            checks.append(Check.of(name, None, "its video is not beside the store"))
+            checks.append(Check.of(name, None, episode.why_no_video(camera)))
         else:
             checks.append(Check.of(name, None, "no video of it was recorded"))
     name = "frames of evaluation"
@@ -48,7 +48,7 @@ def frame_counts(episode: Episode) -> list[Check]:
     return checks
 
 
-def _frame_count(name: str, video: Path, episode: Episode) -> Check:
+def _frame_count(name: str, video: Video, episode: Episode) -> Check:
     try:
         found = count_frames(video)
     except StoreError as error:
@@ -57,7 +57,7 @@ def _frame_count(name: str, video: Path, episode: Episode) -> Check:
         return Check.of(name, True, f"{found}, as the store")
     if found > episode.n_frames and was_cut(episode):
         return Check.of(name, True, f"{found}, of which a repair left the store {episode.n_frames}")
-    return Check.of(name, False, f"{video.name} has {found} frames, the store {episode.n_frames}")
+    return Check.of(name, False, f"{file_of(video).name} has {found} frames, the store {episode.n_frames}")
 
 
 @dataclass

@@ -26,6 +26,8 @@ export interface Camera {
   /** null for an empty camera, whose tokens are masked. */
   geometry: Geometry | null;
   has_video: boolean;
+  /** Whether the video is a file of its own, which can be handed out; otherwise it is a part of a data set's. */
+  has_file: boolean;
   /** Changes with the video's file. */
   video_version: string | null;
 }

@@ -153,13 +153,11 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
       </div>
       <figcaption>
         <strong>{view.camera.label}</strong> <span>{shareText(model, heat)}</span>
-        {view.camera.has_video ? (
-          <VideoLink model={model} camera={name} />
-        ) : videoError ? (
-          ` · its video could not be written: ${videoError}`
-        ) : (
-          " · recorded without video"
-        )}
+        {view.camera.has_video
+          ? view.camera.has_file && <VideoLink model={model} camera={name} />
+          : videoError
+            ? ` · its video could not be written: ${videoError}`
+            : " · recorded without video"}
       </figcaption>
     </figure>
   );
