@@ -18,16 +18,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urljoin
 
+import numpy as np
 import pytest
 from browser import drawn
 from test_explorer import TASK, Served, client_of
-from test_store import write_episode
+from test_store import inference_rows, make_writer, write_episode
 
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.explorer import app as app_module
 from lerobot_attn.explorer import browser as browser_module
 from lerobot_attn.explorer.base_path import base_path
 from lerobot_attn.explorer.browser import graphical_browser, open_page
 from lerobot_attn.explorer.hosts import host_pattern
+from lerobot_attn.explorer.library import Library
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
 NAME = "hub.example.org"
@@ -468,3 +471,30 @@ def test_the_page_itself_opens_behind_a_proxy(pages, tmp_path):
         pages.close()
     # What was asked for beside the path, before the browser was led on.
     pages.said = [text for text in pages.said if "404" not in text]
+
+
+# Live
+
+
+def test_what_grows_is_looked_at_more_often(tmp_path, monkeypatch):
+    looks = []
+    real = Library.look
+    monkeypatch.setattr(Library, "look", lambda *args: (looks.append(time.monotonic()), real(*args))[1])
+    monkeypatch.setattr(app_module, "POLL_S", 1.0)
+    rng, writer = np.random.default_rng(0), make_writer(tmp_path / "episode_00000.zarr")
+    writer.append_inference(inference_rows(rng, 0))
+    writer.commit()
+    with client_of(tmp_path) as client:
+        url = f"http://127.0.0.1:{client.port}/api/events"
+        with urllib.request.urlopen(url, timeout=60) as events:
+            assert events.readline() == b"event: ready\n"
+            time.sleep(1)
+            assert len(looks) < 5
+            writer.append_inference(inference_rows(rng, 1))
+            writer.commit()
+            while not events.readline().startswith(b'data: {"changed": [{'):
+                pass
+            looks.clear()
+            time.sleep(1)
+            assert len(looks) >= 5
+    assert app_module.GROWING_POLL_S < 0.05

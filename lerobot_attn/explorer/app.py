@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from pathlib import Path
@@ -38,6 +39,8 @@ from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.references import Clip
 
 POLL_S = 0.1  # seconds between two looks at the library while somebody listens to its events
+GROWING_POLL_S = 0.02  # the same where something has grown of late, and somebody probably watches it grow
+_OF_LATE_S = 60.0
 _LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
 _KEEP_ALIVE_S = 15.0
 _LATEST = "latest"  # as a version: whatever is in the episode's place
@@ -238,7 +241,7 @@ class _Explorer:
     async def _changes(self, request: Request) -> AsyncIterator[str]:
         told: dict[str, dict[str, Any]] = {}
         others: tuple[int, list[str]] | None = None  # nothing is told yet
-        silent_s = 0.0
+        silent_s, grew_at = 0.0, -math.inf
         while not (request.app.state.is_closing or await request.is_disconnected()):
             started = time.monotonic()
             found = await run_in_threadpool(self._library.look, _LOOK_S)
@@ -250,6 +253,8 @@ class _Explorer:
             else:
                 changed = [facts for id_, facts in now.items() if told.get(id_) != facts]
                 removed = [id_ for id_ in told if id_ not in now]
+                if changed:
+                    grew_at = started
                 if changed or removed or others != others_now:
                     news = {"changed": changed, "removed": removed}
                     news |= {"n_unread": found.n_unread, "damaged": found.problems}
@@ -260,7 +265,8 @@ class _Explorer:
                     silent_s = 0.0
             told, others = now, others_now
             # Looking at thousands of stores takes long; three quarters of the time are left for answers.
-            pause_s = max(POLL_S, 3 * (time.monotonic() - started))
+            poll_s = GROWING_POLL_S if started - grew_at < _OF_LATE_S else POLL_S
+            pause_s = max(poll_s, 3 * (time.monotonic() - started))
             await asyncio.sleep(pause_s)
             silent_s += pause_s
 
