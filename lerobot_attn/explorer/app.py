@@ -37,6 +37,7 @@ from lerobot_attn.explorer.page_files import ASK_AGAIN, IMMUTABLE, PageFiles, do
 from lerobot_attn.explorer.pictures import FramePictures, video_version
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.references import Clip
+from lerobot_attn.store.stills import read_still
 
 POLL_S = 0.1  # seconds between two looks at the library while somebody listens to its events
 GROWING_POLL_S = 0.02  # the same where something has grown of late, and somebody probably watches it grow
@@ -211,7 +212,14 @@ class _Explorer:
         version = video_version(video)
         if frame >= max(1, episode.n_frames):
             raise NotThereError(f"frame {frame} does not exist: the episode has {episode.n_frames}")
-        picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
+        try:
+            picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
+        except StoreError:  # while it is written, it cannot be read
+            still = episode.still(camera, frame)
+            found = None if still is None else read_still(still)
+            if found is None:
+                raise
+            return _answer(request, found, "image/jpeg", immutable=False)
         # A video can be replaced, or grow, while its recording stays the same. It is immutable only if it was
         # the wanted version both before and after it was decoded.
         asked = request.query_params.get("v")

@@ -13,6 +13,7 @@ import numpy as np
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.recording.plan import EpisodePlan
+from lerobot_attn.store.stills import remove_stills, write_still
 from lerobot_attn.store.video import VideoWriter
 
 logger = logging.getLogger(__name__)
@@ -23,21 +24,30 @@ class CameraVideos:
 
     Args:
         plan: whose videos they are.
+        stills: whether somebody watches, who gets the newest inference's pictures while videos are written.
 
     Attributes:
         errors: camera → why its video could not be written; there is no file of it then.
         n_repeated: frames that show the pictures of the frame before.
     """
 
-    def __init__(self, plan: EpisodePlan):
+    def __init__(self, plan: EpisodePlan, *, stills: bool = False):
         self.errors: dict[str, str] = {}
         self.n_repeated = 0
         self._last: dict[str, np.ndarray] = {}
         self._plan = plan
+        self._stills = stills
+        self._still_of: dict[str, int] = {}  # camera → the inference whose first frame its still shows
         self._videos: dict[str, VideoWriter] = {}
 
-    def write(self, camera: str, picture: np.ndarray) -> None:
-        """Append what a camera showed: (height, width, 3) uint8. A failure is noted, not raised."""
+    def write(self, camera: str, picture: np.ndarray, inference: int | None = None) -> None:
+        """Append what a camera showed. A failure is noted, not raised.
+
+        Args:
+            camera: which.
+            picture: (height, width, 3) uint8.
+            inference: number of the newest inference; the first frame after it has a still.
+        """
         if camera in self.errors:
             return
         try:
@@ -45,6 +55,9 @@ class CameraVideos:
                 self._videos[camera] = self._open(camera, picture)
             self._videos[camera].write(picture)
             self._last[camera] = picture
+            if self._stills and inference is not None and inference != self._still_of.get(camera):
+                self._still_of[camera] = inference
+                self._write_still(self._videos[camera], picture)
         except Exception as error:  # an encoder fails in many ways, and the maps matter more
             self._give_up(camera, error)
 
@@ -63,6 +76,7 @@ class CameraVideos:
         for camera, video in list(self._videos.items()):
             try:
                 video.close()
+                remove_stills(video.path)
                 if not video.path.is_file():
                     raise StoreError(f"{video.path}: the video encoder wrote no file")
                 if n_frames is not None and video.n_frames != n_frames:
@@ -87,6 +101,13 @@ class CameraVideos:
         """Delete the files."""
         for video in self._videos.values():
             video.path.unlink(missing_ok=True)
+            remove_stills(video.path)
+
+    def _write_still(self, video: VideoWriter, picture: np.ndarray) -> None:
+        try:
+            write_still(video.path, video.n_frames - 1, picture)
+        except Exception as error:  # who watches sees no picture; the video matters more
+            logger.debug("No still beside %s: %s", video.path, first_line(error))
 
     def _open(self, camera: str, picture: np.ndarray) -> VideoWriter:
         taken = {video.path for video in self._videos.values()}
@@ -108,3 +129,4 @@ class CameraVideos:
                 video.close()
             with suppress(OSError):
                 video.path.unlink(missing_ok=True)
+            remove_stills(video.path)

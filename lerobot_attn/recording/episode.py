@@ -110,7 +110,7 @@ class EpisodeJob:
         self._known: Known | None = None
         self._scenes: SceneRows | None = None  # where the first inference came with masks
         self._raw_bytes = 0
-        self._videos = CameraVideos(plan)
+        self._videos = CameraVideos(plan, stills=config.view)
         self._chunk: np.ndarray | None = None  # (chunk, action_dim): of the latest inference
         self._chunk_before: np.ndarray | None = None
         self._rewards: list[float] = []
@@ -122,7 +122,7 @@ class EpisodeJob:
             return  # the policy acted without an inference: `append` says so
         views.copies.wait()
         for camera, images in views.images.items():
-            self._videos.write(camera, images[self.env].numpy())
+            self._videos.write(camera, images[self.env].numpy(), self._store.n_inferences)
 
     def show_again(self) -> None:
         """Show the last pictures once more, where the next frame's were dropped: frames stay aligned."""

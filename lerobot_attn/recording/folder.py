@@ -20,6 +20,7 @@ from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.lock import claim_folder
 from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.store.stills import remove_stills
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +191,7 @@ def remove_episode(store: Path) -> None:
             store.unlink()
         for video in store.parent.glob(f"{glob.escape(store.stem)}.*.mp4"):
             video.unlink()
+            remove_stills(video)
     except OSError as error:
         raise StoreError(f"{store}: cannot be removed ({error.strerror}); remove it by hand") from error
 

@@ -20,6 +20,7 @@ from lerobot_attn.masks import ROLES, Instance, in_words
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.references import Video, referenced
+from lerobot_attn.store.stills import still_of
 from lerobot_attn.store.trust import shortened, shown
 
 if TYPE_CHECKING:
@@ -286,6 +287,16 @@ class Episode:
             return "recorded without cameras (cameras=false)"
         return "no video beside the store; record with --eval.attention.cameras=true (the default)"
 
+    def still(self, camera: str, frame: int) -> Path | None:
+        """Return the JPEG of a camera at the newest inference's first frame, while it is recorded.
+
+        Args:
+            camera: its full name.
+            frame: the frame's number; of others there is none.
+        """
+        video = self.videos.get(camera)
+        return self._beside(still_of(video, frame).name, ".jpg") if isinstance(video, Path) else None
+
     def image_size_px(self, camera: str) -> tuple[int, int] | None:
         """Return (height, width) of a camera's images; its video may have a row or column more."""
         geometry = next((c.geometry for c in self.layout.cameras if c.name == camera), None)
@@ -348,12 +359,12 @@ class Episode:
                     break
         return found
 
-    def _beside(self, name: Any) -> Path | None:
-        """Return the MP4 of that name in the store's own folder, if it is there.
+    def _beside(self, name: Any, suffix: str = ".mp4") -> Path | None:
+        """Return the file of that name in the store's own folder, if it is there.
 
         Anything with a path in it is refused, and so is a link that leads elsewhere.
         """
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".mp4":
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
             return None
         path = self.path.parent / name
         try:
