@@ -148,9 +148,8 @@ def record_dataset(
         condition = None if acting is None else acting.condition
         if condition is not None:
             refuse_masks(condition, "a replay")
-            if config.cameras == REFERENCE and any(
-                isinstance(one, Occlude) for one in condition.interventions
-            ):
+            paints = any(isinstance(one, Occlude) for one in condition.interventions)
+            if paints and config.cameras == REFERENCE:
                 raise ConfigError(
                     f"cameras: got {REFERENCE!r}, but a condition paints over pictures, which the data set's "
                     "videos do not show; set cameras=true"
