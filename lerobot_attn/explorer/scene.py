@@ -12,12 +12,13 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.grounding import ground
 from lerobot_attn.analysis.select import layout_of
-from lerobot_attn.analysis.spatial import by_camera, camera_geometry
+from lerobot_attn.analysis.spatial import camera_geometry
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.explorer.means import in_blocks
 from lerobot_attn.explorer.slabs import of_inference
-from lerobot_attn.explorer.values import numbers
+from lerobot_attn.explorer.values import number, numbers
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.masks import ROLES, UNKNOWN, patch_coverage
 from lerobot_attn.store.reader import Episode
@@ -65,38 +66,19 @@ def masks(episode: Episode, inference: int) -> dict[str, Any]:
 
 def _mask(mask: NDArray[np.int16], geometry: ImageGeometry) -> dict[str, Any]:
     instances = np.unique(mask[mask > UNKNOWN]).tolist()
-    inside, area, shown = _coverage(np.stack([*(mask == i for i in instances), mask > UNKNOWN]), geometry)
-    coverage = {}
+    covered = patch_coverage(np.stack([*(mask == i for i in instances), mask > UNKNOWN]), geometry)
+    inside, shown = covered[:-1].reshape(len(instances), covered[0].size), covered[-1].ravel()
+    coverage, area = {}, {}
     for instance, share in zip(instances, inside, strict=True):
         patches = np.flatnonzero(share)
-        coverage[instance] = [patches.tolist(), numbers(share[patches])]
+        coverage[instance] = [patches.tolist(), numbers(share[patches] / shown[patches])]
+        area[instance] = number(share.sum() / shown.sum())
     return {
         "runs": _runs(mask),
-        "area": dict(zip(instances, numbers(area), strict=True)),
+        "area": area,
         "coverage": coverage,
         "hidden": np.flatnonzero(shown == 0).tolist(),
     }
-
-
-def _coverage(
-    layers: NDArray[np.bool_], geometry: ImageGeometry
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return what masks take of the patches, of the whole image, and how much of each patch is known.
-
-    Args:
-        layers: (…, mask + 1, height, width); the last is what is known of the image.
-        geometry: of the camera.
-
-    Returns:
-        (…, mask, patch), of the part of a patch that is known; (…, mask), of all that is; (…, patch).
-    """
-    covered = patch_coverage(layers, geometry)
-    covered = covered.reshape(*covered.shape[:-2], -1)
-    inside, shown = covered[..., :-1, :], covered[..., -1, :]
-    known = np.where(shown > 0, shown, np.nan)[..., None, :]
-    whole = shown.sum(-1)[..., None]
-    area = np.divide(inside.sum(-1), whole, out=np.zeros(inside.shape[:-1]), where=whole > 0)
-    return np.nan_to_num(inside / known), area, shown
 
 
 def role_shares(episode: Episode, first: int, camera: str, maps: xr.DataArray) -> dict[str, Any]:
@@ -118,32 +100,22 @@ def role_shares(episode: Episode, first: int, camera: str, maps: xr.DataArray) -
         SelectionError: the episode has no masks, or none of this camera.
     """
     data = episode.arrays
-    array = _masks(data)
+    _masks(data)
     name, _, _ = camera_geometry(data, camera)
-    places = {found: (place, geometry) for found, place, geometry in _masked(data)}
-    if name not in places:
-        raise SelectionError(f"camera {camera!r} has no mask; expected one of: {', '.join(places) or 'none'}")
-    place, geometry = places[name]
-    array = array.isel(mask_camera=place)
-    roles = data[_ROLE].values
-    shown = [role for role in SHOWN_ROLES if role in roles]
-    heat = by_camera(data, maps, [name])[name].values
-    share = np.full((len(heat), len(shown)), np.nan)
-    chance = share.copy()
+    masked = [found for found, _, _ in _masked(data)]
+    if name not in masked:
+        raise SelectionError(f"camera {camera!r} has no mask; expected one of: {', '.join(masked) or 'none'}")
+    shown = [role for role in SHOWN_ROLES if role in data[_ROLE].values]
+    maps = maps.assign_coords(inference=first + np.arange(maps.sizes["inference"]))
+    share, chance = (np.full((maps.sizes["inference"], len(shown)), np.nan) for _ in range(2))
 
-    def read(block: slice) -> NDArray[np.int16]:
-        at = slice(first + block.start, first + block.stop)
-        values: NDArray[np.int16] = array.isel(inference=at).values
-        return values
+    def read(block: slice) -> xr.Dataset:
+        found = ground(data, maps.isel(inference=block), cameras=[name], roles=shown)
+        return found.sel(camera=name, metric="mass").compute()
 
-    for block, mask in in_blocks(len(heat), read):
-        of_roles = [np.isin(mask, np.flatnonzero(roles == role)) for role in shown]
-        inside, area, known = _coverage(np.stack([*of_roles, mask > UNKNOWN], axis=1), geometry)
-        on = np.where(known > 0, heat[block].reshape(known.shape), 0)
-        total = on.sum(-1)[:, None]
-        mass = (inside * on[:, None]).sum(-1) / np.where(total > 0, total, np.nan)
-        share[block] = np.where(area > 0, mass, np.nan)
-        chance[block] = np.where(area > 0, area, np.nan)
+    for block, found in in_blocks(len(share), read):
+        share[block] = found["value"].transpose("inference", "role").values
+        chance[block] = found["uniform"].transpose("inference", "role").values
     return {
         "first": first,
         "camera": name,
