@@ -23,6 +23,8 @@ from test_plugin import ENV, error_of, run_main  # noqa: E402, F401
 from test_record_episodes import batch_of, observation_of  # noqa: E402
 from test_recording import make_policy, scripted_adapter  # noqa: E402, F401
 from test_robots import Conductor, Keys, rollout  # noqa: E402, F401
+from test_segmentation import make_envs as masked_envs  # noqa: E402
+from test_segmentation import mask_at, turning  # noqa: E402
 
 from lerobot_attn import AttentionConfig, open_run, plugin, record_dataset, record_episodes  # noqa: E402
 from lerobot_attn.errors import ConfigError, StoreError  # noqa: E402
@@ -64,6 +66,7 @@ def evaluate(folder, envs, condition=None, *, policy=None, n_episodes=None, reco
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     policy, same = policy or noisy(), lambda value: value
+    env_preprocessor = settings.pop("env_preprocessor", same)
     torch.manual_seed(0)
     acting = None if condition is None else Acting(condition)
     with contextlib.ExitStack() as stack:
@@ -76,7 +79,7 @@ def evaluate(folder, envs, condition=None, *, policy=None, n_episodes=None, reco
         info = module.eval_policy_all(
             envs={"group": envs},
             policy=policy,
-            env_preprocessor=same,
+            env_preprocessor=env_preprocessor,
             env_postprocessor=same,
             preprocessor=same,
             postprocessor=same,
@@ -204,6 +207,13 @@ def test_lerobot_sees_its_own_config_and_the_condition_is_read_before_any_enviro
         (["--eval.interventions={name: a, interventions: [{kind: paint}]}"], "error: --eval.interventions: "),
         (["--eval.interventions={name: a"], "error: --eval.interventions: got '{name: a', expected a YAML"),
         (["--eval.interventions={name: a}", "--env.max_parallel_tasks=2"], "error: env.max_parallel_tasks:"),
+        (
+            [
+                "--eval.interventions={name: a, interventions: [{kind: fixed_noise}]}",
+                "--policy.compile_model=true",
+            ],
+            "error: --eval.interventions: got a with policy.compile_model=true, expected false",
+        ),
         (["--eval.interventions={name: a b}"], "error: --eval.interventions: name: got 'a b'"),
     ],
 )
@@ -252,6 +262,60 @@ def test_a_video_shows_what_an_inference_saw(tmp_path):
     evaluate(tmp_path, {0: lit}, PAINTED, policy=noisy(3), cameras=True)
     for episode in open_run(tmp_path):
         np.testing.assert_allclose(corners_of(episode), [40, 200, 200] * 2 + [40], atol=6)
+
+
+BLOCKED = Condition.from_dict(
+    {
+        "name": "painted_target",
+        "interventions": [{"kind": "occlude", "where": {"role": "target"}}, {"kind": "fixed_noise"}],
+    }
+)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_simulator_says_where_a_role_is(tmp_path, recorded):
+    """Each environment's target is painted over where it is now; masks are drawn once an inference."""
+    seen = []
+
+    class Watching(NoisyPolicy):
+        def predict_action_chunk(self, batch, noise=None):
+            seen.append(batch[scripted.CAMERA].clone())
+            return super().predict_action_chunk(batch, noise)
+
+    policy = Watching(scripted.make_config(n_action_steps=3))
+    envs = masked_envs((7, 7))
+    settings = {"record": recorded, "segmentation": recorded, "env_preprocessor": turning}
+    evaluate(tmp_path, {0: envs}, BLOCKED, policy=policy, **settings)
+    assert [env.asked for env in envs.envs] == [[0, 3, 6]] * 2
+    for batch, frame in zip(seen, (0, 3, 6), strict=True):
+        for env in (0, 1):
+            target = mask_at(env, frame)[::-1, ::-1] == 1
+            shown = batch[env].numpy()
+            assert np.ptp(shown[:, target], axis=1).max() < 1e-6  # one colour
+            assert np.ptp(shown[:, ~target], axis=1).min() > 0.1
+    if recorded:
+        (first, _) = open_run(tmp_path)
+        assert first.condition.name == "painted_target"
+        assert (first.arrays["segmentation"].values[1, 0] == mask_at(0, 3)[::-1, ::-1]).all()
+
+
+def test_an_environment_of_lerobots_without_masks_is_refused_before_it_is_built(
+    run_main,  # noqa: F811
+    capsys,
+    tmp_path,
+):
+    condition = f"--eval.interventions={json.dumps(BLOCKED.to_dict())}"
+    error = error_of(run_main, capsys, "--env.type=pusht", f"--output_dir={tmp_path / 'out'}", condition)
+    assert "env.type=pusht" in error
+    assert "expected LIBERO" in error
+    assert "\n" not in error.strip()
+
+
+def test_environments_without_masks_end_the_run_before_the_first_action(tmp_path):
+    policy = noisy()
+    with pytest.raises(ConfigError, match=r"these environments .*, expected LIBERO"):
+        evaluate(tmp_path, {0: scripted.make_envs((4,))}, BLOCKED, policy=policy, record=False)
+    assert not policy.told
 
 
 # A robot

@@ -17,6 +17,7 @@ from forked import STOCK, Forked, run_lerobot_eval
 from lerobot_attn.analysis.behaviour import approached, given_instruction
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError
 from lerobot_attn.layout import Kind
+from lerobot_attn.masks import patch_coverage
 from lerobot_attn.overlay import OverlaySettings, write_overlay
 from lerobot_attn.plot import KINDS, plot
 from lerobot_attn.plugin import experiment
@@ -56,6 +57,7 @@ def lerobot_eval(checkpoint, folder, *arguments):
     return process.log
 
 
+BLOCK_TARGET = Path(__file__).parent.parent / "configs" / "intervention" / "block_target.yaml"
 SYNCHRONOUS = ["--env.task=libero_object", "--env.task_ids=[0]", "--eval.n_episodes=2", "--eval.batch_size=1"]
 ASYNCHRONOUS = ["--env.task=libero_goal", "--env.task_ids=[1]", "--eval.batch_size=2"]
 
@@ -94,6 +96,8 @@ def asynchronous(libero_ready, demo_checkpoint, tmp_path_factory):
         "--eval.n_episodes=3",
         "--eval.save_attention_maps=true",
         f"--eval.attention={settings}",
+        # A condition without interventions: what follows is what it is without one.
+        "--eval.interventions={name: baseline}",
     )
     return folder / "out", log
 
@@ -180,7 +184,7 @@ def test_asynchronous_batches(asynchronous):
 
 @pytest.mark.parametrize(("family", "first", "grid"), [("pi0", 1, (16, 16)), ("smolvla", 0, (8, 8))])
 def test_other_families_in_asynchronous_batches(libero_ready, request, tmp_path, family, first, grid):
-    """Pi0's suffix opens with the state, so that its first action is query 1."""
+    """Pi0's suffix opens with the state, so that its first action is query 1. The target is not looked at."""
     arguments = [
         "--env.task=libero_object",
         "--env.task_ids=[0]",
@@ -193,6 +197,8 @@ def test_other_families_in_asynchronous_batches(libero_ready, request, tmp_path,
         *arguments,
         "--eval.save_attention_maps=true",
         "--eval.attention.prefix_layers=[-1]",
+        "--eval.attention.segmentation=true",
+        f"--eval.interventions={BLOCK_TARGET}",
     )
     run = open_run(tmp_path / "out")
     check_views(run)
@@ -205,6 +211,16 @@ def test_other_families_in_asynchronous_batches(libero_ready, request, tmp_path,
         assert (data.key_kind[0] == Kind.STATE).sum() == 1
         report = verify_episode(episode, thorough=True)
         assert report.passed, report.to_dict()
+        assert episode.condition.name == "block_target"
+        target = data.instance_role.values.tolist().index("target")
+        for number, camera in enumerate(episode.layout.cameras[:2]):
+            assert data.mask_camera.values[number] == camera.name
+            for inference in range(episode.n_inferences):
+                mask = data.segmentation[inference, number].values == target
+                covered = patch_coverage(mask, camera.geometry).ravel()
+                keys = data.suffix_attention[inference, ..., data.key_camera.values == number].values
+                assert (keys[..., covered > 0.2] == 0).all()
+                assert (keys[..., covered == 0].max(axis=(0, 1, 2, 3)) > 0).all()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +50,13 @@ class Acting:
 
     Args:
         condition: what is done to the policy.
+        roles: instance → role, in the masks that the condition needs, instead of the one that the environment
+            says.
     """
 
-    def __init__(self, condition: Condition):
+    def __init__(self, condition: Condition, roles: Mapping[str, str] | None = None):
         self.condition = condition
+        self._roles = dict(roles or {})
         self._intervener: Intervener | None = None
         self._next_episode = 0
         self._episodes: Sequence[int] = ()
@@ -79,6 +82,28 @@ class Acting:
         """The next episodes begin, one in each environment; of a last batch also those that nobody counts."""
         self.begin_episodes(range(self._next_episode, self._next_episode + n_envs))
         self._next_episode += n_envs
+
+    @contextmanager
+    def masks_of(self, call: dict[str, Any]) -> Iterator[None]:
+        """Draw masks for the condition while a rollout lasts, if it needs some.
+
+        Args:
+            call: the rollout's arguments by name; its `env_preprocessor` is replaced.
+
+        Raises:
+            ConfigError: at the rollout's first observation, if its environments have no masks.
+        """
+        if not self.condition.needs_masks:
+            yield
+            return
+        from lerobot_attn.plugin.segmentation import scenes_of_rollout
+
+        with scenes_of_rollout(call, self._roles) as scenes:
+            self._acting.masks = scenes.current
+            try:
+                yield
+            finally:
+                self._acting.masks = None
 
     def begin_episodes(self, episodes: Sequence[int]) -> None:
         """Episodes of these numbers begin, one for each row of the policy's batch."""
@@ -216,6 +241,7 @@ def _wrap_rollout(original: Callable[..., Any], *, acting: Acting) -> Callable[.
             return preprocess(observation)
 
         call["env_preprocessor"] = env_preprocessor
-        return original(*bound.args, **bound.kwargs)
+        with acting.masks_of(call):
+            return original(*bound.args, **bound.kwargs)
 
     return rollout

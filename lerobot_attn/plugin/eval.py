@@ -47,14 +47,14 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
     def eval_main(cfg: AttentionEvalPipelineConfig) -> Any:
         options = cfg.eval
         cfg.eval = plain_eval_config(options)
-        acting = _start_acting(cfg, options.interventions)
+        acting = _start_acting(cfg, options)
         run = _start_run(cfg, options.attention, acting) if options.save_attention_maps else None
         with ExitStack() as stack:
-            if run is not None:
-                if run.config.segmentation:
-                    from lerobot_attn.plugin.segmentation import environments_with_masks
+            if (run and run.config.segmentation) or (acting and acting.condition.needs_masks):
+                from lerobot_attn.plugin.segmentation import environments_with_masks
 
-                    stack.enter_context(environments_with_masks(cfg.env.type))
+                stack.enter_context(environments_with_masks(cfg.env.type))
+            if run is not None:
                 stack.enter_context(
                     recording(namespace, run, env_type=cfg.env.type, env=cfg.env, acting=acting)
                 )
@@ -87,18 +87,27 @@ def _check_policy(cfg: Any, option: str) -> None:
         )
 
 
-def _start_acting(cfg: Any, interventions: str | None) -> Acting | None:
+def _start_acting(cfg: Any, options: Any) -> Acting | None:
     """Read what is to be done to the policy, before an environment is built; None: nothing.
+
+    Args:
+        cfg: the parsed options.
+        options: those of `--eval`.
 
     Raises:
         UnsupportedPolicyError, ConfigError: it cannot be done.
     """
-    if interventions is None:
+    if options.interventions is None:
         return None
     from lerobot_attn.plugin.acting import Acting, read_condition
 
-    acting = Acting(read_condition(interventions, f"--{EVAL.interventions}"))
+    condition = read_condition(options.interventions, f"--{EVAL.interventions}")
+    acting = Acting(condition, options.attention.roles)
     _check_policy(cfg, f"--{EVAL.interventions}")
+    if condition.needs_masks:
+        from lerobot_attn.plugin.segmentation import check_masks
+
+        check_masks(cfg.env.type, options.attention.roles)
     if acting.condition.interventions and getattr(cfg.policy, "compile_model", False):
         raise ConfigError(
             f"--{EVAL.interventions}: got {acting.condition.name} with policy.compile_model=true, expected "
