@@ -313,7 +313,7 @@ def test_an_environment_of_lerobots_without_masks_is_refused_before_it_is_built(
 
 def test_environments_without_masks_end_the_run_before_the_first_action(tmp_path):
     policy = noisy()
-    with pytest.raises(ConfigError, match=r"these environments .*, expected LIBERO"):
+    with pytest.raises(ConfigError, match=r"masks: what is evaluated .* has none, expected LIBERO"):
         evaluate(tmp_path, {0: scripted.make_envs((4,))}, BLOCKED, policy=policy, record=False)
     assert not policy.told
 

@@ -55,6 +55,11 @@ def test_composed_command():
     ]
 
 
+def test_masks_can_be_asked_for():
+    arguments = eval_arguments(compose("policy.path=CKPT", "capture=with_masks"))
+    assert "--eval.attention.segmentation=true" in arguments
+
+
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_an_intervention_is_on_the_command_line_whole(name):
     """What LeRobot's parser gives back is the condition of the file; recording is left to `capture`."""
@@ -311,6 +316,7 @@ def test_the_presets_and_suites_are_there():
         "final_step",
         "last_two",
         "summary",
+        "with_masks",
         "with_prefix",
         "with_vision",
     ]

@@ -207,7 +207,7 @@ class SceneSource:
             try:
                 found = self._env.call(METHOD, missing, [name.removeprefix(_IMAGES) for name in names])
             except AttributeError as error:
-                raise ConfigError(_refusal(f"these environments ({first_line(error)})")) from error
+                raise ConfigError(_refusal(f"what is evaluated ({first_line(error)})")) from error
             for env in missing:
                 self._drawn[env] = self._as_seen(found[env], names)
         return {env: self._drawn[env] for env in environments}
@@ -248,6 +248,7 @@ def _is_turned(before: Tensor, after: Tensor, turn: tuple[int, ...]) -> bool:
 
 def _refusal(what: str) -> str:
     return (
-        f"segmentation: got true with {what}, expected LIBERO, or environments whose class has the method "
-        f"{METHOD} (docs/recording.md); leave it out, or attach masks afterwards with `lerobot-attn masks`"
+        f"masks: {what} has none, expected LIBERO, or environments whose class has the method {METHOD} "
+        "(docs/recording.md); leave out segmentation and conditions with roles, or attach masks to what was "
+        "recorded with `lerobot-attn masks`"
     )
