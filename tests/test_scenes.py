@@ -130,6 +130,16 @@ def test_masks_of_a_robosuite_environment_are_of_the_pictures_moment(libero_read
         assert masks["front"][row, column] == 1
         rows, columns = np.nonzero(masks["front"] == 1)
         assert (rows.mean(), columns.mean()) == pytest.approx((row, column), abs=2)
+        # Markers that no picture shows are in no mask: they are the same without any.
+        groups = env.sim._render_context_offscreen.vopt.sitegroup
+        both = []
+        for shown in (groups.copy(), 0):
+            groups[:] = shown
+            for camera in cameras.values():
+                env.sim.render(camera_name=camera, height=96, width=128)
+            both.append(scene.masks(cameras, (96, 128)))
+        for name in cameras:
+            np.testing.assert_array_equal(both[0][name], both[1][name])
         # A reset brings a new simulation, whose masks need no picture yet.
         env.reset()
         assert (scene.masks(cameras, (96, 128))["front"] == 1).any()
