@@ -526,11 +526,14 @@ def test_noise_is_that_of_its_episode_and_inference_whatever_the_batch(policy, b
         swapped = chunk(policy, rows(batch, [1, 0]), next(seeds))
         acting.begin([9])
         alone = chunk(policy, rows(batch, [1]), next(seeds))
+        acting.begin([4])
+        other = chunk(policy, rows(batch, [1]), next(seeds))
         with pytest.raises(ConfigError, match="got a batch of 2, expected 1, as begin"):
             chunk(policy, batch)
     assert not torch.equal(first, second)
     assert torch.equal(swapped, first[[1, 0]])
     torch.testing.assert_close(alone, first[1:], atol=1e-4, rtol=0)
+    assert (other - alone).abs().max() > 1e-2
     block = BlockAttention({"camera": "image", "patches": [[0, 0]]}, layers=[0], heads=[0])
     with intervene(policy, [block, FixedNoise(3)]) as acting, capture_attention(policy) as capture:
         acting.begin([4, 9])
