@@ -292,7 +292,7 @@ def on_camera_pixels(
 
 def padding_share(heatmap: xr.DataArray, geometry: ImageGeometry) -> xr.DataArray:
     """Return the sum over patches that show nothing but letterbox padding, (…) in the heatmap's unit."""
-    rows, columns = _visible(geometry)
+    rows, columns = visible_patches(geometry)
     hidden = xr.DataArray(~(rows[:, None] & columns[None, :]), dims=("grid_y", "grid_x"))
     # If a map is missing, its hidden patches are NaN as well, so the sum is NaN.
     return (heatmap * hidden).sum(("grid_y", "grid_x"), skipna=False)
@@ -333,7 +333,7 @@ def _check_normalisation(normalisation: str) -> None:
         raise SelectionError(f"normalisation {normalisation!r}: expected one of {', '.join(NORMALISATIONS)}")
 
 
-def _visible(geometry: ImageGeometry) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def visible_patches(geometry: ImageGeometry) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which rows and which columns of patches show a part of the image, both bool."""
 
     def of_axis(pad: int, resized: int, whole: int, patches: int) -> NDArray[np.bool_]:
