@@ -34,14 +34,13 @@ def masks(
     Roles are target, destination, distractor, robot and background; what is not named is a distractor. Frames
     count from 0, as in the camera videos.
     """
-    from lerobot_attn.masks import in_words
     from lerobot_attn.store.attach import attach_masks
 
     attached = attach_masks(path, source, roles=_roles(roles), overwrite=overwrite)
     unused = f"; {attached.n_unused} of other frames left out" if attached.n_unused else ""
     cameras = ", ".join(attached.cameras)
     print(f"{attached.path}: masks of {cameras} at {attached.n_inferences} inferences{unused}")
-    print(in_words(attached.instances))
+    print(attached.in_words)
 
 
 def _roles(text: str | None) -> dict[str, str]:

@@ -34,6 +34,8 @@ class VideoFrames:
             units; frames are the videos', chosen or not. None: there is none.
         frames: numbers of the frames that are asked about, ascending; those alone are in the store then.
             None: all frames.
+        sizes_px: camera → (height, width) of its pictures, where the video has a row or a column more,
+            because codecs take even sizes alone.
 
     Raises:
         ConfigError: no video, one that cannot be read or differs in length or fps from the others, a state
@@ -50,6 +52,7 @@ class VideoFrames:
         task: str,
         state: np.ndarray | str | Path | None = None,
         frames: Sequence[int] | None = None,
+        sizes_px: Mapping[str, tuple[int, int]] | None = None,
     ):
         if not videos:
             raise ConfigError("videos: got none, expected a video for at least one camera")
@@ -60,8 +63,9 @@ class VideoFrames:
         self._is_choice = frames is not None
         self._state = None if state is None else _state(state, self._n_frames)
         # One for the frames that the policy is asked about, one for those that are filmed: both run ahead.
-        self._asked = {name: _Reader(path) for name, path in self._videos.items()}
-        self._filmed = {name: _Reader(path) for name, path in self._videos.items()}
+        sizes = {_camera(name): size for name, size in (sizes_px or {}).items()}
+        self._asked = {name: _Reader(path, sizes.get(name)) for name, path in self._videos.items()}
+        self._filmed = {name: _Reader(path, sizes.get(name)) for name, path in self._videos.items()}
 
     @property
     def said(self) -> Mapping[str, Any]:
@@ -138,14 +142,14 @@ class VideoFrames:
 class _Reader:
     """Reads frames of a video whose numbers ascend for the most part; decodes none twice then."""
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._frames = read_frames(path)
+    def __init__(self, path: Path, size_px: tuple[int, int] | None):
+        self._path, self._size_px = path, size_px
+        self._frames = read_frames(path, size_px=size_px)
         self._next = 0
 
     def read(self, number: int) -> np.ndarray:
         if number < self._next:
-            self._frames, self._next = read_frames(self._path), 0
+            self._frames, self._next = read_frames(self._path, size_px=self._size_px), 0
         for picture in self._frames:
             self._next += 1
             if self._next > number:

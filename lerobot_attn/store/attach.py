@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from lerobot_attn.errors import ConfigError, StoreError, first_line
-from lerobot_attn.masks import UNKNOWN, Instance, instances_of, scaled
+from lerobot_attn.masks import UNKNOWN, Instance, in_words, instances_of, scaled
 from lerobot_attn.store.files import first_link, replace_json, unfinished
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.mask_files import ReadMasks, read_masks
@@ -51,6 +51,11 @@ class Attached:
     instances: tuple[Instance, ...]
     n_inferences: int
     n_unused: int
+
+    @property
+    def in_words(self) -> str:
+        """The instances by role, in one line."""
+        return in_words(self.instances)
 
 
 def attach_masks(
