@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from lerobot_attn.errors import ConfigError
+from lerobot_attn.settings import parse_choice
+
 
 def _former_name(old: str, new: str) -> Callable[[str | None], str | None]:
     """Return what an option does that has another name now: it works, and says so."""
@@ -67,3 +70,18 @@ Outlines = Annotated[
         help="Outline the scene's objects, if the episode has masks. Default: yes.",
     ),
 ]
+
+
+def whole_numbers(name: str, text: str | None) -> list[int] | None:
+    """Return the numbers that an option's text names, as 0,3 or 0-9; None where it was not given.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if text is None:
+        return None
+    found = parse_choice(text)
+    numbers = found if isinstance(found, list) else [found]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ConfigError(f"{name}: got {text!r}, expected numbers as 0,3 or 0-9")
+    return numbers

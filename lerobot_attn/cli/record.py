@@ -9,8 +9,8 @@ import typer
 
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import log_lines, progress_bar
+from lerobot_attn.cli.options import whole_numbers
 from lerobot_attn.errors import ConfigError
-from lerobot_attn.settings import parse_choice
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -82,8 +82,8 @@ def replay(
             videos=video or (),
             task=task,
             state=state,
-            frames=_numbers("--frames", frames),
-            episodes=_numbers("--episodes", episodes),
+            frames=whole_numbers("--frames", frames),
+            episodes=whole_numbers("--episodes", episodes),
             every=_every(every),
             rename=rename,
             batch_size=batch_size,
@@ -94,16 +94,6 @@ def replay(
         with progress_bar("Replaying") as progress:
             run(request, progress)
     print(f"Look at it with: lerobot-attn view {output}")
-
-
-def _numbers(name: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    found = parse_choice(text)
-    numbers = found if isinstance(found, list) else [found]
-    if not all(isinstance(number, int) for number in numbers):
-        raise ConfigError(f"{name}: got {text!r}, expected numbers as 0,3 or 0-9")
-    return numbers
 
 
 def _every(text: str | None) -> int | str | None:
