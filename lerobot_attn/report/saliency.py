@@ -95,7 +95,8 @@ _READING = (
     "Curves: patches of all cameras are hidden (deletion) or shown (insertion) in a ranking's order. A gain "
     "is the area between a ranking's curve and that of random patches of the same cameras, or of the same "
     "map moved elsewhere (shifted, the stricter one), in units of the change with everything hidden; above 0 "
-    "the ranking finds what matters sooner. The importance's own ranking is what a good map could reach.",
+    "the ranking finds what matters sooner. The importance's own ranking is what a good map could reach, if "
+    "the masks are enough to know it.",
     "Attention decides how much of a patch enters, so its order beats a random one with random weights, too: "
     "four random pi05_tiny gained 0.17 to 0.23 in deletion. Hold a gain to that of random weights before it "
     "is read as something that was learned.",
