@@ -10,11 +10,13 @@ import pytest
 import zarr
 from test_inspection import run_cli
 
+from lerobot_attn import figures
 from lerobot_attn.analysis import effects as fx
 from lerobot_attn.analysis.behaviour import approached, chunk_difference, given_instruction, named_objects
 from lerobot_attn.analysis.intervals import paired_interval
 from lerobot_attn.errors import SelectionError
-from lerobot_attn.report import find_effects
+from lerobot_attn.figures import effects_figure
+from lerobot_attn.report import find_effects, write_effects
 from lerobot_attn.store.reader import open_episode, open_run
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
@@ -360,6 +362,21 @@ def test_the_words_are_those_that_the_policy_got(tmp_path):
     effects = by_name(find_effects(open_run(tmp_path)).effects)
     assert effects["swapped", "baseline", "approached_named"].a == 1
     assert effects["swapped", "baseline", "approached_target"].a == 0
+
+
+def test_a_figure_of_single_pairs_promises_no_intervals(tmp_path, monkeypatch):
+    for condition in ("baseline", "blocked"):
+        record(tmp_path, condition, 0)
+    captions = []
+
+    def noting(table, labels, caption, **options):
+        captions.append(" ".join(caption.facts))
+        return effects_figure(table, labels, caption, **options)
+
+    monkeypatch.setattr(figures, "effects_figure", noting)
+    write_effects(open_run(tmp_path), tmp_path / "report")
+    assert "no intervals: one pair each" in captions[0]
+    assert "bootstrap" not in captions[0]
 
 
 def test_the_command_writes_a_report(experiment, tmp_path, monkeypatch, capsys):

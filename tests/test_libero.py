@@ -437,7 +437,8 @@ def test_an_experiment_begins_each_condition_alike(libero_ready, demo_checkpoint
         n_episodes=1,
         capture={"layers": "none", "mean_layers": "all", "segmentation": True},
         conditions=[
-            {"name": "milk", "interventions": [{"kind": "task", "replace": {"alphabet soup": "milk"}}]}
+            {"name": "milk", "interventions": [{"kind": "task", "replace": {"alphabet soup": "milk"}}]},
+            {"name": "twin"},  # nothing is done, as in the baseline
         ],
         no_control=True,
     )
@@ -450,8 +451,10 @@ def test_an_experiment_begins_each_condition_alike(libero_ready, demo_checkpoint
 
     monkeypatch.setattr(experiment, "launch_eval", in_a_fork)
     assert run_experiment(plan, tmp_path / "out") == 0
-    baseline, swapped = open_run(tmp_path / "out")
-    assert [e.attributes["condition"]["name"] for e in (baseline, swapped)] == ["baseline", "milk"]
+    baseline, swapped, twin = open_run(tmp_path / "out")
+    assert [e.condition.name for e in (baseline, swapped, twin)] == ["baseline", "milk", "twin"]
+    for name in ("action_chunk", "state"):  # where nothing is done, nothing differs between processes
+        np.testing.assert_array_equal(baseline.arrays[name], twin.arrays[name])
     assert swapped.attributes["experiment"] == {
         "name": "swap",
         "condition": "milk",
@@ -461,6 +464,8 @@ def test_an_experiment_begins_each_condition_alike(libero_ready, demo_checkpoint
     assert given_instruction(swapped.arrays) == "pick up the milk and place it in the basket"
     for name in ("state", "instance_position"):
         np.testing.assert_array_equal(baseline.arrays[name][0], swapped.arrays[name][0])
+    for episode in (baseline, swapped, twin):
+        assert {"kind": "fixed_noise", "seed": 1000} in [dict(one) for one in episode.condition.interventions]
     chunks = [episode.arrays["action_chunk"].values for episode in (baseline, swapped)]
     assert np.abs(chunks[0][0] - chunks[1][0]).max() > 0
     went = approached(baseline.arrays)
@@ -469,7 +474,7 @@ def test_an_experiment_begins_each_condition_alike(libero_ready, demo_checkpoint
     assert "basket_1" not in went.objects
     assert 0.05 < min(went.nearest_m.values()) < 1  # the same frame of reference
     found = find_effects(open_run(tmp_path / "out"))
-    effects = {effect.metric: effect for effect in found.effects}
+    effects = {effect.metric: effect for effect in found.effects if effect.condition == "milk"}
     assert found.notes == ()
     assert effects["action_difference"].a > 0
     assert effects["path_length"].n == 1

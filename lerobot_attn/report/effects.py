@@ -302,7 +302,9 @@ def _figure(run: Run, table: pd.DataFrame, found: Effects, settings: EffectsSett
     facts = [
         f"experiment {', '.join(dict.fromkeys(table['experiment']))}",
         "condition − control: filled against its matched control, hollow against the baseline",
-        f"{settings.confidence:.0%} bootstrap intervals over initial states, {shown} pairs",
+        f"{settings.confidence:.0%} bootstrap intervals over initial states, {shown} pairs"
+        if table["low"].notna().any()
+        else "no intervals: one pair each, from which nothing can be said",
     ]
     caption = Caption(
         facts,
