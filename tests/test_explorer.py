@@ -944,6 +944,20 @@ def test_groups_are_the_analysis(mixed):
     assert table.attrs["interval"] in found["what"]
 
 
+def test_groups_compare_the_episodes_of_one_condition(mixed, tmp_path):
+    shutil.copytree(mixed, tmp_path / "run")
+    plan = SyntheticPlan(episode_index=9, success=False, n_frames=6, videos=False)
+    done = [{"kind": "block_attention", "keys": [{"role": "target"}]}]
+    blocked = {"name": "block", "text": "block: attention to the target blocked", "interventions": done}
+    write_planted_episode(tmp_path / "run", plan, condition=blocked)
+    found = groups_module.groups([open_episode(path) for path in sorted(tmp_path.rglob("*.zarr"))])
+    assert (found["n_success"], found["n_failure"]) == (2, 2)
+    assert found["what"].endswith("Of 2 conditions only this one: baseline.")
+    alone = groups_module.groups([open_episode(path) for path in sorted(mixed.rglob("*.zarr"))])
+    assert found["rows"] == alone["rows"]
+    assert "conditions" not in alone["what"]
+
+
 def test_groups_without_an_interval_say_so(run, tmp_path):
     for index, success in enumerate([True, False]):
         write_planted_episode(

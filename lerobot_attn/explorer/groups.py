@@ -19,6 +19,9 @@ _COLUMNS = {"failure": "a", "success": "b", "difference": "difference", "low": "
 def groups(episodes: Sequence[Episode]) -> dict[str, Any]:
     """Compare the episodes that solved their task with those that did not.
 
+    What was done to the policy would be taken for what makes episodes fail: of several conditions only one
+    is compared, the baseline where there is one.
+
     Args:
         episodes: of the run; incomplete ones are left out.
 
@@ -30,7 +33,24 @@ def groups(episodes: Sequence[Episode]) -> dict[str, Any]:
     Raises:
         SelectionError: one group would be empty.
     """
-    whole = [episode for episode in episodes if episode.is_complete]
+    whole, said = _of_one_condition([episode for episode in episodes if episode.is_complete])
+    found = _readable(whole)
+    return {**found, "what": f"{found['what']}{said}"}
+
+
+def _of_one_condition(episodes: Sequence[Episode]) -> tuple[list[Episode], str]:
+    """Return the episodes to compare, and a sentence where others are left out."""
+    conditions = dict.fromkeys(episode.condition.text for episode in episodes)
+    if len(conditions) < 2:
+        return [*episodes], ""
+    names = {episode.condition.text: episode.condition.name for episode in episodes}
+    chosen = next((text for text in conditions if names[text] == "baseline"), next(iter(conditions)))
+    kept = [episode for episode in episodes if episode.condition.text == chosen]
+    return kept, f" Of {len(conditions)} conditions only this one: {names[chosen]}."
+
+
+def _readable(whole: Sequence[Episode]) -> dict[str, Any]:
+    """Compare the episodes that can be read, and name the others."""
     try:
         return _compared(whole)
     except StoreError:
