@@ -348,7 +348,7 @@ def test_an_experiments_stores_give_its_effects(experiment):
     assert math.isnan(effects["blocked", "baseline", "action_difference"].p)
     steps = effects["blocked", "random", "steps_to_success"]
     assert (steps.n, steps.a) == (3, N_FRAMES)  # pairs in which both succeeded
-    assert "1 incomplete episodes are left out" in found.notes
+    assert "1 incomplete episode is left out" in found.notes
     assert "random: libero_object_0 episode 7 without a partner in baseline" in found.notes
     row = found.episodes.table.iloc[0]
     assert (row["approached"], row["n_objects"]) == ("soup_1", 3)
@@ -382,7 +382,7 @@ def test_a_figure_of_single_pairs_promises_no_intervals(tmp_path, monkeypatch):
 def test_the_command_writes_a_report(experiment, tmp_path, monkeypatch, capsys):
     status, out, error = run_cli(monkeypatch, capsys, "effects", experiment, "-o", tmp_path)
     assert status == 0, error
-    assert "1 incomplete episodes are left out" in error
+    assert "1 incomplete episode is left out" in error
     assert "blocked against random, success: 50 % against 100 % in 6 pairs, -50 points" in out
     names = ("effects.csv", "episodes.csv", "effects.png", "report.md", "report.html")
     assert [line for line in out.splitlines() if line.startswith("Wrote")] == [

@@ -132,9 +132,10 @@ def read_episodes(
             f"{run.path}: none of {len(run)} episodes is complete; expected some of each condition"
         )
     if n_incomplete:
-        notes.append(f"{n_incomplete} incomplete episodes are left out")
+        said = "1 incomplete episode is" if n_incomplete == 1 else f"{n_incomplete} incomplete episodes are"
+        notes.append(f"{said} left out")
     notes += [f"left out: {reason}" for _, reason in run.damaged]
-    notes += [f"not measured in {n} episodes: {reason}" for reason, n in lacking.items()]
+    notes += [f"not measured in {n} episode{'s' * (n > 1)}: {reason}" for reason, n in lacking.items()]
     for row in rows:
         row["action_difference"], reason = _change(chunks, row)
         if reason:
