@@ -42,6 +42,6 @@ def write_dataset(
             numbers = {"observation.state": state(episode, frame, dims[0])}
             numbers["action"] = action(episode, frame, dims[1])
             dataset.add_frame({**shown, **numbers, "task": tasks[episode % len(tasks)]})
-        dataset.save_episode()
+        dataset.save_episode(parallel_encoding=False)  # no fork of a process with threads
     dataset.finalize()
     return root
