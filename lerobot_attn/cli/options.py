@@ -25,6 +25,17 @@ def _former_name(old: str, new: str) -> Callable[[str | None], str | None]:
 
 
 EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr.")]
+PolicyPath = Annotated[
+    str,
+    typer.Option(
+        "--policy.path",
+        metavar="CHECKPOINT",
+        help="A checkpoint's folder or Hub name. Other fields of its config: --policy.device=cuda, …",
+    ),
+]
+DataSetEpisodes = Annotated[
+    str | None, typer.Option(help="Episodes of the data set, as 0,3 or 0-9. Default: all.")
+]
 SettingsFile = Annotated[
     Path | None, typer.Option("--settings", help="Read settings from this YAML file; options come on top.")
 ]

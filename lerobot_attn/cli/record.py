@@ -9,21 +9,14 @@ import typer
 
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import log_lines, progress_bar
-from lerobot_attn.cli.options import whole_numbers
+from lerobot_attn.cli.options import DataSetEpisodes, PolicyPath, whole_numbers
 from lerobot_attn.errors import ConfigError
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def replay(
     context: typer.Context,
-    policy_path: Annotated[
-        str,
-        typer.Option(
-            "--policy.path",
-            metavar="CHECKPOINT",
-            help="A checkpoint's folder or Hub name. Other fields of its config: --policy.device=cuda, …",
-        ),
-    ],
+    policy_path: PolicyPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to record into.")],
     dataset: Annotated[
         str | None, typer.Option(metavar="REPO_OR_ROOT", help="A LeRobotDataset: its folder or its name.")
@@ -34,9 +27,7 @@ def replay(
             metavar="CAMERA=FILE", help="A camera's MP4, instead of a data set; once for each camera."
         ),
     ] = None,
-    episodes: Annotated[
-        str | None, typer.Option(help="Episodes of the data set, as 0,3 or 0-9. Default: all.")
-    ] = None,
+    episodes: DataSetEpisodes = None,
     every: Annotated[
         str | None,
         typer.Option(

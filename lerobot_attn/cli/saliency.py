@@ -10,7 +10,7 @@ import typer
 
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import log_lines, progress_bar
-from lerobot_attn.cli.options import whole_numbers
+from lerobot_attn.cli.options import DataSetEpisodes, PolicyPath, whole_numbers
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.settings import parse_choice
 
@@ -25,14 +25,7 @@ def saliency(
             help="An episode's store with its camera videos, or a LeRobotDataset: its folder or its name.",
         ),
     ],
-    policy_path: Annotated[
-        str,
-        typer.Option(
-            "--policy.path",
-            metavar="CHECKPOINT",
-            help="A checkpoint's folder or Hub name. Other fields of its config: --policy.device=cuda, …",
-        ),
-    ],
+    policy_path: PolicyPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")],
     frames: Annotated[
         str | None,
@@ -41,9 +34,7 @@ def saliency(
     max_frames: Annotated[
         int, typer.Option(help="Frames at most, evenly spread, where --frames does not say them.")
     ] = 16,
-    episodes: Annotated[
-        str | None, typer.Option(help="Episodes of the data set, as 0,3 or 0-9. Default: all.")
-    ] = None,
+    episodes: DataSetEpisodes = None,
     n_masks: Annotated[int, typer.Option(help="Random masks a frame; more are less noisy.")] = 256,
     hidden_share: Annotated[
         float, typer.Option(help="Share of the patches that a mask hides, up to 0.5.")

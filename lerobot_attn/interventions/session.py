@@ -142,7 +142,7 @@ class Intervener:
         """Refuse what cannot be done with this policy."""
         policy, config = self._policy, self._adapter.policy.config
         kind = policy.policy_type
-        if self._noise is not None and not self._draws and policy.n_denoise_steps:
+        if self._noise is not None and policy.draws_own_noise:
             raise ConfigError(
                 f"fixed_noise: {kind} takes no noise as an argument, expected a policy that does; seed this "
                 "one before each inference instead"

@@ -71,7 +71,7 @@ class Asker:
         self._device = torch.device(getattr(config, "device", None) or "cpu")
         self._noise_shape = capture.policy.noise_shape
         # A policy that takes no noise draws its own, for a whole batch: each copy is then asked for alone.
-        self._draws_itself = self._noise_shape is None and capture.policy.n_denoise_steps > 0
+        self._draws_itself = capture.policy.draws_own_noise
         self._batch_size = 1 if self._draws_itself else batch_size
 
     @property

@@ -84,6 +84,11 @@ class PolicyDescription:
     n_vision_heads: int = 0  # its attention heads, of which the other towers may have more or fewer
 
     @property
+    def draws_own_noise(self) -> bool:
+        """Whether it denoises from noise that nobody can give it, drawn for the whole batch."""
+        return self.noise_shape is None and self.n_denoise_steps > 0
+
+    @property
     def n_steps(self) -> int:
         """Passes over the suffix in an inference: the denoise steps, or one."""
         return max(self.n_denoise_steps, 1)

@@ -90,7 +90,7 @@ class Asker:
         self._postprocessor = postprocessor
         self._noise_shape = noise_shape = capture.policy.noise_shape
         # A policy that takes no noise may draw its own: it is asked about one frame at a time then.
-        self.draws_itself = noise_shape is None and capture.policy.n_denoise_steps > 0
+        self.draws_itself = capture.policy.draws_own_noise
         # What every store says it was drawn with; a policy that does not denoise draws nothing.
         self.seed = seed if self.draws_itself or noise_shape is not None else None
         self._records, self._failures = records, failures
