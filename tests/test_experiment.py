@@ -97,6 +97,11 @@ def conditions(*more):
         ({"batch_size": 2, "n_episodes": 5}, r"batch_size: got 2, expected 1 or n_episodes \(5\), because"),
         ({"seed": -1}, "seed: got -1"),
         ({"env": "libero"}, "env: got 'libero', expected a mapping"),
+        ({"render": "never"}, "render: got 'never', expected"),
+        (
+            {"render": "inferences", "capture": {"cameras": True}},
+            r"capture\.cameras: got True with render: inferences, expected false",
+        ),
         ({"capture": {"keep": "success"}}, "capture: got keep, which an experiment sets itself"),
         ({"conditions": []}, r"conditions: got \[\], expected a list of them"),
         ({"conditions": [{"interventions": []}]}, r"conditions\[1\]: got {'interventions'.*with a name"),
@@ -147,6 +152,14 @@ def test_the_command_of_a_condition(tmp_path):
         "--seed=1000",
         '--rename_map={"observation.images.image": "observation.images.top"}',
     ]
+
+
+def test_pictures_may_be_left_out(tmp_path):
+    plan = plan_of(render="inferences")
+    arguments = arguments_of(plan, plan.planned[1], tmp_path)
+    assert {"--eval.render=inferences", "--eval.attention.cameras=false"} <= set(arguments)
+    assert ExperimentPlan.from_dict(plan.to_dict()) == plan_of(**plan.to_dict())
+    assert "render" not in plan_of().to_dict()
 
 
 def test_values_are_given_on_the_command_line(tmp_path):

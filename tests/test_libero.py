@@ -305,6 +305,25 @@ def test_evaluation_is_the_same_without_capture(request, kind, demo_checkpoint, 
         assert with_capture["per_task"][0]["metrics"][key][:2] == metrics[key]
 
 
+def test_pictures_that_nobody_looks_at_are_not_needed(synchronous, demo_checkpoint, tmp_path):
+    """What is recorded is bit for bit what it is with pictures at every frame; there are no videos."""
+    arguments = [*SYNCHRONOUS[:2], "--eval.n_episodes=1", "--eval.batch_size=1"]
+    arguments += ["--eval.save_attention_maps=true", "--eval.attention.segmentation=true"]
+    fewer = ("--eval.render=inferences", "--eval.attention.cameras=false")
+    lerobot_eval(demo_checkpoint, tmp_path, *arguments, *fewer)
+    out, (folder, _) = tmp_path / "out", synchronous
+    assert not list(out.rglob("*.mp4"))
+    always, (rarely,) = next(iter(open_run(folder))), open_run(out)
+    assert "render" not in always.attributes
+    assert (rarely.attributes["render"], rarely.videos, rarely.eval_video) == ("inferences", {}, None)
+    assert {"action", "reward", "success", "segmentation", "instance_position"} <= set(rarely.arrays)
+    for name in rarely.arrays:
+        np.testing.assert_array_equal(always.arrays[name], rarely.arrays[name], err_msg=str(name))
+    before, after = (json.loads((f / "eval_info.json").read_text()) for f in (folder, out))
+    for key in ("sum_rewards", "max_rewards", "successes"):
+        assert before["per_task"][0]["metrics"][key][:1] == after["per_task"][0]["metrics"][key]
+
+
 def pixels_of(episode, camera):
     """Pictures at the inferences' frames: (inference, height, width, 3)."""
     frames = list(read_frames(episode.videos[camera]))

@@ -15,12 +15,14 @@ import yaml
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions.spec import Condition, FixedNoise
-from lerobot_attn.settings import from_mapping, read_mapping
+from lerobot_attn.settings import check_choice, from_mapping, read_mapping
 
 BASELINE = "baseline"
+ALWAYS, INFERENCES = RENDER = ("always", "inferences")
 _KNOWN = ("name", "interventions", "control_of")
 # Where an experiment's stores lie, and that none is left out, is not for a plan to change.
 _OWN_CAPTURE = ("dir", "existing", "keep", "episodes")
+_SHOWS_FRAMES = ("cameras", "view", "rerun")  # what needs the pictures of every frame
 
 
 class PlannedCondition(NamedTuple):
@@ -62,6 +64,9 @@ class ExperimentPlan:
     batch_size: int = 1
     # What is recorded, as `--eval.attention.*`.
     capture: Mapping[str, Any] = field(default_factory=lambda: {"layers": "none", "mean_layers": "all"})
+    # When cameras are drawn: "always", or at "inferences" alone, for the same actions several times as fast
+    # and without videos (LIBERO).
+    render: str = ALWAYS
     # The environment's names of observations → the policy's.
     rename_map: Mapping[str, str] | None = None
     # Mappings of name, interventions, and control_of where it is the control of another one.
@@ -95,6 +100,13 @@ class ExperimentPlan:
         if own:
             raise ConfigError(
                 f"capture: got {own[0]}, which an experiment sets itself; expected it to be left out"
+            )
+        check_choice(self, "render", RENDER)
+        shown = next((name for name in _SHOWS_FRAMES if self.capture.get(name)), None)
+        if self.render == INFERENCES and shown is not None:
+            raise ConfigError(
+                f"capture.{shown}: got {self.capture[shown]!r} with render: {INFERENCES}, expected false, "
+                "because between two inferences there are no pictures; leave one of the two out"
             )
         _check_controls(self.planned, self.no_control)
 
@@ -185,6 +197,7 @@ class ExperimentPlan:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "capture": dict(self.capture),
+            **({} if self.render == ALWAYS else {"render": self.render}),
             **({} if self.rename_map is None else {"rename_map": dict(self.rename_map)}),
             "conditions": conditions,
             **({"no_control": True} if self.no_control else {}),

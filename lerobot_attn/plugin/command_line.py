@@ -15,14 +15,15 @@ from lerobot_attn.plugin.compatibility import FLAG
 
 
 class Options(NamedTuple):
-    """How a script's attention options are written, without the dashes."""
+    """How a script's attention options are written, without the dashes; "" where it has no such option."""
 
     flag: str
     attention: str
     interventions: str
+    render: str = ""
 
 
-EVAL = Options(f"eval.{FLAG}", "eval.attention", "eval.interventions")
+EVAL = Options(f"eval.{FLAG}", "eval.attention", "eval.interventions", "eval.render")
 ROLLOUT = Options(FLAG, "attention", "interventions")
 
 
@@ -30,7 +31,7 @@ def asks_for_attention(argv: Sequence[str]) -> bool:
     """Whether the command line, or the config file that it names, mentions the options of any script."""
     from lerobot.configs import parser
 
-    named = tuple(f"--{name}" for options in (EVAL, ROLLOUT) for name in options)
+    named = tuple(f"--{name}" for options in (EVAL, ROLLOUT) for name in options if name)
     if any(arg.startswith(named) for arg in argv):
         return True
     config_path = parser.parse_arg("config_path", argv)

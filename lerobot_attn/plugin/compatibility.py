@@ -153,5 +153,7 @@ def _check_configs() -> list[str]:
     problems += [
         f"EvalConfig has no field {name}" for name in ("n_episodes", "batch_size") if name not in present
     ]
-    problems += [f"EvalConfig has its own field {name}" for name in (FLAG, "attention") if name in present]
+    problems += [
+        f"EvalConfig has its own field {name}" for name in (FLAG, "attention", "render") if name in present
+    ]
     return problems

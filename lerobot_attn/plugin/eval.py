@@ -41,6 +41,7 @@ def install(namespace: dict[str, Any]) -> None:
 
 def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
     from lerobot_attn.plugin.options import AttentionEvalPipelineConfig, plain_eval_config
+    from lerobot_attn.plugin.rendering import drawing_at_inferences, draws_at_inferences
 
     run_original = inspect.unwrap(original)  # takes the parsed config
 
@@ -48,9 +49,14 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
         options = cfg.eval
         cfg.eval = plain_eval_config(options)
         acting = _start_acting(cfg, options)
-        run = _start_run(cfg, options.attention, acting) if options.save_attention_maps else None
+        draws_less = draws_at_inferences(cfg, options)
+        if draws_less:
+            _check_policy(cfg, f"--{EVAL.render}={options.render}")
+        run = None
+        if options.save_attention_maps:
+            run = _start_run(cfg, options.attention, acting, {"render": options.render} if draws_less else {})
         with ExitStack() as stack:
-            if (run and run.config.segmentation) or (acting and acting.condition.needs_masks):
+            if draws_less or (run and run.config.segmentation) or (acting and acting.condition.needs_masks):
                 from lerobot_attn.plugin.segmentation import environments_with_masks
 
                 stack.enter_context(environments_with_masks(cfg.env.type))
@@ -62,6 +68,8 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
                 from lerobot_attn.plugin.acting import acting_in
 
                 stack.enter_context(acting_in(namespace, acting))
+            if draws_less:
+                stack.enter_context(drawing_at_inferences(namespace))
             result = run_original(cfg)
         if run is not None and run.failures:
             sys.exit(
@@ -116,8 +124,14 @@ def _start_acting(cfg: Any, options: Any) -> Acting | None:
     return acting
 
 
-def _start_run(cfg: Any, config: Any, acting: Acting | None) -> RunRecorder:
+def _start_run(cfg: Any, config: Any, acting: Acting | None, said: dict[str, Any]) -> RunRecorder:
     """Check all that can be checked before an environment is built.
+
+    Args:
+        cfg: the parsed options.
+        config: the capture settings.
+        acting: what is done to the policy, if something is.
+        said: what every store says of the run beside the usual.
 
     Raises:
         UnsupportedPolicyError, ConfigError, StoreError: the run cannot be recorded.
@@ -127,7 +141,7 @@ def _start_run(cfg: Any, config: Any, acting: Acting | None) -> RunRecorder:
     from lerobot_attn.recording.run import RunRecorder
 
     _check_policy(cfg, f"--{EVAL.flag}=true")
-    attributes: dict[str, Any] = {}
+    attributes = dict(said)
     if config.segmentation:
         from lerobot_attn.plugin.segmentation import SOURCE, check_masks
 

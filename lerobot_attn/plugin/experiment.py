@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from lerobot_attn.errors import ConfigError, StoreError
-from lerobot_attn.interventions.experiment import ExperimentPlan, PlannedCondition
+from lerobot_attn.interventions.experiment import ALWAYS, ExperimentPlan, PlannedCondition
 from lerobot_attn.plugin.launch import eval_arguments, eval_command, launch_eval
 from lerobot_attn.recording.progress import progress_of
 
@@ -88,6 +88,8 @@ def arguments_of(
     Raises:
         ConfigError: as `eval_arguments`.
     """
+    drawn: dict[str, Any] = {} if plan.render == ALWAYS else {"render": plan.render}
+    filmed: dict[str, Any] = {"cameras": False} if drawn else {}
     return eval_arguments(
         {
             "policy": plan.policy,
@@ -96,8 +98,9 @@ def arguments_of(
                 "n_episodes": plan.n_episodes,
                 "batch_size": plan.batch_size,
                 "interventions": str(out / f"{condition.name}.yaml"),
+                **drawn,
             },
-            "capture": {**plan.capture, "existing": "skip"},
+            "capture": {**plan.capture, **filmed, "existing": "skip"},
             "rename_map": plan.rename_map,
             "seed": plan.seed,
             "output_dir": str(out / condition.name),
@@ -125,7 +128,7 @@ def _write_plan(plan: ExperimentPlan, out: Path, planned: Sequence[PlannedCondit
 
 def _unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what must not change between two runs; more tasks, episodes and conditions may come."""
-    for name in ("name", "policy", "seed", "capture", "rename_map"):
+    for name in ("name", "policy", "seed", "capture", "render", "rename_map"):
         if theirs.get(name) != ours.get(name):
             yield name, theirs.get(name), ours.get(name)
     own, other = ({**side["env"], "task_ids": None} for side in (ours, theirs))

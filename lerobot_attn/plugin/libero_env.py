@@ -1,4 +1,4 @@
-"""LeRobot's LIBERO environment with one more method: the instance masks of its newest picture.
+"""LeRobot's LIBERO environment with two more methods: the masks of its newest pictures, and taking fewer.
 
 It is imported in the worker processes too, where the environments live. Roles follow the task's goal as BDDL
 writes it, e.g. `(In alphabet_soup_1 basket_1_contain_region)`. Knows nothing of recordings.
@@ -6,11 +6,13 @@ writes it, e.g. `(In alphabet_soup_1 basket_1_contain_region)`. Knows nothing of
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lerobot.envs.libero import LiberoEnv
 
+from lerobot_attn.errors import CaptureError
 from lerobot_attn.masks import Instance, Role, SceneMasks
 from lerobot_attn.plugin.mujoco_scene import BACKGROUND, RobosuiteScene
 
@@ -19,6 +21,8 @@ class LiberoEnvWithMasks(LiberoEnv):
     """LeRobot's class: observations, actions and random numbers are what they are there."""
 
     _scene: RobosuiteScene | None = None
+    _shutter: Shutter | None = None
+    _n_waiting = 0  # steps of a reset that are still to come
 
     def _ensure_env(self) -> None:
         is_new = self._env is None
@@ -27,8 +31,23 @@ class LiberoEnvWithMasks(LiberoEnv):
             assert self._env is not None
             self._scene = RobosuiteScene(self._env.env)
             # Both take pictures, and a reset may have brought a new simulation.
-            for name in ("step", "set_init_state"):
-                setattr(self._env, name, _watched(getattr(self._env, name), self._scene))
+            self._env.step = self._stepping(self._env.step)
+            self._env.set_init_state = self._watched(self._env.set_init_state)
+
+    def reset(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin an episode as LeRobot does; the pictures of its first frame are always taken."""
+        self._n_waiting = self.num_steps_wait
+        if self._shutter is not None:
+            self._shutter.is_open = True
+        return super().reset(*args, **kwargs)
+
+    def lerobot_attn_draw(self, draws: bool) -> None:
+        """Say whether the steps from now on take pictures; if not, observations hold the newest ones.
+
+        A reset takes them anyway, and then goes on taking them.
+        """
+        self._shutter = self._shutter or Shutter()
+        self._shutter.is_open = draws
 
     def close(self) -> None:
         """Let go of the simulation."""
@@ -70,13 +89,80 @@ class LiberoEnvWithMasks(LiberoEnv):
             self._scene.positions(next(iter(drawn.values()), "agentview")),
         )
 
+    def _watched(self, method: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            assert self._scene is not None
+            assert self._env is not None
+            self._scene.watch()
+            if self._shutter is not None:
+                self._shutter.watch(self._env.sim)
+            return method(*args, **kwargs)
 
-def _watched(method: Any, scene: RobosuiteScene) -> Any:
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        scene.watch()
-        return method(*args, **kwargs)
+        return watched
 
-    return watched
+    def _stepping(self, step: Any) -> Any:
+        watched = self._watched(step)
+
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            shutter = self._shutter
+            if shutter is not None and self._n_waiting:  # of these steps only the last one is looked at
+                shutter.is_open = self._n_waiting == 1
+                self._n_waiting -= 1
+            result = watched(*args, **kwargs)
+            if shutter is not None:
+                shutter.check()
+            return result
+
+        return stepped
+
+
+class Shutter:
+    """Decides which pictures a simulation really takes; in the place of the others stands the newest one.
+
+    An observation holds what its cameras took at a moment of the step that robosuite chooses, so the taking
+    itself is left out, and everything else goes its ordinary way.
+
+    Attributes:
+        is_open: whether pictures are taken.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = True
+        self._sim: Any = lambda: None  # a weak reference, as that of `RobosuiteScene`
+        self._newest: dict[str, Any] = {}
+        self._left_out: set[str] = set()
+
+    def watch(self, sim: Any) -> None:
+        """Stand before everything that takes pictures of a simulation; once is enough."""
+        if self._sim() is sim:
+            return
+        self._sim, self._newest, self._left_out = weakref.ref(sim), {}, set()
+        take = sim.render
+
+        def render(*args: Any, **kwargs: Any) -> Any:
+            camera = kwargs.get("camera_name")
+            if camera is None or kwargs.get("segmentation"):
+                return take(*args, **kwargs)
+            if self.is_open or camera not in self._newest:
+                self._newest[camera] = take(*args, **kwargs)
+                self._left_out.discard(camera)
+            else:
+                self._left_out.add(camera)
+            return self._newest[camera]
+
+        sim.render = render
+
+    def check(self) -> None:
+        """Check after a step that its pictures are there, if they are to be.
+
+        Raises:
+            CaptureError: a camera took none, so that an older one stands in the observation.
+        """
+        if self.is_open and self._left_out:
+            raise CaptureError(
+                f"render=inferences: {', '.join(sorted(self._left_out))} took no picture in a step at whose "
+                "end the policy looks, expected one a step; leave the option out"
+            )
 
 
 def roles_of(

@@ -21,6 +21,9 @@ class AttentionEvalConfig(EvalConfig):
     # Act on the policy, whether it is recorded or not: a YAML file of a condition (docs/interventions.md), or
     # its content in braces.
     interventions: str | None = None
+    # When cameras are drawn: 'always', or 'inferences', at frames at which the policy looks alone (LIBERO):
+    # the same actions several times as fast, and no videos.
+    render: str = "always"
 
 
 @dataclass
