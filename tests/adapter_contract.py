@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ def rows_that_exist(record):
 
 
 class Editor:
-    """A probe that replaces attention by what a function makes of it, and notes where it was asked."""
+    """A probe that replaces values by what a function makes of them, and notes where it was asked."""
 
     edits = True
 
@@ -67,6 +68,89 @@ class Editor:
 
     def fail(self, error):
         raise error
+
+
+class Watcher:
+    """A probe that keeps a copy of each value: site → the values, in the order in which they came."""
+
+    edits = False
+
+    def __init__(self):
+        self.values, self.n_ended = {}, 0
+
+    def at(self, site, value):
+        self.values.setdefault(site, []).append(value.detach().clone())
+
+    def begin(self, inputs):
+        self.layout = inputs.layout
+
+    def camera(self, name):
+        pass
+
+    denoise_step = camera
+
+    def end(self, action_chunk):
+        self.n_ended += 1
+
+    def abandon(self):
+        pass
+
+    def fail(self, error):
+        raise error
+
+
+def attention_sites(policy):
+    return [site for site in adapter_for(policy).sites() if site.what == "attention"]
+
+
+def unit_sites(policy):
+    """The sites that are neurons or residuals, of a policy that has them."""
+    return [site for site in adapter_for(policy).sites() if site.what != "attention"]
+
+
+def decoder_layer(policy, site):
+    """The layer of a Pi0, Pi0.5 or SmolVLA that a site is in, found by its name."""
+    policy = adapter_for(policy).policy
+    tower = {
+        "vlm": r"model\.(paligemma_with_expert|vlm_with_expert)\.\w+\.model\.(language|text)_model",
+        "expert": r"model\.(paligemma_with_expert\.gemma_expert\.model|vlm_with_expert\.lm_expert)",
+    }[site.stream]
+    pattern = rf"{tower}\.layers\.{site.layer}"
+    (found,) = [module for name, module in policy.named_modules() if re.fullmatch(pattern, name)]
+    return found
+
+
+@contextmanager
+def computed_beside(policy, sites):
+    """Compute what the sites should be from what goes into and comes out of other modules."""
+    found, handles = {}, []
+
+    def watch(site):
+        layer, before = decoder_layer(policy, site), {}
+        norm, mlp = layer.post_attention_layernorm, layer.mlp
+
+        def normed(module, args, output):
+            before["residual"] = args[0].detach().clone()
+            before["gate"] = output[1] if isinstance(output, tuple) else None
+
+        def fed_forward(module, args, output):
+            if site.what == "neurons":
+                value = module.act_fn(module.gate_proj(args[0])) * module.up_proj(args[0])
+            else:
+                added = output.detach().clone()
+                value = before["residual"] + (added if before["gate"] is None else added * before["gate"])
+            found.setdefault(site, []).append(value.detach())
+
+        handles.append(norm.register_forward_hook(normed))
+        handles.append(mlp.register_forward_hook(fed_forward))
+
+    for site in sites:
+        watch(site)
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class AdapterContract:
@@ -177,12 +261,12 @@ class AdapterContract:
 
     def test_an_edit_that_changes_nothing_leaves_actions_bit_identical(self, policy, batch):
         actions, random_state = self.act(policy, batch, 7, n=3)
-        editor = Editor(lambda value: value.clone())
+        editor = Editor(lambda value: value.clone(), sites=list(adapter_for(policy).sites()))
         with self.edited(policy, editor) as capture:
             if capture is None:
                 return
             edited, edited_state = self.act(policy, batch, 7, n=3)
-        assert editor.seen
+        assert set(editor.seen) == set(editor.sites)
         assert torch.equal(actions, edited)
         assert torch.equal(random_state, edited_state)
 
@@ -203,7 +287,7 @@ class AdapterContract:
             edited, _ = self.act(policy, batch, 7)
         (after,) = capture.drain()
         assert not torch.equal(actions, edited)
-        assert set(editor.seen) == set(adapter_for(policy).sites())
+        assert set(editor.seen) == set(attention_sites(policy))
         assert np.nan_to_num(before.suffix_attention[..., 0]).any()
         assert not np.nan_to_num(after.suffix_attention[..., 0]).any()
         assert not after.suffix_attention_mean[..., 0].any()
@@ -248,12 +332,104 @@ class AdapterContract:
         self.act(policy, batch, 0)
         policy.reset()
         before = instance_state(policy)
-        with self.edited(policy, Editor(lambda value: value.clone())) as capture:
+        editor = Editor(lambda value: value.clone(), sites=list(adapter_for(policy).sites()))
+        with self.edited(policy, editor) as capture:
             if capture is None:
                 return
             self.act(policy, batch, 0)
         policy.reset()
         assert instance_state(policy) == before
+
+    def test_neurons_and_residuals_are_what_the_layers_compute(self, policy, batch):
+        """And to watch them changes neither actions nor random numbers, and leaves nothing behind."""
+        adapter, sites = adapter_for(policy), unit_sites(policy)
+        if not sites:
+            return
+        actions, random_state = self.act(policy, batch, 7)
+        policy.reset()
+        before, watcher = instance_state(policy), Watcher()
+        with (
+            adapter.observe(watcher, sites, compiled=not self.can_edit),
+            computed_beside(policy, sites) as expected,
+        ):
+            watched, watched_state = self.act(policy, batch, 7)
+        policy.reset()
+        assert instance_state(policy) == before
+        assert torch.equal(actions, watched)
+        assert torch.equal(random_state, watched_state)
+        assert watcher.n_ended == 1
+        assert set(watcher.values) == set(sites)
+        layout, n_steps = watcher.layout, adapter.describe().n_denoise_steps
+        for site in sites:
+            is_vlm, n_units = site.stream == "vlm", adapter.sites()[site].n_units
+            assert len(watcher.values[site]) == (1 if is_vlm else n_steps)
+            for value, other in zip(watcher.values[site], expected[site], strict=True):
+                assert value.shape == (2, layout.prefix_len if is_vlm else layout.n_queries, n_units)
+                assert torch.equal(value, other)
+                assert value.dtype == (torch.bfloat16 if self.is_bfloat16 else torch.float32)
+
+    def test_what_does_not_reach_the_actions_cannot_change_them(self, policy, batch):
+        """Of the last layer of the language model; what is before it can (`test_neuron_sites` has all)."""
+        sites = adapter_for(policy).sites()
+        if not unit_sites(policy):
+            assert all(info.reaches_actions for info in sites.values())
+            return
+        if not self.can_edit:
+            return
+
+        def edited(*sites):
+            editor = Editor(lambda value: 3 * value.flip(-1), sites=list(sites))
+            with adapter_for(policy).observe(editor, editor.sites, compiled=False):
+                found, _ = self.act(policy, batch, 7)
+            assert set(editor.seen) == set(sites)
+            return found
+
+        actions, _ = self.act(policy, batch, 7)
+        last = adapter_for(policy).describe().n_prefix_layers - 1
+        idle = [site for site, info in sites.items() if not info.reaches_actions]
+        assert idle == [Site("vlm", last, what) for what in ("attention", "neurons", "residual")]
+        assert torch.equal(edited(*idle), actions)
+        assert not torch.equal(edited(Site("vlm", last - 1, "neurons")), actions)
+
+    @pytest.mark.parametrize("stream", ["vlm", "expert"])
+    def test_what_is_recorded_of_a_residual_is_what_acted(self, policy, batch, stream):
+        """The first to be entered acts first, and the next layer adds to what it gave, to the last bit."""
+        sites = [Site(stream, layer, "residual") for layer in (0, 1)]
+        if not unit_sites(policy) or not self.can_edit:
+            return
+        editor = Editor(lambda value: torch.full_like(value, 1.25), sites=sites[:1])
+        watcher, adapter = Watcher(), adapter_for(policy)
+        next_layer = decoder_layer(policy, sites[1])
+        adds_nothing = [
+            module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+            for module in (next_layer.self_attn.o_proj, next_layer.mlp)
+        ]
+        try:
+            with (
+                adapter.observe(editor, sites[:1], compiled=False),
+                adapter.observe(watcher, sites, compiled=False),
+            ):
+                self.act(policy, batch, 7)
+        finally:
+            for handle in adds_nothing:
+                handle.remove()
+        for site in sites:
+            assert len(watcher.values[site]) == (1 if stream == "vlm" else adapter.describe().n_denoise_steps)
+            for value in watcher.values[site]:
+                assert (value == 1.25).all()
+
+    def test_sites_that_nobody_asks_for_cost_nothing(self, policy):
+        site = Site("expert", 1, "neurons")
+        if site not in unit_sites(policy):
+            return
+        before = instance_state(policy)
+        with adapter_for(policy).observe(Watcher(), [site], compiled=not self.can_edit):
+            during = instance_state(policy)
+        name = {id(module): name for name, module in policy.named_modules()}
+        touched = {one for one, state in during.items() if state != before[one]}
+        base, adapter = adapter_for(policy).policy, adapter_for(policy)
+        down_proj = decoder_layer(policy, site).mlp.down_proj
+        assert touched == {name[id(base)], name[id(adapter.model)], name[id(down_proj)]}
 
     def test_nothing_that_is_kept_carries_a_graph(self, policy, batch):
         """RTC's guidance runs the policy with gradients."""
@@ -355,7 +531,7 @@ class AdapterContract:
     def edited(self, policy, editor):
         """Capture everything while an editor works at its sites; None where editing is duly refused."""
         config = self.everything(policy)
-        editor.sites = editor.sites or list(adapter_for(policy).sites())
+        editor.sites = editor.sites or attention_sites(policy)
         watching = capture_attention(policy, config, probes=[(editor, editor.sites)])
         if self.can_edit:
             with watching as capture:

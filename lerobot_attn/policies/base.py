@@ -8,7 +8,7 @@ here knows a policy family.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -47,16 +47,20 @@ class SiteInfo:
 
     Attributes:
         n_heads: attention heads; None where the site is no attention.
-        n_units: neurons or dimensions; None where the site is attention.
+        n_units: neurons of the layer, or dimensions of its residual stream; None where the site is attention.
         keys: which keys an attention site sees: those of the prefix alone, or the suffix's too; or, in the
             vision tower, the patches of one camera's "image".
         can_be_written: whether a probe's replacement is used. A compiled policy's sites are read only.
+        reaches_actions: whether anything that the actions depend on reads it. False of the attention, the
+            neurons and the residual of a language model's last layer, where the action expert reads each
+            layer's keys and values alone: whatever is done there, actions stay bit for bit what they were.
     """
 
     n_heads: int | None = None
     n_units: int | None = None
     keys: Literal["prefix", "prefix+suffix", "image"] = "prefix+suffix"
     can_be_written: bool = True
+    reaches_actions: bool = True
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,10 @@ class Probe(Protocol):
                 the "vision" stream are the patches of one camera's image, row by row from the top left; those
                 of the "vlm" stream are the prefix's; those of the "expert" are the suffix's queries (the one
                 that is read, of an autoregressive policy) and the keys that the layer sees.
+                Neurons: the activations of the feed-forward network, (batch, token, unit), which its last
+                projection reads. Residual: what leaves the layer, (batch, token, unit), after the
+                feed-forward network's output is added. Their tokens are the prefix's in the "vlm" stream,
+                padding too, and the suffix's queries in the "expert", once a denoise step.
 
         Returns:
             None to leave it, or a tensor of the same shape, dtype and device that the policy uses instead.
@@ -219,6 +227,22 @@ class MaskingProbe(Protocol):
 
 
 @runtime_checkable
+class NeuronAdapter(Protocol):
+    """An adapter whose sites include neurons."""
+
+    def value_vectors(self, site: Site, units: Sequence[int]) -> Tensor:
+        """Return what neurons write to the residual stream for each unit of activation.
+
+        Args:
+            site: the neurons of a layer.
+            units: their numbers.
+
+        Returns:
+            (unit, feature), float32, on the host: columns of the layer's `down_proj`, with what LoRA adds.
+        """
+
+
+@runtime_checkable
 class PolicyAdapter(Protocol):
     """Everything that is needed of a policy family. Built around one (unwrapped) policy.
 
@@ -238,7 +262,7 @@ class PolicyAdapter(Protocol):
         """Return the sizes of the live policy."""
 
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return every site that `observe` can hand over."""
+        """Return every site that `observe` can hand over; not each is attention."""
 
     def observe(self, probe: Probe, sites: Iterable[Site], *, compiled: bool) -> AbstractContextManager[None]:
         """Return a context in which every inference is handed to `probe`.

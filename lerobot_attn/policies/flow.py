@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, ClassVar
@@ -24,8 +24,10 @@ from lerobot_attn.policies.base import (
     Probe,
     Site,
     SiteInfo,
+    Stream,
 )
 from lerobot_attn.policies.taps import CompiledTap, check_sites, replaced_attribute, watched_method
+from lerobot_attn.policies.tower import Tower
 from lerobot_attn.policies.vision import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -38,11 +40,13 @@ class FlowMatchingAdapter(ABC):
         policy_types: the types as registered with LeRobot.
         predicts: the policy's method that turns a batch into an action chunk.
         vision: the policy's vision tower, which it calls once for each camera.
+        towers: its language model ("vlm") and its action expert ("expert").
     """
 
     policy_types: ClassVar[tuple[str, ...]] = ()
     predicts: ClassVar[str] = "predict_action_chunk"
     vision: VisionTower
+    towers: dict[Stream, Tower]
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -54,7 +58,7 @@ class FlowMatchingAdapter(ABC):
 
     @abstractmethod
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return every site that `observe` can hand over, those of `vision` among them."""
+        """Return every site that `observe` can hand over, those of `vision` and `towers` among them."""
 
     @abstractmethod
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -79,9 +83,19 @@ class FlowMatchingAdapter(ABC):
         Of every stream but "vision".
         """
 
+    @abstractmethod
+    def _tap_residual(
+        self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]
+    ) -> None:
+        """Hand over what leaves these layers, as `_tap` does with attention."""
+
+    def value_vectors(self, site: Site, units: Sequence[int]) -> Tensor:
+        """Return (unit, feature), float32: what a layer's neurons write to the residual stream."""
+        return self.towers[site.stream].value_vectors(site.layer, units)
+
     @contextmanager
     def observe(self, probe: Probe, sites: Iterable[Site], *, compiled: bool) -> Iterator[None]:
-        """Tap the attention, and the functions that bound an inference and its denoise steps."""
+        """Tap the sites, and the functions that bound an inference and its denoise steps."""
         policy, model = self.policy, self.model
         sites = check_sites(sites, self.sites())
         predict: Callable[..., Tensor] = getattr(policy, self.predicts)
@@ -141,8 +155,15 @@ class FlowMatchingAdapter(ABC):
                 (model, "denoise_step", observed_denoise_step),
             ):
                 stack.enter_context(replaced_attribute(owner, name, value))
-            self._tap(stack, probe, graph, [site for site in sites if site.stream != "vision"])
             in_vision = [site for site in sites if site.stream == "vision"]
+            in_towers = [site for site in sites if site.stream != "vision"]
+            if attention := [site for site in in_towers if site.what == "attention"]:
+                self._tap(stack, probe, graph, attention)
+            for site in in_towers:
+                if site.what == "neurons":
+                    self.towers[site.stream].tap_neurons(stack, probe, graph, site.layer)
+            if residual := [site for site in in_towers if site.what == "residual"]:
+                self._tap_residual(stack, probe, graph, residual)
             if in_vision:
                 self.vision.tap(stack, probe, graph, in_vision, cameras, started)
             yield

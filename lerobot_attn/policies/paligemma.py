@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
 from lerobot_attn.policies.taps import CompiledTap, attention_tap, bias_of, no_attention
+from lerobot_attn.policies.tower import Tower, exchange_at, tap_output
 from lerobot_attn.policies.vision import VisionTower
 
 
@@ -75,9 +76,12 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
         super().__init__(policy)
         towers = self.model.paligemma_with_expert
         self.vision = VisionTower(towers.paligemma.model.vision_tower.vision_model)
-        self._layers: dict[Stream, nn.ModuleList] = {
-            "vlm": towers.paligemma.model.language_model.layers,
-            "expert": towers.gemma_expert.model.layers,
+        vlm = towers.paligemma.model.language_model.layers
+        # Of the language model's last layer the suffix reads the keys and values, which come before its
+        # attention and its feed-forward network.
+        self.towers: dict[Stream, Tower] = {
+            "vlm": Tower("vlm", vlm, n_read=len(vlm) - 1),
+            "expert": Tower("expert", towers.gemma_expert.model.layers),
         }
 
     def describe(self) -> PolicyDescription:
@@ -86,8 +90,8 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
         expert = self.model.paligemma_with_expert.gemma_expert.config
         return PolicyDescription(
             policy_type=config.type,
-            n_layers=len(self._layers["expert"]),
-            n_prefix_layers=len(self._layers["vlm"]),
+            n_layers=len(self.towers["expert"].layers),
+            n_prefix_layers=len(self.towers["vlm"].layers),
             n_heads=expert.num_attention_heads,
             n_denoise_steps=config.num_inference_steps,
             chunk_size=config.chunk_size,
@@ -100,29 +104,41 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
         )
 
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return the attention of every layer of the vision tower and of both towers."""
+        """Return the attention of every layer of all towers; of both that are no vision tower, more."""
         towers = self.model.paligemma_with_expert
         n_heads: dict[Stream, int] = {
             "vlm": towers.paligemma.config.text_config.num_attention_heads,
             "expert": towers.gemma_expert.config.num_attention_heads,
         }
-        return {
+        attention = {
             Site(stream, layer): SiteInfo(
-                n_heads=n_heads[stream], keys="prefix" if stream == "vlm" else "prefix+suffix"
+                n_heads=n_heads[stream],
+                keys="prefix" if stream == "vlm" else "prefix+suffix",
+                reaches_actions=layer < tower.n_read,
             )
-            for stream, layers in self._layers.items()
-            for layer in range(len(layers))
-        } | self.vision.sites()
+            for stream, tower in self.towers.items()
+            for layer in range(len(tower.layers))
+        }
+        rest = [tower.sites() for tower in self.towers.values()]
+        return {**attention, **self.vision.sites(), **rest[0], **rest[1]}
 
     def _tap(self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]) -> None:
         for site in sites:
-            module: Any = self._layers[site.stream][site.layer].self_attn
+            module: Any = self.towers[site.stream].layers[site.layer].self_attn
             if graph is not None:
                 stack.callback(module.register_forward_hook(graph.hook(site)).remove)
             else:
                 missed = partial(probe.fail, no_attention(site))
                 exchange, bias = partial(probe.at, site), bias_of(probe, site)
                 stack.enter_context(attention_tap(module, exchange, missed, bias))
+
+    def _tap_residual(
+        self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]
+    ) -> None:
+        for site in sites:
+            # A layer returns its residual stream; the gate of the expert of Pi0.5 has been applied in it.
+            layer = self.towers[site.stream].layers[site.layer]
+            tap_output(stack, layer, exchange_at(site, probe, graph))
 
     def _layout(self, cameras: list[Camera], n_text: int) -> TokenLayout:
         n_patches = self._grid[0] * self._grid[1]

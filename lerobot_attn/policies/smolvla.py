@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
-from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo
+from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo, Stream
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, newest
 from lerobot_attn.policies.prompts import parse_task_line
 from lerobot_attn.policies.taps import CompiledTap, bias_of, no_attention, replaced_attribute, tapped
+from lerobot_attn.policies.tower import Tower, exchange_at
 from lerobot_attn.policies.vision import VisionTower
 
 # With `add_image_special_tokens`, as `embed_prefix` writes them around each camera.
@@ -39,7 +40,14 @@ class SmolVLAAdapter(FlowMatchingAdapter):
     def __init__(self, policy: Any):
         super().__init__(policy)
         self._towers = self.model.vlm_with_expert
-        self.vision = VisionTower(self._towers.get_vlm_model().vision_model)
+        vlm = self._towers.get_vlm_model()
+        self.vision = VisionTower(vlm.vision_model)
+        # The expert reads keys and values of the VLM's layers, and not of those behind its own last one.
+        n_read = (self._towers.num_expert_layers - 1) * self._vlm_layers_each
+        self.towers: dict[Stream, Tower] = {
+            "vlm": Tower("vlm", vlm.text_model.layers, n_read=n_read),
+            "expert": Tower("expert", self._towers.lm_expert.layers),
+        }
 
     def describe(self) -> PolicyDescription:
         """Return the sizes of the live policy."""
@@ -60,13 +68,15 @@ class SmolVLAAdapter(FlowMatchingAdapter):
         )
 
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return the attention of every layer of the vision tower and of both towers.
+        """Return the attention of every layer of all towers; of both that are no vision tower, more.
 
         What cross-attends sees the prefix alone.
         """
         n_heads = self._towers.num_attention_heads
         vlm = {
-            Site("vlm", layer): SiteInfo(n_heads=n_heads, keys="prefix")
+            Site("vlm", layer): SiteInfo(
+                n_heads=n_heads, keys="prefix", reaches_actions=layer < self.towers["vlm"].n_read
+            )
             for layer in range(self._towers.num_vlm_layers)
         }
         return (
@@ -79,6 +89,8 @@ class SmolVLAAdapter(FlowMatchingAdapter):
                 )
                 for layer in range(self._towers.num_expert_layers)
             }
+            | self.towers["vlm"].sites()
+            | self.towers["expert"].sites()
         )
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -135,6 +147,45 @@ class SmolVLAAdapter(FlowMatchingAdapter):
             ("get_attention_interface", observed_interface),
         ):
             stack.enter_context(replaced_attribute(towers, name, value))
+
+    def _tap_residual(
+        self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]
+    ) -> None:
+        """Hand over what leaves a layer where the next one, or the norm behind the last, reads it.
+
+        LeRobot calls no layer as a whole: it keeps the residual stream of [VLM, expert] in a list, which it
+        hands from layer to layer and adds to. So a replacement goes into that list.
+        """
+        towers = self._towers
+        norms = {"vlm": towers.get_vlm_model().text_model.norm, "expert": towers.lm_expert.norm}
+        running: list[list[Tensor | None]] = []
+
+        def entered(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def observed(layers: Any, inputs_embeds: list[Tensor | None], *args: Any, **kwargs: Any) -> Any:
+                running[:] = [inputs_embeds]
+                return forward(layers, inputs_embeds, *args, **kwargs)
+
+            return observed
+
+        for name in ("forward_attn_layer", "forward_cross_attn_layer"):
+            stack.enter_context(replaced_attribute(towers, name, entered(getattr(towers, name))))
+        for site in sites:
+            layers: Any = self.towers[site.stream].layers
+            is_last = site.layer == len(layers) - 1
+            reader = norms[site.stream] if is_last else layers[site.layer + 1].input_layernorm
+            slot = 0 if site.stream == "vlm" else 1
+
+            def hook(module: Any, args: Any, *, give: Any, slot: int, is_last: bool) -> Any:
+                given = give(args[0])
+                if given is None:
+                    return None
+                if not is_last:
+                    running[0][slot] = given
+                return (given, *args[1:])
+
+            give = exchange_at(site, probe, graph)
+            hooked = reader.register_forward_pre_hook(partial(hook, give=give, slot=slot, is_last=is_last))
+            stack.callback(hooked.remove)
 
     def _present_cameras(self, batch: dict[str, Any]) -> list[str]:
         return [name for name in self.policy.config.image_features if name in batch]

@@ -84,7 +84,10 @@ def check_sites(asked: Iterable[Site], known: Mapping[Site, SiteInfo]) -> list[S
     for site in sites:
         if site not in known:
             alike = [other for other in known if other[::2] == site[::2]]
-            held = f"{alike[0]} to {alike[-1]}" if alike else ", ".join(sorted(map(str, known)))
+            alike = alike or [other for other in known if other.what == site.what] or list(known)
+            groups = dict.fromkeys(other[::2] for other in alike)
+            kinds = [[other for other in alike if other[::2] == group] for group in groups]
+            held = ", ".join(f"{one[0]} to {one[-1]}" for one in kinds)
             raise ConfigError(f"site {site} does not exist: this policy's are {held}")
     return sites
 
@@ -225,7 +228,7 @@ class CompiledTap:
     def __init__(self, probe: Probe, function: Callable[..., Tensor], mode: str):
         if probe.edits:
             raise ConfigError(
-                "compiled=true: attention can only be read from a compiled policy, expected a probe that "
+                "compiled=true: values can only be read from a compiled policy, expected a probe that "
                 "does not edit; leave compiled out to edit an uncompiled one"
             )
         self._probe = probe
@@ -277,7 +280,7 @@ class CompiledTap:
         return hook
 
     def note(self, site: Site, weights: Tensor | None) -> None:
-        """Take note of a site's attention inside the graph; None where it gave none."""
+        """Take note of a site's value inside the graph; None where its attention gave none."""
         if self._events is None:
             return
         if weights is None:
