@@ -19,8 +19,7 @@ import torch
 from common import Result, arguments, finish, in_turns, machine, ratio
 from policies import CAMERAS, IMAGE_PX, observation, tiny_policy
 
-from lerobot_attn.interventions import intervene
-from lerobot_attn.interventions.spec import Condition
+from lerobot_attn import Condition, intervene
 from lerobot_attn.masks import Instance, SceneMasks
 
 AT_MOST = 1.05

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -73,18 +75,49 @@ def patch_coverage(mask: NDArray[np.bool_], geometry: ImageGeometry) -> NDArray[
         geometry: how the camera's image became the policy's patches.
     """
     g = geometry
-    rows = _overlaps(mask.shape[-2], g.pad_top_px, g.resized_height_px, g.input_height_px, g.grid_rows)
-    columns = _overlaps(mask.shape[-1], g.pad_left_px, g.resized_width_px, g.input_width_px, g.grid_columns)
-    return rows @ mask.astype(np.float64) @ columns.T
+    rows = _edges(mask.shape[-2], g.pad_top_px, g.resized_height_px, g.input_height_px, g.grid_rows)
+    columns = _edges(mask.shape[-1], g.pad_left_px, g.resized_width_px, g.input_width_px, g.grid_columns)
+    in_rows = _between(np.moveaxis(mask, -2, 0), rows)  # (grid row, …, width)
+    in_patches = _between(np.moveaxis(in_rows, -1, 0), columns)  # (grid column, grid row, …)
+    share = in_patches / (rows.patch_px * columns.patch_px)
+    return np.moveaxis(share, (1, 0), (-2, -1))
 
 
-def _overlaps(pixels: int, pad: int, resized: int, whole: int, patches: int) -> NDArray[np.float64]:
-    """Return (patch, pixel): the share of each patch's side that each of the mask's pixels takes."""
-    pixel_edges = pad + np.arange(pixels + 1) * resized / pixels
-    patch_edges = np.arange(patches + 1) * whole / patches
-    low = np.maximum(pixel_edges[None, :-1], patch_edges[:-1, None])
-    high = np.minimum(pixel_edges[None, 1:], patch_edges[1:, None])
-    return np.clip(high - low, 0, None) / (whole / patches)
+class _Edges(NamedTuple):
+    """Where patches begin and end along one side of a mask, in the mask's pixels: patch + 1 edges."""
+
+    pixels: list[int]  # in which an edge lies; the number of pixels behind the last one
+    parts: list[float]  # how much of that pixel lies before the edge, 0 to 1
+    patch_px: float  # a patch's side, also of what it shows beside the picture
+
+
+@lru_cache(maxsize=64)
+def _edges(pixels: int, pad: int, resized: int, whole: int, patches: int) -> _Edges:
+    # In whole numbers, so that an edge between two pixels is found there and takes nothing of either.
+    unit = patches * resized
+    places = [divmod((edge * whole - pad * patches) * pixels, unit) for edge in range(patches + 1)]
+    inside = [(number, rest / unit) if 0 <= number < pixels else (number, 0.0) for number, rest in places]
+    numbers = [min(max(number, 0), pixels) for number, _ in inside]
+    return _Edges(numbers, [part for _, part in inside], whole * pixels / unit)
+
+
+def _between(values: NDArray[Any], edges: _Edges) -> NDArray[np.float64]:
+    """Return (patch, …): the sums of values (pixel, …) between each two edges.
+
+    Sums rather than a product of matrices: after one, BLAS keeps its threads spinning, and a policy that
+    infers on the CPU took half as long again.
+    """
+    kind = np.int32 if values.dtype == np.bool_ else np.float64
+    last = len(values) - 1
+    found = np.empty((len(edges.pixels) - 1, *values.shape[1:]))
+    ends = list(zip(edges.pixels, edges.parts, strict=True))
+    for patch, ((start, before), (stop, after)) in enumerate(pairwise(ends)):
+        found[patch] = values[start:stop].sum(0, dtype=kind)
+        if before:
+            found[patch] -= before * values[start]
+        if after:
+            found[patch] += after * values[min(stop, last)]
+    return found
 
 
 def scaled(mask: NDArray[Any], size_px: tuple[int, int]) -> NDArray[np.int16]:

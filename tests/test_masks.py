@@ -38,6 +38,40 @@ def test_coverage_is_the_area_that_each_patch_shows_of_the_mask(padding, mask_px
     assert found.sum() / whole.sum() == pytest.approx(mask.mean())
 
 
+def by_matrices(mask, g):
+    """The coverage as two products of matrices: how long each pixel's overlap with each patch is."""
+
+    def overlaps(pixels, pad, resized, whole, patches):
+        pixel = pad + np.arange(pixels + 1) * resized / pixels
+        patch = np.arange(patches + 1) * whole / patches
+        low, high = np.maximum(pixel[:-1], patch[:-1, None]), np.minimum(pixel[1:], patch[1:, None])
+        return np.clip(high - low, 0, None) / (whole / patches)
+
+    rows = overlaps(mask.shape[-2], g.pad_top_px, g.resized_height_px, g.input_height_px, g.grid_rows)
+    columns = overlaps(mask.shape[-1], g.pad_left_px, g.resized_width_px, g.input_width_px, g.grid_columns)
+    return rows @ mask @ columns.T
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_coverage_is_exact_to_the_fraction_of_a_pixel(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(6, 200, 2)
+    grid = tuple(rng.integers(1, 9, 2))
+    geometry = ImageGeometry.letterbox(
+        (height, width), (56, 70), grid, padding=["centred", "left_top"][seed % 2]
+    )
+    factor = (1, 2, 0.5)[seed % 3]
+    mask = rng.random((2, int(height * factor), int(width * factor))) < 0.3
+    found, expected = patch_coverage(mask, geometry), by_matrices(mask, geometry)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    empty = np.zeros_like(mask)
+    empty[1, : height // 3] = True
+    covered = patch_coverage(empty, geometry)
+    np.testing.assert_array_equal(covered[0], 0)
+    np.testing.assert_allclose(covered, by_matrices(empty, geometry), rtol=0, atol=1e-12)
+    assert patch_coverage(empty[1], geometry).shape == grid
+
+
 def test_padding_and_what_is_not_in_the_mask_is_not_covered():
     geometry = ImageGeometry.letterbox((32, 64), (64, 64), (4, 4), padding="centred")
     mask = np.zeros((2, 32, 64), bool)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions.keys import camera_number, cameras_with_masks
+from lerobot_attn.interventions.painting import blurred, inpainted, mean_colour
 from lerobot_attn.interventions.selectors import Selector
 from lerobot_attn.interventions.spec import Occlude
 from lerobot_attn.layout import short_names
@@ -24,7 +24,6 @@ from lerobot_attn.masks import SceneMasks
 
 logger = logging.getLogger(__name__)
 
-_BLUR = 16  # the picture's longer side in standard deviations
 _PLACES = 200  # that are tried for a shape
 
 
@@ -184,69 +183,5 @@ def _filled(image: Tensor, region: NDArray[np.bool_], fill: str) -> Tensor:
     flat = image.reshape(-1, *image.shape[-3:])
     times = len(flat) // len(region)
     where = torch.from_numpy(np.repeat(region, times, axis=0)).to(image.device)[:, None]
-    numbers = flat.float()
-    painted = {"mean": _mean, "blur": _blurred, "inpaint": _inpainted}[fill](numbers, where)
+    painted = {"mean": mean_colour, "blur": blurred, "inpaint": inpainted}[fill](flat, where)
     return torch.where(where, painted.to(image.dtype), flat).reshape(image.shape)
-
-
-def _mean(image: Tensor, where: Tensor) -> Tensor:
-    """Return the mean colour outside of the region; of the whole picture where that is all of it."""
-    outside = (~where).float()
-    outside = torch.where(outside.sum((2, 3), keepdim=True) > 0, outside, 1.0)
-    total = (image * outside).sum((2, 3), keepdim=True)
-    return (total / outside.sum((2, 3), keepdim=True)).expand_as(image)
-
-
-def _blurred(image: Tensor, where: Tensor) -> Tensor:
-    """Return the picture behind a Gaussian."""
-    sigma = max(image.shape[-2:]) / _BLUR
-    radius = min(int(3 * sigma), min(image.shape[-2:]) - 1)
-    offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    planes = functional.pad(image.reshape(-1, 1, *image.shape[-2:]), (radius,) * 4, mode="reflect")
-    planes = functional.conv2d(planes, kernel[None, None, :, None])
-    return functional.conv2d(planes, kernel[None, None, None]).reshape(image.shape)
-
-
-def _inpainted(image: Tensor, where: Tensor) -> Tensor:
-    """Return the smooth continuation of what is around the region.
-
-    Each pixel in it becomes the mean of its four neighbours (Laplace's equation, solved exactly), so that
-    colours run on from the rim and nothing of what was there is left. Where there is no rim: the mean.
-    """
-    painted = _mean(image, where).clone()
-    for row, region in enumerate(where[:, 0].cpu().numpy()):
-        if region.any() and not region.all():
-            known = image[row].cpu().double().numpy()
-            painted[row] = torch.from_numpy(_harmonic(known, region)).to(image)
-    return painted
-
-
-def _harmonic(image: NDArray[np.float64], region: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return a picture (channel, height, width) in whose region each pixel is its neighbours' mean."""
-    from scipy.sparse import csr_array
-    from scipy.sparse.linalg import splu
-
-    rows, columns = np.nonzero(region)
-    number = np.full(region.shape, -1)
-    number[rows, columns] = np.arange(len(rows))
-    neighbours = np.zeros(len(rows))
-    at, to, known = [], [], np.zeros((len(rows), len(image)))
-    for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-        there_rows, there_columns = rows + down, columns + right
-        is_there = (there_rows >= 0) & (there_columns >= 0)
-        is_there &= (there_rows < region.shape[0]) & (there_columns < region.shape[1])
-        own = np.flatnonzero(is_there)
-        there_rows, there_columns = there_rows[own], there_columns[own]
-        neighbours[own] += 1
-        inside = number[there_rows, there_columns]
-        at.append(own[inside >= 0])
-        to.append(inside[inside >= 0])
-        known[own[inside < 0]] += image[:, there_rows[inside < 0], there_columns[inside < 0]].T
-    entries = (np.concatenate([neighbours, -np.ones(sum(map(len, at)))]),)
-    places = (np.concatenate([np.arange(len(rows)), *at]), np.concatenate([np.arange(len(rows)), *to]))
-    matrix = csr_array((entries[0], places), shape=(len(rows), len(rows)))
-    result = image.copy()
-    result[:, rows, columns] = splu(matrix.tocsc()).solve(known).T
-    return result

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from lerobot_attn.analysis.saliency import Patches
@@ -20,14 +19,13 @@ from lerobot_attn.analysis.spatial import on_camera_pixels
 from lerobot_attn.capture import AttentionCapture, InferenceRecord
 from lerobot_attn.errors import CaptureError
 from lerobot_attn.interventions.noise import fixed_noise, seed_of
+from lerobot_attn.interventions.painting import blurred, mean_colour
 from lerobot_attn.policies import unwrap
 from lerobot_attn.recording.footage import Footage, FootageEpisode
 from lerobot_attn.recording.replay_inputs import ReplayInputs, collated
 from lerobot_attn.recording.replay_views import reading
 
 Fill = Literal["mean", "blur"]
-
-_BLUR = 16  # the picture's longer side in standard deviations of the blur
 
 
 class Place(NamedTuple):
@@ -200,7 +198,5 @@ class Hide:
     def _fill(self, feature: str, fill: Fill) -> Tensor:
         picture = self._frame[feature]
         if fill == "mean":
-            return picture.mean(dim=(1, 2), keepdim=True)
-        sigma = max(picture.shape[1:]) / _BLUR
-        blurred = gaussian_filter(picture.numpy(), (0, sigma, sigma), mode="nearest")
-        return torch.from_numpy(blurred)
+            return mean_colour(picture[None])[0]
+        return blurred(picture[None])[0]
