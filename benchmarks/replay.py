@@ -67,7 +67,7 @@ class Replays:
 
     def alone(self, every: int | str) -> Any:
         """Return a call that asks the policy about what a replay asks."""
-        from lerobot_attn.interventions.noise import fixed_noise
+        from lerobot_attn.recording.asking import Moment, noise_of
 
         config: Any = self._policy.config
         step = config.n_action_steps if every == "chunk" else every
@@ -80,7 +80,7 @@ class Replays:
             names = [name for name in items[0] if name.startswith("observation.")]
             batch = {name: torch.stack([item[name] for item in items]) for name in names}
             shape = (config.chunk_size, config.max_action_dim)
-            noise = torch.stack([fixed_noise(shape, 0, 0, frame) for frame in chosen])
+            noise = noise_of(shape, 0, [Moment(0, frame) for frame in chosen])
             batches.append((preprocessor({**batch, "task": [TASK] * len(chosen)}), noise))
 
         @torch.inference_mode()

@@ -6,7 +6,6 @@ Knows the policy by what it is asked and answers. Why it is asked is the busines
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,11 +17,10 @@ from lerobot_attn.analysis.saliency import Patches
 from lerobot_attn.analysis.spatial import on_camera_pixels
 from lerobot_attn.capture import AttentionCapture, InferenceRecord
 from lerobot_attn.errors import CaptureError
-from lerobot_attn.interventions.noise import fixed_noise, seed_of
 from lerobot_attn.interventions.painting import blurred, mean_colour
-from lerobot_attn.policies import unwrap
+from lerobot_attn.recording.asking import AskedPolicy, Moment
 from lerobot_attn.recording.footage import Footage, FootageEpisode
-from lerobot_attn.recording.replay_inputs import ReplayInputs, collated
+from lerobot_attn.recording.replay_inputs import ReplayInputs
 from lerobot_attn.recording.replay_views import reading
 
 Fill = Literal["mean", "blur"]
@@ -44,8 +42,8 @@ class Scene(NamedTuple):
 
     inputs: Mapping[str, Tensor]
     task: str
-    noise: Tensor | None
     seed: int
+    moment: Moment  # whose noise its copies start from, too
     record: InferenceRecord
     executed: Tensor  # (action, dimension) float32
 
@@ -62,15 +60,10 @@ class Asker:
         records: list[InferenceRecord],
         batch_size: int,
     ):
-        self._policy, self._capture, self._records = policy, capture, records
-        self._inputs, self._preprocessor = inputs, preprocessor
-        config = unwrap(policy).config
-        self._amp = bool(getattr(config, "use_amp", False))
-        self._device = torch.device(getattr(config, "device", None) or "cpu")
-        self._noise_shape = capture.policy.noise_shape
-        # A policy that takes no noise draws its own, for a whole batch: each copy is then asked for alone.
-        self._draws_itself = capture.policy.draws_own_noise
-        self._batch_size = 1 if self._draws_itself else batch_size
+        self._policy = AskedPolicy(policy, preprocessor, capture.policy)
+        self._capture, self._records, self._inputs = capture, records, inputs
+        # A policy that draws its own noise draws it for a whole batch: each copy is then asked for alone.
+        self._batch_size = 1 if self._policy.draws_itself else batch_size
 
     @property
     def features(self) -> dict[str, str]:
@@ -94,20 +87,17 @@ class Asker:
         with reading(index, place.frame):
             observation = footage.observation(index, place.row)
         frame = self._inputs.frame(observation, [*unused])
-        noise = None
-        if self._noise_shape is not None:
-            noise = fixed_noise(self._noise_shape, seed, index, place.frame)
         told = place.episode.tasks[place.row] if task is None else task
-        own_seed = seed_of(seed, index, place.frame)
+        moment = Moment(index, place.frame)
         self._records.clear()
         self._capture.enabled = True
         try:
-            executed = self._ask([frame], told, noise, own_seed)[0]
+            executed = self._ask([frame], told, seed, moment)[0]
         finally:
             self._capture.enabled = False
         if len(self._records) != 1:
             raise CaptureError(f"{place}: the policy ran {len(self._records)} inferences, expected one")
-        return Scene(frame, told, noise, own_seed, self._records.pop(), executed)
+        return Scene(frame, told, seed, moment, self._records.pop(), executed)
 
     def changes(
         self,
@@ -136,38 +126,17 @@ class Asker:
             for name in hide.features:
                 for copy, picture in zip(copies, hide(name, part), strict=True):
                     copy[name] = picture
-            answers = self._ask(copies, scene.task, scene.noise, scene.seed)
+            answers = self._ask(copies, scene.task, scene.seed, scene.moment)
             change = (answers - scene.executed).double().square().mean(dim=(1, 2)).sqrt()
             found.append(change.numpy())
             told(len(part))
         return np.concatenate(found)
 
-    @torch.inference_mode()
-    def _ask(self, frames: list[Any], task: str, noise: Tensor | None, seed: int) -> Tensor:
+    def _ask(self, frames: list[Any], task: str, seed: int, moment: Moment) -> Tensor:
         """Return the executed actions, (batch, action, dimension) float32, on the host."""
-        batch = collated(frames, [task] * len(frames))
-        if self._preprocessor is not None:
-            batch = self._preprocessor(batch)
-        more = {}
-        if noise is not None:
-            more["noise"] = noise.expand(len(frames), *noise.shape).clone().to(self._device)
-        with (
-            self._same_draws(seed),
-            torch.autocast(self._device.type) if self._amp else nullcontext(),  # as lerobot-eval does
-        ):
-            chunk: Tensor = self._policy.predict_action_chunk(batch, **more)
+        batch = self._policy.batch(frames, [task] * len(frames))
+        chunk = self._policy.chunk(batch, seed, [moment] * len(frames))
         return chunk[:, : self._capture.policy.n_action_steps].float().cpu()
-
-    @contextmanager
-    def _same_draws(self, seed: int) -> Iterator[None]:
-        """Let a policy that draws its noise itself draw the same each time, and nobody else notice."""
-        if not self._draws_itself:
-            yield
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
 
 
 class Hide:

@@ -5,8 +5,7 @@ Knows the policy by what it is asked and answers. Knows no store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,14 +16,13 @@ from torch import Tensor
 from lerobot_attn.capture import AttentionCapture, InferenceRecord
 from lerobot_attn.errors import CaptureError
 from lerobot_attn.interventions import Intervener
-from lerobot_attn.interventions.noise import fixed_noise, seed_of
-from lerobot_attn.policies import unwrap
+from lerobot_attn.recording.asking import AskedPolicy, Moment
 from lerobot_attn.recording.episode import Views
 from lerobot_attn.recording.first_look import Found
 from lerobot_attn.recording.footage import FootageEpisode
 from lerobot_attn.recording.handle import EpisodeHandle
 from lerobot_attn.recording.loop_episode import shown_by
-from lerobot_attn.recording.replay_inputs import ReplayInputs, collated
+from lerobot_attn.recording.replay_inputs import ReplayInputs
 
 
 class Question(NamedTuple):
@@ -83,21 +81,20 @@ class Asker:
         acting: Intervener | None = None,
         looks: Callable[..., list[Found] | None] | None = None,
     ):
-        self._policy = policy
+        self._policy = AskedPolicy(policy, preprocessor, capture.policy)
         self.capture = capture
         self.inputs = inputs
-        self._preprocessor = preprocessor
         self._postprocessor = postprocessor
-        self._noise_shape = noise_shape = capture.policy.noise_shape
-        # A policy that takes no noise may draw its own: it is asked about one frame at a time then.
-        self.draws_itself = capture.policy.draws_own_noise
         # What every store says it was drawn with; a policy that does not denoise draws nothing.
-        self.seed = seed if self.draws_itself or noise_shape is not None else None
+        self.seed = seed if self.draws_itself or capture.policy.noise_shape is not None else None
         self._records, self._failures = records, failures
         self._acting = acting
         self._looks = looks  # at (batch, tasks)
-        self._config = unwrap(policy).config
-        self._device = torch.device(getattr(self._config, "device", None) or "cpu")
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether the policy draws its own noise: it is then asked about one frame at a time."""
+        return self._policy.draws_itself
 
     @property
     def predicts(self) -> bool:
@@ -123,17 +120,6 @@ class Asker:
         found = self._looks(batch, tasks, rows=rows)
         return {} if found is None else dict(zip(rows, found, strict=True))
 
-    @contextmanager
-    def _own_noise(self, question: Question) -> Iterator[None]:
-        """Let a policy that draws its noise itself draw the question's, and nobody else notice."""
-        if not self.draws_itself or self.seed is None:
-            yield
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed_of(self.seed, question.episode.footage.index, question.frame))
-            yield
-
     def _painted(self, batch: dict[str, Any]) -> Views | None:
         """Return the pictures that the policy just saw, if they are not those that it was given."""
         seen = batch if self._acting is None else self._acting.seen(batch)
@@ -158,23 +144,10 @@ class Asker:
         self._failures.clear()
         if self._acting is not None:
             self._acting.begin([question.episode.footage.index for question in questions])
-        batch = collated(frames, [self.told(question.episode, question.frame) for question in questions])
-        if self._preprocessor is not None:
-            batch = self._preprocessor(batch)
+        batch = self._policy.batch(frames, [self.told(one.episode, one.frame) for one in questions])
         found = self._look(questions, batch)
-        more = {}
-        if self._noise_shape is not None and self.seed is not None:
-            noise = [
-                fixed_noise(self._noise_shape, self.seed, question.episode.footage.index, question.frame)
-                for question in questions
-            ]
-            more["noise"] = torch.stack(noise).to(self._device)
-        amp = getattr(self._config, "use_amp", False)
-        with (
-            self._own_noise(questions[0]),
-            torch.autocast(self._device.type) if amp else nullcontext(),  # as lerobot-eval does
-        ):
-            chunk: Tensor = self._policy.predict_action_chunk(batch, **more)
+        moments = [Moment(one.episode.footage.index, one.frame) for one in questions]
+        chunk = self._policy.chunk(batch, self.seed, moments)
         meanwhile()
         failure = self._failures[0] if self._failures else None
         record = self._records[0] if self._records else None
