@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import sys
 
-from lerobot_attn.cli import evidence, explore, look, masks, record, rerun, saliency, setup
+from lerobot_attn.cli import evidence, explore, look, masks, neuron_words, record, rerun, saliency, setup
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import any_text_can_be_printed
 from lerobot_attn.errors import LerobotAttnError
 
-__all__ = ["app", "evidence", "explore", "look", "main", "masks", "record", "rerun", "saliency", "setup"]
+__all__ = [
+    "app",
+    "evidence",
+    "explore",
+    "look",
+    "main",
+    "masks",
+    "neuron_words",
+    "record",
+    "rerun",
+    "saliency",
+    "setup",
+]
 
 
 def main() -> None:
