@@ -21,6 +21,7 @@ BENCHMARKS = {
     "write": ("bare codec", "torch.save"),
     "read": ("one raw map", "full scan with Dask"),
     "explorer": ("next frame, key held", "another layer", "first view", "memory"),
+    "neuron_words": ("peak memory", "from the cache"),
     "live": ("watching live", "median", "p95"),
 }
 IN_A_BROWSER = ("explorer", "live")

@@ -172,7 +172,7 @@ def commands(pages, program):
 
 
 @pytest.mark.parametrize("words", [*commands(PAGES, "lerobot-attn")])
-def test_commands_run(words, run, tmp_path, monkeypatch):
+def test_commands_run(words, run, tmp_path, monkeypatch, request):
     from lerobot_attn.cli import app
 
     mpl.use("agg")
@@ -183,6 +183,9 @@ def test_commands_run(words, run, tmp_path, monkeypatch):
         "B": "out/attention/libero_object_0/episode_00001.zarr",
     }
     (tmp_path / "out").symlink_to(run / "out")
+    if words[:2] == ["neurons", "words"]:
+        places["CHECKPOINT"] = str(request.getfixturevalue("demo_checkpoint"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     words = [places.get(word, word) for word in words]
     if (
         words[0] in ("view", "export-html", "replay", "effects", "experiment", "masks")

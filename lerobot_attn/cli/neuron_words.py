@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from lerobot_attn.analysis.neuron_words import NeuronWords
 
 
+_AMONG = 10  # a neuron's top words, among which a word is said to be
+
+
 @neurons.command("words")
 def words(
     policy: Annotated[
@@ -104,17 +107,18 @@ def _check_output(output: Path, wanted: str | None) -> None:
 def _print_word(console: Console, found: NeuronWords, word: str) -> None:
     rows = found.table[found.table["word"] == word]
     spelt = ", ".join(repr(text) for text in found.spellings[word])
-    table = Table(title=f"{word} ({spelt})", title_justify="left", box=box.SIMPLE_HEAD)
+    among = f"{(rows['place'] <= _AMONG).sum()} of {len(rows)} have it among their {_AMONG} top words"
+    table = Table(title=f"{word} ({spelt}): {among}", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("rank", "neuron", "cosine", "chance", "p", "place"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("its own top words")
     table.add_column("like", no_wrap=True)
+    table.add_column("its own top words", no_wrap=True, overflow="ellipsis")  # all of them are in the CSV
     for row in rows.itertuples():
         name = f"{row.stream}.{row.layer}.{row.unit}"
         chance, p = ("" if value != value else f"{value:.3f}" for value in (row.chance, row.p))
         like = "" if row.cluster == name else row.cluster
         numbers = str(row.rank), name, f"{row.cosine:.3f}", chance, p, str(row.place)
-        table.add_row(*numbers, Text(row.top_words), like)
+        table.add_row(*numbers, like, Text(row.top_words))
     console.print(table)
 
 
