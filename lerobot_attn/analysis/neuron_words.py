@@ -282,9 +282,8 @@ class TokenRanking:
         ):
             larger = logit[neuron] > own
             if start <= token < start + len(tokens):
-                larger[token - start] = (
-                    False  # the same number from another product may differ in its last bit
-                )
+                # Its own logit, of another product, may differ from itself in the last bit.
+                larger[token - start] = False
             self._before[wanted] += np.count_nonzero(larger)
         self._top = _kept(self._top, ids, logit, self._n, 1)
         self._bottom = _kept(self._bottom, ids, logit, self._n, -1)

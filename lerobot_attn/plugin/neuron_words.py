@@ -99,20 +99,22 @@ def neuron_words(
         raise ConfigError("--layers: got none, expected layers, or all")
     asked = [_neuron(name, vectors) for name in dict.fromkeys(neurons)]
     vocabulary = read_vocabulary(vectors.checkpoint, tokenizer)
-    spelled = {word: vocabulary.spellings(word) for word in dict.fromkeys(words)}
+    wanted = list(dict.fromkeys(words))
+    settings = (wanted, list(map(str, asked)), chosen, top, n_words, similar, n_random, seed)
+    kept = _kept_at(vectors, vocabulary, settings) if cache else None
+    before = None if kept is None else _read_kept(kept)
+    if before is not None:
+        return before
+    spelled = {word: vocabulary.spellings(word) for word in wanted}
     beyond = [word for word, spellings in spelled.items() if max(map(max, spellings)) >= vectors.n_tokens]
     if beyond:
         raise ConfigError(
             f"--words: {beyond[0]!r} has a token that the weights have no row for ({vectors.n_tokens} rows); "
             "expected the tokenizer that the policy was trained with, see --tokenizer"
         )
-    settings = (list(spelled), list(map(str, asked)), chosen, top, n_words, similar, n_random, seed)
-    kept = _kept_at(vectors, vocabulary, settings) if cache else None
-    found = None if kept is None else _read_kept(kept)
-    if found is None:
-        found = _find(vectors, vocabulary, spelled, asked, chosen, settings[3:], progress)
-        if kept is not None:
-            _keep(kept, found)
+    found = _find(vectors, vocabulary, spelled, asked, chosen, settings[3:], progress)
+    if kept is not None:
+        _keep(kept, found)
     return found
 
 

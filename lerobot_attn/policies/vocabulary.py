@@ -23,7 +23,7 @@ _OF_TYPE = dict.fromkeys(("pi0", "pi05", "pi0_fast"), "google/paligemma-3b-pt-22
 
 
 class Vocabulary:
-    """The words of a tokenizer.
+    """The words of a tokenizer, which is built when they are first asked for: that takes seconds.
 
     Args:
         tokenizer: the text of a `tokenizer.json`.
@@ -31,14 +31,18 @@ class Vocabulary:
 
     Attributes:
         digest: of that text.
-        n_tokens: one more than the largest id.
 
-    Raises:
-        ConfigError: it is no tokenizer.
-        SetupError: the package that reads it is not installed.
+    Whatever asks for words raises a `ConfigError` where it is no tokenizer, and a `SetupError` where the
+    package that reads it is not installed.
     """
 
     def __init__(self, tokenizer: str, where: str | Path):
+        self._text, self._where = tokenizer, where
+        self.digest = hashlib.sha256(tokenizer.encode()).hexdigest()
+        self._decoder = PieceDecoder(self)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         try:
             from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
@@ -46,14 +50,10 @@ class Vocabulary:
                 "tokenizers is not installed, which reads a policy's words; pip install "
                 "'lerobot_policy_attn[eval]'"
             ) from error
-        self.digest = hashlib.sha256(tokenizer.encode()).hexdigest()
         try:
-            self._tokenizer = Tokenizer.from_str(tokenizer)
+            return Tokenizer.from_str(self._text)
         except Exception as error:  # the package raises no kind of its own
-            raise ConfigError(f"{where}: got no tokenizer ({first_line(error)})") from error
-        self._decoder = PieceDecoder(self)
-        self._ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.n_tokens = max(self._ids.values()) + 1
+            raise ConfigError(f"{self._where}: got no tokenizer ({first_line(error)})") from error
 
     def decode(self, token_ids: list[int], **_: object) -> str:
         """Return the text of token ids, special tokens too."""
@@ -74,7 +74,8 @@ class Vocabulary:
     def words(self) -> dict[str, tuple[int, ...]]:
         """Words of a to z, folded, that are single tokens → these tokens, e.g. "high" → " high", "High"."""
         found: dict[str, list[int]] = defaultdict(list)
-        for piece, token in sorted(self._ids.items(), key=lambda item: item[1]):
+        pieces: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        for piece, token in sorted(pieces.items(), key=lambda item: item[1]):
             word = piece.lstrip(_BLANKS)
             if len(word) > 1 and word.isascii() and word.isalpha():
                 found[word.casefold()].append(token)
@@ -120,8 +121,8 @@ def read_vocabulary(checkpoint: Checkpoint, tokenizer: str | Path | None = None)
         tokenizer: a `tokenizer.json`, a folder that has one, or a name on the Hub, instead of that.
 
     Raises:
-        ConfigError: there is none, or it has more tokens than the weights have rows for.
-        SetupError: what reads it is not installed.
+        ConfigError: there is none.
+        SetupError: it is on the Hub, and what reads that is not installed.
     """
     if tokenizer is not None and Path(tokenizer).is_file():
         return _read(Path(tokenizer))
