@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from test_inspection import run_cli
 from test_launch import ROOT
 
 from lerobot_attn.errors import ConfigError, StoreError
-from lerobot_attn.interventions import Condition
+from lerobot_attn.interventions import Condition, spec
 from lerobot_attn.plugin import experiment
 from lerobot_attn.plugin.experiment import ExperimentPlan, arguments_of, run_experiment
 from lerobot_attn.recording.progress import progress_of
@@ -173,6 +175,154 @@ def test_values_are_given_on_the_command_line(tmp_path):
     assert plan.tasks == [("libero_object", 1)]
     with pytest.raises(ConfigError, match=r"policy\.path: expected key=value"):
         ExperimentPlan.from_yaml(file, ["policy.path"])
+
+
+# Doses, draws, named units
+
+
+@dataclass(frozen=True)
+class Fired:
+    """Stands in for an intervention that fires units."""
+
+    kind: ClassVar[str] = "neurons"
+    stream: str
+    units: Any
+    how: str = "set"
+    value: float = 1.0
+    said: ClassVar[str] = "units fired"
+
+
+@pytest.fixture
+def firing(monkeypatch):
+    if "neurons" not in spec.KINDS:
+        monkeypatch.setitem(spec.KINDS, "neurons", Fired)
+        monkeypatch.setattr(spec, "Intervention", spec.Intervention | Fired)
+
+
+def neurons(units, value="$dose"):
+    return {"kind": "neurons", "stream": "expert", "units": units, "how": "add", "value": value}
+
+
+FIRED = {"name": "high", "doses": [1, 2.5], "interventions": [neurons("$found")]}
+DRAWN = {
+    "name": "random",
+    "control_of": "high",
+    "doses": [1, 2.5],
+    "draws": 5,
+    "interventions": [neurons({"random_like": "$found", "seed": "$draw"})],
+}
+PROMPT = {"name": "prompt", "control_of": "high", "interventions": [{"kind": "task", "text": "lift high"}]}
+STEERING = {"units": {"found": {3: [12, 40]}}, "conditions": [FIRED, DRAWN, PROMPT]}
+
+
+def fired(one):
+    return one.condition.to_dict()["interventions"][0]
+
+
+def test_doses_and_draws_become_conditions(firing, tmp_path):
+    plan = plan_of(**STEERING, outcome="lift_height", expectation="Up, because.")
+    planned = {one.name: one for one in plan.planned}
+    assert list(planned) == [
+        *("baseline", "high_dose1", "high_dose2.5"),
+        *(f"random_dose1_draw{draw}" for draw in range(5)),
+        *(f"random_dose2.5_draw{draw}" for draw in range(5)),
+        "prompt",
+    ]
+    assert fired(planned["high_dose2.5"])["value"] == 2.5
+    assert fired(planned["high_dose2.5"])["units"] == {3: [12, 40]}
+    drawn = planned["random_dose2.5_draw3"]
+    assert fired(drawn)["units"] == {"random_like": {3: [12, 40]}, "seed": 3}
+    assert (drawn.control_of, drawn.base, drawn.dose, drawn.draw) == ("high_dose2.5", "random", 2.5, 3)
+    assert (planned["prompt"].control_of, planned["prompt"].base) == ("high", "prompt")
+    assert drawn.condition.experiment == {
+        "name": "test",
+        "condition": "random_dose2.5_draw3",
+        "control_of": "high_dose2.5",
+        **{"base": "random", "dose": 2.5, "draw": 3},
+        **{"outcome": "lift_height", "expectation": "Up, because."},
+    }
+    # What is written down is whole: no file of units is needed to go on with it.
+    again = ExperimentPlan.from_dict(yaml.safe_load(yaml.safe_dump(plan.to_dict())))
+    assert again.to_dict() == plan.to_dict()
+    lines = []
+    assert run_experiment(plan, tmp_path, dry_run=True, say=lines.append) == 0
+    assert lines[:2] == ["Outcome: lift_height", "Expectation: Up, because."]
+    assert [line for line in lines if line.startswith("# ")][1].startswith("# high_dose1: ")
+    assert lines[-1] == "14 conditions × 2 tasks × 2 = 56 episodes"
+    with pytest.raises(ConfigError, match="outcome: got 'hight', expected one of success"):
+        run_experiment(plan_of(**STEERING, outcome="hight"), tmp_path, dry_run=True)
+
+
+def steering(*conditions, **changes):
+    return {**STEERING, "conditions": list(conditions), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (steering(FIRED, PROMPT), "high_dose1: fires units and has 0 random draws .* expected 5 or more"),
+        (steering(FIRED, {**DRAWN, "draws": 4}, PROMPT), "high_dose1: fires units and has 4 random draws"),
+        (steering(FIRED, DRAWN), "high_dose1: fires units and has no prompt control, expected one"),
+        (
+            steering({**FIRED, "doses": [1, 4]}, {**DRAWN, "doses": [1, 2]}, PROMPT),
+            r"conditions\[2\] \(random\): has dose 2, and high, .* has not; expected some of 1, 4",
+        ),
+        (steering({**FIRED, "doses": [1, 4]}, {**DRAWN, "doses": [1]}, PROMPT), "high_dose4: .* 0 random"),
+        (steering({**FIRED, "doses": [1, float("nan")]}), r"got doses \[1, nan\], expected different finite"),
+        (steering({**FIRED, "doses": [1, 1.0]}), r"got doses \[1, 1.0\]"),
+        (steering({**FIRED, "doses": []}), r"got doses \[\]"),
+        (steering({**DRAWN, "draws": 0}), "got draws 0"),
+        (steering({**FIRED, "doses": None}), "got doses None"),
+        (
+            steering({"name": "a", "interventions": [neurons("$found")]}),
+            r"conditions\[1\] \(a\): got \$dose and no doses, expected both, or neither",
+        ),
+        (
+            steering({**FIRED, "interventions": [neurons("$found", 2)]}),
+            r"got doses and no \$dose, expected both",
+        ),
+        (steering({**FIRED, "interventions": [neurons("$fond")]}), r"got \$fond, expected .*\(\$found\)"),
+        (steering(FIRED, units={"found": [3]}), r"units\.found: got \[3\], expected {layer: \[units\]}"),
+        (steering(FIRED, units={"found": {3: [-1]}}), r"units\.found: got {3: \[-1\]}"),
+        (steering(FIRED, units={"dose": {3: [1]}}), "units: got the name 'dose'"),
+        (steering(FIRED, units={"found": "none.csv"}), "units.found: none.csv: cannot be read: No such file"),
+        (steering(FIRED, DRAWN, PROMPT, expectation=3), "expectation: got 3, expected text"),
+        (
+            steering(FIRED, {**PROMPT, "control_of": "low"}),
+            "prompt: is the control of 'low', expected one of",
+        ),
+    ],
+)
+def test_bad_doses_are_one_line(firing, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan_of(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_controls_may_be_left_out_if_that_is_said(firing):
+    assert len(plan_of(**steering(FIRED), no_control=True).planned) == 3
+
+
+def test_units_come_from_a_found_set(firing, tmp_path):
+    file = tmp_path / "found.csv"
+    file.write_text("stream,layer,unit,auc\nexpert,3,12,0.9\nvlm,1,7,0.9\nexpert,5,2,0.8\nexpert,3,40,0.7\n")
+    plan = plan_of(**{**STEERING, "units": {"found": str(file)}})
+    assert fired(plan.planned[1])["units"] == {3: [12, 40], 5: [2]}
+    top = plan_of(**{**STEERING, "units": {"found": {"file": str(file), "top": 3}}})
+    assert fired(top.planned[1])["units"] == {3: [12], 5: [2]}
+    only = {**neurons("$found"), "stream": "vlm"}
+    other = [{**FIRED, "interventions": [{**only, "stream": "vision"}]}]
+    with pytest.raises(
+        ConfigError, match=r"units\.found has none of stream 'vision', expected one of expert"
+    ):
+        plan_of(units={"found": str(file)}, conditions=other)
+    for text, message in (
+        ("a,b\n1,2\n", "got other than rows of stream"),
+        ("stream,layer,unit\n", "no units"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            plan_of(**{**STEERING, "units": {"found": str(file)}})
 
 
 # Runs

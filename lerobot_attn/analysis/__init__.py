@@ -9,7 +9,15 @@
 Knows neither torch nor LeRobot, draws nothing and opens no file.
 """
 
-from lerobot_attn.analysis.behaviour import approached, path_length, steps_to_success
+from lerobot_attn.analysis.behaviour import (
+    approached,
+    lift_height,
+    lift_height_max,
+    lift_profile,
+    mean_speed,
+    path_length,
+    steps_to_success,
+)
 from lerobot_attn.analysis.catalogue import MEASURES, Measure
 from lerobot_attn.analysis.compare import (
     Aspect,
@@ -20,6 +28,7 @@ from lerobot_attn.analysis.compare import (
     split_by_condition,
     split_by_success,
 )
+from lerobot_attn.analysis.doses import dose_effects, dose_slopes
 from lerobot_attn.analysis.effects import effects_table, episodes_needed, mcnemar, paired_effects
 from lerobot_attn.analysis.grounding import grounding, mean_maps
 from lerobot_attn.analysis.measures import attention_entropy, sharpness, stability
@@ -87,6 +96,8 @@ __all__ = [
     "compare_each",
     "compare_overall",
     "cross_modal",
+    "dose_effects",
+    "dose_slopes",
     "effects_table",
     "episodes_needed",
     "executed_actions",
@@ -94,9 +105,13 @@ __all__ = [
     "grounding",
     "image_heatmap",
     "image_to_text",
+    "lift_height",
+    "lift_height_max",
+    "lift_profile",
     "mcnemar",
     "mean_maps",
     "mean_over",
+    "mean_speed",
     "modality_share",
     "on_camera_pixels",
     "on_grid",

@@ -1,4 +1,4 @@
-"""What a robot did in an episode: its path, when it succeeded, which object it approached.
+"""What a robot did in an episode: its path, how high it lifted, when it succeeded, what it approached.
 
 Pure functions on an episode's dataset. Needs the end effector's position in `state` (`eef_x`, `eef_y`,
 `eef_z`, as LIBERO's recordings have it) and, for objects, `instance_position`.
@@ -13,9 +13,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis.phases import grasp_to_release
 from lerobot_attn.errors import SelectionError
 
 NEAR_M = 0.10  # the end effector is at an object: about a can's height from its centre
+ARRIVED_M = 0.05  # the hand is over a destination: horizontal distance from its centre
 LIFTED_M = 0.03  # an object was lifted: more than a push or a tilt moves its centre
 _AXES = ("eef_x", "eef_y", "eef_z")
 _OBJECTS = ("target", "distractor")  # roles of what can be fetched; a destination cannot
@@ -59,6 +61,106 @@ def path_length(data: xr.Dataset) -> float:
         SelectionError: as `end_effector`.
     """
     return float(np.linalg.norm(np.diff(end_effector(data), axis=0), axis=1).sum())
+
+
+def mean_speed(data: xr.Dataset) -> float:
+    """Return how far the end effector goes from one frame to the next, mm, mean over the episode.
+
+    A frame is a control step: of LIBERO 1/20 s, so that 5 mm a frame are 0.1 m/s.
+
+    Raises:
+        SelectionError: as `end_effector`.
+    """
+    n_steps = len(end_effector(data)) - 1
+    return 1000 * path_length(data) / n_steps if n_steps > 0 else np.nan
+
+
+def lift_heights(data: xr.Dataset) -> NDArray[np.float64]:
+    """Return (frame of the lift segment,) how high the end effector is, m, in the world's frame.
+
+    The lift segment goes from the gripper's closing (`phases.grasp_to_release`: the grasp that lifted
+    something) until the hand arrives over the destination, that is within 5 cm of its centre in the
+    horizontal, or the gripper opens, or the episode ends. Where the destination is unknown (no
+    `instance_position`), the first of the other two ends it.
+
+    Returns:
+        Empty where the gripper never closed.
+
+    Raises:
+        SelectionError: the state has no end effector or no gripper.
+    """
+    hand = end_effector(data)
+    if not any("gripper" in str(name).lower() for name in data["state_dim"].values):
+        raise SelectionError(
+            "lift: the state names no gripper, expected a dimension with 'gripper' in its name"
+        )
+    held = grasp_to_release(data)
+    if held is None:
+        return np.zeros(0)
+    heights = hand[held, 2]
+    apart = _from_destination(data, hand[held, :2], held.start)
+    arrived = np.flatnonzero(apart <= ARRIVED_M)
+    return heights[: arrived[0] + 1] if arrived.size else heights
+
+
+def lift_height(data: xr.Dataset) -> float:
+    """Return the mean height of the end effector in the lift segment (`lift_heights`), m; NaN without one.
+
+    Raises:
+        SelectionError: as `lift_heights`.
+    """
+    heights = lift_heights(data)
+    return float(heights.mean()) if heights.size else np.nan
+
+
+def lift_height_max(data: xr.Dataset) -> float:
+    """Return the greatest height of the end effector in the lift segment, m; NaN without one.
+
+    Raises:
+        SelectionError: as `lift_heights`.
+    """
+    heights = lift_heights(data)
+    return float(heights.max()) if heights.size else np.nan
+
+
+def lift_profile(data: xr.Dataset, n_times: int = 50) -> NDArray[np.float64]:
+    """Return (time,) the height of the end effector, m, at equal steps through the lift segment.
+
+    Time is normalised: the first value is at the gripper's closing, the last one at the segment's end; NaN
+    where there is no segment.
+
+    Args:
+        data: an episode's dataset.
+        n_times: how many.
+
+    Raises:
+        SelectionError: as `lift_heights`.
+    """
+    heights = lift_heights(data)
+    if not heights.size:
+        return np.full(n_times, np.nan)
+    at = np.linspace(0, len(heights) - 1, n_times)
+    return np.asarray(np.interp(at, np.arange(len(heights)), heights), float)
+
+
+def _from_destination(data: xr.Dataset, places: NDArray[np.float64], first: int) -> NDArray[np.float64]:
+    """Return (frame,) the horizontal distance to the nearest destination, m; inf where none is known.
+
+    Args:
+        data: an episode's dataset.
+        places: (frame, xy), m, of consecutive frames.
+        first: number of the first of them.
+    """
+    if "instance_position" not in data or not len(data["instance_position"]):
+        return np.full(len(places), np.inf)
+    roles = [str(role) for role in data["instance_role"].values]
+    goals = [number for number, role in enumerate(roles) if role == "destination"]
+    frames = np.arange(first, first + len(places))
+    seen = np.maximum(np.searchsorted(data["inference_frame"].values, frames, side="right") - 1, 0)
+    where = np.asarray(data["instance_position"].values, float)[seen][:, goals, :2]  # (frame, goal, xy)
+    apart = np.linalg.norm(where - places[:, None], axis=2)
+    known = np.where(np.isfinite(apart), apart, np.inf)
+    return np.asarray(known.min(axis=1, initial=np.inf), float)
 
 
 def steps_to_success(data: xr.Dataset) -> float:

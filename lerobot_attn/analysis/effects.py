@@ -36,12 +36,25 @@ class Metric(NamedTuple):
         text: what it is, in words.
         units: of its values.
         is_share: whether it is 0 or 1 in an episode, so that its mean is a share.
+        factor: from its units to those that sentences say it in.
+        said_in: these; "" for its own.
+        digits: after the point, in sentences.
     """
 
     name: str
     text: str
     units: str = "1"
     is_share: bool = False
+    factor: float = 1.0
+    said_in: str = ""
+    digits: int = 3
+
+    def said(self, value: float, *, unit: bool = True) -> str:
+        """Return a difference in words, e.g. "+1.4 cm" of 0.014 m, "-12 points" of a share."""
+        if self.is_share:
+            return f"{100 * value:+.0f}{' points' if unit else ''}"
+        units = self.said_in or ("" if self.units == "1" else self.units)
+        return f"{self.factor * value:+.{self.digits}f}{f' {units}' if unit and units else ''}"
 
 
 METRICS: dict[str, Metric] = {
@@ -52,6 +65,9 @@ METRICS: dict[str, Metric] = {
         Metric("approached_named", "named object approached", is_share=True),
         Metric("action_difference", "rms change of the first chunk", "policy units"),
         Metric("path_length", "path of the hand", "m"),
+        Metric("lift_height", "mean height of the lift", "m", False, 100, "cm", 1),
+        Metric("lift_height_max", "greatest height of the lift", "m", False, 100, "cm", 1),
+        Metric("mean_speed", "mean speed of the hand", "mm a frame", False, 1, "", 2),
         Metric("steps_to_success", "steps to success", "actions"),
     )
 }
@@ -158,8 +174,11 @@ def comparisons(episodes: pd.DataFrame) -> Iterator[tuple[str, str]]:
     if len(names) < 2:
         raise SelectionError(f"one condition alone ({names[0]}), expected two or more to compare")
     control_of = dict(zip(episodes["condition"], episodes["control_of"], strict=True))
+    # The control of a condition with doses may be that of all of them, named without the dose.
+    base_of = dict(zip(episodes["condition"], episodes.get("base", episodes["condition"]), strict=True))
     for name in names:
-        yield from ((name, control) for control in names if control_of[control] == name)
+        wholes = {name, base_of.get(name, name)}
+        yield from ((name, control) for control in names if control_of[control] in wholes)
         if name != BASELINE and BASELINE in names and control_of[BASELINE] != name:
             yield name, BASELINE
 
@@ -235,7 +254,7 @@ def _effect(
     elif metric == "action_difference" and names[2] == BASELINE:
         p = math.nan
     else:
-        p = _sign_flip(differences, n_resamples, seed)
+        p = sign_flip(differences, n_resamples, seed)
     means = float(a.mean()), float(b.mean())
     return Effect(*names, float(differences.mean()), low, high, len(a), p, *means, only_a, only_b, confidence)
 
@@ -279,8 +298,14 @@ def episodes_needed(
     return math.ceil(root**2 / difference**2)
 
 
-def _sign_flip(differences: NDArray[np.float64], n_draws: int, seed: int) -> float:
-    """Return the two-sided p of the mean where each pair's sides may be exchanged; exact up to 12 pairs."""
+def sign_flip(differences: NDArray[np.float64], n_draws: int, seed: int) -> float:
+    """Return the two-sided p of the mean where each pair's sides may be exchanged; exact up to 12 pairs.
+
+    Args:
+        differences: (pair,), no NaN.
+        n_draws: random flips of more pairs.
+        seed: of the flips.
+    """
     n = len(differences)
     if n <= 12:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
@@ -295,7 +320,9 @@ def _sign_flip(differences: NDArray[np.float64], n_draws: int, seed: int) -> flo
 def sentence(effect: Effect) -> str:
     """Say in one sentence what was found, and no more than that: "no difference shown" is not "no effect"."""
     metric = METRICS[effect.metric]
-    scale, unit, digits = (100.0, " points", 0) if metric.is_share else (1.0, _unit(metric), 3)
+    scale, unit, digits = metric.factor, _unit(metric), metric.digits
+    if metric.is_share:
+        scale, unit, digits = 100.0, " points", 0
     percent = " %" if metric.is_share else ""
     sides = (
         f"{scale * effect.a:.{digits}f}{percent} against {scale * effect.b:.{digits}f}{percent} "
@@ -329,4 +356,5 @@ def sentence(effect: Effect) -> str:
 
 
 def _unit(metric: Metric) -> str:
-    return "" if metric.units == "1" else f" {metric.units}"
+    units = metric.said_in or metric.units
+    return "" if units == "1" else f" {units}"

@@ -80,6 +80,30 @@ def task_phases(dataset: xr.Dataset) -> Phases:
     return Phases(TASK_PHASES, phases)
 
 
+def grasp_to_release(dataset: xr.Dataset) -> slice | None:
+    """Return the frames from the gripper's closing until it opens again, of the grasp that lifted something.
+
+    The phases are those of `task_phases`. The grasp is the one before the first carry; where the hand never
+    rose, the first one. Without an opening it goes on to the last frame.
+
+    Args:
+        dataset: an episode's.
+
+    Returns:
+        The frames; None where the gripper never closed, or the state does not say.
+    """
+    phases = task_phases(dataset)
+    closed = np.isin(phases.of_frame, (1, 2))
+    if phases.names != TASK_PHASES or not closed.any():
+        return None
+    carries = np.flatnonzero(phases.of_frame == 2)
+    first = start = int(carries[0]) if carries.size else int(closed.argmax())
+    while start and closed[start - 1]:
+        start -= 1
+    opens = np.flatnonzero(~closed[first:])
+    return slice(start, first + int(opens[0]) if opens.size else len(closed))
+
+
 def quarters(dataset: xr.Dataset) -> Phases:
     """Cut an episode into four parts of the same number of frames."""
     n_frames = dataset.sizes.get("frame", 0)

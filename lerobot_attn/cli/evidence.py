@@ -59,9 +59,9 @@ def effects(
     """Compare an experiment's conditions pair by pair: success, actions, what was approached, paths.
 
     Writes effects.csv (condition minus control with bootstrap intervals and p), a figure, and a report with a
-    sentence for each comparison.
+    sentence for each comparison. Where a plan has doses and random draws also doses.csv, a figure of them,
+    and verdicts in the plan's outcome.
     """
-    from lerobot_attn.analysis.effects import BASELINE, sentence
     from lerobot_attn.report import EffectsSettings, write_effects
     from lerobot_attn.settings import load_settings
     from lerobot_attn.store.runs import open_run
@@ -71,8 +71,7 @@ def effects(
         found, files = write_effects(open_run(path), output or path / "effects", chosen, progress)
     for note in found.notes:
         print(note, file=sys.stderr)
-    matched = [effect for effect in found.effects if effect.control != BASELINE]
-    print("\n".join(map(sentence, matched or found.effects)))
+    print("\n".join(found.sentences))
     print("\n".join(f"Wrote {file}" for file in files))
 
 

@@ -14,22 +14,38 @@ from typing import Any, NamedTuple
 import yaml
 
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.interventions.expansion import expanded, unit_sets
 from lerobot_attn.interventions.spec import Condition, FixedNoise
 from lerobot_attn.settings import check_choice, from_mapping, read_mapping
 
 BASELINE = "baseline"
 ALWAYS, INFERENCES = RENDER = ("always", "inferences")
-_KNOWN = ("name", "interventions", "control_of")
+_KNOWN = ("name", "interventions", "control_of", "doses", "draws", "base", "dose", "draw")
+# Of what fires units or adds to a residual: so many random draws must stand beside it.
+FEWEST_DRAWS = 5
+_FIRES = ("neurons", "residual")
+_FAMILY = ("base", "dose", "draw")
 # Where an experiment's stores lie, and that none is left out, is not for a plan to change.
 _OWN_CAPTURE = ("dir", "existing", "keep", "episodes")
 _SHOWS_FRAMES = ("cameras", "view", "rerun")  # what needs the pictures of every frame
 
 
 class PlannedCondition(NamedTuple):
-    """One condition of a plan: what is done, and whose control it is, if it is one."""
+    """One condition of a plan.
+
+    Attributes:
+        condition: what is done.
+        control_of: whose control it is, if it is one: a condition's name, or the base of several doses.
+        base: what it is called without its dose and draw; its name where it has neither.
+        dose: the number in the place of `$dose`, if there is one.
+        draw: the number in the place of `$draw`, likewise.
+    """
 
     condition: Condition
     control_of: str | None
+    base: str
+    dose: float | None = None
+    draw: int | None = None
 
     @property
     def name(self) -> str:
@@ -40,6 +56,21 @@ class PlannedCondition(NamedTuple):
     def acts(self) -> bool:
         """Whether it does anything beside fixing the noise."""
         return any(not isinstance(one, FixedNoise) for one in self.condition.interventions)
+
+    @property
+    def fires(self) -> bool:
+        """Whether it changes activations of units, or a residual."""
+        return any(one.kind in _FIRES for one in self.condition.interventions)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a random choice says what is fired."""
+        return _says(self.condition.to_dict()["interventions"], "random_like")
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the policy is only told something else."""
+        return self.condition.changes_task and not self.fires
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +100,15 @@ class ExperimentPlan:
     render: str = ALWAYS
     # The environment's names of observations → the policy's.
     rename_map: Mapping[str, str] | None = None
-    # Mappings of name, interventions, and control_of where it is the control of another one.
+    # Mappings of name, interventions, and control_of where it is the control of another one; with doses and
+    # draws, where one stands for many (`interventions.expansion`).
     conditions: Sequence[Mapping[str, Any]] = ()
+    # Units that conditions name as $NAME: {layer: [numbers]}, or a CSV file of a found set.
+    units: Mapping[str, Any] = field(default_factory=dict)
+    # The metric that the question is about (`analysis.effects.METRICS`), named before the run.
+    outcome: str | None = None
+    # What is expected of it and why, in one sentence written before the run.
+    expectation: str | None = None
     # Let conditions pass that have no control.
     no_control: bool = False
 
@@ -108,6 +146,10 @@ class ExperimentPlan:
                 f"capture.{shown}: got {self.capture[shown]!r} with render: {INFERENCES}, expected false, "
                 "because between two inferences there are no pictures; leave one of the two out"
             )
+        for name in ("outcome", "expectation"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise ConfigError(f"{name}: got {value!r}, expected text, or it left out")
         _check_controls(self.planned, self.no_control)
 
     @classmethod
@@ -149,7 +191,8 @@ class ExperimentPlan:
             raise ConfigError(f"conditions: got {given!r}, expected a list of them; see configs/experiment")
         if not any(isinstance(one, Mapping) and one.get("name") == BASELINE for one in given):
             given = [{"name": BASELINE}, *given]
-        return [self._planned(one, f"conditions[{number}]") for number, one in enumerate(given)]
+        found = expanded(given, unit_sets(self.units))
+        return [self._planned(one, f"conditions[{number}]") for number, one in enumerate(found)]
 
     def _planned(self, values: Any, where: str) -> PlannedCondition:
         if not isinstance(values, Mapping) or not values.get("name"):
@@ -163,11 +206,21 @@ class ExperimentPlan:
             isinstance(part, Mapping) and part.get("kind") == FixedNoise.kind for part in parts
         ):
             parts = [*parts, {"kind": FixedNoise.kind, "seed": self.seed}]
-        said = {"name": self.name, "condition": name, "control_of": control_of}
+        family = {key: values[key] for key in _FAMILY if values.get(key) is not None}
+        told = {"outcome": self.outcome, "expectation": self.expectation}
+        said = {
+            "name": self.name,
+            "condition": name,
+            "control_of": control_of,
+            **family,
+            **{key: value for key, value in told.items() if value is not None},
+        }
         condition = Condition.from_dict(
             {"name": name, "interventions": parts, "experiment": said}, where=f"{where} ({name})"
         )
-        return PlannedCondition(condition, control_of)
+        return PlannedCondition(
+            condition, control_of, str(values.get("base", name)), values.get("dose"), values.get("draw")
+        )
 
     @property
     def tasks(self) -> list[tuple[str, int]] | None:
@@ -186,6 +239,8 @@ class ExperimentPlan:
                 "name": one.name,
                 "interventions": one.condition.to_dict()["interventions"],
                 **({} if one.control_of is None else {"control_of": one.control_of}),
+                **({} if one.base == one.name else {"base": one.base}),
+                **{key: getattr(one, key) for key in ("dose", "draw") if getattr(one, key) is not None},
             }
             for one in self.planned
         ]
@@ -199,6 +254,7 @@ class ExperimentPlan:
             "capture": dict(self.capture),
             **({} if self.render == ALWAYS else {"render": self.render}),
             **({} if self.rename_map is None else {"rename_map": dict(self.rename_map)}),
+            **{key: getattr(self, key) for key in ("outcome", "expectation") if getattr(self, key)},
             "conditions": conditions,
             **({"no_control": True} if self.no_control else {}),
         }
@@ -222,17 +278,49 @@ def _check_controls(planned: Sequence[PlannedCondition], no_control: bool) -> No
         if one.name == BASELINE and one.acts:
             raise ConfigError(f"{BASELINE}: got interventions, expected none; call the condition otherwise")
         others = [name for name in names if name not in (one.name, BASELINE)]
+        others += [base for base in dict.fromkeys(each.base for each in planned) if base not in names]
         if one.control_of is not None and one.control_of not in others:
             raise ConfigError(
                 f"{one.name}: is the control of {one.control_of!r}, expected one of {', '.join(others)}"
             )
     have = {one.control_of for one in planned}
-    bare = [one.name for one in planned if one.acts and one.control_of is None and one.name not in have]
+    bare = [
+        one.name for one in planned if one.acts and one.control_of is None and not {one.name, one.base} & have
+    ]
     if bare and not no_control:
         raise ConfigError(
             f"{bare[0]}: has no control, so that nobody could tell whether any intervention at all does the "
             f"same; add a condition with control_of: {bare[0]}, or say --no-control"
         )
+
+    for one in planned if not no_control else ():
+        if one.fires and one.control_of is None:
+            _check_firing(one, [other for other in planned if other.control_of in (one.name, one.base)])
+
+
+def _check_firing(one: PlannedCondition, controls: Sequence[PlannedCondition]) -> None:
+    """Refuse firing units of which nobody could say that other units, or a word, do not do the same."""
+    n_draws = sum(other.fires and other.is_random for other in controls)
+    if n_draws < FEWEST_DRAWS:
+        raise ConfigError(
+            f"{one.name}: fires units and has {n_draws} random draws as its controls, expected "
+            f"{FEWEST_DRAWS} or more, because one random set is not like another; add a condition with "
+            f"control_of: {one.base}, units: {{random_like: …, seed: $draw}}, draws: {FEWEST_DRAWS} and the "
+            "same doses, or say --no-control"
+        )
+    if not any(other.is_prompt for other in controls):
+        raise ConfigError(
+            f"{one.name}: fires units and has no prompt control, expected one, because saying the word may "
+            f"do the same; add a condition with control_of: {one.base} and {{kind: task, …}}, or say "
+            "--no-control"
+        )
+
+
+def _says(value: Any, key: str) -> bool:
+    """Return whether a key is anywhere in plain values."""
+    if isinstance(value, Mapping):
+        return key in value or any(_says(one, key) for one in value.values())
+    return isinstance(value, list | tuple) and any(_says(one, key) for one in value)
 
 
 def _is_count(value: Any) -> bool:

@@ -41,15 +41,22 @@ def run_experiment(
         The exit status: 0, or that of the first evaluation that failed or was interrupted.
 
     Raises:
-        ConfigError: the policy is not given, or the folder cannot be written.
+        ConfigError: the policy is not given, no metric is called as the outcome, or the folder cannot be
+            written.
         StoreError: the folder holds another experiment.
     """
     planned = plan.planned
+    _check_outcome(plan)
+    for what in ("outcome", "expectation"):
+        if getattr(plan, what) is not None:
+            say(f"{what.capitalize()}: {getattr(plan, what)}")
     if dry_run:
         n_tasks = None if plan.tasks is None else len(plan.tasks)
         each = f"{n_tasks} tasks × {plan.n_episodes}" if n_tasks else f"all tasks × {plan.n_episodes}"
         total = f" = {len(planned) * n_tasks * (plan.n_episodes or 0)} episodes" if n_tasks else " episodes"
         for one in planned:
+            if plan.outcome is not None:
+                say(f"# {one.condition.text}")
             say(eval_command(arguments_of(plan, one, out)))
         say(f"{len(planned)} conditions × {each}{total}")
         return 0
@@ -108,6 +115,13 @@ def arguments_of(
     )
 
 
+def _check_outcome(plan: ExperimentPlan) -> None:
+    from lerobot_attn.analysis.effects import METRICS
+
+    if plan.outcome is not None and plan.outcome not in METRICS:
+        raise ConfigError(f"outcome: got {plan.outcome!r}, expected one of {', '.join(METRICS)}")
+
+
 def _write_plan(plan: ExperimentPlan, out: Path, planned: Sequence[PlannedCondition]) -> None:
     file, values = out / PLAN_FILE, plan.to_dict()
     if file.exists():
@@ -128,7 +142,7 @@ def _write_plan(plan: ExperimentPlan, out: Path, planned: Sequence[PlannedCondit
 
 def _unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what must not change between two runs; more tasks, episodes and conditions may come."""
-    for name in ("name", "policy", "seed", "capture", "render", "rename_map"):
+    for name in ("name", "policy", "seed", "capture", "render", "rename_map", "outcome", "expectation"):
         if theirs.get(name) != ours.get(name):
             yield name, theirs.get(name), ours.get(name)
     own, other = ({**side["env"], "task_ids": None} for side in (ours, theirs))

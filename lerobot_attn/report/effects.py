@@ -8,7 +8,7 @@ Reads the stores of an experiment; the numbers are those of `analysis.effects` a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +19,7 @@ import xarray as xr
 
 from lerobot_attn import figures
 from lerobot_attn.analysis import behaviour
+from lerobot_attn.analysis.doses import dose_table
 from lerobot_attn.analysis.effects import (
     BASELINE,
     METRICS,
@@ -31,6 +32,7 @@ from lerobot_attn.analysis.effects import (
 )
 from lerobot_attn.errors import RANDOM_WEIGHTS, ConfigError, SelectionError
 from lerobot_attn.figures.canvas import Caption
+from lerobot_attn.report import doses
 from lerobot_attn.report.page import Page
 from lerobot_attn.settings import check_ranges
 from lerobot_attn.sizes import Progress
@@ -173,17 +175,19 @@ def _measured(episode: Episode, settings: EffectsSettings) -> tuple[dict[str, An
         **{name: _whole(episode.attributes.get(name)) for name in ("task_id", "episode_index", "seed")},
         "success": math.nan if episode.success is None else float(episode.success),
         **dict.fromkeys(("approached_target", "approached_named", "path_length"), math.nan),
-        "steps_to_success": math.nan,
+        **dict.fromkeys(("steps_to_success", "lift_height", "lift_height_max", "mean_speed"), math.nan),
         "approached": None,
         "n_objects": 0,
         "start": _start(data),
+        **doses.family_of(said, condition),
     }
+    lacks += doses.measure_lift(row, data)
     try:
         row["steps_to_success"] = behaviour.steps_to_success(data)
-        row["path_length"] = behaviour.path_length(data)
+        row["path_length"], row["mean_speed"] = behaviour.path_length(data), behaviour.mean_speed(data)
         went = behaviour.approached(data, near_m=settings.near, lifted_m=settings.lifted)
     except SelectionError as error:
-        lacks.append(str(error))
+        lacks = [str(error), *(lack for lack in lacks if lack != str(error))]
     else:
         row["approached"], row["n_objects"] = went.name or "none", len(went.objects)
         row["approached_target"] = float(went.name in went.targets) if went.targets else math.nan
@@ -217,11 +221,21 @@ class Effects(NamedTuple):
         episodes: the table and what was left out of it.
         effects: each comparison in each metric.
         notes: the same of pairs.
+        doses: what doses and random draws showed; None where there are none.
     """
 
     episodes: Episodes
     effects: list[Effect]
     notes: tuple[str, ...]
+    doses: doses.Doses | None = None
+
+    @property
+    def sentences(self) -> list[str]:
+        """What was found, in sentences: verdicts of doses, else each condition against its control."""
+        if self.doses is not None:
+            return self.doses.sentences
+        matched = [effect for effect in self.effects if effect.control != BASELINE]
+        return [sentence(effect) for effect in matched or self.effects]
 
 
 def find_effects(
@@ -254,7 +268,13 @@ def find_effects(
     if not effects:
         why = f": {notes[0]}" if notes else ""
         raise SelectionError(f"{run.path}: no two conditions have a pair of episodes{why}")
-    return Effects(episodes, effects, tuple(dict.fromkeys([*episodes.notes, *notes])))
+    dosed = doses.find_doses(
+        episodes.table,
+        confidence=settings.confidence,
+        n_resamples=settings.n_resamples,
+        seed=settings.seed,
+    )
+    return Effects(episodes, effects, tuple(dict.fromkeys([*episodes.notes, *notes])), dosed)
 
 
 def write_effects(
@@ -264,6 +284,8 @@ def write_effects(
     progress: Progress | None = None,
 ) -> tuple[Effects, list[Path]]:
     """Write `effects.csv`, `episodes.csv`, `effects.png`, `report.md` and `report.html`.
+
+    Where conditions have doses or random draws also `doses.csv` and `doses.png`.
 
     Args:
         run: the experiment's folder.
@@ -286,49 +308,77 @@ def write_effects(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(files[0], index=False)
-        found.episodes.table.drop(columns="start").to_csv(files[1], index=False)
+        found.episodes.table.drop(columns=["start", doses.PROFILE]).to_csv(files[1], index=False)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write the report: {error.strerror or error}") from error
-    figures.save_figure(_figure(run, table, found, settings), files[2], dpi=settings.dpi)
-    return found, files + _page(run, found, settings, files[2]).write(folder)
+    shown = table
+    if found.doses is not None:
+        files += [folder / "doses.csv", folder / "doses.png"]
+        dose_table(found.doses.effects).to_csv(files[3], index=False)
+        steered = doses.steering_figure(
+            found.episodes.table,
+            found.doses,
+            _caption(table, found, settings, _DOSES_READ),
+            confidence=settings.confidence,
+            seed=settings.seed,
+            width_in=settings.width,
+        )
+        figures.save_figure(steered, files[4], dpi=settings.dpi)
+        shown = doses.pooled(table, found.episodes.table, found.doses)
+    figures.save_figure(_figure(shown, found, settings), files[2], dpi=settings.dpi)
+    return found, files + _page(run, found, settings, files).write(folder)
 
 
-def _figure(run: Run, table: pd.DataFrame, found: Effects, settings: EffectsSettings) -> Any:
+_READ = "condition − control: filled against its matched control, hollow against the baseline"
+_DOSES_READ = "bands and bars: intervals over initial states; random draws: mean of each state's draws"
+
+
+def _figure(table: pd.DataFrame, found: Effects, settings: EffectsSettings) -> Any:
     labels = {
         metric.name: f"{metric.text}\n{'percentage points' if metric.is_share else metric.units}"
         for metric in METRICS.values()
     }
+    shares = [metric.name for metric in METRICS.values() if metric.is_share]
+    return figures.effects_figure(
+        table,
+        labels,
+        _caption(table, found, settings, _READ),
+        shares=shares,
+        baseline=BASELINE,
+        width_in=settings.width,
+    )
+
+
+def _caption(table: pd.DataFrame, found: Effects, settings: EffectsSettings, read: str) -> Caption:
     n = table["n"]
     shown = f"{n.min()} to {n.max()}" if n.min() != n.max() else f"{n.min()}"
     facts = [
         f"experiment {', '.join(dict.fromkeys(table['experiment']))}",
-        "condition − control: filled against its matched control, hollow against the baseline",
+        read,
         f"{settings.confidence:.0%} bootstrap intervals over initial states, {shown} pairs"
         if table["low"].notna().any()
         else "no intervals: one pair each, from which nothing can be said",
     ]
-    caption = Caption(
+    return Caption(
         facts,
         RANDOM_WEIGHTS if RANDOM_WEIGHTS in found.episodes.remarks else "",
         [remark for remark in found.episodes.remarks if remark != RANDOM_WEIGHTS],
     )
-    shares = [metric.name for metric in METRICS.values() if metric.is_share]
-    return figures.effects_figure(
-        table, labels, caption, shares=shares, baseline=BASELINE, width_in=settings.width
-    )
 
 
-def _page(run: Run, found: Effects, settings: EffectsSettings, picture: Path) -> Page:
+def _page(run: Run, found: Effects, settings: EffectsSettings, files: Sequence[Path]) -> Page:
     names = ", ".join(dict.fromkeys(effect.experiment for effect in found.effects))
     page = Page(f"Effects of {names}")
     page.points([*(f"The policy: {remark}" for remark in found.episodes.remarks), *found.notes])
+    if found.doses is not None:
+        doses.add_to(page, found.doses, files[4])
     matched = [effect for effect in found.effects if effect.control != BASELINE]
     if matched:
         page.heading("Against the matched control")
         page.points(map(sentence, matched))
     else:
         page.text("No condition has a matched control: what follows may be due to any intervention at all.")
-    page.picture(picture, "effects with their intervals")
+    page.picture(files[2], "effects with their intervals")
     page.heading("Against the baseline")
     page.points(sentence(effect) for effect in found.effects if effect.control == BASELINE)
     page.heading("Conditions")
