@@ -74,7 +74,10 @@ RIGHT = (
     *("overlay", "plot", "report", "verify", "explorer"),
 )
 # In the store's own room, what the left writes with.
-WRITES = ("schema", "references", "location", "files", "attributes", "lock", "trust", "writer", "video")
+WRITES = (
+    *("schema", "references", "location", "files", "attributes"),
+    *("lock", "trust", "encoding", "writer", "video"),
+)
 READS = ("lerobot_attn.store.reader", "lerobot_attn.store.runs")
 FRAMEWORK_FREE = (
     "config",

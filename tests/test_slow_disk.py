@@ -1,6 +1,6 @@
 """A disk slower than the policy: memory stays bounded, the policy waits, nothing is lost.
 
-The disk is slowed where zarr's local store writes its bytes, inside a process that records for real: each
+The disk is slowed where a chunk's bytes go into their file, inside a process that records for real: each
 write takes as long as a disk of the given speed would take, and holds the thread that writes. (A file system
 that is slow itself would need FUSE and root, which not every machine has.)
 """
@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import scripted
 import torch
-import zarr.storage._local
 from forked import Forked
 from test_recording import evaluate, make_policy, scripted_adapter  # noqa: F401
 
+from lerobot_attn.store import writer
 from lerobot_attn.store.reader import open_episode
 
 QUEUE_MB = 8
@@ -34,14 +34,15 @@ DISK_MB_PER_S = 10
 
 def slow_down_disk(mb_per_s):
     """Make this process's stores take so many bytes a second; return a list of the sizes written."""
-    put, written = zarr.storage._local._put, []
+    replace_bytes, written = writer.replace_bytes, []
 
-    def slow_put(path, value, exclusive=False):
-        written.append(len(value))
-        time.sleep(len(value) / (mb_per_s * 1e6))
-        return put(path, value, exclusive)
+    def slowly(parts):
+        for part in parts:
+            written.append(len(part))
+            time.sleep(len(part) / (mb_per_s * 1e6))
+            yield part
 
-    zarr.storage._local._put = slow_put
+    writer.replace_bytes = lambda path, parts: replace_bytes(path, slowly(parts))
     return written
 
 

@@ -507,7 +507,8 @@ def test_schema_table_names_every_array():
         assert f"| `{spec.name}` | {', '.join(spec.dims)} | {spec.dtype} |" in table
 
 
-def test_a_failed_append_grows_no_array(tmp_path, monkeypatch):
+@pytest.mark.parametrize("full_at", ["suffix_attention_mean", "token_id", "key_kind/zarr.json", "zarr.json"])
+def test_a_full_disk_grows_no_array(tmp_path, monkeypatch, full_at):
     from lerobot_attn.store import writer as module
 
     path = tmp_path / "episode_00000.zarr"
@@ -515,25 +516,36 @@ def test_a_failed_append_grows_no_array(tmp_path, monkeypatch):
     writer = make_writer(path)
     writer.append_inference(inference_rows(rng, 0))
     writer.append_frames(frame_rows(rng, 0))
-    append = module._GrowingArray.append
+    writer.commit()
 
-    def full(self, rows):
-        if self.spec.name == "token_id":
-            raise OSError(28, "No space left on device")
-        append(self, rows)
+    def refused(replace):
+        def full(file, what):
+            if file == path / full_at or full_at in file.relative_to(path).parts:
+                raise OSError(28, "No space left on device")
+            replace(file, what)
 
-    monkeypatch.setattr(module._GrowingArray, "append", full)
-    with pytest.raises(OSError, match="No space left"):
+        return full
+
+    for name in ("replace_bytes", "replace_json"):
+        monkeypatch.setattr(module, name, refused(getattr(module, name)))
+    with pytest.raises(OSError, match="No space left"):  # noqa: PT012
         writer.append_inference(inference_rows(rng, 1))
+        writer.append_frames(frame_rows(rng, 0))
+        writer.commit()
+    assert (writer.n_inferences, writer.n_frames) == (1, 2)
     monkeypatch.undo()
-    rows = inference_rows(rng, 1)
+    assert open_episode(path).n_inferences == 1
+    rows, frames = inference_rows(rng, 1), frame_rows(rng, 1)
     writer.append_inference(rows)  # some space was made: the next inference takes the place
+    writer.append_frames(frames)
     writer.close(complete=False)
     episode = open_episode(path)
-    assert episode.n_inferences == 2
+    assert (episode.n_inferences, episode.n_frames) == (2, 4)
+    assert find_damage(path).damaged == ()
     data = episode.dataset.load()
     np.testing.assert_array_equal(data.suffix_attention.values[1], rows["suffix_attention"])
     assert data.token_id.values[:, 0].tolist() == [0, 1]
+    assert data.frame_inference.values.tolist() == [0, 0, 1, 1]
 
 
 def command(monkeypatch, *arguments):

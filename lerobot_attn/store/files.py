@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,31 @@ def replace_json(path: Path, document: Mapping[str, Any], *, durable: bool = Fal
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def replace_bytes(path: Path, parts: Iterable[Any]) -> None:
+    """Write bytes in place of what is at `path`, if anything is.
+
+    Args:
+        path: the file; folders on the way to it are made.
+        parts: what holds the bytes, one part after another; each is written as it comes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(unfinished(path.name))
+    try:
+        file = temporary.open("wb")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("wb")
+    try:
+        with file:
+            file.writelines(parts)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk every byte counts
+        raise
 
 
 def unfinished(name: str) -> str:

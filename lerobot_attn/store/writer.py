@@ -1,9 +1,10 @@
 """Stream one episode into a Zarr v3 store that a reader may open at any instant.
 
-The rows of an inference are written first; then one atomic replacement of the group's `zarr.json`, which
-carries the consolidated metadata of every array, makes them exist. A process killed in between leaves a store
-that holds every inference committed before. Knows neither torch nor LeRobot, and no thread: see
-`lerobot_attn.recording.background`.
+The maps of an inference are written when they come, the rows of the small arrays together at a commit; then
+one atomic replacement of the group's `zarr.json`, which carries the consolidated metadata of every array,
+makes them exist. A process killed in between leaves a store that holds every inference committed before. Zarr
+makes the arrays; `lerobot_attn.store.encoding` encodes what fills them. Knows neither torch nor LeRobot, and
+no queue: see `lerobot_attn.recording.background`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from lerobot_attn.errors import StoreError
-from lerobot_attn.store.files import replace_json
+from lerobot_attn.store.encoding import ArrayEncoder, n_cores
+from lerobot_attn.store.files import replace_bytes, replace_json
 from lerobot_attn.store.schema import (
     ARRAYS,
     BY_NAME,
@@ -80,6 +82,7 @@ class EpisodeWriter:
         attributes: the group's attributes; schema, `complete` and the row counts are added.
         compression: how maps are compressed.
         optional: names of the optional arrays that this episode has.
+        n_threads: how many compress the chunks of a map at a time; by default as many as there are cores.
 
     Raises:
         StoreError: the path exists, or its folder cannot be written.
@@ -94,6 +97,7 @@ class EpisodeWriter:
         attributes: Mapping[str, Any],
         compression: Compression,
         optional: set[str],
+        n_threads: int | None = None,
     ):
         self.path = path
         self._sizes = dict(sizes)
@@ -118,7 +122,7 @@ class EpisodeWriter:
             group = zarr.create_group(LocalStore(path), zarr_format=3, attributes=begun)
         except OSError as error:
             raise StoreError(f"{path}: cannot create the store: {error.strerror or error}") from error
-        self._growing: dict[str, _GrowingArray] = {}
+        self._growing: dict[str, _Maps | _Table] = {}
         self._metadata: dict[str, dict[str, Any]] = {}
         names = set(coordinates) | optional
         for spec in ARRAYS:
@@ -127,11 +131,13 @@ class EpisodeWriter:
             if spec.grows_with is None and spec.name not in names:
                 continue
             array = create_array(group, spec, self._sizes, self._compression)
-            self._metadata[spec.name] = json.loads((path / spec.name / METADATA).read_text(encoding="utf-8"))
-            if spec.grows_with:
-                self._growing[spec.name] = _GrowingArray(array, spec)
+            metadata = json.loads((path / spec.name / METADATA).read_text(encoding="utf-8"))
+            self._metadata[spec.name] = metadata
+            chunks = _Chunks(path / spec.name, array, ArrayEncoder(metadata), n_threads or n_cores())
+            if spec.grows_with is None:
+                chunks.write(0, _as_dtype(coordinates[spec.name], chunks.dtype))
             else:
-                array[...] = np.asarray(coordinates[spec.name])
+                self._growing[spec.name] = _Maps(spec, chunks) if spec.sharded else _Table(spec, chunks)
         # Coordinates that are no dimension's own: xarray finds them through this attribute.
         self._attributes["coordinates"] = " ".join(extra_coordinates(self._metadata))
         self.commit()
@@ -175,12 +181,28 @@ class EpisodeWriter:
         self._attributes.update(attributes)
 
     def commit(self) -> None:
-        """Make everything appended so far exist."""
-        for name, growing in self._growing.items():
-            metadata = self._metadata[name]
-            if metadata["shape"][0] != growing.n_rows:
-                metadata["shape"] = [growing.n_rows, *metadata["shape"][1:]]
-                replace_json(self.path / name / METADATA, metadata)
+        """Make everything appended so far exist.
+
+        Raises:
+            OSError: it cannot be written. What was appended since the last commit is forgotten then.
+        """
+        try:
+            for growing in self._growing.values():
+                growing.write_out()
+            for name, growing in self._growing.items():
+                if self._metadata[name]["shape"][0] != growing.n_rows:
+                    self._metadata[name]["shape"][0] = growing.n_rows
+                    replace_json(self.path / name / METADATA, self._metadata[name])
+            self._replace_metadata()
+        except BaseException:
+            for name, growing in self._growing.items():
+                growing.forget_uncommitted()
+                self._metadata[name]["shape"][0] = growing.n_rows
+            raise
+        for growing in self._growing.values():
+            growing.committed()
+
+    def _replace_metadata(self) -> None:
         self._attributes["n_inferences"] = self.n_inferences
         self._attributes["n_frames"] = self.n_frames
         replace_json(
@@ -214,21 +236,19 @@ class EpisodeWriter:
             raise StoreError(
                 f"{self.path}: {dimension} rows must hold exactly {sorted(expected)}; odd: {odd}"
             )
+        fitting = {}
         for name, values in rows.items():
             growing = self._growing[name]
             shape = growing.spec.shape(self._sizes, len(values))
             if values.shape != shape:
                 raise StoreError(f"{self.path}: {name} got shape {values.shape}, expected {shape}")
-        before = {name: self._growing[name].state() for name in rows}
-        try:
-            for name, values in rows.items():
-                growing = self._growing[name]
-                growing.append(self._compression.prepare(values) if growing.spec.is_map else values)
-        except BaseException:
-            # A full disk takes some arrays and refuses others: none of them may have grown.
-            for name, state in before.items():
-                self._growing[name].restore(state)
-            raise
+            prepared = self._compression.prepare(values) if growing.spec.is_map else values
+            fitting[name] = _as_dtype(prepared, growing.dtype)
+        # A full disk takes some maps and refuses others: none of the arrays may have grown then.
+        for name, values in fitting.items():
+            self._growing[name].write_ahead(values)
+        for name, values in fitting.items():
+            self._growing[name].grow(values)
 
 
 def create_array(
@@ -272,48 +292,114 @@ def extra_coordinates(names: Iterable[str]) -> list[str]:
     return [spec.name for spec in known if spec.coordinate and spec.dims != (spec.name,)]
 
 
-class _GrowingArray:
-    """Rows of one array, written ahead of the shape that its metadata on disk admits to."""
+class _Chunks:
+    """The chunk files of one array, each covering so many rows of it whole.
 
-    def __init__(self, array: zarr.Array[Any], spec: ArraySpec):
+    Attributes:
+        shape: what one file covers.
+        dtype: of the values that a file takes.
+        fill_value: of what was not written.
+    """
+
+    def __init__(self, folder: Path, array: zarr.Array[Any], encoder: ArrayEncoder, n_threads: int):
+        self.shape = array.shards or array.chunks
+        is_text = array.metadata.to_dict()["data_type"] == "string"
+        self.dtype = np.dtype(object) if is_text else array.dtype
+        self.fill_value = array.fill_value
+        self._folder = folder
+        self._key = array.metadata.encode_chunk_key
+        self._encoder = encoder
+        self._n_threads = n_threads
+
+    def write(self, number: int, values: NDArray[Any]) -> None:
+        """Write the file of this number along the first axis, in place of the one that is there."""
+        file = self._folder / self._key((number, *[0] * (len(self.shape) - 1)))
+        replace_bytes(file, self._encoder.parts(values, n_threads=self._n_threads))
+
+
+class _Maps:
+    """Rows of an array of which each has a file of its own: it is written when it comes."""
+
+    def __init__(self, spec: ArraySpec, chunks: _Chunks):
         self.spec = spec
+        self.dtype = chunks.dtype
         self.n_rows = 0
-        self._array = array
-        # Rows of the last, unfilled chunk: it is written as a whole each time, never read back.
-        self._tail: list[NDArray[Any]] = []
-        self._rows_per_chunk = array.chunks[0]
+        self._n_committed = 0
+        self._chunks = chunks
 
-    def state(self) -> tuple[int, list[NDArray[Any]]]:
-        """Return what `restore` takes back."""
-        return self.n_rows, list(self._tail)
+    def write_ahead(self, rows: NDArray[Any]) -> None:
+        """Write rows that do not count yet."""
+        for number, row in enumerate(rows, start=self.n_rows):
+            self._chunks.write(number, row[None])
 
-    def restore(self, state: tuple[int, list[NDArray[Any]]]) -> None:
-        """Forget the rows that were appended since; what was written of them lies beyond the shape."""
-        self.n_rows, self._tail = state[0], list(state[1])
-
-    def append(self, rows: NDArray[Any]) -> None:
-        if self.spec.sharded:
-            start, values = self.n_rows, rows
-        else:
-            start = self.n_rows - len(self._tail)
-            self._tail.extend(rows)
-            values = np.stack(self._tail) if self._tail else rows
-            keep = (self.n_rows + len(rows)) % self._rows_per_chunk
-            self._tail = self._tail[len(self._tail) - keep :]
+    def grow(self, rows: NDArray[Any]) -> None:
+        """Count rows that were written."""
         self.n_rows += len(rows)
-        if len(values) == 0:
-            return
-        shape = (self.n_rows, *self._array.shape[1:])
-        # No comparison with the fill value: it costs a pass over the maps, and absent chunks save nothing
-        # here.
-        ahead: zarr.Array[Any] = zarr.Array(
-            zarr.AsyncArray(  # type: ignore[call-overload]
-                metadata=self._array.metadata.update_shape(shape),
-                store_path=self._array.store_path,
-                config={"write_empty_chunks": True},
-            )
-        )
-        ahead[start:] = values
+
+    def write_out(self) -> None:
+        """Nothing: all is written."""
+
+    def committed(self) -> None:
+        """Take the rows up to here for good."""
+        self._n_committed = self.n_rows
+
+    def forget_uncommitted(self) -> None:
+        """Go back to the last commit; files of rows beyond it are overwritten by the next ones."""
+        self.n_rows = self._n_committed
+
+
+class _Table:
+    """Rows of a small array, of which many share a chunk: a chunk is written at a commit, as a whole."""
+
+    def __init__(self, spec: ArraySpec, chunks: _Chunks):
+        self.spec = spec
+        self.dtype = chunks.dtype
+        self.n_rows = 0
+        self._n_committed = 0
+        self._chunks = chunks
+        self._rows_per_chunk = chunks.shape[0]
+        # Chunk by number, from the one that the next row after the last commit falls into.
+        self._open: dict[int, NDArray[Any]] = {}
+
+    def write_ahead(self, rows: NDArray[Any]) -> None:
+        """Nothing: rows are written at a commit."""
+
+    def grow(self, rows: NDArray[Any]) -> None:
+        """Take rows."""
+        while len(rows):
+            number, start = divmod(self.n_rows, self._rows_per_chunk)
+            if number not in self._open:
+                self._open[number] = np.full(self._chunks.shape, self._chunks.fill_value, self.dtype)
+            some = rows[: self._rows_per_chunk - start]
+            self._open[number][start : start + len(some)] = some
+            self.n_rows += len(some)
+            rows = rows[len(some) :]
+
+    def write_out(self) -> None:
+        """Write the chunks that have new rows."""
+        if self.n_rows > self._n_committed:
+            for number, chunk in self._open.items():
+                self._chunks.write(number, chunk)
+
+    def committed(self) -> None:
+        """Take the rows up to here for good."""
+        self._n_committed = self.n_rows
+        self._drop_but(self.n_rows // self._rows_per_chunk)
+
+    def forget_uncommitted(self) -> None:
+        """Go back to the last commit; what was written beyond it lies behind the shape."""
+        self.n_rows = self._n_committed
+        number, start = divmod(self.n_rows, self._rows_per_chunk)
+        self._drop_but(number)
+        if number in self._open:
+            self._open[number][start:] = self._chunks.fill_value
+
+    def _drop_but(self, number: int) -> None:
+        self._open = {number: self._open[number]} if number in self._open else {}
+
+
+def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.asarray(values).astype(dtype, copy=False)
 
 
 def _lengths(rows: Mapping[str, NDArray[Any]]) -> str:
