@@ -15,6 +15,7 @@ import lerobot_attn.explorer
 from lerobot_attn import analysis, open_episode
 from lerobot_attn.analysis.select import MEANS
 from lerobot_attn.explorer.scene import masks
+from lerobot_attn.figures.outlines import ROLE_LOOKS
 from lerobot_attn.figures.scale import rgba_table
 from lerobot_attn.layout import Segment, TokenLayout
 from lerobot_attn.synthetic import SyntheticPlan, write_softmax_episode
@@ -127,7 +128,15 @@ def text(table):
     return json.dumps(table, separators=(",", ":")).replace("},{", "},\n{") + "\n"
 
 
-TABLES = {"means.json": means_table, "colour_scale.json": rgba_table}
+def roles_table():
+    """Return how the figures and overlays draw each role."""
+    return [
+        {"role": role, "colour": look.colour, "dashes": list(look.dashes)}
+        for role, look in ROLE_LOOKS.items()
+    ]
+
+
+TABLES = {"means.json": means_table, "colour_scale.json": rgba_table, "roles.json": roles_table}
 MASKS = "masks.json"
 
 
@@ -137,6 +146,10 @@ def test_the_pages_tests_compare_with_these_means():
 
 def test_the_pages_tests_compare_with_this_colour_scale():
     assert (FOLDER / "colour_scale.json").read_text() == text(rgba_table())
+
+
+def test_the_pages_tests_compare_with_these_looks_of_roles():
+    assert (FOLDER / "roles.json").read_text() == text(roles_table())
 
 
 def test_the_pages_tests_compare_with_these_masks(tmp_path):

@@ -11,6 +11,8 @@ from test_inspection import run_cli
 
 from lerobot_attn.analysis.spatial import Mask, masks_at
 from lerobot_attn.errors import ConfigError, StoreError
+from lerobot_attn.figures import Caption
+from lerobot_attn.figures.grounding import Levels, levels_figure, phases_figure
 from lerobot_attn.figures.outlines import ROLE_LOOKS, outlines_in_words, painted_outlines
 from lerobot_attn.masks import ROLES, Instance
 from lerobot_attn.overlay import OverlaySettings, overlay_frames
@@ -181,6 +183,19 @@ def test_the_roles_colours_are_told_apart():
         for one, other in combinations(ROLE_LOOKS, 2):
             assert np.linalg.norm(lab(one, eye) - lab(other, eye)) > 25, (eye, one, other)
     assert len({look.dashes for look in ROLE_LOOKS.values()}) == len(ROLE_LOOKS)
+
+
+def test_the_grounding_figures_have_the_outlines_colours():
+    role = Levels(*np.array([[2.0], [1.0], [3.0]]))
+    dots = phases_figure(dict.fromkeys(ROLES, role), ["reach"], "concentration", Caption([])).axes[0]
+    drawn = {line.get_label(): line.get_color() for line in dots.get_lines()}
+    assert {name: drawn[name] for name in ROLE_LOOKS} == {
+        name: look.colour for name, look in ROLE_LOOKS.items()
+    }
+    assert len({drawn[name] for name in ROLES}) == len(ROLES)  # the background has one of its own
+    for name, look in ROLE_LOOKS.items():
+        figure = levels_figure({"image": role}, np.zeros(1), ("layer", "mass"), Caption([]), role=name)
+        assert figure.axes[0].get_lines()[0].get_color() == look.colour
 
 
 def test_many_objects_are_counted_in_words():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,16 +15,10 @@ from numpy.typing import NDArray
 
 from lerobot_attn.figures.canvas import Caption, colorbar, new_figure, say_missing, styled
 from lerobot_attn.figures.fonts import one_line
+from lerobot_attn.figures.outlines import ROLE_LOOKS
 from lerobot_attn.figures.scale import colormap
+from lerobot_attn.masks import Role
 
-# Okabe and Ito's colours, one a role; chance is grey, and told apart by its dashes and markers.
-ROLE_COLORS = {
-    "target": "#D55E00",
-    "destination": "#009E73",
-    "distractor": "#0072B2",
-    "robot": "#CC79A7",
-    "background": "#999999",
-}
 CHANCE_NAMES = {
     "uniform": "chance: uniform map",
     "fixed": "chance: its mean map on other episodes",
@@ -32,7 +26,8 @@ CHANCE_NAMES = {
 }
 _CHANCE_DASHES = {"uniform": (0, (4, 2)), "fixed": (0, (1, 1.2)), "centre": (0, (5, 1.5, 1, 1.5))}
 _CHANCE_MARKERS = {"uniform": "|", "fixed": "x", "centre": "d"}
-_CHANCE_COLOR = "#555555"
+_BACKGROUND_COLOR = "#2E7D32"
+_CHANCE_COLOR = "#000000"  # a distractor is grey; chance also has its own dashes and markers
 _OUTCOMES = {"success": "#0072B2", "failure": "#D55E00"}
 
 
@@ -72,9 +67,9 @@ def ranking_figure(
     places = np.arange(len(rows))
     value = factor * rows["value"].to_numpy(float)
     low, high = (factor * rows[end].to_numpy(float) for end in ("low", "high"))
-    axes.hlines(places, low, high, color=ROLE_COLORS["target"], linewidth=1.2)
+    axes.hlines(places, low, high, color=_color("target"), linewidth=1.2)
     axes.plot(
-        value, places, "o", color=ROLE_COLORS["target"], markersize=4, label="the policy's map", linestyle=""
+        value, places, "o", color=_color("target"), markersize=4, label="the policy's map", linestyle=""
     )
     for name, marker in _CHANCE_MARKERS.items():
         axes.plot(
@@ -169,7 +164,7 @@ def phases_figure(
     width = 0.8 / max(1, len(roles))
     for number, (role, levels) in enumerate(roles.items()):
         x = np.arange(len(phases)) + (number - (len(roles) - 1) / 2) * width
-        _dots(axes, x, levels, ROLE_COLORS.get(role, "black"), role)
+        _dots(axes, x, levels, _color(role), role)
         fixed = levels.chance.get("fixed", np.full(len(phases), np.nan))
         axes.plot(
             x,
@@ -218,7 +213,7 @@ def levels_figure(
     factor = 100.0 if per_cent else 1.0
     figure = new_figure(width_in, 2.2, caption)
     every = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    color = ROLE_COLORS.get(role, "black")
+    color = _color(role)
     for axes, (title, levels) in zip(every, panels.items(), strict=True):
         axes.plot(x, factor * levels.value, "o-", color=color, markersize=3, label=f"attention on the {role}")
         axes.fill_between(x, factor * levels.low, factor * levels.high, color=color, alpha=0.2, linewidth=0)
@@ -286,6 +281,12 @@ def outcomes_figure(
     _plain(axes)
     _legend(figure, axes)
     return figure
+
+
+def _color(role: str) -> str:
+    """Return the colour of a role's outlines; that of the background, which has none, is its own."""
+    look = ROLE_LOOKS.get(cast(Role, role))
+    return _BACKGROUND_COLOR if look is None else look.colour
 
 
 def _dots(axes: Axes, x: NDArray[np.floating[Any]], levels: Levels, color: str, name: str) -> None:

@@ -1,6 +1,7 @@
 """Outlines of the objects that a mask shows, with a colour and dashes for each role.
 
-The explorer's page has the same colours. Knows masks and pictures, not attention.
+`ROLE_LOOKS` says each role's colour: overlays and figures take it from there, and the explorer's page
+has the same (a test compares them). Knows masks and pictures, not attention.
 """
 
 from __future__ import annotations

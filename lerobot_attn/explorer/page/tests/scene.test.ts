@@ -4,13 +4,16 @@ import {
   decodeMask,
   instanceAt,
   isKnown,
+  LOOKS,
   lyingOn,
   ofRole,
   outlinesOf,
+  ROLES,
   rolesOf,
   timesChance,
 } from "../src/scene";
 import table from "./masks.json";
+import looks from "./roles.json";
 
 /** A mask from lines of digits; "." is unknown. */
 function drawn(...lines: string[]): Int16Array {
@@ -115,5 +118,14 @@ describe("what lies on objects", () => {
     }));
     expect(rolesOf({ instances } as Scene)).toEqual(["target", "distractor", "robot"]);
     expect(ofRole(instances, "distractor")).toEqual([2, 4]);
+  });
+});
+
+describe("roles", () => {
+  it("look as in the package's figures and overlays", () => {
+    expect(looks.map(({ role }) => role)).toEqual([...ROLES]);
+    for (const { role, colour, dashes } of looks) {
+      expect(LOOKS[role as keyof typeof LOOKS]).toEqual({ colour, dashes });
+    }
   });
 });
