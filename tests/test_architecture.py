@@ -343,8 +343,9 @@ def requirements() -> tuple[set[str], set[str]]:
 
 @functools.cache
 def homes() -> dict[str, list[str]]:
-    # An extra brings the first; the second is found through a .pth file, which names no package.
-    return {**packages_distributions(), "imageio_ffmpeg": ["imageio"], "rerun": ["rerun-sdk"]}
+    # Extras bring all but the first, which is found through a .pth file, which names no package.
+    names = {"imageio_ffmpeg": ["imageio"], "rerun": ["rerun-sdk"], "sklearn": ["scikit-learn"]}
+    return {**packages_distributions(), **names}
 
 
 def distributions_of(name: str) -> set[str]:
@@ -357,8 +358,9 @@ def distributions_of(name: str) -> set[str]:
 def test_reading_and_looking_import_only_what_the_base_install_brings():
     base, _ = requirements()
     for name in filter(is_framework_free, MODULES):
-        # Rerun is an extra of its own, and says so in one line where it is missing: see test_rerun.py.
-        optional = {"rerun-sdk"} if name == "lerobot_attn.overlay.rerun" else set()
+        # Extras of their own, which say so in one line where they are missing: test_rerun.py, test_probes.py.
+        extras = {"lerobot_attn.overlay.rerun": "rerun-sdk", "lerobot_attn.analysis.probes": "scikit-learn"}
+        optional = {extras.get(name, "")}
         assert distributions_of(name) <= base | optional, name
 
 
@@ -381,7 +383,7 @@ def test_what_the_base_install_brings_is_needed_to_read_or_look():
         ("import lerobot_attn.inspection, lerobot_attn.cli", ["torch", "lerobot"]),
         (
             "import " + ", ".join(name for name in MODULES if room_of(name) in RIGHT),
-            ["torch", "lerobot", "transformers", "gymnasium", "hydra", "rerun"],
+            ["torch", "lerobot", "transformers", "gymnasium", "hydra", "rerun", "sklearn"],
         ),
     ],
     ids=["the package", "reading", "the command line", "everything right of the store"],

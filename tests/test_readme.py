@@ -187,13 +187,15 @@ def test_commands_run(words, run, tmp_path, monkeypatch, request):
         places["CHECKPOINT"] = str(request.getfixturevalue("demo_checkpoint"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     words = [places.get(word, word) for word in words]
+    command = words[:2] if words[0] == "neurons" else words[:1]
     if (
         words[0] in ("view", "export-html", "replay", "effects", "experiment", "masks")
+        or command in (["neurons", "contrast"], ["neurons", "probe"])
         or "--policy.path=CHECKPOINT" in words
     ):
         # One serves until Ctrl-C, two need the built page: only that their options exist is tried. Others
-        # need a policy: test_replay.py, test_feeding.py.
-        help_text = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"}).output
+        # need a policy or a run of many episodes: test_replay.py, test_feeding.py, test_neuron_reports.py.
+        help_text = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).output
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
         assert not [option for option in options if option not in help_text]
         return

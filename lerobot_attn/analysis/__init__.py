@@ -32,6 +32,8 @@ from lerobot_attn.analysis.doses import dose_effects, dose_slopes
 from lerobot_attn.analysis.effects import effects_table, episodes_needed, mcnemar, paired_effects
 from lerobot_attn.analysis.grounding import grounding, mean_maps
 from lerobot_attn.analysis.measures import attention_entropy, sharpness, stability
+from lerobot_attn.analysis.neuron_contrast import contrast
+from lerobot_attn.analysis.neurons import units_of
 from lerobot_attn.analysis.prefix import (
     PrefixWhere,
     attention_from,
@@ -40,7 +42,9 @@ from lerobot_attn.analysis.prefix import (
     prefix_attention,
     text_to_image,
 )
+from lerobot_attn.analysis.probes import probe
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout, flow, rollout
+from lerobot_attn.analysis.quantities import quantity
 from lerobot_attn.analysis.reduce import mean_over, row_sum
 from lerobot_attn.analysis.runs import summarise, summarise_run
 from lerobot_attn.analysis.select import Where, attention, executed_actions, prefix_only_layers
@@ -95,6 +99,7 @@ __all__ = [
     "compare",
     "compare_each",
     "compare_overall",
+    "contrast",
     "cross_modal",
     "dose_effects",
     "dose_slopes",
@@ -120,7 +125,9 @@ __all__ = [
     "path_length",
     "prefix_attention",
     "prefix_only_layers",
+    "probe",
     "prompt_truncated",
+    "quantity",
     "rollout",
     "row_sum",
     "same_geometry",
@@ -134,6 +141,7 @@ __all__ = [
     "text_to_image",
     "to_table",
     "token_attention",
+    "units_of",
     "vision_attention",
     "vision_geometry",
     "vision_rollout",

@@ -1,11 +1,14 @@
-"""Whether differences are above zero, by flipping their signs, however many of them were tried.
+"""What chance gives where many are tried: by flipping signs of differences, or permuting labels of groups.
 
 Knows neither attention nor episodes but as numbers.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from itertools import combinations, product
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,3 +73,95 @@ def sign_flips(differences: NDArray[np.float64], *, n_flips: int = 10_000, seed:
     # Of random flips the one that was found is one more.
     more, total = (0, len(signs)) if is_exact else (1, len(signs) + 1)
     return SignFlips(found, (reached + more) / total, (best_reached + more) / total, 1 / total)
+
+
+def all_signs(n_episodes: int, n_draws: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], bool]:
+    """Return (draw, episode) signs, 1 or -1, and whether they are all that there are.
+
+    Args:
+        n_episodes: how many have a sign.
+        n_draws: random ones, where there are more than that.
+        rng: draws them.
+    """
+    if n_episodes < 40 and 2**n_episodes <= n_draws:
+        bits = np.arange(2**n_episodes)[:, None] >> np.arange(n_episodes) & 1
+        return (1 - 2 * bits).astype(np.float32), True
+    return rng.choice(np.array([-1, 1], np.float32), (n_draws, n_episodes)), False
+
+
+def relabellings(
+    is_first: NDArray[np.bool_],
+    strata: NDArray[np.integer[Any]],
+    n_draws: int,
+    rng: np.random.Generator,
+    *,
+    may_be_exact: bool = True,
+) -> tuple[NDArray[np.float32], bool]:
+    """Return labels that were permuted within strata, and whether they are all that there are.
+
+    Args:
+        is_first: (episode,) whether an episode is of the first group.
+        strata: (episode,) whole numbers; each keeps how many of its episodes are of the first group.
+        n_draws: random ones, where there are more than that.
+        rng: draws them.
+        may_be_exact: whether all may be taken where they are few.
+
+    Returns:
+        (draw, episode) 1 or 0.
+    """
+    members = [np.flatnonzero(strata == code) for code in np.unique(strata)]
+    counts = [int(is_first[of].sum()) for of in members]
+    n_all = math.prod(math.comb(len(of), n) for of, n in zip(members, counts, strict=True))
+    if may_be_exact and n_all <= n_draws:
+        labels = np.zeros((n_all, len(is_first)), np.float32)
+        choices = [combinations(of.tolist(), n) for of, n in zip(members, counts, strict=True)]
+        for draw, chosen in enumerate(product(*choices)):
+            labels[draw, [one for of in chosen for one in of]] = 1
+        return labels, True
+    labels = np.zeros((n_draws, len(is_first)), np.float32)
+    for of, n in zip(members, counts, strict=True):
+        picks = of[np.argsort(rng.random((n_draws, len(of))), axis=1)[:, :n]]
+        np.put_along_axis(labels, picks, 1, axis=1)
+    return labels, False
+
+
+def ranks(values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Return the ranks, from 1, of each column's values among themselves; equal ones share their mean."""
+    from scipy.stats import rankdata  # takes a while to import
+
+    found = np.empty(values.shape, np.float32)
+    some = max(1, _BATCH_BYTES // (64 * max(1, len(values))))
+    for start in range(0, values.shape[1], some):
+        found[:, start : start + some] = rankdata(values[:, start : start + some], axis=0)
+    return found
+
+
+def largest(
+    weights: NDArray[np.float32],
+    values: NDArray[np.float32],
+    *,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.float64]:
+    """Return for each draw the largest absolute value over all candidates of a statistic linear in the draw.
+
+    Args:
+        weights: (draw, episode) signs or labels.
+        values: (episode, candidate).
+        offset: subtracted from each sum.
+        scale: the sum is multiplied by it.
+        progress: called as `progress(done, total)`, candidates.
+
+    Returns:
+        (draw,) max over candidates of |(weights @ values - offset) * scale|.
+    """
+    n_candidates = values.shape[1]
+    found = np.zeros(len(weights))
+    some = max(1, _BATCH_BYTES // (8 * max(1, len(weights))))
+    for start in range(0, n_candidates, some):
+        sums = weights @ values[:, start : start + some]
+        np.maximum(found, np.abs((sums - np.float32(offset)) * np.float32(scale)).max(axis=1), out=found)
+        if progress is not None:
+            progress(min(start + some, n_candidates), n_candidates)
+    return found

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from lerobot_attn.cli import evidence, explore, look, masks, neuron_words, record, rerun, saliency, setup
+from lerobot_attn.cli import (
+    evidence,
+    explore,
+    look,
+    masks,
+    neuron_contrast,
+    neuron_words,
+    record,
+    rerun,
+    saliency,
+    setup,
+)
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import any_text_can_be_printed
 from lerobot_attn.errors import LerobotAttnError
@@ -16,6 +27,7 @@ __all__ = [
     "look",
     "main",
     "masks",
+    "neuron_contrast",
     "neuron_words",
     "record",
     "rerun",
