@@ -582,6 +582,11 @@ EPISODE_STATE = {
     "compare": SECOND,
     "lock": "phase",
     "outlines": "off",
+    "neurons": "unit:vlm:2:5",
+    "tokens": "task",
+    "reduction": "max",
+    "units": "on",
+    "beside": "joint_1",
 }
 RUN_STATE = {"show": "failure", "find": "episode 1"}
 

@@ -11,6 +11,18 @@ from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import progress_bar
 from lerobot_attn.cli.options import EpisodePath, SettingsFile
 
+NeuronsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.csv",
+        help="A found set of neurons: a table with columns stream, layer, unit, the best first, as "
+        "lerobot-attn neurons writes. Default: those that the episode's condition fires.",
+    ),
+]
+NeuronsTop = Annotated[
+    int | None, typer.Option(min=1, help="Units of --neurons, from the first row on. Default: 20.")
+]
+
 
 @app.command()
 def view(
@@ -39,6 +51,8 @@ def view(
     wait: Annotated[
         bool, typer.Option("--wait", help="Where nothing is recorded yet, wait for the first episode.")
     ] = False,
+    neurons: NeuronsFile = None,
+    top: NeuronsTop = None,
 ) -> None:
     """Serve recordings to the browser, live while they grow, until Ctrl-C."""
     from lerobot_attn.explorer.server import serve
@@ -51,6 +65,8 @@ def view(
         allow_hosts=allow_host or (),
         base_path=base_path,
         wait=wait,
+        neurons=neurons,
+        **({} if top is None else {"top": top}),
     )
 
 
@@ -76,6 +92,8 @@ def export_html(
     quality: Annotated[
         int | None, typer.Option(help="Quality of the pictures as JPEG, 1 to 95. Default: 80.")
     ] = None,
+    neurons: NeuronsFile = None,
+    top: NeuronsTop = None,
     settings: SettingsFile = None,
 ) -> None:
     """Write an episode as a single HTML file with the explorer's page, to share: it needs no network."""
@@ -93,6 +111,8 @@ def export_html(
         frames=frames,
         max_mb=max_mb,
         quality=quality,
+        neurons=None if neurons is None else str(neurons),
+        top=top,
     )
     found = open_episode(episode)
     path = output or Path(f"{found.path.stem}.html")

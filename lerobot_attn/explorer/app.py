@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from pathlib import Path
@@ -28,7 +29,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from lerobot_attn.errors import LerobotAttnError, SelectionError, StoreError, first_line
-from lerobot_attn.explorer import facts, groups, ranges, scene, slabs, tables
+from lerobot_attn.explorer import facts, groups, neurons, ranges, scene, slabs, tables
 from lerobot_attn.explorer.base_path import BasePath, guessed
 from lerobot_attn.explorer.document import page_folder
 from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, HostGate
@@ -45,6 +46,7 @@ _OF_LATE_S = 60.0
 _LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
 _KEEP_ALIVE_S = 15.0
 _LATEST = "latest"  # as a version: whatever is in the episode's place
+_UNITS = re.compile(r"[0-9]{1,9}:[0-9]{1,9}(,[0-9]{1,9}:[0-9]{1,9})*", re.ASCII)
 _MISSING_PAGE = b"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>lerobot-attn</title></head>
 <p>This installation has no page: it comes from sources in which the page was not built.
@@ -68,7 +70,12 @@ register_url_convertor("number", _NumberConvertor())
 
 
 def create_app(
-    library: Library, *, hosts: list[str] | None = None, base: str = "", static: Path | None = None
+    library: Library,
+    *,
+    hosts: list[str] | None = None,
+    base: str = "",
+    static: Path | None = None,
+    found: neurons.FoundSet | None = None,
 ) -> Starlette:
     """Return the web application.
 
@@ -78,8 +85,9 @@ def create_app(
             of its own; default: this machine's loopback.
         base: path under which a proxy shows the server and which it passes on, as `base_path` returns it.
         static: the built page; default: the one in the package.
+        found: neurons that somebody found, whose activation the page shows.
     """
-    explorer = _Explorer(library)
+    explorer = _Explorer(library, found)
     zipped = [Middleware(GZipMiddleware, minimum_size=1000)]
 
     def get(path: str, endpoint: Callable[..., Any], *, zip_: bool = False) -> Route:
@@ -95,6 +103,7 @@ def create_app(
         get(episode + "/timeline", explorer.timeline, zip_=True),
         get(episode + "/shares", explorer.shares, zip_=True),
         get(episode + "/roles/{camera:path}", explorer.roles, zip_=True),
+        get(episode + "/neurons/{stream}", explorer.neurons, zip_=True),
         get(episode + "/ranges", explorer.ranges_of_steps, zip_=True),
         get(episode + "/ranges/{denoise_step:number}", explorer.ranges, zip_=True),
         get(at + "/tokens", explorer.tokens, zip_=True),
@@ -128,8 +137,9 @@ def create_app(
 class _Explorer:
     """The endpoints. Those that read stores are plain functions: Starlette runs them on threads."""
 
-    def __init__(self, library: Library):
+    def __init__(self, library: Library, found: neurons.FoundSet | None):
         self._library = library
+        self._found = found
         self._pictures = FramePictures()
         self._groups = _Once()
 
@@ -161,7 +171,7 @@ class _Explorer:
 
     def facts(self, request: Request) -> Response:
         episode = self._library.episode(request.path_params["id"])
-        return _json(request, {"version": version_of(episode), **_read(episode, facts.facts)})
+        return _json(request, {"version": version_of(episode), **_read(episode, facts.facts, self._found)})
 
     def timeline(self, request: Request) -> Response:
         return _json(request, _read(self._episode(request), tables.timeline))
@@ -177,6 +187,21 @@ class _Explorer:
             return scene.role_shares(episode, where["first"], camera, tables.chosen_means(episode, **where))
 
         return _json(request, _read(self._episode(request), read))
+
+    def neurons(self, request: Request) -> Response:
+        asked = request.query_params
+        found = _read(
+            self._episode(request),
+            neurons.activations,
+            _integer(request, "first", 0),
+            request.path_params["stream"],
+            _units(request),
+            group=asked.get("group", ""),
+            reduction=asked.get("reduction", "mean"),
+            denoise_step=_integer(request, "denoise_step", -1),
+            each=_integer(request, "each", 0) != 0,
+        )
+        return _json(request, found)
 
     def ranges(self, request: Request) -> Response:
         step = request.path_params["denoise_step"]
@@ -366,6 +391,15 @@ def _integer_or(request: Request, name: str, *words: str) -> int | str:
     """Return a number, or one of the words, of which the first is the default."""
     text = request.query_params.get(name, words[0])
     return text if text in words else _integer(request, name, None)
+
+
+def _units(request: Request) -> list[neurons.Unit]:
+    """Return the neurons that a request asks for, as "3:17,3:20": layer and unit of each."""
+    text = request.query_params.get("units", "")
+    if not _UNITS.fullmatch(text):
+        raise HTTPException(400, f"units: got {text[:40]!r}, expected layer:unit, as 3:17,3:20")
+    pairs = [one.split(":") for one in text.split(",")]
+    return [(int(layer), int(unit)) for layer, unit in pairs]
 
 
 def _refused(status: int) -> Callable[[Request, Exception], Response]:

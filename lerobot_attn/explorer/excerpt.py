@@ -17,6 +17,7 @@ from lerobot_attn.analysis.select import frames_of
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.explorer.facts import facts
 from lerobot_attn.explorer.library import version_of
+from lerobot_attn.explorer.neurons import FoundSet
 from lerobot_attn.store.reader import Episode
 
 
@@ -47,7 +48,15 @@ class Excerpt:
         return sorted(set(self.inference_of.values()))
 
 
-def choose(episode: Episode, *, layers: Any, heads: Any, denoise_steps: Any, frames: Any) -> Excerpt:
+def choose(
+    episode: Episode,
+    *,
+    layers: Any,
+    heads: Any,
+    denoise_steps: Any,
+    frames: Any,
+    neurons: FoundSet | None = None,
+) -> Excerpt:
     """Find what is asked for in an episode.
 
     Args:
@@ -56,12 +65,13 @@ def choose(episode: Episode, *, layers: Any, heads: Any, denoise_steps: Any, fra
         heads: likewise.
         denoise_steps: likewise.
         frames: likewise.
+        neurons: those that somebody found.
 
     Raises:
         SelectionError: something that the episode does not hold.
         StoreError: the episode is empty.
     """
-    data, recording = episode.arrays, facts(episode)
+    data, recording = episode.arrays, facts(episode, neurons)
     if episode.n_frames == 0:
         raise StoreError(f"{episode.path}: holds no frames yet; expected one at least")
     if not recording["mean_layers"]:
@@ -93,11 +103,19 @@ def choose(episode: Episode, *, layers: Any, heads: Any, denoise_steps: Any, fra
     )
     sentence = (
         f"An export of {', '.join(said)}. Means, largest values and the episode's colour range are of what "
-        f"is here; the maps are means over {averaged}."
+        f"is here; the maps are means over {averaged}.{_neurons_in_words(recording)}"
     )
     return Excerpt(
         recording, labels[0], labels[1], labels[2], numbers, inference_of, sentence, is_every_frame
     )
+
+
+def _neurons_in_words(recording: dict[str, Any]) -> str:
+    """Say which neurons are here: those of the sets, for all others are too many."""
+    if recording["neurons"] is None:
+        return ""
+    names = [f"{one['kind']}: {one['name']}" for one in recording["neurons"]["sets"]]
+    return f" Of the neurons, the sets {', '.join(names)} are here." if names else " Neurons are left out."
 
 
 def _frames_in_words(frames: Sequence[int], n_frames: int) -> str:
@@ -131,6 +149,7 @@ def facts_of(episode: Episode, chosen: Excerpt) -> dict[str, Any]:
         "heads": chosen.heads,
         "denoise_steps": chosen.steps,
         "flow_time": [flow_time[step] for step in chosen.steps],
+        "neurons": recording["neurons"] if recording["neurons"] and recording["neurons"]["sets"] else None,
         "excerpt": chosen.in_words,
         **({} if chosen.is_every_frame else {"frames": chosen.frames}),
     }

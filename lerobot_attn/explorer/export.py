@@ -26,6 +26,7 @@ from lerobot_attn.explorer import scene, slabs, tables
 from lerobot_attn.explorer.document import Document, data_element, escaped, single_document
 from lerobot_attn.explorer.excerpt import Excerpt, as_option, choose, facts_of
 from lerobot_attn.explorer.library import id_alone, summary_of
+from lerobot_attn.explorer.neurons import DEFAULT_TOP, MOST_UNITS, every_answer, read_found
 from lerobot_attn.explorer.pictures import jpeg
 from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.sizes import Progress, format_bytes
@@ -53,6 +54,10 @@ class ExportSettings:
     max_mb: float = 25
     # Quality of the camera pictures as JPEG, 1 to 95.
     quality: int = 80
+    # Table of a found set of neurons (columns stream, layer, unit), beside those that the condition fires.
+    neurons: str | None = None
+    # Units of it, from the first row on.
+    top: int = DEFAULT_TOP
 
     def __post_init__(self) -> None:
         """Read choices given as text, and check what can be checked without an episode.
@@ -64,9 +69,14 @@ class ExportSettings:
             choice = parse_choice(getattr(self, name))
             if choice is not None or name != "denoise_steps":
                 object.__setattr__(self, name, check_numbers(name, choice, "all"))
-        check_ranges(self, {"max_mb": (0.1, 10_000), "quality": (1, 95)})
-        if not is_number(self.quality):
-            raise ConfigError(f"quality: got {self.quality!r}, expected a whole number from 1 to 95")
+        limits = {"quality": (1, 95), "top": (1, MOST_UNITS)}
+        check_ranges(self, {"max_mb": (0.1, 10_000), **limits})
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if not is_number(value):
+                raise ConfigError(f"{name}: got {value!r}, expected a whole number from {least} to {most}")
+        if not isinstance(self.neurons, str | None):
+            raise ConfigError(f"neurons: got {self.neurons!r}, expected the name of a CSV table")
 
 
 @dataclass(frozen=True)
@@ -149,13 +159,15 @@ def export_html(
         page: folder of the built page; default: the package's.
 
     Raises:
-        ConfigError: another suffix, the file would be larger than allowed, or cannot be written.
+        ConfigError: another suffix, the file would be larger than allowed, or cannot be written; the table of
+            neurons cannot be read.
         SelectionError: a frame, layer, head … that the episode does not hold.
         SetupError: the page was not built.
         StoreError: the episode is empty or damaged.
     """
     settings, path = settings or ExportSettings(), Path(path)
     _check_target(episode, path)
+    neurons = None if settings.neurons is None else read_found(settings.neurons, settings.top)
     document = single_document(page)
     try:
         chosen = choose(
@@ -164,6 +176,7 @@ def export_html(
             heads=settings.heads,
             denoise_steps=settings.denoise_steps,
             frames=settings.frames,
+            neurons=neurons,
         )
         parts = _read(episode, chosen, settings.quality, progress)
     except LerobotAttnError:
@@ -236,6 +249,8 @@ def _read(episode: Episode, chosen: Excerpt, quality: int, progress: Progress | 
     }
     if found["facts"]["scene"] is not None:
         found["masks"] = []
+    if found["facts"]["neurons"] is not None:
+        found["neurons"] = list(every_answer(episode, found["facts"]["neurons"], chosen.steps))
     places = np.ix_(
         _places(chosen.recording["mean_layers"], chosen.layers),
         _places(chosen.recording["heads"], chosen.heads),

@@ -12,6 +12,7 @@ from lerobot_attn.analysis.decoded import decodes
 from lerobot_attn.analysis.select import RAW, prefix_only_layers
 from lerobot_attn.analysis.tokens import prompt_truncated
 from lerobot_attn.explorer.means import mean_layers
+from lerobot_attn.explorer.neurons import FoundSet, neurons
 from lerobot_attn.explorer.pictures import video_version
 from lerobot_attn.explorer.scene import scene
 from lerobot_attn.explorer.slabs import PREFIX, labels
@@ -40,8 +41,13 @@ def identity(episode: Episode) -> dict[str, Any]:
     }
 
 
-def facts(episode: Episode) -> dict[str, Any]:
-    """Return an episode's sizes, labels, layout and cameras."""
+def facts(episode: Episode, found: FoundSet | None = None) -> dict[str, Any]:
+    """Return an episode's sizes, labels, layout and cameras.
+
+    Args:
+        episode: the episode.
+        found: neurons that somebody found, of which its own are named.
+    """
     data, attributes, layout = episode.arrays, episode.attributes, episode.layout
     policy = attributes.get("policy", {})
     actions = layout.action_queries
@@ -73,6 +79,7 @@ def facts(episode: Episode) -> dict[str, Any]:
         ],
         "cameras": _cameras(episode),
         "scene": scene(data),
+        "neurons": neurons(episode, found),
         "video_errors": _video_errors(attributes),
         "prompt_truncated": bool(prompt_truncated(data).any()),
         "kinds": {kind.name.lower(): int(kind) for kind in Kind},

@@ -94,12 +94,13 @@ def means_dataset(
     return xr.Dataset({MEANS: (dims, values[:, None])}, coordinates, data.attrs)
 
 
-def in_blocks[R](n: int, read: Callable[[slice], R]) -> Iterator[tuple[slice, R]]:
-    """Yield what is read of `n` inferences, and of which; those that are damaged are passed over.
+def in_blocks[R](n: int, read: Callable[[slice], R], most: int = _BLOCK) -> Iterator[tuple[slice, R]]:
+    """Yield what is read of `n` inferences, `most` at once, and of which; damaged ones are passed over.
 
     Reads nothing once, where there is nothing: what was asked for may not exist.
     """
-    blocks = [slice(first, min(first + _BLOCK, n)) for first in range(0, n, _BLOCK)] or [slice(0, 0)]
+    most = min(most, _BLOCK)
+    blocks = [slice(first, min(first + most, n)) for first in range(0, n, most)] or [slice(0, 0)]
     while blocks:
         block = blocks.pop(0)
         try:

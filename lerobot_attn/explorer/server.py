@@ -20,6 +20,7 @@ from lerobot_attn.explorer.base_path import base_path as checked_base_path
 from lerobot_attn.explorer.browser import open_page
 from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, host_pattern
 from lerobot_attn.explorer.library import Library
+from lerobot_attn.explorer.neurons import DEFAULT_TOP, read_found
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def serve(
     allow_hosts: Sequence[str] = (),
     base_path: str = "",
     wait: bool = False,
+    neurons: str | Path | None = None,
+    top: int = DEFAULT_TOP,
 ) -> None:
     """Serve the explorer until it is interrupted.
 
@@ -52,11 +55,15 @@ def serve(
         base_path: path under which a proxy shows the server, e.g. "/proxy/8123/"; only for a proxy that
             passes its path on and does not say so in `X-Forwarded-Prefix`.
         wait: where there is no episode yet, wait until the first one is recorded.
+        neurons: table of a found set of neurons, with the columns stream, layer and unit.
+        top: how many units of it, from the first row on.
 
     Raises:
         StoreError: no episode at the path, and nobody waits for one.
-        ConfigError: the address cannot be listened at, or a name or path is none.
+        ConfigError: the address cannot be listened at, or a name or path is none, or the table of
+            neurons cannot be read.
     """
+    found = None if neurons is None else read_found(neurons, top)
     names = [host_pattern(name) for name in allow_hosts]
     base = checked_base_path(base_path)
     library = _first_episode(path) if wait else Library(path)
@@ -72,7 +79,7 @@ def serve(
         )
     # Of another host any name may be the right one, unless they were told.
     known = [*LOOPBACK_NAMES, name, *names]
-    app = create_app(library, hosts=known if local or names else ["*"], base=base)
+    app = create_app(library, hosts=known if local or names else ["*"], base=base, found=found)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     # Ctrl-C is how it is meant to end: the server raises it again once it has closed.
     with listener, contextlib.suppress(KeyboardInterrupt):

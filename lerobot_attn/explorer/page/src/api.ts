@@ -78,6 +78,53 @@ export interface RoleShares {
   chance: (number | null)[][];
 }
 
+/** One neuron of a feed-forward network: its layer, and its number in the layer. */
+export type Neuron = [layer: number, unit: number];
+
+/** What was recorded of one stream's neurons. */
+export interface NeuronStream {
+  /** Of tokens: cameras by full name, then "task", "state" …; or, of the expert, "actions". */
+  groups: string[];
+  /** Over a group's tokens. */
+  reductions: string[];
+  layers: number[];
+  /** Of one layer. */
+  n_units: number;
+  /** Whether there is one activation a denoise step. */
+  per_step: boolean;
+}
+
+export interface Neurons {
+  /** "vlm", "expert" */
+  streams: Record<string, NeuronStream>;
+  /** A set that somebody found, and the one that the episode's condition fires. */
+  sets: {
+    kind: "found" | "fired";
+    name: string;
+    /** By stream; those that were recorded. */
+    units: Record<string, Neuron[]>;
+    n_left_out: number;
+  }[];
+}
+
+/** How active neurons are, in the policy's own units; null where an inference has no such tokens, or is damaged. */
+export interface Activations {
+  /** Number of the first inference. */
+  first: number;
+  stream: string;
+  units: Neuron[];
+  group: string;
+  reduction: string;
+  /** null of a stream that runs once an inference. */
+  denoise_step: number | null;
+  /** (inference) over the neurons. */
+  mean: (number | null)[];
+  /** Likewise, of all neurons of the same layers: what as many drawn at random would have on average. */
+  expected: (number | null)[];
+  /** (inference, neuron), if it was asked for. */
+  each: (number | null)[][] | null;
+}
+
 export interface EpisodeRow {
   id: string;
   version: string;
@@ -157,6 +204,8 @@ export interface Facts {
   cameras: Camera[];
   /** null where the recording has no masks of what its cameras showed. */
   scene?: Scene | null;
+  /** null where the recording has none. */
+  neurons?: Neurons | null;
   /** Full name of a camera → why its video could not be written. */
   video_errors: Record<string, string>;
   /** Whether the policy cut a prompt because it did not fit. */

@@ -10,6 +10,7 @@ import {
 } from "@preact/signals";
 import { useEffect, useMemo } from "preact/hooks";
 import { Actions } from "./actions";
+import { chosenNeurons, NeuronsPanel } from "./activations";
 import type { EpisodeRow, Run } from "./api";
 import { Cameras } from "./camera";
 import { colourTable } from "./colormaps";
@@ -19,6 +20,7 @@ import { percent } from "./heat";
 import { Help } from "./help";
 import { visiblePatches } from "./layout";
 import { EpisodeModel, sharedEnd } from "./model";
+import { askOf } from "./neurons";
 import { ObjectsPanel, OutlineLegend } from "./objects";
 import { PatchPanel } from "./patch";
 import { download } from "./picture";
@@ -85,6 +87,18 @@ export function EpisodePage(props: {
   useSignalEffect(() => {
     const facts = first.facts.value;
     document.title = facts ? `${episodeName(facts)} · lerobot-attn` : "lerobot-attn explorer";
+  });
+
+  useSignalEffect(() => {
+    const other_ = other.model.value;
+    const facts = first.facts.value;
+    const chosen = facts && chosenNeurons(facts, other_?.facts.value ?? null);
+    for (const model of other_ ? [first, other_] : [first]) {
+      const own = model.facts.value;
+      const asked =
+        own && chosen && askOf(own, chosen, state.tokens.value, state.reduction.value, model.step.value);
+      model.neurons.want(asked ?? null, state.units.value === "on");
+    }
   });
 
   const facts = first.facts.value;
@@ -176,10 +190,12 @@ export function EpisodePage(props: {
           </div>
           <footer class={second ? "two" : ""}>
             <Transport model={other.longest.value} isPlaying={stop.value !== null} toggle={toggle} />
+            <NeuronsPanel model={first} other={second} />
             {both.map((model, i) => (
               <TimelinePanel
                 key={model.id}
                 model={model}
+                other={second && both[1 - i]!}
                 label={i ? "Timeline of the second episode" : "Timeline"}
                 onSeek={i ? other.seek : (frame) => (state.frame.value = frame)}
               />

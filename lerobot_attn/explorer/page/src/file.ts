@@ -3,6 +3,7 @@
 import {
   ApiError,
   type ActionChunk,
+  type Activations,
   type AllRanges,
   type EpisodeRow,
   type Facts,
@@ -18,6 +19,7 @@ import {
 import { decodeFloat16 } from "./float16";
 import { CLIP, effectiveNumber, percentile, pick, sumByGroup } from "./heat";
 import { blindOf, cameraViews, modalitiesOf, modalityOfKey } from "./layout";
+import type { Ask } from "./neurons";
 import { isKnown, lyingOn, ofRole, rolesOf, type Lying } from "./scene";
 import { pictureCache, type EpisodeId, type Source, type Video, type Where } from "./source";
 
@@ -32,6 +34,8 @@ export interface Embedded {
   actions: ActionChunk[];
   /** None of a recording without. */
   masks?: Masks[];
+  /** Of every set, group, reduction and step of the facts; none of a recording without. */
+  neurons?: Activations[];
   /** float16 (inference, denoise step, layer, head, key), gzip, base64 */
   means: { shape: [number, number, number, number, number]; data: string };
   /** Full name of a camera → frame → JPEG, base64. */
@@ -138,6 +142,25 @@ export class FileSource implements Source {
       found.chance.push(lying.map((one) => seen(one.chance, one)));
     }
     return found;
+  }
+
+  async neurons(_: EpisodeId, first: number, asked: Ask, each: boolean): Promise<Activations> {
+    const found = this.data.neurons?.find(
+      (one) =>
+        one.stream === asked.stream &&
+        one.group === asked.group &&
+        one.reduction === asked.reduction &&
+        (one.denoise_step === null || one.denoise_step === asked.step) &&
+        String(one.units) === String(asked.units),
+    );
+    if (!found) throw notHere("these neurons");
+    return {
+      ...found,
+      first,
+      mean: found.mean.slice(first),
+      expected: found.expected.slice(first),
+      each: each && found.each ? found.each.slice(first) : null,
+    };
   }
 
   async ranges(episode: EpisodeId, step: number): Promise<Ranges> {

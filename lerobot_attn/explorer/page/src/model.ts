@@ -19,6 +19,7 @@ import {
 import { patches, pick, rangeEnd, rowOf, type Normalisation } from "./heat";
 import { Frames, indexOf, nearestLabel } from "./labels";
 import { blindOf, cameraViews, queryOfAction, type CameraView } from "./layout";
+import { EpisodeNeurons } from "./neurons";
 import { EpisodeRanges } from "./ranges";
 import { decodeMask, isKnown } from "./scene";
 import type { EpisodeId, Source } from "./source";
@@ -45,7 +46,7 @@ export interface Shown {
 
 /** What is loaded by itself, and can fail by itself. */
 export type Loaded =
-  "episode" | "frame" | "shares" | "roles" | "ranges" | "all ranges" | "steps" | "word" | "map";
+  "episode" | "frame" | "shares" | "roles" | "neurons" | "ranges" | "all ranges" | "steps" | "word" | "map";
 
 interface Word {
   group: number;
@@ -138,6 +139,7 @@ export class EpisodeModel {
   });
 
   readonly ranges: EpisodeRanges;
+  readonly neurons: EpisodeNeurons;
   readonly hasMeans = computed(() => Boolean(this.facts.value?.mean_layers.length));
   /** Which shares are wanted. */
   private readonly sharesAsked = computed(() =>
@@ -167,11 +169,13 @@ export class EpisodeModel {
     readonly wanted: ReadonlySignal<number>,
   ) {
     this.ranges = new EpisodeRanges(this, source);
+    this.neurons = new EpisodeNeurons(this, source);
     void this.refresh();
     this.stops.push(
       effect(() => this.loadShown()),
       effect(() => this.loadShares()),
       effect(() => this.loadRoles()),
+      effect(() => this.neurons.load()),
       effect(() => this.ranges.loadStep()),
       effect(() => this.ranges.loadAll()),
       effect(() => this.loadSteps()),
@@ -298,6 +302,7 @@ export class EpisodeModel {
     this.shown.value = this.shares.value = this.steps.value = this.word.value = null;
     this.roles.value = null;
     this.ranges.forget();
+    this.neurons.forget();
     this.isPainted.value = false;
   }
 

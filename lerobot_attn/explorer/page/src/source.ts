@@ -3,6 +3,7 @@
 import {
   ApiError,
   type ActionChunk,
+  type Activations,
   type AllRanges,
   type Camera,
   type Changes,
@@ -20,6 +21,7 @@ import {
   type Tokens,
 } from "./api";
 import { decodeFloat16 } from "./float16";
+import type { Ask } from "./neurons";
 
 export interface EpisodeId {
   id: string;
@@ -38,6 +40,8 @@ export interface Source {
   shares(episode: EpisodeId, first: number, where: Where): Promise<Shares>;
   /** Of one camera, by its full name. */
   roles(episode: EpisodeId, first: number, where: Where, camera: string): Promise<RoleShares>;
+  /** With `each`, of every neuron by itself too. */
+  neurons(episode: EpisodeId, first: number, asked: Ask, each: boolean): Promise<Activations>;
   ranges(episode: EpisodeId, step: number): Promise<Ranges>;
   allRanges(episode: EpisodeId): Promise<AllRanges>;
   tokens(episode: EpisodeId, inference: number): Promise<Tokens>;
@@ -159,6 +163,19 @@ export class ServerSource implements Source {
     json<Shares>(`${base(episode)}/shares?${asked(first, where)}`);
   roles = (episode: EpisodeId, first: number, where: Where, camera: string) =>
     json<RoleShares>(`${base(episode)}/roles/${encodeURIComponent(camera)}?${asked(first, where)}`);
+
+  neurons = (
+    episode: EpisodeId,
+    first: number,
+    { stream, units, group, reduction, step }: Ask,
+    each: boolean,
+  ) => {
+    const said = units.map(([layer, unit]) => `${layer}:${unit}`).join();
+    const of = `group=${encodeURIComponent(group)}&reduction=${encodeURIComponent(reduction)}&denoise_step=${step}`;
+    return json<Activations>(
+      `${base(episode)}/neurons/${encodeURIComponent(stream)}?first=${first}&units=${said}&${of}&each=${Number(each)}`,
+    );
+  };
 
   ranges = (episode: EpisodeId, step: number) => json<Ranges>(`${base(episode)}/ranges/${step}`);
   allRanges = (episode: EpisodeId) => json<AllRanges>(`${base(episode)}/ranges`);

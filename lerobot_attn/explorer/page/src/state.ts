@@ -57,6 +57,16 @@ export const opacity = field("opacity", 0.7, (value) => {
 });
 /** Whether objects are outlined, in recordings that have masks of them. */
 export const outlines = field<Toggle>("outlines", "on", oneOf("on", "off"));
+/** Set of neurons, as `Offer` has it; none is the first. "off" hides them. */
+export const neurons = field("neurons", "", text);
+/** Group of tokens at which they are looked at. */
+export const tokens = field("tokens", "", text);
+/** Over the group's tokens. */
+export const reduction = field("reduction", "mean", text);
+/** Whether each neuron of the set has a line. */
+export const units = field<Toggle>("units", "off", oneOf("on", "off"));
+/** Dimension of the state beside them; none is the hand's height. */
+export const beside = field("beside", "", text);
 /** camera:row:column of the patch that was asked about. */
 export const patch = field("patch", "", (value) => (/^.+:\d+:\d+$/.test(value) ? value : undefined));
 /** A second episode beside the first. */

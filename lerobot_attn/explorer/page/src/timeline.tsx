@@ -1,17 +1,21 @@
 /** The episode over its frames: shares, sharpness, reward, when the policy was asked; and the playhead. */
 
-import { useSignal, useSignalEffect } from "@preact/signals";
+import { useComputed, useSignal, useSignalEffect } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
+import { BESIDE_COLOUR, NeuronKeys } from "./activations";
 import type { Facts, RoleShares, Shares, Timeline as Table } from "./api";
 import { modalityColour, modalityLabel } from "./layout";
 import type { EpisodeModel } from "./model";
+import { besideOf, HIDDEN, otherFrame, short, span, stateOver } from "./neurons";
 import { isRole, LOOKS } from "./scene";
+import * as state from "./state";
 import { ink, type Ink } from "./theme";
 
 const SHARES_PX = 58;
 const ROLES_PX = 46;
+const NEURONS_PX = 76;
 const LINES_PX = 64;
 const AXIS_PX = 44;
 const WHOLE = [1, 2, 5]
@@ -176,17 +180,85 @@ function linesPlan(colour: Ink, shares: Shares, table: Table): Plan {
   };
 }
 
+/**
+ * The neurons' activation, what it would be by chance, and a number of the state; both scales are those of the two
+ * episodes that are shown together.
+ */
+function neuronsPlan(colour: Ink, model: EpisodeModel, other: EpisodeModel | null, table: Table): Plan {
+  const [facts, found] = [model.facts.value!, model.neurons.found.value];
+  const others = other?.neurons.found.value ?? null;
+  const otherTable = other?.timeline.value ?? null;
+  const activation = { scale: "activation", paths: steps, points: { show: false } };
+  const series: uPlot.Series[] = [];
+  const data: (number | null)[][] = [];
+  const add = (line: uPlot.Series, values: (number | null)[]) => {
+    series.push(line);
+    data.push(values);
+  };
+  const beside = besideOf(facts, state.beside.value);
+  const height = stateOver(facts, table, beside);
+  if (height) add({ scale: "state", stroke: BESIDE_COLOUR, width: 1.5, points: { show: false } }, height);
+  if (found) {
+    found.units.forEach((_, place) => {
+      if (!found.each) return;
+      const values = perFrame(table, (inference) => found.each![inference]?.[place]);
+      add({ ...activation, stroke: colour.accent, alpha: 0.4, width: 0.75 }, values);
+    });
+    const expected = perFrame(table, (inference) => found.expected[inference]);
+    add({ ...activation, stroke: colour.soft, width: 1.5, dash: [5, 3] }, expected);
+  }
+  if (others && otherTable) {
+    const [last, otherLast] = [table, otherTable].map((one) => one.frame_inference.length - 1) as [
+      number,
+      number,
+    ];
+    const values = table.frame_inference.map((_, frame) => {
+      const there =
+        otherTable.frame_inference[otherFrame(frame, last, otherLast, state.lock.value === "phase")];
+      return there === undefined ? null : (others.mean[there] ?? null);
+    });
+    add({ ...activation, stroke: colour.text, width: 1.5, dash: [1.5, 2.5] }, values);
+  }
+  if (found) {
+    add(
+      { ...activation, stroke: colour.accent, width: 2 },
+      perFrame(table, (inference) => found.mean[inference]),
+    );
+  }
+  const both = [found, others].filter((one) => one !== null);
+  const ofActivation = span(...both.flatMap((one) => [one.mean, one.expected, ...(one.each ?? [])]));
+  const otherFacts = other?.facts.value ?? null;
+  const otherHeight = otherFacts && otherTable ? stateOver(otherFacts, otherTable, beside) : null;
+  const ofState = span(height ?? [], otherHeight ?? []);
+  const values = (_: uPlot, ticks: number[]) => ticks.map((tick) => short(tick));
+  return {
+    height: NEURONS_PX,
+    series,
+    data,
+    scales: { activation: { range: ofActivation }, state: { range: ofState } },
+    axes: [
+      { scale: "activation", space: 20, values },
+      ...(height ? [{ scale: "state", side: 1 as const, space: 20, values, stroke: BESIDE_COLOUR }] : []),
+    ],
+    numbered: false,
+  };
+}
+
 export function TimelinePanel(props: {
   model: EpisodeModel;
+  /** The episode that is shown beside it. */
+  other: EpisodeModel | null;
   label: string;
   onSeek: (frame: number) => void;
 }) {
-  const { model, label, onSeek } = props;
+  const { model, other, label, onSeek } = props;
   const sharesRef = useRef<HTMLDivElement>(null);
   const rolesRef = useRef<HTMLDivElement>(null);
+  const neuronsRef = useRef<HTMLDivElement>(null);
   const linesRef = useRef<HTMLDivElement>(null);
   const plots = useRef<uPlot[]>([]);
   const width = useSignal(0);
+  const hasNeurons = useComputed(() => Boolean(model.facts.value?.neurons) && state.neurons.value !== HIDDEN);
   const left = useSignal<number | null>(null);
 
   useEffect(() => {
@@ -213,6 +285,10 @@ export function TimelinePanel(props: {
     const roles = model.roles.value;
     if (rolesRef.current && roles) {
       plots.current.push(plot(rolesRef.current, table, rolesPlan(roles, table), () => {}));
+    }
+    if (neuronsRef.current && hasNeurons.value) {
+      const plan = neuronsPlan(colour, model, other, table);
+      plots.current.push(plot(neuronsRef.current, table, plan, () => {}));
     }
     if (linesRef.current) {
       plots.current.push(plot(linesRef.current, table, linesPlan(colour, shares, table), () => {}));
@@ -278,9 +354,11 @@ export function TimelinePanel(props: {
         <span>thin lines: the policy was asked</span>
         {succeeded >= 0 && <span>success at frame {succeeded}</span>}
       </div>
+      <NeuronKeys model={model} other={other} />
       <div class="plots" onPointerDown={seek} onPointerMove={seek}>
         <div ref={sharesRef} class="plot" />
         {facts?.scene && facts.mean_layers.length > 0 && <div ref={rolesRef} class="plot roles" />}
+        {hasNeurons.value && <div ref={neuronsRef} class="plot neurons" />}
         <div ref={linesRef} class="plot" />
         {left.value !== null && <span class="playhead" style={{ left: `${left.value}px` }} />}
       </div>

@@ -5,6 +5,7 @@ import { useEffect, useRef } from "preact/hooks";
 import type { Facts } from "./api";
 import { averagedInWords } from "./labels";
 import type { EpisodeModel } from "./model";
+import { HIDDEN } from "./neurons";
 import * as state from "./state";
 
 interface Stop {
@@ -39,7 +40,7 @@ function overview(facts: Facts): void {
   });
 }
 
-export const STOPS: Stop[] = [
+const STOPS: Stop[] = [
   {
     title: "What you see",
     at: "cameras",
@@ -152,12 +153,31 @@ export const STOPS: Stop[] = [
   },
 ];
 
+const NEURONS: Stop = {
+  title: "Neurons over the episode",
+  at: "neurons",
+  text: (facts) =>
+    `Attention says what is looked at; neurons of the feed-forward layers say what is made of it. The line is the mean activation of the chosen neurons at each inference${facts.neurons?.sets.length ? ` (${facts.neurons.sets[0]!.name})` : ""}, beside a number of the robot's state. The dashed line is what as many neurons of the same layers, drawn at random, have on average: a set that rises with it has found nothing. And two lines that rise together may both follow the phase of the task: only firing the neurons tells whether they move the arm.`,
+  show: (_, facts) => {
+    overview(facts);
+    if (state.neurons.value === HIDDEN) state.neurons.value = "";
+  },
+};
+
+/** What there is to be seen in an episode: neurons come after the timeline that they are in. */
+export function stopsOf(facts: Pick<Facts, "neurons">): Stop[] {
+  if (!facts.neurons) return STOPS;
+  const place = STOPS.findIndex(({ at }) => at === "timeline") + 1;
+  return [...STOPS.slice(0, place), NEURONS, ...STOPS.slice(place)];
+}
+
 export function Tour({ model }: { model: EpisodeModel }) {
   const card = useRef<HTMLDivElement>(null);
   const isLeft = useSignal(false);
   const facts = model.facts.value;
-  const number = Math.min(state.tour.value, STOPS.length);
-  const stop = STOPS[number - 1]!;
+  const stops = facts ? stopsOf(facts) : STOPS;
+  const number = Math.min(state.tour.value, stops.length);
+  const stop = stops[number - 1]!;
   // Only then all that the stops speak of is on the page.
   const isReady = model.shown.value !== null;
   useEffect(() => {
@@ -174,7 +194,7 @@ export function Tour({ model }: { model: EpisodeModel }) {
     return () => element?.classList.remove("toured");
   }, [number, facts?.version, isReady]);
   if (!facts) return null;
-  const go = (to: number) => (state.tour.value = to > STOPS.length ? 0 : Math.max(0, to));
+  const go = (to: number) => (state.tour.value = to > stops.length ? 0 : Math.max(0, to));
   return (
     <div
       class={`tour ${isLeft.value ? "left" : ""}`}
@@ -190,7 +210,7 @@ export function Tour({ model }: { model: EpisodeModel }) {
       <h2 id="tour-title">
         {stop.title}{" "}
         <small>
-          {number} of {STOPS.length}
+          {number} of {stops.length}
         </small>
       </h2>
       {facts.random_weights && number === 1 && (
@@ -204,7 +224,7 @@ export function Tour({ model }: { model: EpisodeModel }) {
           Back
         </button>
         <button type="button" onClick={() => go(number + 1)}>
-          {number === STOPS.length ? "Done" : "Next"}
+          {number === stops.length ? "Done" : "Next"}
         </button>
         <button type="button" onClick={() => go(0)}>
           End the tour

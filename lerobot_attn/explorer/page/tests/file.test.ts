@@ -46,11 +46,48 @@ async function embedded(change: (bits: Uint16Array) => void = () => {}): Promise
     actions: [{ action: [[1]] }, { action: [[4]] }],
     means: { shape, data },
     pictures: { "images.front": { 2: "", 9: "" } },
+    neurons: [0, 9].map((step) => ({
+      first: 0,
+      stream: "expert",
+      units: [[3, 1]],
+      group: "actions",
+      reduction: "mean",
+      denoise_step: step,
+      mean: [step, 1, 2, 3, 4],
+      expected: [0, 0, 0, 0, 0],
+      each: [[step], [1], [2], [3], [4]],
+    })),
   } as unknown as Embedded);
 }
 
 describe("an exported episode", async () => {
   const source = await embedded();
+
+  it("holds the activations of its sets, and says so of all others", async () => {
+    const asked = {
+      stream: "expert",
+      units: [[3, 1]] as [number, number][],
+      group: "actions",
+      reduction: "mean",
+      step: 9,
+    };
+    expect(await source.neurons(ID, 0, asked, false)).toMatchObject({ mean: [9, 1, 2, 3, 4], each: null });
+    expect(await source.neurons(ID, 3, asked, true)).toMatchObject({
+      first: 3,
+      mean: [3, 4],
+      each: [[3], [4]],
+    });
+    for (const other of [
+      { step: 4 },
+      { group: "state" },
+      { reduction: "max" },
+      { units: [[3, 2]] as [number, number][] },
+    ]) {
+      await expect(source.neurons(ID, 0, { ...asked, ...other }, false)).rejects.toThrow(
+        "does not hold these neurons",
+      );
+    }
+  });
 
   it("keeps the recording's numbers of inferences", async () => {
     expect((await source.tokens(ID, 4)).text).toEqual(["four"]);
