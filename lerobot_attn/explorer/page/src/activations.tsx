@@ -1,6 +1,7 @@
 /** The neurons' panel: which neurons, of which tokens, and beside which number of the state; its lines are in the timeline. */
 
 import type { Facts } from "./api";
+import { modalityColour } from "./layout";
 import type { EpisodeModel } from "./model";
 import {
   besideOf,
@@ -14,11 +15,10 @@ import {
   stateOver,
 } from "./neurons";
 import type { Offer } from "./neurons";
-import { LOOKS } from "./scene";
 import * as state from "./state";
 
-/** The colour of the state's line: the robot's. */
-export const BESIDE_COLOUR = LOOKS.robot.colour;
+/** The colour of the state's line: that of its share of attention. */
+export const besideColour = (facts: Facts) => modalityColour(facts, "state");
 
 interface Option {
   value: string;
@@ -199,7 +199,8 @@ export function NeuronKeys({ model, other }: { model: EpisodeModel; other: Episo
       )}
       {height !== undefined && (
         <span>
-          <i class="line" style={{ borderColor: BESIDE_COLOUR }} /> {beside}: <output>{short(height)}</output>
+          <i class="line" style={{ borderColor: besideColour(facts) }} /> {beside}:{" "}
+          <output>{short(height)}</output>
         </span>
       )}
     </div>

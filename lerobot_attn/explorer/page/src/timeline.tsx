@@ -4,7 +4,7 @@ import { useComputed, useSignal, useSignalEffect } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
-import { BESIDE_COLOUR, NeuronKeys } from "./activations";
+import { besideColour, NeuronKeys } from "./activations";
 import type { Facts, RoleShares, Shares, Timeline as Table } from "./api";
 import { modalityColour, modalityLabel } from "./layout";
 import type { EpisodeModel } from "./model";
@@ -197,7 +197,8 @@ function neuronsPlan(colour: Ink, model: EpisodeModel, other: EpisodeModel | nul
   };
   const beside = besideOf(facts, state.beside.value);
   const height = stateOver(facts, table, beside);
-  if (height) add({ scale: "state", stroke: BESIDE_COLOUR, width: 1.5, points: { show: false } }, height);
+  if (height)
+    add({ scale: "state", stroke: besideColour(facts), width: 1.5, points: { show: false } }, height);
   if (found) {
     found.units.forEach((_, place) => {
       if (!found.each) return;
@@ -238,7 +239,9 @@ function neuronsPlan(colour: Ink, model: EpisodeModel, other: EpisodeModel | nul
     scales: { activation: { range: ofActivation }, state: { range: ofState } },
     axes: [
       { scale: "activation", space: 20, values },
-      ...(height ? [{ scale: "state", side: 1 as const, space: 20, values, stroke: BESIDE_COLOUR }] : []),
+      ...(height
+        ? [{ scale: "state", side: 1 as const, space: 20, values, stroke: besideColour(facts) }]
+        : []),
     ],
     numbered: false,
   };
