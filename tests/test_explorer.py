@@ -21,6 +21,7 @@ import pytest
 import uvicorn
 import xarray as xr
 import zarr
+from neuron_stores import write_neurons
 from test_store import LAYOUT, frame_rows, inference_rows, make_writer, write_episode
 
 from lerobot_attn import analysis, open_episode, open_run
@@ -1300,7 +1301,7 @@ def test_every_request_is_documented_and_every_documented_one_is_there(run):
 def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
     plan = SyntheticPlan(prefix_layers=(1,), episode_index=9, objects={"cup": "target"})
     shutil.copytree(mixed, tmp_path / "run")
-    write_planted_episode(tmp_path / "run", plan)
+    write_neurons(tmp_path / "run", plan, fired=("steered", {"vlm": {"2": [5]}}))
     with client_of(tmp_path / "run") as client:
         episode = client.get("/api/run").json()["episodes"][-1]
         values_of = {
@@ -1311,6 +1312,7 @@ def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
             "layer": 3,
             "camera": episode["camera"],
             "frame": 1,
+            "stream": "vlm",
         }
         n_json = 0
         facts = client.get(f"/api/episodes/{episode['id']}").json()
@@ -1320,6 +1322,7 @@ def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
                 continue
             prefix = {"layer": 1, "query": 5} if "/prefix/" in address else {}
             path = address.format(**values_of | prefix)
+            path += "?units=2:5&group=task&each=1" * ("/neurons/" in address)
             answer = client.get(f"{path}?v={video_version}" if path.endswith(".jpg") else path)
             assert answer.status_code == 200, address
             cached = answer.headers["cache-control"]
@@ -1331,7 +1334,7 @@ def test_every_field_of_an_answer_is_documented(mixed, tmp_path):
             elif "X-Shape" in answer.headers:
                 shape = re.search(r"float16 \(([^)]*)\)", text)[1].split(", ")
                 assert len(values(answer).shape) == len(shape), address
-    assert n_json == 11
+    assert n_json == 12
 
 
 def test_the_documents_example_runs_against_the_command(run, capsys):
