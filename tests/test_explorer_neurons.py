@@ -34,7 +34,7 @@ from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 
 PLAN = SyntheticPlan(n_frames=12, n_executed=2)
 FIRED = {"vlm": {"2": [5, 7], "0": [1]}, "expert": {"3": [6]}}
-FOUND = FoundSet("words.csv", {"vlm": [(2, 5), (3, 1), (9, 1)], "expert": [(3, 6)]})
+FOUND = (FoundSet("words.csv", {"vlm": [(2, 5), (3, 1), (9, 1)], "expert": [(3, 6)]}),)
 FIRST, STEERED, PLAIN = (f"attention:synthetic_0:episode_0000{index}" for index in range(3))
 
 
@@ -288,18 +288,39 @@ def test_an_inference_that_is_damaged_costs_no_other(tmp_path):
 # The found set
 
 
-def table(path, *rows):
-    path.write_text("\n".join(["word,stream,layer,unit", *rows]) + "\n")
+def table(path, *rows, columns="stream,layer,unit"):
+    path.write_text("\n".join([columns, *rows]) + "\n")
     return path
 
 
 def test_a_found_set_is_the_first_rows_of_its_table(tmp_path):
-    file = table(tmp_path / "words.csv", "high,vlm,2,5", "up,vlm,2,5", "up,expert,3,6", "high,vlm,0,1")
-    assert read_found(file) == FoundSet("words.csv", {"vlm": [(2, 5), (0, 1)], "expert": [(3, 6)]})
-    assert read_found(file, 2) == FoundSet("words.csv", {"vlm": [(2, 5)], "expert": [(3, 6)]})
-    many = table(tmp_path / "many.csv", *(f"high,vlm,0,{i}" for i in range(MOST_UNITS + 50)))
-    assert len(read_found(many).units["vlm"]) == 20
-    assert len(read_found(many, 10**6).units["vlm"]) == MOST_UNITS
+    file = table(tmp_path / "mine.csv", "vlm,2,5", "vlm,2,5", "expert,3,6", "vlm,0,1")
+    assert read_found(file) == (FoundSet("mine.csv", {"vlm": [(2, 5), (0, 1)], "expert": [(3, 6)]}),)
+    assert read_found(file, 2) == (FoundSet("mine.csv", {"vlm": [(2, 5)], "expert": [(3, 6)]}),)
+    many = table(tmp_path / "many.csv", *(f"vlm,0,{i}" for i in range(MOST_UNITS + 50)))
+    assert len(read_found(many)[0].units["vlm"]) == 20
+    assert len(read_found(many, 10**6)[0].units["vlm"]) == MOST_UNITS
+
+
+def test_words_and_the_sides_of_a_contrast_are_sets_of_their_own(tmp_path):
+    columns = "word,stream,layer,unit"
+    words = ("high,vlm,2,5", "high,vlm,0,1", "low,vlm,2,5", "low,vlm,3,2")
+    found = read_found(table(tmp_path / "words.csv", *words, columns=columns), 1)
+    assert found == (
+        FoundSet("words.csv, high", {"vlm": [(2, 5)]}),
+        FoundSet("words.csv, low", {"vlm": [(2, 5)]}),
+    )
+    columns = "stream,layer,unit,auc"
+    contrast = ("expert,3,6,0.9", "expert,3,1,0.05", "vlm,2,5,0.8")
+    found = read_found(table(tmp_path / "contrast.csv", *contrast, columns=columns))
+    assert found == (
+        FoundSet("contrast.csv, more active", {"expert": [(3, 6)], "vlm": [(2, 5)]}),
+        FoundSet("contrast.csv, less active", {"expert": [(3, 1)]}),
+    )
+    (found,) = read_found(table(tmp_path / "one.csv", contrast[0], columns=columns))
+    assert found.name == "one.csv, more active"
+    many = (f"word{i},vlm,0,{i}" for i in range(50))
+    assert len(read_found(table(tmp_path / "many.csv", *many, columns="word,stream,layer,unit"))) == 8
 
 
 @pytest.mark.parametrize("command", ["view", "export-html"])
@@ -318,7 +339,7 @@ def test_a_table_that_is_none_is_said_in_one_line(run, tmp_path, monkeypatch, ca
 
 
 def test_an_export_holds_the_sets_and_says_so(episode, steered, tmp_path):
-    file = table(tmp_path / "words.csv", "high,vlm,2,5", "high,vlm,3,1", "high,expert,3,6")
+    file = table(tmp_path / "words.csv", "vlm,2,5", "vlm,3,1", "expert,3,6")
     settings = ExportSettings(frames="0,7", neurons=str(file), denoise_steps="0,2")
     data = Document(export_html(steered, tmp_path / "a.html", settings).path).data
     found = read_found(file)
@@ -337,7 +358,7 @@ def test_an_export_holds_the_sets_and_says_so(episode, steered, tmp_path):
 
 
 def test_an_export_of_an_episode_without_neurons_does_not_speak_of_them(run, tmp_path):
-    file = table(tmp_path / "words.csv", "high,vlm,2,5")
+    file = table(tmp_path / "words.csv", "vlm,2,5")
     settings = ExportSettings(neurons=str(file))
     data = Document(export_html(opened(run, PLAIN), tmp_path / "a.html", settings).path).data
     assert (data["facts"]["neurons"], "neurons" in data) == (None, False)
@@ -347,7 +368,7 @@ def test_an_export_of_an_episode_without_neurons_does_not_speak_of_them(run, tmp
 def test_an_export_has_single_neurons_of_small_sets_alone(episode, tmp_path):
     n = MOST_EACH + 1
     file = table(
-        tmp_path / "many.csv", *(f"high,vlm,{2 * (i // 12 > 0) + (i // 12 > 1)},{i % 12}" for i in range(n))
+        tmp_path / "many.csv", *(f"vlm,{2 * (i // 12 > 0) + (i // 12 > 1)},{i % 12}" for i in range(n))
     )
     for top, has_each in ((n, False), (MOST_EACH, True)):
         settings = ExportSettings(frames="0", neurons=str(file), top=top)

@@ -15,12 +15,13 @@ NeuronsFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.csv",
-        help="A found set of neurons: a table with columns stream, layer, unit, the best first, as "
-        "lerobot-attn neurons writes. Default: those that the episode's condition fires.",
+        help="Found neurons: a table with columns stream, layer, unit, the best first, as lerobot-attn "
+        "neurons writes; of words, a set a word. Beside those that the episode's condition fires.",
     ),
 ]
 NeuronsTop = Annotated[
-    int | None, typer.Option(min=1, help="Units of --neurons, from the first row on. Default: 20.")
+    int | None,
+    typer.Option(min=1, help="Units of each set in --neurons, from the first row on. Default: 20."),
 ]
 
 

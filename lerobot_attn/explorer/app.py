@@ -14,7 +14,7 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def create_app(
     hosts: list[str] | None = None,
     base: str = "",
     static: Path | None = None,
-    found: neurons.FoundSet | None = None,
+    found: Sequence[neurons.FoundSet] = (),
 ) -> Starlette:
     """Return the web application.
 
@@ -85,7 +85,7 @@ def create_app(
             of its own; default: this machine's loopback.
         base: path under which a proxy shows the server and which it passes on, as `base_path` returns it.
         static: the built page; default: the one in the package.
-        found: neurons that somebody found, whose activation the page shows.
+        found: sets of neurons that somebody found, whose activation the page shows.
     """
     explorer = _Explorer(library, found)
     zipped = [Middleware(GZipMiddleware, minimum_size=1000)]
@@ -137,7 +137,7 @@ def create_app(
 class _Explorer:
     """The endpoints. Those that read stores are plain functions: Starlette runs them on threads."""
 
-    def __init__(self, library: Library, found: neurons.FoundSet | None):
+    def __init__(self, library: Library, found: Sequence[neurons.FoundSet]):
         self._library = library
         self._found = found
         self._pictures = FramePictures()

@@ -55,7 +55,7 @@ def choose(
     heads: Any,
     denoise_steps: Any,
     frames: Any,
-    neurons: FoundSet | None = None,
+    neurons: Sequence[FoundSet] = (),
 ) -> Excerpt:
     """Find what is asked for in an episode.
 
@@ -65,7 +65,7 @@ def choose(
         heads: likewise.
         denoise_steps: likewise.
         frames: likewise.
-        neurons: those that somebody found.
+        neurons: sets of them that somebody found.
 
     Raises:
         SelectionError: something that the episode does not hold.

@@ -54,9 +54,9 @@ class ExportSettings:
     max_mb: float = 25
     # Quality of the camera pictures as JPEG, 1 to 95.
     quality: int = 80
-    # Table of a found set of neurons (columns stream, layer, unit), beside those that the condition fires.
+    # Table of found neurons (columns stream, layer, unit), beside those that the condition fires.
     neurons: str | None = None
-    # Units of it, from the first row on.
+    # Units of each set in it, from the first row on.
     top: int = DEFAULT_TOP
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ def export_html(
     """
     settings, path = settings or ExportSettings(), Path(path)
     _check_target(episode, path)
-    neurons = None if settings.neurons is None else read_found(settings.neurons, settings.top)
+    neurons = () if settings.neurons is None else read_found(settings.neurons, settings.top)
     document = single_document(page)
     try:
         chosen = choose(

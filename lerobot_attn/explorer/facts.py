@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,12 @@ def identity(episode: Episode) -> dict[str, Any]:
     }
 
 
-def facts(episode: Episode, found: FoundSet | None = None) -> dict[str, Any]:
+def facts(episode: Episode, found: Sequence[FoundSet] = ()) -> dict[str, Any]:
     """Return an episode's sizes, labels, layout and cameras.
 
     Args:
         episode: the episode.
-        found: neurons that somebody found, of which its own are named.
+        found: sets of neurons that somebody found.
     """
     data, attributes, layout = episode.arrays, episode.attributes, episode.layout
     policy = attributes.get("policy", {})

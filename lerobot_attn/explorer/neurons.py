@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -21,7 +22,8 @@ from lerobot_attn.store.reader import Episode
 
 MOST_UNITS = 200  # of a set that is looked at; more are no set but a layer
 MOST_EACH = 32  # of a set whose units the page draws one by one
-DEFAULT_TOP = 20  # of a found set's file
+DEFAULT_TOP = 20  # of a found set
+_MOST_SETS = 8  # of a table: words that are asked about are a few
 _LARGEST = float(np.finfo(np.float16).max)  # what was larger is stored as infinity
 _MOST_VALUES = 2**24  # of one inference and one group of tokens: some layers of 16384 neurons are 300,000
 _BLOCK_VALUES = 2**22  # that are in memory at once
@@ -41,35 +43,53 @@ class FoundSet(NamedTuple):
     units: Mapping[str, Sequence[Unit]]
 
 
-def read_found(csv: str | Path, top: int = DEFAULT_TOP) -> FoundSet:
-    """Read a found set from a table with the columns stream, layer and unit.
+def read_found(csv: str | Path, top: int = DEFAULT_TOP) -> tuple[FoundSet, ...]:
+    """Read the found sets of a table with the columns stream, layer and unit.
+
+    A table of words (column word) holds a set a word. A contrast (column auc) holds the neurons that are more
+    active in its first group and those that are less, because a mean over both would say nothing. Any other
+    table is one set.
 
     Args:
         csv: the file; its rows are in order, the best first.
-        top: how many units at most.
+        top: how many units of each set at most.
 
     Raises:
         ConfigError: the file cannot be read, or holds no units.
     """
-    found = units_of(csv, top=min(top, MOST_UNITS))
-    units = {
+    top, file = min(top, MOST_UNITS), Path(csv).name
+    whole = units_of(csv, top=top)  # says what is wrong with the file
+    table = pd.read_csv(csv, usecols=lambda name: name in ("word", "auc"))
+    found: dict[str, Mapping[str, Mapping[int, Sequence[int]]]] = {}
+    if "word" in table:
+        words = table["word"].dropna().unique().tolist()[:_MOST_SETS]
+        found = {f"{file}, {word}": units_of(csv, top=top, word=word) for word in words}
+    elif "auc" in table:
+        if (table["auc"] > 0.5).any():
+            found[f"{file}, more active"] = units_of(csv, top=top, side="more")
+        if (table["auc"] < 0.5).any():
+            found[f"{file}, less active"] = units_of(csv, top=top, side="less")
+    return tuple(FoundSet(name, _listed(units)) for name, units in (found or {file: whole}).items())
+
+
+def _listed(units: Mapping[str, Mapping[int, Sequence[int]]]) -> dict[str, list[Unit]]:
+    return {
         stream: [(layer, unit) for layer, of_layer in layers.items() for unit in of_layer]
-        for stream, layers in found.items()
+        for stream, layers in units.items()
     }
-    return FoundSet(Path(csv).name, units)
 
 
-def neurons(episode: Episode, found: FoundSet | None = None) -> dict[str, Any] | None:
+def neurons(episode: Episode, found: Sequence[FoundSet] = ()) -> dict[str, Any] | None:
     """Return which neurons an episode holds and which sets of them there are; None where it holds none.
 
     Args:
         episode: the episode.
-        found: a found set.
+        found: sets that somebody found.
 
     Returns:
         `streams`, "vlm" and "expert" as far as they were recorded → `groups` of tokens, `reductions`,
         `layers`, `n_units` of a layer, and whether there is one activation `per_step` of denoising; `sets`,
-        the found one and the one that the episode's condition fires, each with `kind` ("found", "fired"),
+        the found ones and the one that the episode's condition fires, each with `kind` ("found", "fired"),
         `name`, `units`, stream → [layer, unit] of those that were recorded, and `n_left_out`, how many were
         not, or are too many. A set of which nothing was recorded is left out.
     """
@@ -79,9 +99,7 @@ def neurons(episode: Episode, found: FoundSet | None = None) -> dict[str, Any] |
     }
     if not streams:
         return None
-    sets = []
-    if found is not None:
-        sets.append(_set("found", found.name, found.units, streams))
+    sets = [_set("found", one.name, one.units, streams) for one in found]
     fired = fired_units(episode)
     if fired:
         sets.append(_set("fired", episode.condition.name, fired, streams))

@@ -55,15 +55,15 @@ def serve(
         base_path: path under which a proxy shows the server, e.g. "/proxy/8123/"; only for a proxy that
             passes its path on and does not say so in `X-Forwarded-Prefix`.
         wait: where there is no episode yet, wait until the first one is recorded.
-        neurons: table of a found set of neurons, with the columns stream, layer and unit.
-        top: how many units of it, from the first row on.
+        neurons: table of found neurons, with the columns stream, layer and unit; see `read_found`.
+        top: how many units of each set in it, from the first row on.
 
     Raises:
         StoreError: no episode at the path, and nobody waits for one.
         ConfigError: the address cannot be listened at, or a name or path is none, or the table of
             neurons cannot be read.
     """
-    found = None if neurons is None else read_found(neurons, top)
+    found = () if neurons is None else read_found(neurons, top)
     names = [host_pattern(name) for name in allow_hosts]
     base = checked_base_path(base_path)
     library = _first_episode(path) if wait else Library(path)

@@ -97,7 +97,7 @@ export interface NeuronStream {
 export interface Neurons {
   /** "vlm", "expert" */
   streams: Record<string, NeuronStream>;
-  /** A set that somebody found, and the one that the episode's condition fires. */
+  /** Sets that somebody found, and the one that the episode's condition fires. */
   sets: {
     kind: "found" | "fired";
     name: string;

@@ -6,7 +6,7 @@ import type { EpisodeId, Source } from "./source";
 
 /** A set of neurons of one stream that can be chosen. */
 export interface Offer {
-  /** As the address has it: "found:vlm", "fired:expert", "other:vlm" (what the other episode fires), "unit:vlm:3:17". */
+  /** As the address has it: "found:vlm", "found2:vlm", "fired:expert", "other:vlm" (what the other episode fires), "unit:vlm:3:17". */
   value: string;
   name: string;
   stream: string;
@@ -40,15 +40,18 @@ export function offersOf(facts: Facts, other: Facts | null): Offer[] {
   const others = (other?.neurons?.sets ?? [])
     .filter((set) => set.kind === "fired" || !own.some(({ kind }) => kind === "found"))
     .map((set) => ({ ...set, from: set.kind === "fired" ? "other" : "found" }));
-  const offers = [...own, ...others].flatMap(({ from, kind, name, units, n_left_out }) =>
-    Object.entries(units).map(([stream, of]) => ({
-      value: `${from}:${stream}`,
+  const numbered = new Map<string, number>();
+  const offers = [...own, ...others].flatMap(({ from, kind, name, units, n_left_out }) => {
+    const number = (numbered.get(from) ?? 0) + 1;
+    numbered.set(from, number);
+    return Object.entries(units).map(([stream, of]) => ({
+      value: `${from}${number > 1 ? number : ""}:${stream}`,
       name: `${kind === "found" ? name : `fired by ${name}`}: ${counted(of.length)} (${stream})`,
       stream,
       units: of,
       nLeftOut: n_left_out,
-    })),
-  );
+    }));
+  });
   // Two episodes of one condition fire the same.
   const seen = new Set<string>();
   return offers.filter(({ stream, units }) => {

@@ -80,6 +80,15 @@ describe("sets of neurons", () => {
     });
   });
 
+  it("are several where a table holds several, each with its address", () => {
+    const low = set("found", "words.csv, low", { vlm: [[3, 1]] });
+    expect(offersOf(facts([FOUND, low]), null).map(({ value }) => value)).toEqual([
+      "found:vlm",
+      "found:expert",
+      "found2:vlm",
+    ]);
+  });
+
   it("are offered once where both episodes fire the same, twice where they do not", () => {
     expect(offersOf(facts([FIRED]), facts([FIRED])).map(({ value }) => value)).toEqual(["fired:vlm"]);
     const control = set("fired", "random", { vlm: [[3, 5]] });
