@@ -4,7 +4,7 @@ Knows the settings and their ranges. Knows no policy: whether layer 17 exists is
 hand, with `resolve_indices`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ ON_ERROR = ("continue", "abort")
 EXISTING = ("refuse", "skip", "overwrite")
 WHEN_BEHIND = ("auto", "wait", "drop")
 REFERENCE = "reference"  # of cameras
+STREAMS = ("vlm", "expert")  # of neurons and residuals
 FLOAT16_MANTISSA_BITS = 10
 
 
@@ -35,6 +36,9 @@ class CaptureSettings:
     mean_layers: list[int] | str = "auto"
     prefix_layers: list[int] | str = "none"
     vision_layers: list[int] | str = "none"
+    neurons: dict[str, list[int] | str] = field(default_factory=dict)
+    residuals: dict[str, list[int] | str] = field(default_factory=dict)
+    record_full: bool = False
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -50,12 +54,26 @@ class CaptureSettings:
             _check_selection(self, name, words=("all",))
         # "auto" may still come to mean all layers, or none: `Selection.resolve` knows.
         names = ("layers", "mean_layers", "prefix_layers", "vision_layers")
-        if all(getattr(self, name) == "none" for name in names):
+        for name in ("neurons", "residuals"):
+            setattr(self, name, _streams(name, getattr(self, name)))
+        activations = [name for name in ("neurons", "residuals") if getattr(self, name)]
+        if not activations and all(getattr(self, name) == "none" for name in names):
             raise ConfigError(
-                "nothing to capture: layers, mean_layers, prefix_layers and vision_layers are all 'none'; "
-                "expected at least one of them; set e.g. layers=[-1]"
+                "nothing to capture: layers, mean_layers, prefix_layers and vision_layers are all 'none', "
+                "and there are no neurons and residuals; expected at least one of them; set e.g. layers=[-1]"
+            )
+        _check_bool(self, "record_full")
+        if self.record_full and not activations:
+            raise ConfigError(
+                "record_full: got true without neurons and residuals, expected layers whose tokens are kept; "
+                "set e.g. neurons={vlm: [9]}"
             )
         _check_bool(self, "compiled")
+        if self.compiled and activations:
+            raise ConfigError(
+                f"compiled: got true together with {activations[0]}, expected one of the two: activations "
+                "are recorded of a policy that runs uncompiled; leave compiled out"
+            )
 
 
 # The comments above the fields, here and in AttentionConfig, are what `lerobot-eval --help` shows.
@@ -153,6 +171,13 @@ class AttentionConfig(StorageSettings, CaptureSettings):
     # Layers of the vision tower whose self-attention (patches of one camera) is stored, all its heads: a
     # list, 'all' or 'none'.
     vision_layers: list[int] | str = "none"
+    # Layers whose feed-forward neurons are stored, for the streams vlm and expert, e.g. {vlm: all, expert:
+    # [-1]}: mean and maximum over each group of tokens (a camera, task, state, template; the actions).
+    neurons: dict[str, list[int] | str] = field(default_factory=dict)
+    # Layers whose residual stream, as it leaves the layer, is stored in the same way.
+    residuals: dict[str, list[int] | str] = field(default_factory=dict)
+    # Also store the neurons and residuals of these layers for every single token.
+    record_full: bool = False
     # Keep a policy that is compiled (compile_model=true) compiled while it is recorded, maps and all.
     compiled: bool = False
 
@@ -284,21 +309,36 @@ def _is_int(value: object) -> bool:
 
 
 def _check_selection(settings: object, name: str, words: tuple[str, ...]) -> None:
-    value = getattr(settings, name)
+    setattr(settings, name, _selection(name, getattr(settings, name), words))
+
+
+def _selection(name: str, value: Any, words: tuple[str, ...]) -> list[int] | str:
+    """Return a choice of layers, heads or steps in one form: a list of indices, or one of the words."""
     expected = f"a list of indices or {' or '.join(repr(w) for w in words)}"
-    if value is None or value == []:
-        if "none" not in words:
-            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
-        setattr(settings, name, "none")
-    elif _is_int(value):
-        setattr(settings, name, [value])
-    elif isinstance(value, str):
-        if value not in words:
-            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
-    elif not isinstance(value, Sequence) or not all(_is_int(v) for v in value):
+    if (value is None or value == []) and "none" in words:
+        return "none"
+    if _is_int(value):
+        return [value]
+    if isinstance(value, str) and value in words:
+        return value
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value or not all(map(_is_int, value)):
         raise ConfigError(f"{name}: got {value!r}, expected {expected}")
-    else:
-        setattr(settings, name, list(value))
+    return list(value)
+
+
+def _streams(name: str, value: Any) -> dict[str, list[int] | str]:
+    """Return the layers of each stream that has some; of the others nothing is kept."""
+    example = "such as {vlm: all, expert: [-1]}"
+    if not isinstance(value, Mapping | None):
+        raise ConfigError(f"{name}: got {value!r}, expected the layers of each stream, {example}")
+    unknown = [stream for stream in value or () if stream not in STREAMS]
+    if unknown:
+        raise ConfigError(f"{name}: got the stream {unknown[0]!r}, expected vlm or expert, {example}")
+    chosen = {
+        stream: _selection(f"{name}, {stream}", layers, ("all", "none"))
+        for stream, layers in (value or {}).items()
+    }
+    return {stream: layers for stream, layers in chosen.items() if layers != "none"}
 
 
 def _check_range(settings: object, name: str, low: int, high: int) -> None:

@@ -17,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from lerobot_attn.analysis.activations import activation_lines
 from lerobot_attn.analysis.decoded import decodes, is_read
 from lerobot_attn.analysis.labels import denoises, ranges
 from lerobot_attn.analysis.reduce import row_sum
@@ -146,6 +147,7 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
         },
         "saved": coordinates,
         "masks": episode.masked,
+        "activations": activation_lines(episode.arrays, inferences),
         "segments": [
             {"kind": s.kind, "name": s.name, "start": s.start, "stop": s.stop, "tokens": len(s)}
             for s in episode.layout.segments
@@ -211,6 +213,7 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
         ("frames", f"{facts['n_frames']}, from {facts['n_inferences']} inferences"),
         ("saved", "; ".join(f"{name} {ranges(values)}" for name, values in facts["saved"].items())),
         *([("masks", facts["masks"]["text"])] if facts["masks"] else []),
+        *facts["activations"].items(),
         (
             "on disk",
             f"{format_bytes(facts['stored_bytes'])}, maps compressed {facts['compression_ratio'] or 0:.1f}x",
@@ -232,13 +235,9 @@ def render_episode(facts: dict[str, Any]) -> RenderableType:
     for dim in used:
         dims.add_row(dim, escape(DIMENSIONS[dim]))
     segments = _table("segment", "kind", "keys", "tokens")
-    for segment in facts["segments"]:
-        segments.add_row(
-            _plain(segment["name"]),
-            _plain(segment["kind"]),
-            f"{segment['start']} to {segment['stop'] - 1}",
-            str(segment["tokens"]),
-        )
+    for one in facts["segments"]:
+        span, n_tokens = f"{one['start']} to {one['stop'] - 1}", str(one["tokens"])
+        segments.add_row(_plain(one["name"]), _plain(one["kind"]), span, n_tokens)
     parts += [_title("arrays"), arrays, _title("dimensions"), dims, _title("token segments"), segments]
     if facts["attention_mass"]:
         sampled = ", ".join(map(str, facts["attention_mass_inferences"]))

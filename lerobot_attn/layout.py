@@ -164,6 +164,16 @@ _SEGMENT_KINDS = {
 }
 
 
+# What the groups of tokens that are no camera's are called, where activations are reduced over them.
+GROUP_OF_KIND = {
+    Kind.TASK: "task",
+    Kind.STATE: "state",
+    Kind.TEMPLATE: "template",
+    Kind.TEXT: "text",
+    Kind.SPECIAL: "special",
+}
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """The keys of the suffix pass in order: the prefix (images, language, state) and then the suffix.
@@ -303,6 +313,38 @@ class TokenLayout:
         result[self.language.start : self.language.stop] = text_kind
         result[~key_mask] = Kind.PADDING
         return result
+
+    def prefix_groups(self, key_kind: NDArray[np.int8]) -> dict[str, NDArray[np.bool_]]:
+        """Return the groups of prefix tokens over which a language model's activations are reduced.
+
+        Args:
+            key_kind: (…, key), values of `Kind`.
+
+        Returns:
+            name → (…, prefix) bool. First each camera of the prefix that showed an image, by its name, then
+            the kinds of other tokens that are there, by the names of `GROUP_OF_KIND`. Padding is in no group.
+        """
+        kinds, cameras = key_kind[..., : self.prefix_len], self.key_camera()[: self.prefix_len]
+        groups = {
+            camera.name: (kinds == Kind.IMAGE) & (cameras == index)
+            for index, camera in enumerate(self.cameras)
+            if not camera.is_empty and (cameras == index).any()
+        }
+        others = {name: kinds == kind for kind, name in GROUP_OF_KIND.items()}
+        return groups | {name: tokens for name, tokens in others.items() if tokens.any()}
+
+    def suffix_groups(self, executed: slice) -> dict[str, slice]:
+        """Return the groups of suffix tokens over which an action expert's activations are reduced.
+
+        Args:
+            executed: the queries whose actions are executed.
+
+        Returns:
+            name → queries: "state" where state tokens open the suffix, and "actions", the executed ones.
+        """
+        state = [s for s in self.segments if s.kind == "state" and s.start >= self.prefix_len]
+        spans = [("state", slice(s.start - self.prefix_len, s.stop - self.prefix_len)) for s in state]
+        return {**dict(spans), "actions": executed}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

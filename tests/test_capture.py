@@ -144,7 +144,10 @@ class Transposed(scripted.ScriptedAdapter):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (Silent, r"3 of 12 attention maps never came, the first of them suffix layer 0 in denoise step 0"),
+        (
+            Silent,
+            r"3 of 12 values never came, the first of them the suffix attention of layer 0 in denoise step 0",
+        ),
         (Twice, "suffix attention of layer 0 came twice in denoise step 0, expected once"),
         (
             Transposed,

@@ -39,6 +39,8 @@ PLAN = SyntheticPlan(
     layers=(1, 2),
     prefix_layers=(0, 2),
     vision_layers=(1, 3),
+    neurons={"vlm": (0, 2)},
+    record_full=True,
     n_heads=1,
     grid=(2, 2),
     n_text=24,
@@ -51,12 +53,16 @@ PLAN = SyntheticPlan(
 )
 N_CHUNKS_OF_A_SHARD = {"suffix_attention": 4, "suffix_attention_mean": 2, "prefix_attention": 2}
 N_CHUNKS_OF_A_SHARD |= {"vision_attention": 2, "segmentation": 1}
+N_CHUNKS_OF_A_SHARD |= {"vlm_neurons": 8, "vlm_neurons_full": 2}  # of a group and reduction; of a layer
 # What only episodes of other families, of robots, or replays hold.
 ABSENT = {
     *("prompt_truncated", "layer_sees_suffix", "all_layer_sees_suffix"),
     *("suffix_token_id", "suffix_token_text"),
     *("observed_before", "inference_start", "inference_end", "inference_delay", "frame_time"),
     *("predicted_action", "action_error", "frame_index", "timestamp", "episode_index", "task_index"),
+    *("expert_neurons", "expert_neurons_full", "expert_group", "expert_neuron_layer"),
+    *("vlm_residual", "vlm_residual_full", "vlm_residual_layer"),
+    *("expert_residual", "expert_residual_full", "expert_residual_layer"),
 }
 HELD = [spec for spec in ARRAYS if spec.name not in ABSENT]
 MAY_BE_MISSING = {spec.name for spec in HELD if spec.fill_value != spec.fill_value or spec.sharded}
@@ -82,7 +88,8 @@ def path(sound, copied):
 @pytest.fixture(scope="session")
 def long_episode(tmp_path_factory):
     """70 inferences of a frame each: tables of inferences have two chunks."""
-    plan = replace(PLAN, n_frames=70, n_executed=1, videos=False, prefix_layers=(), vision_layers=())
+    few = {"videos": False, "prefix_layers": (), "vision_layers": (), "neurons": {}, "record_full": False}
+    plan = replace(PLAN, n_frames=70, n_executed=1, **few)
     return write_planted_episode(tmp_path_factory.mktemp("long") / "run", plan)
 
 
@@ -225,6 +232,12 @@ def test_truncated_shard(path, sound_values, name, keep):
             (1, 0, 1),
             "inference 1, camera at position 0, vision_layer 3 (chunk 1/0/1)",
         ),
+        (
+            "vlm_neurons",
+            (1, 2, 1),
+            "inference 1, vlm_group at position 2, reduction at position 1 (chunk 1/2/1)",
+        ),
+        ("vlm_neurons_full", (0, 1), "inference 0, vlm_neuron_layer 2 (chunk 0/1)"),
     ],
 )
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])

@@ -287,7 +287,7 @@ def test_presets_cost_what_they_say(preset):
     pytest.importorskip("torch")
     from lerobot_attn.capture import Selection
     from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
-    from lerobot_attn.policies.base import PolicyDescription
+    from lerobot_attn.policies.base import PolicyDescription, Site, SiteInfo
 
     full_size = PolicyDescription(
         policy_type="pi05",
@@ -303,11 +303,18 @@ def test_presets_cost_what_they_say(preset):
     text = preset.read_text()
     assert text.startswith("# Question: ")
     said_mb = float(re.search(r"full size: ([\d.]+) MB an inference", text)[1])
-    selection = Selection.resolve(AttentionConfig.from_yaml(preset), full_size)
+    units = {("vlm", "neurons"): 16384, ("expert", "neurons"): 4096}
+    sites = {
+        Site(stream, layer, what): SiteInfo(n_units=n)
+        for (stream, what), n in units.items()
+        for layer in range(18)
+    }
+    selection = Selection.resolve(AttentionConfig.from_yaml(preset), full_size, sites)
     segments = (Segment("language", "prefix", 0, 968), Segment("action", "action", 968, 1018))
     geometry = ImageGeometry.letterbox((256, 256), (224, 224), (16, 16), padding="centred")
     layout = TokenLayout(segments, 968, (Camera("image", geometry), Camera("image2", geometry)))
-    assert said_mb == round(selection.bytes_per_inference(layout, (16, 16)) / 1e6, 1)
+    n_groups = {"vlm": 5, "expert": 1}  # two cameras, words, state and template; the actions
+    assert said_mb == round(selection.bytes_per_inference(layout, (16, 16), n_groups) / 1e6, 1)
 
 
 def test_the_presets_and_suites_are_there():
@@ -317,6 +324,7 @@ def test_the_presets_and_suites_are_there():
         "last_two",
         "summary",
         "with_masks",
+        "with_neurons",
         "with_prefix",
         "with_vision",
     ]

@@ -13,6 +13,7 @@ from test_recording import evaluate, scripted_adapter  # noqa: F401
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.recording.folder import RunFolder
+from lerobot_attn.store.attributes import read_header
 from lerobot_attn.store.reader import open_episode, open_run
 
 TASK = 3
@@ -173,11 +174,26 @@ def test_stores_from_before_vision_layers_are_gone_on_with(tmp_path):
     evaluate(tmp_path, envs())
     for store in (tmp_path / "attention").rglob("*.zarr/zarr.json"):
         document = json.loads(store.read_text())
-        del document["attributes"]["capture"]["vision_layers"]
+        for name in ("vision_layers", "neurons", "residuals", "record_full"):
+            del document["attributes"]["capture"][name]
         store.write_text(json.dumps(document))
     info, run = evaluate(tmp_path, envs(), existing="skip")
     assert not run.failures
     assert info["per_task"][0]["metrics"]["attention"]["n_kept"] == 3
+
+
+def test_neurons_are_compared_by_what_they_mean(tmp_path):
+    evaluate(tmp_path, envs())
+    stores = list((tmp_path / "attention").rglob("*.zarr/zarr.json"))
+    for store in stores:
+        document = json.loads(store.read_text())
+        document["attributes"]["capture"]["neurons"] = {"vlm": [0, 1, 2, -1]}  # of four
+        store.write_text(json.dumps(document))
+    attributes = read_header(stores[0].parent).attributes
+    folder = RunFolder(tmp_path / "attention", "skip")
+    folder.settle(attributes, {**attributes["capture"], "neurons": {"vlm": "all"}})
+    with pytest.raises(StoreError, match="capture neurons"):
+        folder.settle(attributes, {**attributes["capture"], "neurons": {}})
 
 
 @pytest.mark.parametrize("group", ["gym_hil/PandaPick-v0", "a/b/c", "sub:mod/Env-v1"])

@@ -23,6 +23,7 @@ from lerobot_attn.store.schema import (
     ARRAYS,
     DIMENSIONS,
     SCHEMA_VERSION,
+    coordinates_of_activations,
     coordinates_of_patches,
     schema_table,
 )
@@ -39,6 +40,17 @@ SIZES = {
     "vision_head": 3,
     "patch_query": 6,
     "patch_key": 6,
+    "vlm_group": 2,
+    "expert_group": 1,
+    "reduction": 2,
+    "vlm_neuron_layer": 2,
+    "expert_neuron_layer": 1,
+    "vlm_residual_layer": 1,
+    "expert_residual_layer": 2,
+    "vlm_unit": 7,
+    "expert_unit": 6,
+    "vlm_feature": 4,
+    "expert_feature": 3,
     "mask_camera": 1,
     "mask_y": 4,
     "mask_x": 5,
@@ -82,6 +94,11 @@ def make_writer(path, compression=None, **attributes):
         "vision_layer": np.array([3, 11]),
         "vision_head": np.arange(3),
         **coordinates_of_patches((2, 3)),
+        **coordinates_of_activations(
+            {"vlm": ["cam", "task"], "expert": ["actions"]},
+            {"vlm_neurons": [0, 3], "expert_neurons": [1], "vlm_residual": [2], "expert_residual": [0, 1]},
+            ["mean", "max"],
+        ),
         "mask_camera": np.array(["cam"], dtype=object),
         "instance": np.array(["background", "soup_1", "robot0"], dtype=object),
         "instance_role": np.array(["background", "target", "robot"], dtype=object),
@@ -109,6 +126,19 @@ def inference_rows(rng, index):
         "suffix_attention_mean": softmax_like(rng, 3, 4, 2, 14),
         "prefix_attention": softmax_like(rng, 1, 2, 9, 9),
         "vision_attention": softmax_like(rng, 1, 2, 3, 6, 6),
+        **{
+            name: rng.standard_normal(shape).astype(np.float16)
+            for name, shape in {
+                "vlm_neurons": (2, 2, 2, 7),
+                "expert_neurons": (3, 1, 2, 1, 6),
+                "vlm_residual": (2, 2, 1, 4),
+                "expert_residual": (3, 1, 2, 2, 3),
+                "vlm_neurons_full": (2, 9, 7),
+                "expert_neurons_full": (3, 1, 5, 6),
+                "vlm_residual_full": (1, 9, 4),
+                "expert_residual_full": (3, 2, 5, 3),
+            }.items()
+        },
         "segmentation": rng.integers(-1, 3, (1, 4, 5)).astype(np.int16),
         "instance_position": rng.random((3, 3), dtype=np.float32),
         "token_id": np.arange(5) + index,
@@ -160,23 +190,30 @@ def write_episode(path, n=3, *, complete=True, compression=None, **attributes):
     return written
 
 
-@pytest.mark.parametrize("consolidated", [True, False])
-def test_plain_xarray_reads_what_was_written(tmp_path, consolidated):
+def test_plain_xarray_reads_what_was_written(tmp_path):
     path = tmp_path / "episode_00000.zarr"
     written = write_episode(path, 70)  # more rows than a chunk of the small arrays
-    dataset = xr.open_zarr(path, consolidated=consolidated)
-    assert dataset.sizes["inference"] == 70
-    assert dataset.sizes["frame"] == 140
-    for name, rows in (("inference", 0), ("frame", 1)):
-        for array in written[0][rows]:
-            join = np.stack if name == "inference" else np.concatenate
-            expected = join([entry[rows][array] for entry in written])
-            np.testing.assert_array_equal(dataset[array].values, expected, err_msg=array)
-            assert dataset[array].dims[0] == name
-    assert dataset.layer.values.tolist() == [16, 17]
-    assert dataset.suffix_attention.sel(layer=17, denoise_step=9, head=5).shape == (70, 5, 14)
-    assert set(dataset.coords) >= {"key_camera", "key_row", "key_column", "flow_time", "text_key", "layer"}
-    assert dataset.key_kind.attrs["flag_meanings"].split()[:3] == ["padding", "image", "task"]
+    for consolidated in (True, False):
+        dataset = xr.open_zarr(path, consolidated=consolidated)
+        assert dataset.sizes["inference"] == 70
+        assert dataset.sizes["frame"] == 140
+        for name, rows in (("inference", 0), ("frame", 1)):
+            for array in written[0][rows]:
+                join = np.stack if name == "inference" else np.concatenate
+                expected = join([entry[rows][array] for entry in written])
+                np.testing.assert_array_equal(dataset[array].values, expected, err_msg=array)
+                assert dataset[array].dims[0] == name
+        assert dataset.layer.values.tolist() == [16, 17]
+        assert dataset.suffix_attention.sel(layer=17, denoise_step=9, head=5).shape == (70, 5, 14)
+        assert set(dataset.coords) >= {
+            "key_camera",
+            "key_row",
+            "key_column",
+            "flow_time",
+            "text_key",
+            "layer",
+        }
+        assert dataset.key_kind.attrs["flag_meanings"].split()[:3] == ["padding", "image", "task"]
 
 
 def test_every_array_is_as_the_schema_says(tmp_path):
@@ -197,6 +234,12 @@ def test_every_array_is_as_the_schema_says(tmp_path):
     assert group["suffix_attention_mean"].chunks == (1, 1, 4, 2, 14)
     assert group["vision_attention"].chunks == (1, 1, 1, 3, 6, 6)
     assert group["vision_attention"].shards == (1, 1, 2, 3, 6, 6)
+    # All layers of a group of tokens are read together; of every token's values one layer.
+    assert group["vlm_neurons"].chunks == (1, 1, 1, 2, 7)
+    assert group["vlm_neurons"].shards == (1, 2, 2, 2, 7)
+    assert group["expert_residual"].chunks == (1, 1, 1, 1, 2, 3)
+    assert group["expert_residual_full"].chunks == (1, 1, 1, 5, 3)
+    assert group["expert_residual_full"].shards == (1, 3, 2, 5, 3)
 
 
 def test_only_codecs_that_other_languages_have(tmp_path):
@@ -457,7 +500,10 @@ def test_opening_reads_no_tensor(tmp_path):
     assert episode.n_inferences == 3
     assert episode.layout == LAYOUT
     in_vision = 2 * 3 * 6 * 6
-    assert episode.raw_bytes() == 3 * 2 * (3 * 2 * 2 * 5 * 14 + 3 * 4 * 2 * 14 + 2 * 9 * 9 + in_vision)
+    reduced = 2 * 2 * (2 * 7 + 4) + 3 * 2 * (6 + 2 * 3)
+    of_tokens = 9 * (2 * 7 + 4) + 3 * 5 * (6 + 2 * 3)
+    maps = 3 * 2 * 2 * 5 * 14 + 3 * 4 * 2 * 14 + 2 * 9 * 9 + in_vision
+    assert episode.raw_bytes() == 3 * 2 * (maps + reduced + of_tokens)
 
 
 def test_videos_of_a_killed_recording_are_found_by_name(tmp_path):

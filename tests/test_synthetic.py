@@ -18,6 +18,7 @@ from lerobot_attn.synthetic import (
     planted_patch,
     planted_scene,
     planted_shares,
+    planted_unit,
     planted_word,
     write_planted_episode,
     write_softmax_episode,
@@ -39,6 +40,13 @@ PLANS = {
     "two empty cameras": SyntheticPlan(**SMALL, n_empty_cameras=2),
     "one word": SyntheticPlan(**SMALL, task="reach"),
     "objects": SyntheticPlan(**SMALL, **OBJECTS),
+    "neurons": SyntheticPlan(
+        **SMALL,
+        neurons={"vlm": (0, 3), "expert": (1,)},
+        residuals={"vlm": (2,), "expert": (0, 3)},
+        record_full=True,
+    ),
+    "neurons alone": SyntheticPlan(**{**SMALL, "layers": ()}, has_means=False, neurons={"expert": (1,)}),
     "one frame": SyntheticPlan(**{**SMALL, "n_frames": 1}),
     "one head, one step": SyntheticPlan(**SMALL, n_heads=1, n_denoise_steps=1, n_layers=1, layers=(0,)),
     **{name: dataclasses.replace(plan, videos=False) for name, plan in FAMILIES.items()},
@@ -63,6 +71,9 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     optional |= {"suffix_attention_mean": plan.has_means, "reward": plan.has_reward}
     optional |= {"success": plan.has_success, "prompt_truncated": plan.cut_prompt}
     optional |= {"segmentation": plan.objects, "instance_position": plan.objects}
+    streams = {f"{stream}_neurons": bool(plan.neurons.get(stream)) for stream in ("vlm", "expert")}
+    streams |= {f"{stream}_residual": bool(plan.residuals.get(stream)) for stream in ("vlm", "expert")}
+    optional |= streams | {f"{name}_full": there and plan.record_full for name, there in streams.items()}
     missing = {name for name, is_there in optional.items() if not is_there}
     # What only robots, replays and policies that decode tokens bring.
     missing |= {s.name for s in ARRAYS if s.optional} - {*optional, "state", "layer_sees_suffix"}
@@ -72,6 +83,16 @@ def test_stores_are_well_formed(tmp_path, plan, write):
     coordinates |= {"prefix_layer"} if not plan.prefix_layers else set()
     in_vision = {"camera", "vision_layer", "vision_head", "patch_row", "patch_column"}
     coordinates |= in_vision if not plan.vision_layers else set()
+    chosen = {name for name, is_there in streams.items() if is_there}
+    coordinates |= {
+        f"{name.replace('neurons', 'neuron')}_layer" for name, is_there in streams.items() if not is_there
+    }
+    coordinates |= {
+        f"{stream}_group"
+        for stream in ("vlm", "expert")
+        if not {f"{stream}_neurons", f"{stream}_residual"} & chosen
+    }
+    coordinates |= set() if chosen else {"reduction"}
     coordinates |= {"mask_camera", "instance", "instance_role"} if not plan.objects else set()
     assert set(data.variables) == {spec.name for spec in ARRAYS} - missing - coordinates
     masked = data.key_kind.values == Kind.PADDING
@@ -364,3 +385,30 @@ def test_plans_that_nothing_can_be_planted_in(changes, message):
 def test_a_prompt_that_does_not_fit(tmp_path):
     with pytest.raises(ConfigError, match="n_text: got 10, expected at least the prompt's 31 tokens"):
         write_planted_episode(tmp_path, SyntheticPlan(n_text=10))
+
+
+def test_one_unit_of_each_layer_rises_over_the_episode(tmp_path):
+    """And what is reduced is what every token's values are."""
+    data = open_episode(write_planted_episode(tmp_path, PLANS["neurons"])).arrays
+    plan = PLANS["neurons"]
+    layout, kinds = plan.layout, data.key_kind.values
+    for name in ("vlm_neurons", "expert_neurons", "vlm_residual", "expert_residual"):
+        array, full = data[name].astype(float), data[f"{name}_full"].astype(float)
+        layer_dim, unit_dim = array.dims[-2:]
+        for layer in array[layer_dim].values:
+            mean = array.sel({layer_dim: layer, "reduction": "mean"})
+            over = [dim for dim in mean.dims if dim not in ("inference", unit_dim)]
+            by_unit = mean.mean(over).values
+            unit = planted_unit(plan, name, layer)
+            np.testing.assert_allclose(by_unit[:, unit], np.linspace(1, 3, plan.n_inferences), atol=0.1)
+            assert np.abs(np.delete(by_unit, unit, axis=1)).max() < 0.2
+        for inference in range(plan.n_inferences):
+            groups = layout.suffix_groups(plan.executed_queries)
+            if name.startswith("vlm"):
+                groups = layout.prefix_groups(kinds[inference])
+            for group, tokens in groups.items():
+                group_dim = f"{name.partition('_')[0]}_group"
+                kept = array[inference].sel({group_dim: group})
+                of_tokens = full[inference].transpose(..., layer_dim, unit_dim).values[..., tokens, :, :]
+                for reduction, expected in (("mean", of_tokens.mean(-3)), ("max", of_tokens.max(-3))):
+                    np.testing.assert_allclose(kept.sel(reduction=reduction), expected, atol=2e-3)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_attn.capture.copies import HostCopies
+from lerobot_attn.capture.activations import ActivationCollector
+from lerobot_attn.capture.copies import HostCopies, least_precise
 from lerobot_attn.capture.decoding import DecodedRows, mean_of_rows
 from lerobot_attn.capture.record import (
     InferenceRecord,
@@ -23,6 +24,8 @@ from lerobot_attn.capture.record import (
     PromptLabels,
     Selection,
     executed_queries,
+    key_kinds,
+    labelled,
 )
 from lerobot_attn.errors import CaptureError
 from lerobot_attn.policies.base import (
@@ -97,8 +100,12 @@ class Collector:
         self._vision_slot = {layer: i for i, layer in enumerate(selection.vision_layers)}
         self._step_slot = {step: i for i, step in enumerate(selection.denoise_steps)}
         self._sees_suffix = frozenset(
-            site.layer for site in selection.sites if site.stream == "expert" and sites[site].keys != "prefix"
+            site.layer
+            for site in selection.sites
+            if site[::2] == ("expert", "attention") and sites[site].keys != "prefix"
         )
+        n_steps, full = len(selection.denoise_steps), selection.record_full
+        self._activations = ActivationCollector(selection.activations, n_steps, full=full)
         all_heads = len(selection.heads) == policy.n_heads
         self._heads = None if all_heads else torch.tensor(selection.heads)
         self._inputs: InferenceInputs | None = None
@@ -134,6 +141,12 @@ class Collector:
             self._seen: set[tuple[Site, str]] = set()
             self._dtypes: set[torch.dtype] = set()
             self._rows = DecodedRows(self._prefix_len, self._n_queries)
+            if self._selection.activations:
+                # Which tokens are words and which are numbers decides what is reduced, so the host must know
+                # them now: the one time that it waits for the device.
+                masks = inputs.key_mask.cpu().numpy()
+                prompts = labelled(layout, inputs.token_id.cpu().numpy(), masks, self._label)
+                self._activations.begin(layout, key_kinds(layout, masks, prompts), executed, self._copies)
             self._inputs = inputs
 
     def camera(self, name: str) -> None:
@@ -147,10 +160,13 @@ class Collector:
             self._flow_times.append(flow_time)
 
     def at(self, site: Site, value: Tensor) -> None:
-        """Keep what was chosen of a site's attention, and change nothing."""
+        """Keep what was chosen of a site's attention or activations, and change nothing."""
         if self._inputs is None:
             return
         with self._guard():
+            if site.what != "attention":
+                self._take_activations(site, value.detach())
+                return
             if self._policy.n_decode_steps and site.stream == "expert":
                 self._check(site, value, 1, self._rows.n_keys(site))
                 self._rows.add(site, self._choose_heads(value.detach()))
@@ -204,6 +220,7 @@ class Collector:
         """Forget what was collected of an inference."""
         self._inputs = None
         self._suffix = self._suffix_mean = self._prefix = self._vision = None
+        self._activations.abandon()
 
     def fail(self, error: Exception) -> None:
         """Forget the inference and report the error.
@@ -232,6 +249,14 @@ class Collector:
             if self._on_failure is None:
                 raise
             self._on_failure(error)
+
+    def _take_activations(self, site: Site, value: Tensor) -> None:
+        """Keep what was chosen of a layer's neurons or residual stream: (batch, token, unit)."""
+        step = len(self._flow_times) - 1
+        if site.stream == "expert" and step not in self._step_slot:
+            return
+        self._note(site, _PREFIX_PASS if site.stream == "vlm" else f"denoise step {step}")
+        self._activations.take(site, self._step_slot.get(step, 0) if site.stream == "expert" else 0, value)
 
     def _take_decoded(self, inputs: InferenceInputs) -> None:
         """Take the maps that the rows of the decoded tokens make up."""
@@ -305,14 +330,13 @@ class Collector:
             tokens = inputs.decoded[0]
             decoded = copies.copy(torch.where(tokens.is_used, tokens.token_id, -1))
             key_mask = torch.cat([key_mask[:, : self._prefix_len], tokens.is_read], dim=1)
-        dtype = max(self._dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
         record = InferenceRecord(
             index=self.n_inferences,
             layout=inputs.layout,
             selection=self._selection,
             policy=self._policy,
             layers_seeing_suffix=self._sees_suffix,
-            attention_dtype=str(dtype).removeprefix("torch."),
+            attention_dtype=least_precise(self._dtypes) or "float32",
             _copies=copies,
             _suffix=self._suffix,
             _suffix_mean=self._suffix_mean,
@@ -326,6 +350,9 @@ class Collector:
             _pieces=self._decoder.pieces,
             vision_grid=inputs.vision_grid if self._vision_slot else None,
             _vision=self._vision,
+            activation_groups=self._activations.groups,
+            activation_dtype=least_precise(self._activations.dtypes),
+            _activations=self._activations.end(),
         )
         copies.seal()
         return record
@@ -350,16 +377,16 @@ class Collector:
         if weights.ndim != 4 or tuple(weights.shape[1:]) != (n_heads, n_queries, n_keys):
             why = "cameras of several image sizes have no patches in common, or " if is_vision else ""
             raise CaptureError(
-                f"{_PARTS[site.stream]} attention of layer {site.layer} has shape {tuple(weights.shape)}, "
+                f"{_in_words(site)} has shape {tuple(weights.shape)}, "
                 f"expected (batch, {n_heads} heads, {n_queries} queries, {n_keys} keys); {why}the policy's "
                 "forward pass is not the one that its adapter knows"
             )
 
     def _note(self, site: Site, when: str) -> None:
-        """Take note that a site's attention came, once in a denoise step or for a camera."""
+        """Take note that a site's value came, once in a denoise step or for a camera."""
         if (site, when) in self._seen:
             raise CaptureError(
-                f"{_PARTS[site.stream]} attention of layer {site.layer} came twice in {when}, expected once; "
+                f"{_in_words(site)} came twice in {when}, expected once; "
                 "the policy's forward pass is not the one that its adapter knows"
             )
         self._seen.add((site, when))
@@ -388,9 +415,9 @@ class Collector:
         if missing:
             site, when = missing[0]
             raise CaptureError(
-                f"{len(missing)} of {len(expected)} attention maps never came, the first of them "
-                f"{_PARTS[site.stream]} layer {site.layer} in {when}; the policy's forward pass is not the "
-                "one that its adapter knows"
+                f"{len(missing)} of {len(expected)} values never came, the first of them the "
+                f"{_in_words(site)} in {when}; the policy's forward pass is not the one that its adapter "
+                "knows"
             )
 
     def _label(self, token_ids: np.ndarray, mask: np.ndarray) -> LabelledPrompt:
@@ -412,3 +439,9 @@ class Collector:
             )
         labels = PromptLabels(pieces, label_text(pieces, mask, parsed.spans))
         return LabelledPrompt(labels, parsed.is_truncated)
+
+
+def _in_words(site: Site) -> str:
+    if site.what == "attention":
+        return f"{_PARTS[site.stream]} attention of layer {site.layer}"
+    return f"{site.what} of layer {site.layer} of the {site.stream}"

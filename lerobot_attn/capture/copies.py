@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,12 @@ class HostCopies:
         """Block until every copy has arrived."""
         if self._event is not None:
             self._event.synchronize()
+
+
+def least_precise(dtypes: Iterable[torch.dtype]) -> str | None:
+    """Return the least precise of some dtypes of numbers, e.g. "bfloat16"; None of none."""
+    found = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+    return None if found is None else str(found).removeprefix("torch.")
 
 
 def _has_events(device: torch.device) -> bool:

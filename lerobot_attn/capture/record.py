@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from lerobot_attn.capture.activations import REDUCTIONS, ActivationChoice, choose_activations
 from lerobot_attn.capture.copies import HostCopies
 from lerobot_attn.config import AttentionConfig, resolve_indices
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import TokenLayout
-from lerobot_attn.policies.base import PolicyDescription, Site
+from lerobot_attn.policies.base import PolicyDescription, Site, SiteInfo, Stream
 from lerobot_attn.prompt import TextLabels
 
 
@@ -34,14 +35,23 @@ class Selection:
     denoise_steps: tuple[int, ...]
     vision_layers: tuple[int, ...] = ()
     vision_heads: tuple[int, ...] = ()  # all of them, where there are vision layers
+    activations: tuple[ActivationChoice, ...] = ()  # neurons and residuals
+    record_full: bool = False  # every token's activations, too
 
     @classmethod
-    def resolve(cls, config: AttentionConfig, policy: PolicyDescription) -> Selection:
+    def resolve(
+        cls, config: AttentionConfig, policy: PolicyDescription, sites: Mapping[Site, SiteInfo]
+    ) -> Selection:
         """Apply the settings to a policy; `mean_layers="auto"` means the layers of `layers`.
 
+        Args:
+            config: the settings.
+            policy: sizes of the policy.
+            sites: those of the policy.
+
         Raises:
-            ConfigError: a layer, head or denoise step does not exist, no layer is chosen, or vision layers of
-                a policy that has no vision transformer.
+            ConfigError: a layer, head or denoise step does not exist, no layer is chosen, or vision layers,
+                neurons or residuals of a policy that has none.
         """
         layers = config.layers
         if layers == AttentionConfig().layers == [-2, -1] and policy.n_layers == 1:
@@ -61,28 +71,37 @@ class Selection:
             denoise_steps=resolve_indices("denoise step", config.denoise_steps, policy.n_steps),
             vision_layers=vision_layers,
             vision_heads=tuple(range(policy.n_vision_heads)) if vision_layers else (),
+            activations=choose_activations(config, policy, sites),
+            record_full=config.record_full,
         )
         if not selection.sites:
             raise ConfigError(
                 "nothing to capture: got layers='none' and no other layers, expected at least one of layers, "
-                "mean_layers, prefix_layers and vision_layers; set e.g. mean_layers='all'"
+                "mean_layers, prefix_layers, vision_layers, neurons and residuals; set e.g. mean_layers='all'"
             )
         return selection
 
     @property
     def sites(self) -> list[Site]:
-        """The sites whose attention is needed."""
+        """The sites that are needed."""
         expert = sorted({*self.layers, *self.mean_layers})
         prefix = [Site("vlm", layer) for layer in self.prefix_layers]
         vision = [Site("vision", layer) for layer in self.vision_layers]
-        return [Site("expert", layer) for layer in expert] + prefix + vision
+        activations = [site for choice in self.activations for site in choice.sites]
+        return [Site("expert", layer) for layer in expert] + prefix + vision + activations
 
-    def bytes_per_inference(self, layout: TokenLayout, vision_grid: tuple[int, int] | None = None) -> int:
-        """Size in bytes of one environment's maps for one inference, float16, uncompressed.
+    def bytes_per_inference(
+        self,
+        layout: TokenLayout,
+        vision_grid: tuple[int, int] | None = None,
+        n_groups: Mapping[Stream, int] | None = None,
+    ) -> int:
+        """Size in bytes of one environment's maps and activations for one inference, float16, uncompressed.
 
         Args:
             layout: of the inference.
             vision_grid: (rows, columns) of the vision tower's patches of an image, if there are any.
+            n_groups: stream → groups of tokens over which its activations are reduced, if there are any.
         """
         suffix_rows = len(self.layers) * layout.n_queries + len(self.mean_layers)
         suffix = len(self.denoise_steps) * len(self.heads) * suffix_rows * layout.n_keys
@@ -90,7 +109,16 @@ class Selection:
         n_images = sum(not camera.is_empty for camera in layout.cameras)
         n_patches = 0 if vision_grid is None else math.prod(vision_grid)
         vision = n_images * len(self.vision_layers) * len(self.vision_heads) * n_patches**2
-        return 2 * (suffix + prefix + vision)
+        n_tokens: dict[Stream, int] = {"vlm": layout.prefix_len, "expert": layout.n_queries}
+        activations = sum(
+            choice.n_bytes(
+                len(REDUCTIONS) * (n_groups or {}).get(choice.stream, 0)
+                + self.record_full * n_tokens[choice.stream],
+                len(self.denoise_steps),
+            )
+            for choice in self.activations
+        )
+        return 2 * (suffix + prefix + vision) + activations
 
 
 class PromptLabels(NamedTuple):
@@ -134,6 +162,10 @@ class InferenceRecord:
     _pieces: Callable[[list[int]], list[str]] | None = field(repr=False, default=None)
     vision_grid: tuple[int, int] | None = None  # (rows, columns) of the vision tower's patches of an image
     _vision: Tensor | None = field(repr=False, default=None)
+    # Stream → names of the groups of tokens over which its activations are reduced.
+    activation_groups: Mapping[Stream, tuple[str, ...]] = field(default_factory=dict)
+    activation_dtype: str | None = None  # the least precise dtype in which the policy computed them
+    _activations: Mapping[str, Tensor] = field(repr=False, default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -149,13 +181,14 @@ class InferenceRecord:
     def n_bytes(self) -> int:
         """Host memory that the arrays take."""
         maps = (self._suffix, self._suffix_mean, self._prefix, self._vision)
-        tensors = (*maps, self._token_id, self._action_chunk)
+        tensors = (*maps, *self._activations.values(), self._token_id, self._action_chunk)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     @property
     def maps_bytes(self) -> int:
-        """Size of one environment's maps before they are compressed."""
-        return self.selection.bytes_per_inference(self.layout, self.vision_grid)
+        """Size of one environment's maps and activations before they are compressed."""
+        n_groups = {stream: len(names) for stream, names in self.activation_groups.items()}
+        return self.selection.bytes_per_inference(self.layout, self.vision_grid, n_groups)
 
     @property
     def suffix_attention(self) -> np.ndarray | None:
@@ -192,6 +225,23 @@ class InferenceRecord:
     def vision_cameras(self) -> list[str]:
         """The cameras that showed an image, in the layout's order: those of `vision_attention`."""
         return [camera.name for camera in self.layout.cameras if not camera.is_empty]
+
+    @property
+    def activations(self) -> dict[str, np.ndarray]:
+        """Neurons and residuals by the store's names, float16; empty where none were asked for.
+
+        `vlm_neurons`, `vlm_residual`: (batch, vlm_group, reduction, layer, unit), NaN of a group that has no
+        token in this environment's inference. `expert_neurons`, `expert_residual`: (batch, denoise_step,
+        expert_group, reduction, layer, unit). With `record_full` also `…_full`, whose last axes are (layer,
+        token, unit); rows of padding tokens are NaN. What lies beyond ±65504 is infinite.
+        """
+        found = {}
+        for name, tensor in self._activations.items():
+            values = np.moveaxis(self._array(tensor), 2, 0)  # (batch, step, layer, …)
+            if not name.endswith("_full"):
+                values = np.moveaxis(values, 2, -2)
+            found[name] = values if name.startswith("expert") else values[:, 0]
+        return found
 
     @property
     def flow_time(self) -> np.ndarray:
@@ -257,19 +307,12 @@ class InferenceRecord:
 
     @cached_property
     def _labelled(self) -> list[LabelledPrompt]:
-        language = self.layout.language
-        masks = self.key_mask[:, language.start : language.stop]
-        return [self._label(ids, mask) for ids, mask in zip(self.token_id, masks, strict=True)]
+        return labelled(self.layout, self.token_id, self.key_mask, self._label)
 
     @cached_property
     def key_kind(self) -> np.ndarray:
         """(batch, key), int8: values of `lerobot_attn.layout.Kind`."""
-        return np.stack(
-            [
-                self.layout.key_kind(mask, prompt.labels.kind)
-                for mask, prompt in zip(self.key_mask, self.prompts, strict=True)
-            ]
-        )
+        return key_kinds(self.layout, self.key_mask, self._labelled)
 
     def of(self, env: int) -> InferenceRecord:
         """Return the part of one environment of the batch: a record of a batch of 1, without a copy."""
@@ -287,6 +330,7 @@ class InferenceRecord:
             _key_mask=cut(self._key_mask, 0),
             _action_chunk=cut(self._action_chunk, 0),
             _decoded=cut(self._decoded, 0),
+            _activations={name: cut(tensor, 2) for name, tensor in self._activations.items()},
         )
 
     def wait(self) -> None:
@@ -299,6 +343,30 @@ class InferenceRecord:
 
     def _numpy(self, tensor: Tensor | None) -> np.ndarray | None:
         return None if tensor is None else self._array(tensor)
+
+
+def labelled(
+    layout: TokenLayout,
+    token_id: np.ndarray,
+    key_mask: np.ndarray,
+    label: Callable[[np.ndarray, np.ndarray], LabelledPrompt],
+) -> list[LabelledPrompt]:
+    """Return the labels of each environment's prompt.
+
+    Args:
+        layout: the tokens of the inference.
+        token_id: (batch, text).
+        key_mask: (batch, key).
+        label: from ids and mask of the language slots to their labels.
+    """
+    masks = key_mask[:, layout.language.start : layout.language.stop]
+    return [label(ids, mask) for ids, mask in zip(token_id, masks, strict=True)]
+
+
+def key_kinds(layout: TokenLayout, key_mask: np.ndarray, prompts: list[LabelledPrompt]) -> np.ndarray:
+    """Return (batch, key) int8, values of `Kind`, from the mask (batch, key) and each prompt's labels."""
+    pairs = zip(key_mask, prompts, strict=True)
+    return np.stack([layout.key_kind(mask, prompt.labels.labels.kind) for mask, prompt in pairs])
 
 
 def executed_queries(layout: TokenLayout, policy: PolicyDescription) -> slice:

@@ -11,11 +11,13 @@ Watching changes nothing that the policy computes, draws no random number, and l
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lerobot_attn.capture.activations import REDUCTIONS
 from lerobot_attn.capture.collector import Collector
 from lerobot_attn.capture.record import InferenceRecord, Selection
 from lerobot_attn.config import AttentionConfig
@@ -23,6 +25,8 @@ from lerobot_attn.policies import adapter_for
 from lerobot_attn.policies.base import PolicyAdapter, Probe, Site
 from lerobot_attn.policies.chain import ProbeChain
 from lerobot_attn.prompt import PieceDecoder, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class AttentionCapture:
@@ -47,11 +51,19 @@ class AttentionCapture:
     ):
         self.adapter = adapter
         self.policy = adapter.describe()
-        self.selection = Selection.resolve(config, self.policy)
+        sites = adapter.sites()
+        self.selection = Selection.resolve(config, self.policy, sites)
+        for choice in self.selection.activations:
+            logger.info(
+                "%s of %d layers: %.2f MB an inference for each group of tokens, before compression",
+                choice.name,
+                len(choice.layers),
+                choice.n_bytes(len(REDUCTIONS), len(self.selection.denoise_steps)) / 1e6,
+            )
         self.records: deque[InferenceRecord] = deque(maxlen=max_records)
         self.collector = Collector(
             self.policy,
-            adapter.sites(),
+            sites,
             self.selection,
             decoder=PieceDecoder(tokenizer),
             parse_prompt=adapter.parse_prompt,
@@ -98,8 +110,9 @@ def capture_attention(
     Args:
         policy: a LeRobot policy, PEFT-wrapped or not.
         config: what to capture; of its settings only `layers`, `denoise_steps`, `heads`, `mean_layers`,
-            `prefix_layers` and `compiled` matter here. `mean_layers="auto"` (the default) means the layers
-            that `layers` asks for: what nobody asked for costs nothing.
+            `prefix_layers`, `vision_layers`, `neurons`, `residuals`, `record_full` and `compiled` matter
+            here. `mean_layers="auto"` (the default) means the layers that `layers` asks for: what nobody
+            asked for costs nothing.
         tokenizer: the one whose ids the policy gets, so that words and state digits can be told apart.
             Without it language tokens are labelled `Kind.TEXT`.
         on_record: called with each record as soon as the inference ends, instead of keeping it in

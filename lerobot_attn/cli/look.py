@@ -282,7 +282,10 @@ def verify(
         print(json.dumps(facts[0] if single else facts, indent=2))
     for _, reason in () if repair else run.damaged:  # a repair has said so already
         print(f"error: {reason}", file=sys.stderr)
-    if sheet and single and reports[0].passed and all(camera.is_empty for camera in run[0].layout.cameras):
+    has_maps = single and any(map(run[0].array_shape, ("suffix_attention", "suffix_attention_mean")))
+    if sheet and single and reports[0].passed and not has_maps:
+        print("No contact sheet: the episode was recorded without suffix attention", file=sys.stderr)
+    elif sheet and single and reports[0].passed and all(camera.is_empty for camera in run[0].layout.cameras):
         print("No contact sheet: the episode's policy saw no camera image", file=sys.stderr)
     elif sheet and single:
         try:

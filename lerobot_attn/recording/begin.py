@@ -11,6 +11,7 @@ import numpy as np
 
 from lerobot_attn.capture import InferenceRecord
 from lerobot_attn.config import AttentionConfig
+from lerobot_attn.recording.activations import ActivationRows
 from lerobot_attn.recording.plan import EpisodePlan, Known
 from lerobot_attn.recording.scenes import SceneRows
 from lerobot_attn.store.schema import BY_NAME, coordinates_of, coordinates_of_vision
@@ -23,6 +24,7 @@ def begin_store(
     known: Known,
     config: AttentionConfig,
     scenes: SceneRows | None = None,
+    activations: ActivationRows | None = None,
 ) -> EpisodeWriter:
     """Create the store of an episode whose first inference is at hand; it holds no row yet.
 
@@ -32,6 +34,7 @@ def begin_store(
         known: what the loop knows of the episode.
         config: the capture and storage settings.
         scenes: of its masks, where it has some.
+        activations: of its neurons and residuals, where it has some.
 
     Raises:
         StoreError: the path exists, or its folder cannot be written.
@@ -83,6 +86,11 @@ def begin_store(
         sizes |= scenes.sizes
         coordinates |= scenes.coordinates
         said["segmentation"] = {"source": "loop"}  # unless the plan knows better
+    if activations is not None:
+        optional |= activations.arrays
+        sizes |= activations.sizes
+        coordinates |= activations.coordinates
+        said["activation_dtype"] = record.activation_dtype
     if record.suffix_token_id is not None:
         optional |= {"suffix_token_id", "suffix_token_text"}
     if known.state_dim is not None:

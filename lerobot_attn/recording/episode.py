@@ -22,6 +22,7 @@ from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, StoreError
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.masks import SceneMasks
+from lerobot_attn.recording.activations import ActivationRows
 from lerobot_attn.recording.begin import begin_store
 from lerobot_attn.recording.camera_videos import CameraVideos
 from lerobot_attn.recording.plan import Ending, EpisodePlan, EpisodeResult, Known
@@ -109,6 +110,7 @@ class EpisodeJob:
         self._is_decoded = False
         self._known: Known | None = None
         self._scenes: SceneRows | None = None  # where the first inference came with masks
+        self._activations: ActivationRows | None = None  # likewise with neurons or residuals
         self._raw_bytes = 0
         self._videos = CameraVideos(plan, stills=config.view)
         self._chunk: np.ndarray | None = None  # (chunk, action_dim): of the latest inference
@@ -215,6 +217,8 @@ class EpisodeJob:
         }
         if self._videos.n_repeated:
             attributes["n_repeated_pictures"] = self._videos.n_repeated
+        if self._activations is not None and self._activations.n_beyond:
+            attributes["n_beyond_float16"] = self._activations.n_beyond
         if self._videos.errors:
             attributes["video_errors"] = self._videos.errors
         try:
@@ -349,7 +353,8 @@ class EpisodeJob:
             self._has_truncation = record.prompt_truncated is not None
             self._is_decoded = record.suffix_token_id is not None
             self._scenes = None if scene is None else SceneRows(scene)
-            self._store = begin_store(self.plan, record, known, self._config, self._scenes)
+            self._activations = ActivationRows(record) if record.activations else None
+            self._store = begin_store(self.plan, record, known, self._config, self._scenes, self._activations)
         elif layout != self._layout:
             raise CaptureError(
                 f"inference {record.index} has another token layout than the episode's first (another image "
@@ -391,6 +396,10 @@ class EpisodeJob:
             if maps is not None:
                 rows[name] = np.moveaxis(maps, axis, 0)[env]  # a view: all layers' maps take 150 MB
                 self._raw_bytes += rows[name].nbytes
+        if self._activations is not None:
+            found = self._activations.rows(record, env)
+            self._raw_bytes += sum(row.nbytes for row in found.values())
+            rows |= found
         self._store.append_inference(rows)
 
 

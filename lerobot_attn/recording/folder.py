@@ -29,7 +29,7 @@ _POLICY = ("type", "path", "dtype")
 _REPLAY = ("dataset", "videos", "frames", "every", "rename", "task")
 _CAPTURE = (
     *("layers", "denoise_steps", "heads", "mean_layers", "prefix_layers", "vision_layers"),
-    "keep_bits",
+    *("keep_bits", "neurons", "residuals", "record_full"),
 )
 # Of which number of the policy a setting chooses.
 _COUNTS = {
@@ -40,6 +40,7 @@ _COUNTS = {
     "heads": "n_heads",
     "denoise_steps": "n_denoise_steps",
 }
+_STREAMS = {"vlm": "n_prefix_layers", "expert": "n_layers"}
 
 
 @dataclass(frozen=True)
@@ -224,13 +225,24 @@ def _told_apart(done: tuple[str, Any], does: tuple[str, Any]) -> tuple[Any, Any]
 def _meant(name: str, settings: Mapping[str, Any], policy: Mapping[str, Any]) -> Any:
     """Return what a setting means for a policy, so that two ways to say the same are equal."""
     value = settings.get(name)
+    if name in ("neurons", "residuals"):
+        return {
+            stream: _indices(f"{stream} layer", layers, policy.get(_STREAMS[stream]))
+            for stream, layers in (value or {}).items()
+        }
+    if name == "record_full":
+        return bool(value)  # of a store from before it could be: no
     if name == "keep_bits":
         return None if value is None or value >= FLOAT16_MANTISSA_BITS else value
     if name == "mean_layers" and value == "auto":
         value = settings.get("layers")
     if value == "none" or (name == "vision_layers" and value is None):  # of a store from before they could be
         return ()
-    count = policy.get(_COUNTS[name])
+    return _indices(name, value, policy.get(_COUNTS[name]))
+
+
+def _indices(name: str, value: Any, count: Any) -> Any:
+    """Return what a choice means where there are so many to choose from, or the choice if that fails."""
     if isinstance(count, int) and isinstance(value, list | str):
         with suppress(ConfigError, TypeError):
             return resolve_indices(name, value, count)

@@ -34,6 +34,20 @@ DIMENSIONS: dict[str, str] = {
     "vision_head": "attention heads of the vision tower",
     "patch_query": "patches of a camera's image in the vision tower, attending; row by row from the top left",
     "patch_key": "the same patches, attended",
+    "vlm_group": "groups of prefix tokens over which activations are reduced, by name: each camera that "
+    "showed an image, then `task`, `state`, `template`, `text` (language that could not be told apart) and "
+    "`special`, as far as there are such tokens",
+    "expert_group": "groups of suffix tokens over which activations are reduced, by name: `state` where a "
+    "state token opens the suffix, and `actions`, the action tokens that are executed",
+    "reduction": "over the tokens of a group: `mean` and `max`",
+    "vlm_neuron_layer": "layers of the language model whose feed-forward neurons are stored",
+    "expert_neuron_layer": "layers of the action expert whose feed-forward neurons are stored",
+    "vlm_residual_layer": "layers of the language model whose residual stream is stored",
+    "expert_residual_layer": "layers of the action expert whose residual stream is stored",
+    "vlm_unit": "neurons of a feed-forward network of the language model, in the order of its weights",
+    "expert_unit": "likewise of the action expert",
+    "vlm_feature": "numbers in the residual stream of the language model",
+    "expert_feature": "likewise of the action expert",
     "mask_camera": "cameras that have instance masks, by name; only with `segmentation`",
     "mask_y": "pixel rows of a mask, 0 is the top; a camera of another size is scaled to it",
     "mask_x": "pixel columns of a mask, 0 is the left",
@@ -79,7 +93,7 @@ class ArraySpec:
 
     @property
     def is_map(self) -> bool:
-        """Whether it holds attention, which may be rounded."""
+        """Whether it holds attention or activations, which may be rounded."""
         return self.sharded and self.dtype == "float16"
 
     @property
@@ -105,8 +119,11 @@ class ArraySpec:
         if self.sharded:
             whole = {"head", "query", "key", "prefix_query", "prefix_key"}
             whole |= {"vision_head", "patch_query", "patch_key", "mask_y", "mask_x"}
+            whole |= {"vlm_unit", "expert_unit", "vlm_feature", "expert_feature"}
             if "all_layer" in self.dims:  # means: all layers of a denoise step are looked at together
                 whole.add("all_layer")
+            if "reduction" in self.dims:  # likewise activations, of a group of tokens
+                whole |= {dim for dim in self.dims if dim.endswith("_layer")}
             return tuple(max(1, sizes[dim]) if dim in whole else 1 for dim in self.dims)
         rows = {"inference": ROWS_PER_CHUNK, "frame": FRAMES_PER_CHUNK}.get(self.dims[0])
         return tuple(max(1, n) for n in (self.shape(sizes, rows) if rows else self.shape(sizes)))
@@ -139,6 +156,10 @@ class ArraySpec:
 _MAPS = ("inference", "denoise_step", "layer", "head", "query", "key")
 _PREFIX_MAPS = ("inference", "prefix_layer", "head", "prefix_query", "prefix_key")
 _VISION_MAPS = ("inference", "camera", "vision_layer", "vision_head", "patch_query", "patch_key")
+_NEURONS = "activation of each feed-forward neuron (what the network's last projection reads)"
+_RESIDUAL = "residual stream as it leaves the layer"
+_BEYOND = "; what lies beyond ±65504 is infinite"
+_OF_GROUPS = f"mean and maximum over each group of tokens; NaN of a group without tokens{_BEYOND}"
 NAN = float("nan")
 
 ARRAYS: tuple[ArraySpec, ...] = (
@@ -176,6 +197,78 @@ ARRAYS: tuple[ArraySpec, ...] = (
         _VISION_MAPS,
         "float16",
         "attention probability among the patches of a camera's image in the vision tower; rows sum to 1",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "vlm_neurons",
+        ("inference", "vlm_group", "reduction", "vlm_neuron_layer", "vlm_unit"),
+        "float16",
+        f"language model: {_NEURONS}, {_OF_GROUPS}",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "expert_neurons",
+        ("inference", "denoise_step", "expert_group", "reduction", "expert_neuron_layer", "expert_unit"),
+        "float16",
+        f"action expert: {_NEURONS}, {_OF_GROUPS}",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "vlm_residual",
+        ("inference", "vlm_group", "reduction", "vlm_residual_layer", "vlm_feature"),
+        "float16",
+        f"language model: {_RESIDUAL}, {_OF_GROUPS}",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "expert_residual",
+        ("inference", "denoise_step", "expert_group", "reduction", "expert_residual_layer", "expert_feature"),
+        "float16",
+        f"action expert: {_RESIDUAL}, {_OF_GROUPS}",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "vlm_neurons_full",
+        ("inference", "vlm_neuron_layer", "prefix_query", "vlm_unit"),
+        "float16",
+        f"language model: {_NEURONS}, of every token; NaN of padding{_BEYOND}",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "expert_neurons_full",
+        ("inference", "denoise_step", "expert_neuron_layer", "query", "expert_unit"),
+        "float16",
+        f"action expert: {_NEURONS}, of every token{_BEYOND}",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "vlm_residual_full",
+        ("inference", "vlm_residual_layer", "prefix_query", "vlm_feature"),
+        "float16",
+        f"language model: {_RESIDUAL}, of every token; NaN of padding{_BEYOND}",
+        sharded=True,
+        optional=True,
+        fill_value=NAN,
+    ),
+    ArraySpec(
+        "expert_residual_full",
+        ("inference", "denoise_step", "expert_residual_layer", "query", "expert_feature"),
+        "float16",
+        f"action expert: {_RESIDUAL}, of every token{_BEYOND}",
         sharded=True,
         optional=True,
         fill_value=NAN,
@@ -434,6 +527,58 @@ ARRAYS: tuple[ArraySpec, ...] = (
         coordinate=True,
     ),
     ArraySpec(
+        "vlm_group",
+        ("vlm_group",),
+        "string",
+        "group of prefix tokens: a camera, task, state, template, text or special",
+        coordinate=True,
+        fill_value="",
+    ),
+    ArraySpec(
+        "expert_group",
+        ("expert_group",),
+        "string",
+        "group of suffix tokens: state or actions",
+        coordinate=True,
+        fill_value="",
+    ),
+    ArraySpec(
+        "reduction",
+        ("reduction",),
+        "string",
+        "mean or max over the tokens of a group",
+        coordinate=True,
+        fill_value="",
+    ),
+    ArraySpec(
+        "vlm_neuron_layer",
+        ("vlm_neuron_layer",),
+        "int32",
+        "layer of the language model",
+        coordinate=True,
+    ),
+    ArraySpec(
+        "expert_neuron_layer",
+        ("expert_neuron_layer",),
+        "int32",
+        "layer of the action expert",
+        coordinate=True,
+    ),
+    ArraySpec(
+        "vlm_residual_layer",
+        ("vlm_residual_layer",),
+        "int32",
+        "layer of the language model",
+        coordinate=True,
+    ),
+    ArraySpec(
+        "expert_residual_layer",
+        ("expert_residual_layer",),
+        "int32",
+        "layer of the action expert",
+        coordinate=True,
+    ),
+    ArraySpec(
         "mask_camera",
         ("mask_camera",),
         "string",
@@ -546,6 +691,27 @@ def coordinates_of_masks(
         "instance": np.array([name for name, _ in instances], dtype=object),
         "instance_role": np.array([role for _, role in instances], dtype=object),
     }
+
+
+def activation_dims(name: str) -> tuple[str, str, str]:
+    """Return the dimensions of an array of activations: of groups of tokens, of layers, of units."""
+    spec = BY_NAME[name]
+    return f"{name.partition('_')[0]}_group", spec.dims[-2], spec.dims[-1]
+
+
+def coordinates_of_activations(
+    groups: Mapping[Any, Sequence[str]], layers: Mapping[str, Sequence[int]], reductions: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """Return the fixed arrays of neurons and residuals: array name → values.
+
+    Args:
+        groups: "vlm" and "expert" → names of their groups of tokens, of those that have arrays.
+        layers: array, e.g. "vlm_neurons" → its layers.
+        reductions: names of the reductions.
+    """
+    by_layer = {activation_dims(name)[1]: np.array(chosen, np.int32) for name, chosen in layers.items()}
+    by_group = {f"{stream}_group": np.array(names, dtype=object) for stream, names in groups.items()}
+    return {**by_group, **by_layer, "reduction": np.array(reductions, dtype=object)}
 
 
 def schema_table() -> str:

@@ -38,6 +38,11 @@ class SyntheticPlan:
     n_vision_layers: int = 4
     n_vision_heads: int = 3
     vision_grid: tuple[int, int] | None = None  # patches of the vision tower; by default as many as tokens
+    # Layers whose neurons, and whose residual stream, are stored, of "vlm" and "expert".
+    neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    residuals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    record_full: bool = False  # every token's, too
+    n_units: int = 6  # neurons of a layer; the residual stream has two numbers less
     has_means: bool = True  # whether the means over the executed actions are stored
     n_heads: int = 2
     image_px: Mapping[str, tuple[int, int]] = field(default_factory=_two_cameras)  # camera → (height, width)
@@ -104,6 +109,12 @@ class SyntheticPlan:
                 {*self.vision_layers} <= {*range(self.n_vision_layers)},
                 f"0 to {self.n_vision_layers - 1}",
             ),
+            "neurons": (_are_layers(self.neurons, self.n_layers), f"layers below {self.n_layers} of streams"),
+            "residuals": (
+                _are_layers(self.residuals, self.n_layers),
+                f"layers below {self.n_layers} of streams",
+            ),
+            "n_units": (self.n_units >= 3, "at least 3"),
             "on_first_object": (
                 self.on_first_object is None
                 or (
@@ -113,7 +124,10 @@ class SyntheticPlan:
                 ),
                 f"a layer below {self.n_layers} and a head below {self.n_heads}, in a plan with objects",
             ),
-            "has_means": (self.has_means or bool(self.layers), "True, or layers whose full maps are stored"),
+            "has_means": (
+                self.has_means or bool(self.layers or self.neurons or self.residuals),
+                "True, or layers whose full maps, neurons or residuals are stored",
+            ),
         }
         for name, (is_fine, expected) in rules.items():
             if not is_fine:
@@ -197,6 +211,14 @@ class SyntheticPlan:
                 segments.append(Segment(kind, name, position, position + length))
             position += length
         return TokenLayout(tuple(segments), position - self.n_queries, tuple(cameras))
+
+
+def _are_layers(chosen: Mapping[str, tuple[int, ...]], n_layers: int) -> bool:
+    """Say whether these are layers of the language model and of the action expert."""
+    return all(
+        stream in ("vlm", "expert") and layers and {*layers} <= {*range(n_layers)}
+        for stream, layers in chosen.items()
+    )
 
 
 def _small(**changes: Any) -> SyntheticPlan:

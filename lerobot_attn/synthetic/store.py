@@ -17,6 +17,12 @@ from lerobot_attn.store.schema import (
 )
 from lerobot_attn.store.video import Frame, VideoWriter
 from lerobot_attn.store.writer import Compression, EpisodeWriter
+from lerobot_attn.synthetic.activations import (
+    activation_arrays,
+    activation_coordinates,
+    activation_rows,
+    activation_sizes,
+)
 from lerobot_attn.synthetic.plan import SyntheticPlan
 from lerobot_attn.synthetic.prompts import Prompt, key_kinds, make_prompt
 from lerobot_attn.synthetic.scene import instances, mask_px, planted_box, planted_scene
@@ -53,6 +59,7 @@ def write_store(
         "prompt_truncated": plan.cut_prompt,
         "segmentation": bool(plan.objects),
         "instance_position": bool(plan.objects),
+        **dict.fromkeys(activation_arrays(plan), True),
     }
     writer = EpisodeWriter(
         path,
@@ -81,6 +88,7 @@ def write_store(
             "key_kind": key_kinds(plan, prompt),
             "inference_frame": np.array(start, np.int32),
             "action_chunk": by_query,
+            **activation_rows(plan, inference, prompt),
         }
         if found.prefix is not None:
             rows["prefix_attention"] = found.prefix.astype(np.float16)
@@ -118,6 +126,7 @@ def _sizes(plan: SyntheticPlan) -> dict[str, int]:
         **dict(zip(("mask_y", "mask_x"), mask_px(plan), strict=True)),
         "instance": len(plan.objects) + 1,
         "xyz": 3,
+        **activation_sizes(plan),
         "query": plan.n_queries,
         "key": layout.n_keys,
         "prefix_query": layout.prefix_len,
@@ -139,6 +148,7 @@ def _coordinates(plan: SyntheticPlan) -> dict[str, NDArray[Any]]:
         "vision_layer": np.array(plan.vision_layers, int),
         **coordinates_of_vision(plan.patches, list(plan.image_px), range(plan.n_vision_heads)),
         **(coordinates_of_masks(list(plan.image_px), instances(plan)) if plan.objects else {}),
+        **activation_coordinates(plan),
         **coordinates_of(plan.layout),
         "action_dim": np.array([f"action_{i}" for i in range(plan.n_actions)], dtype=object),
         "state_dim": np.array([f"joint_{i}" for i in range(plan.n_state)], dtype=object),

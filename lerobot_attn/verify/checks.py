@@ -24,6 +24,7 @@ from lerobot_attn.store.damage import (
 )
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.schema import coordinates_of
+from lerobot_attn.verify.activations import activations
 from lerobot_attn.verify.findings import VerifyReport
 from lerobot_attn.verify.masks import masks
 from lerobot_attn.verify.ticks import Ticks
@@ -56,6 +57,7 @@ def verify_episode(
         ("layout", lambda: [_layout(episode)]),
         ("row sums, masked keys", lambda: _rows(episode, inferences, ticks)),
         ("vision maps", lambda: vision_maps(episode, inferences)),
+        ("activations", lambda: activations(episode, inferences)),
         ("masks", lambda: masks(episode, inferences)),
         ("evaluation's view, timing", lambda: against_eval_video(episode, ticks)),
     ]
