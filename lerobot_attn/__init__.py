@@ -18,9 +18,11 @@ _HOMES = {
     "AttentionPolicy": "lerobot_attn.capture.policy",
     "BlockAttention": "lerobot_attn.interventions",
     "Condition": "lerobot_attn.interventions",
+    "FireNeurons": "lerobot_attn.interventions",
     "FixedNoise": "lerobot_attn.interventions",
     "InferenceRecord": "lerobot_attn.capture",
     "Occlude": "lerobot_attn.interventions",
+    "SteerResidual": "lerobot_attn.interventions",
     "Task": "lerobot_attn.interventions",
     "attach_masks": "lerobot_attn.store.attach",
     "capture_attention": "lerobot_attn.capture",
@@ -36,9 +38,11 @@ __all__ = [
     "AttentionPolicy",
     "BlockAttention",
     "Condition",
+    "FireNeurons",
     "FixedNoise",
     "InferenceRecord",
     "Occlude",
+    "SteerResidual",
     "Task",
     "attach_masks",
     "capture_attention",
@@ -53,7 +57,16 @@ if TYPE_CHECKING:
     from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
     from lerobot_attn.capture.policy import AttentionPolicy
     from lerobot_attn.config import AttentionConfig
-    from lerobot_attn.interventions import BlockAttention, Condition, FixedNoise, Occlude, Task, intervene
+    from lerobot_attn.interventions import (
+        BlockAttention,
+        Condition,
+        FireNeurons,
+        FixedNoise,
+        Occlude,
+        SteerResidual,
+        Task,
+        intervene,
+    )
     from lerobot_attn.plugin.recorders import record_dataset, record_episodes
     from lerobot_attn.store.attach import attach_masks
     from lerobot_attn.store.reader import open_episode

@@ -87,6 +87,7 @@ FRAMEWORK_FREE = (
     "errors",
     "store",
     "inspection",
+    "interventions.firing",
     "interventions.selectors",
     "interventions.spec",
     "plugin.launch",

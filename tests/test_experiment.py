@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -17,7 +15,7 @@ from test_inspection import run_cli
 from test_launch import ROOT
 
 from lerobot_attn.errors import ConfigError, StoreError
-from lerobot_attn.interventions import Condition, spec
+from lerobot_attn.interventions import Condition
 from lerobot_attn.plugin import experiment
 from lerobot_attn.plugin.experiment import ExperimentPlan, arguments_of, run_experiment
 from lerobot_attn.recording.progress import progress_of
@@ -180,25 +178,6 @@ def test_values_are_given_on_the_command_line(tmp_path):
 # Doses, draws, named units
 
 
-@dataclass(frozen=True)
-class Fired:
-    """Stands in for an intervention that fires units."""
-
-    kind: ClassVar[str] = "neurons"
-    stream: str
-    units: Any
-    how: str = "set"
-    value: float = 1.0
-    said: ClassVar[str] = "units fired"
-
-
-@pytest.fixture
-def firing(monkeypatch):
-    if "neurons" not in spec.KINDS:
-        monkeypatch.setitem(spec.KINDS, "neurons", Fired)
-        monkeypatch.setattr(spec, "Intervention", spec.Intervention | Fired)
-
-
 def neurons(units, value="$dose"):
     return {"kind": "neurons", "stream": "expert", "units": units, "how": "add", "value": value}
 
@@ -219,7 +198,7 @@ def fired(one):
     return one.condition.to_dict()["interventions"][0]
 
 
-def test_doses_and_draws_become_conditions(firing, tmp_path):
+def test_doses_and_draws_become_conditions(tmp_path):
     plan = plan_of(**STEERING, outcome="lift_height", expectation="Up, because.")
     planned = {one.name: one for one in plan.planned}
     assert list(planned) == [
@@ -229,9 +208,9 @@ def test_doses_and_draws_become_conditions(firing, tmp_path):
         "prompt",
     ]
     assert fired(planned["high_dose2.5"])["value"] == 2.5
-    assert fired(planned["high_dose2.5"])["units"] == {3: [12, 40]}
+    assert fired(planned["high_dose2.5"])["units"] == {"3": [12, 40]}
     drawn = planned["random_dose2.5_draw3"]
-    assert fired(drawn)["units"] == {"random_like": {3: [12, 40]}, "seed": 3}
+    assert fired(drawn)["units"] == {"random_like": {"3": [12, 40]}, "seed": 3}
     assert (drawn.control_of, drawn.base, drawn.dose, drawn.draw) == ("high_dose2.5", "random", 2.5, 3)
     assert (planned["prompt"].control_of, planned["prompt"].base) == ("high", "prompt")
     assert drawn.condition.experiment == {
@@ -293,23 +272,23 @@ def steering(*conditions, **changes):
         ),
     ],
 )
-def test_bad_doses_are_one_line(firing, changes, message):
+def test_bad_doses_are_one_line(changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         plan_of(**changes)
     assert "\n" not in str(caught.value)
 
 
-def test_controls_may_be_left_out_if_that_is_said(firing):
+def test_controls_may_be_left_out_if_that_is_said():
     assert len(plan_of(**steering(FIRED), no_control=True).planned) == 3
 
 
-def test_units_come_from_a_found_set(firing, tmp_path):
+def test_units_come_from_a_found_set(tmp_path):
     file = tmp_path / "found.csv"
     file.write_text("stream,layer,unit,auc\nexpert,3,12,0.9\nvlm,1,7,0.9\nexpert,5,2,0.8\nexpert,3,40,0.7\n")
     plan = plan_of(**{**STEERING, "units": {"found": str(file)}})
-    assert fired(plan.planned[1])["units"] == {3: [12, 40], 5: [2]}
+    assert fired(plan.planned[1])["units"] == {"3": [12, 40], "5": [2]}
     top = plan_of(**{**STEERING, "units": {"found": {"file": str(file), "top": 3}}})
-    assert fired(top.planned[1])["units"] == {3: [12], 5: [2]}
+    assert fired(top.planned[1])["units"] == {"3": [12], "5": [2]}
     only = {**neurons("$found"), "stream": "vlm"}
     other = [{**FIRED, "interventions": [{**only, "stream": "vision"}]}]
     with pytest.raises(

@@ -533,7 +533,8 @@ def test_a_data_set_that_the_policy_was_trained_on_passes(trained_on, demo_check
     _, arguments, _ = commands_of_the_docs(demo_checkpoint, root)
     status, found = doctor(*arguments)
     assert status == 0
-    assert set(found) == set(CHECKS)
+    assert set(found) == {*CHECKS, "neurons"}
+    assert "language model's last layer (3 of 4, from 0) reach no action" in found["neurons"][1]
     assert {status for status, _, _ in found.values()} == {"ok", "skipped"}
     assert found["state range"][0] == found["action range"][0] == found["prompt"][0] == "ok"
     assert "Task: pick up the soup, State: " in found["prompt"][1]

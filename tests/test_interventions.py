@@ -89,7 +89,7 @@ def block(keys, **more):
 
 
 WRONG = [
-    ({"kind": "blocks"}, "got kind 'blocks', expected one of block_attention, occlude, task, fixed_noise"),
+    ({"kind": "blocks"}, "got kind 'blocks', expected one of block_attention, occlude, task, neurons"),
     ({"kind": "block_attention"}, "keys is missing, expected a selector"),
     (block({"role": "tarjet"}), "got role 'tarjet', expected one of target"),
     (block({"rolle": "target"}), "expected a selector, with one of role, words"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lerobot_attn.interventions.firing import FireNeurons, SteerResidual
 from lerobot_attn.interventions.spec import (
     BlockAttention,
     Condition,
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockAttention",
     "Condition",
+    "FireNeurons",
     "FixedNoise",
     "Intervener",
     "Intervention",
     "Occlude",
+    "SteerResidual",
     "Task",
     "intervene",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions.blocking import Blocker, Rows
+from lerobot_attn.interventions.firing import FireNeurons, SteerResidual
 from lerobot_attn.interventions.keys import PromptLabels
+from lerobot_attn.interventions.neurons import Firer, resolved, warn_of_idle
 from lerobot_attn.interventions.noise import fixed_noise
 from lerobot_attn.interventions.occlusion import Occluder
 from lerobot_attn.interventions.selectors import flat
@@ -44,6 +47,13 @@ MasksNow = Callable[[], Sequence[SceneMasks]]
 # Families whose attention is blocked. The others' kernels give probabilities that are computed beside what
 # acts, and a recording around them could not tell what acted.
 _BLOCKED = ("act", "pi0", "pi05", "smolvla")
+# Families whose neurons and residuals have sites, and why the others have none.
+_FIRED = ("pi0", "pi05", "smolvla")
+_NOT_FIRED = {
+    "act": "of ACT attention alone is reached, and it has no language model whose neurons stand for words",
+    "pi0_fast": "of Pi0-FAST attention alone is reached, whose passes hold one decoded token each",
+    "xvla": "of X-VLA attention alone is reached",
+}
 _NEEDS_WORDS = ("task", "template")  # segments that only a tokenizer can tell
 _ACTING: WeakKeyDictionary[Any, list[Intervener]] = WeakKeyDictionary()  # by policy
 
@@ -52,7 +62,8 @@ class Intervener:
     """Interventions that act on a policy; what `intervene` yields.
 
     Attributes:
-        condition: what is done.
+        condition: what is done; inside the context with what is only known of a live policy, such as which
+            neurons were drawn at random.
         masks: is called at each inference, where the condition needs masks: returns what the cameras show
             now, one for each row of the policy's batch. May be set later than the context is entered.
     """
@@ -74,6 +85,7 @@ class Intervener:
         parts = condition.interventions
         self._tasks = [one for one in parts if isinstance(one, Task)]
         self._blocks = [one for one in parts if isinstance(one, BlockAttention)]
+        self._firings = [one for one in parts if isinstance(one, FireNeurons | SteerResidual)]
         occlusions = [one for one in parts if isinstance(one, Occlude)]
         self._noise = next((one for one in parts if isinstance(one, FixedNoise)), None)
         features: Mapping[str, Any] = getattr(adapter.policy.config, "image_features", None) or {}
@@ -129,6 +141,9 @@ class Intervener:
         adapter, policy = self._adapter, self._adapter.policy
         self._check()
         with ExitStack() as stack:
+            if self._firings:
+                firer = Firer(self._resolve(), self._policy, self._prompts, lambda: self._rows)
+                stack.enter_context(adapter.observe(firer, firer.sites, compiled=False))
             blocker = None
             if self._blocks:
                 blocker = Blocker(self._blocks, self._policy, self._prompts, lambda: self._rows)
@@ -137,6 +152,17 @@ class Intervener:
             predict = self._around(getattr(policy, adapter.predicts), list(parameters)[2:], blocker)
             stack.enter_context(replaced_attribute(policy, adapter.predicts, predict))
             yield
+
+    def _resolve(self) -> list[FireNeurons | SteerResidual]:
+        """Find out what is fired in this policy, and say it in the condition."""
+        parts = [
+            resolved(one, self._adapter) if isinstance(one, FireNeurons | SteerResidual) else one
+            for one in self.condition.interventions
+        ]
+        self.condition = replace(self.condition, interventions=tuple(parts))
+        firings = [one for one in parts if isinstance(one, FireNeurons | SteerResidual)]
+        warn_of_idle(self.condition.name, firings, self._adapter)
+        return firings
 
     def _check(self) -> None:
         """Refuse what cannot be done with this policy."""
@@ -149,24 +175,35 @@ class Intervener:
             )
         if self._tasks and not hasattr(config, "tokenizer_max_length"):
             raise ConfigError(f"task: {kind} is given no instruction, expected a policy that is")
-        if not self._blocks:
+        if not self._blocks and not self._firings:
             return
-        if adapter_type(config) not in _BLOCKED:
+        does = (self._blocks or self._firings)[0].kind
+        family = adapter_type(config)
+        if self._blocks and family not in _BLOCKED:
             raise ConfigError(
                 f"block_attention: got a policy of type {kind}, expected one of {', '.join(_BLOCKED)}: what "
                 f"{kind}'s kernels weigh by is only computed beside them"
             )
+        if self._firings and family in _NOT_FIRED:
+            raise ConfigError(
+                f"{self._firings[0].kind}: got a policy of type {kind}, expected one of {', '.join(_FIRED)}: "
+                f"{_NOT_FIRED[family]}"
+            )
         if self._is_compiled():
             raise ConfigError(
-                "block_attention: the policy is compiled, so its attention can only be read, expected one "
-                "that is not; set compile_model=false"
+                f"{does}: the policy is compiled, so it can only be read, expected one that is not; set "
+                "compile_model=false"
             )
         if is_watched(self._adapter.policy, self._adapter.predicts):
             raise ConfigError(
-                "block_attention: the policy's attention is already being captured, which would record maps "
-                "that did not act; enter intervene first and the capture inside it"
+                f"{does}: the policy's attention is already being captured, which would record what did not "
+                "act; enter intervene first and the capture inside it"
             )
-        for selector in flat([one for block in self._blocks for one in block.keys]):
+        chosen = [one for block in self._blocks for one in block.keys]
+        chosen += [
+            one for firing in self._firings if not isinstance(firing.tokens, str) for one in firing.tokens
+        ]
+        for selector in flat(chosen):
             needs_words = "words" in selector or selector.get("segment") in _NEEDS_WORDS
             if needs_words and not self._prompts.can_read:
                 raise ConfigError(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.interventions.firing import FireNeurons, SteerResidual
 from lerobot_attn.interventions.selectors import (
     SEGMENTS,
     Selector,
@@ -234,8 +235,12 @@ class FixedNoise:
         return f"noise fixed by seed {self.seed}"
 
 
-Intervention = BlockAttention | Occlude | Task | FixedNoise
-KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (BlockAttention, Occlude, Task, FixedNoise)}
+Intervention = BlockAttention | Occlude | Task | FireNeurons | SteerResidual | FixedNoise
+_CLASSES: tuple[type[Intervention], ...] = (
+    *(BlockAttention, Occlude, Task),
+    *(FireNeurons, SteerResidual, FixedNoise),
+)
+KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in _CLASSES}
 
 
 @dataclass(frozen=True)
@@ -340,6 +345,8 @@ class Condition:
         found: list[Selector] = []
         for one in self.interventions:
             found += getattr(one, "keys", ()) or getattr(one, "where", ())
+            tokens = getattr(one, "tokens", ())
+            found += () if isinstance(tokens, str) else tokens
         return found
 
 
@@ -349,9 +356,10 @@ def _intervention(values: Any, where: str) -> Intervention:
         raise ConfigError(f"{where}: got kind {got!r}, expected one of {', '.join(KINDS)}")
     cls = KINDS[values["kind"]]
     rest = {name: value for name, value in values.items() if name != "kind"}
-    for needed in ("keys", "where"):
-        if needed in [f.name for f in fields(cls)] and needed not in rest:
-            raise ConfigError(f"{where}: {needed} is missing, expected a selector such as {{role: target}}")
+    for needed in [f.name for f in fields(cls) if f.default is MISSING]:
+        if needed not in rest:
+            expected = "a selector such as {role: target}" if needed in ("keys", "where") else "it"
+            raise ConfigError(f"{where}: {needed} is missing, expected {expected}")
     try:
         return from_mapping(cls, rest, where=cls.kind)
     except ConfigError as error:
@@ -365,7 +373,7 @@ def _plain(one: Intervention) -> dict[str, Any]:
 
 def _as_yaml(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _as_yaml(one) for key, one in value.items()}
+        return {str(key): _as_yaml(one) for key, one in value.items()}  # JSON has only words as keys
     if isinstance(value, list | tuple):
         return [_as_yaml(one) for one in value]
     return value

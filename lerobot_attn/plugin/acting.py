@@ -49,7 +49,7 @@ class Acting:
     """A condition that acts on the policy of a run, and counts the run's episodes for it.
 
     Args:
-        condition: what is done to the policy.
+        condition: what is done to the policy; from `on` on with what is known of the live one.
         roles: instance → role, in the masks that the condition needs, instead of the one that the environment
             says.
     """
@@ -72,6 +72,7 @@ class Acting:
         from lerobot_attn.interventions import intervene
 
         with intervene(policy, self.condition, preprocessor=preprocessor) as self._intervener:
+            self.condition = self._intervener.condition  # with what only a live policy knows
             yield
 
     def start_task(self) -> None:

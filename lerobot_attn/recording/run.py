@@ -22,10 +22,12 @@ import numpy as np
 from lerobot_attn.capture import AttentionCapture, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError
+from lerobot_attn.interventions.session import interveners_of
 from lerobot_attn.masks import SceneMasks
 from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.beside import viewers_beside
+from lerobot_attn.recording.conditions import said_of
 from lerobot_attn.recording.folder import RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.observation import PolicyCameras, cameras_of
@@ -131,6 +133,10 @@ class RunRecorder:
                 **self._attributes.get("policy", {}),
                 **policy_facts(capture.policy),
             }
+            for acting in interveners_of(policy)[
+                -1:
+            ]:  # which knows more of its condition than the options did
+                self._attributes |= said_of(acting.condition)
             self._run_folder.settle(self._attributes, self.config.to_dict())
             if capture.policy.random_weights:
                 logger.warning("This policy has %s", RANDOM_WEIGHTS)

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_attn.errors import FAILED, Check, ConfigError, first_line
+from lerobot_attn.errors import FAILED, OK, Check, ConfigError, UnsupportedPolicyError, first_line
 from lerobot_attn.plugin.checkpoints import Checkpoint, read_checkpoint
 from lerobot_attn.plugin.feeding import check_feeding
 from lerobot_attn.plugin.feeding.facts import STATE, Facts, Fed, Recorded, World
 from lerobot_attn.plugin.feeding.gather import FedReader, environment_of, expected_of
 from lerobot_attn.plugin.own_options import by_section, rename_map
+from lerobot_attn.policies import adapter_type
 from lerobot_attn.recording.dataset import DatasetFrames
 
 _EPISODES = 8  # of a data set that are looked at
@@ -79,7 +80,35 @@ def run_feeding_checks(
     if observation is not None:
         named = {rename.get(name, name): value for name, value in observation.items()}
         fed, broken = _feed(checkpoint, named)
-    return [*broken, *check_feeding(Facts(expected, fed, world, recorded))]
+    said = _said_of_neurons(checkpoint.config)
+    return [*broken, *check_feeding(Facts(expected, fed, world, recorded)), *said]
+
+
+def _said_of_neurons(config: Any) -> list[Check]:
+    """Say which neurons of a policy that has some cannot change an action, before anybody fires them."""
+    try:
+        family = adapter_type(config)
+    except UnsupportedPolicyError:
+        return []
+    if family == "smolvla":
+        n_layers = config.num_vlm_layers
+        n_experts = config.num_expert_layers if config.num_expert_layers > 0 else n_layers
+        first = (n_experts - 1) * (n_layers // n_experts) if n_experts > 0 else -1
+    elif family in ("pi0", "pi05"):
+        from lerobot.policies.pi05.modeling_pi05 import get_gemma_config
+
+        n_layers = getattr(config, "depth", None) or get_gemma_config(config.paligemma_variant).depth
+        first = n_layers - 1
+    else:
+        return []
+    numbers = (
+        f" ({', '.join(map(str, range(first, n_layers)))} of {n_layers}, from 0)" if n_layers > 0 else ""
+    )
+    detail = (
+        f"neurons and residuals of the language model's last layer{numbers} reach no action, so firing them "
+        "changes nothing; all others can be fired"
+    )
+    return [Check("neurons", OK, detail)]
 
 
 def _feed(checkpoint: Checkpoint, observation: Mapping[str, Any]) -> tuple[Fed, list[Check]]:
