@@ -578,6 +578,19 @@ class AdapterContract:
             return
         np.testing.assert_allclose(record.flow_time, 1 - np.arange(steps) / steps, atol=1e-6)
 
+    def test_a_camera_that_is_painted_over_is_not_seen(self, policy, batch):
+        """Once for each family: pictures are painted over before any of it runs."""
+        if self.is_bfloat16 or not self.can_edit or adapter_for(policy).policy is not policy:
+            return
+        camera = self.first_camera(policy, batch)
+        actions, _ = self.act(policy, batch, 0)
+        with intervene(policy, Occlude({"camera": camera})) as acting:
+            painted, _ = self.act(policy, batch, 0)
+            seen = acting.seen(batch)
+        assert (actions - painted).abs().max() > 0
+        assert torch.equal(painted, self.act(policy, seen, 0)[0])
+        assert torch.equal(actions, self.act(policy, batch, 0)[0])
+
     def test_watching_changes_nothing(self, policy, batch):
         actions, random_state = self.act(policy, batch, 7, n=3)
         with capture_attention(policy, self.everything(policy)):

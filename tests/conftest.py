@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import allocator
 import pytest
 
 # Before anything imports mujoco or huggingface_hub, which read them once.
@@ -16,6 +17,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Some virtual machines announce AMX and end a process that uses it; torch would, for bfloat16.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+allocator.keep()  # a test of resident memory says give_back()
 
 REQUIRE_LIBERO = "LEROBOT_ATTN_REQUIRE_LIBERO"
 

@@ -45,7 +45,6 @@ from lerobot_attn.capture import capture_attention  # noqa: E402
 from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import ConfigError, SelectionError  # noqa: E402
-from lerobot_attn.interventions import Occlude, intervene  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
@@ -806,14 +805,3 @@ def test_an_evaluation_finds_each_frames_inference(
         assert data.frame_inference.values.tolist() == (np.arange(length) // N_ACTIONS).tolist()
         assert (data.frame_query.values == -1).all()
         assert verify_episode(episode, thorough=True).passed
-
-
-def test_a_camera_that_is_painted_over_is_not_seen(policy, batch):
-    camera = next(iter(policy.config.image_features))
-    actions, _ = act(policy, batch, 0)
-    with intervene(policy, Occlude({"camera": camera})) as acting:
-        painted, _ = act(policy, batch, 0)
-        seen = acting.seen(batch)
-    assert (actions - painted).abs().max() > 0
-    assert torch.equal(painted, act(policy, seen, 0)[0])
-    assert torch.equal(actions, act(policy, batch, 0)[0])

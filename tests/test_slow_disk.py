@@ -13,6 +13,7 @@ import re
 import time
 from pathlib import Path
 
+import allocator
 import numpy as np
 import pytest
 import scripted
@@ -55,6 +56,7 @@ def memory_mb(name):
 def record_and_measure(folder, tell, mb_per_s):
     """Record an episode of `N_INFERENCES` inferences; tell memory and times."""
     logging.basicConfig(level=logging.INFO, force=True)
+    allocator.give_back()
     torch.set_num_threads(1)  # so that the thread's own time is the policy's
     scripted.HEADS = N_HEADS
     evaluate(folder / "warm_up", {0: scripted.make_envs((3,))}, policy=make_policy(), layers="all")

@@ -21,7 +21,6 @@ from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
 from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import ConfigError, SelectionError  # noqa: E402
-from lerobot_attn.interventions import Occlude, intervene  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
@@ -685,14 +684,3 @@ def test_the_explorer_serves_the_recording(run):
         assert maps.shape == (4, n_keys - prefix_len, n_keys)
         for address in ("shares", "timeline", "ranges/0", f"cameras/{WRIST}/frames/4.jpg"):
             assert client.get(f"{base}/{address}").status_code == 200, address
-
-
-def test_a_camera_that_is_painted_over_is_not_seen(policy, batch):
-    camera = next(iter(policy.config.image_features))
-    actions, _ = act(policy, batch, 0)
-    with intervene(policy, Occlude({"camera": camera})) as acting:
-        painted, _ = act(policy, batch, 0)
-        seen = acting.seen(batch)
-    assert (actions - painted).abs().max() > 0
-    assert torch.equal(painted, act(policy, seen, 0)[0])
-    assert torch.equal(actions, act(policy, batch, 0)[0])

@@ -19,6 +19,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lerobot_attn.analysis.labels import in_words, picked, policy_count, policy_of, stored_labels
+from lerobot_attn.analysis.reduce import over_heads
 from lerobot_attn.analysis.rows import Rows
 from lerobot_attn.analysis.select import PREFIX, HeadChoice, Labels, LayerChoice, layout_of
 from lerobot_attn.analysis.spatial import camera_geometry, camera_names, on_grid
@@ -299,11 +300,6 @@ class _PrefixChoice:
             array = array.mean("prefix_layer", skipna=False, dtype=np.float32)
         return array.astype(np.float32)
 
-    def over_heads(self, array: xr.DataArray) -> xr.DataArray:
-        if not isinstance(self.head, str) or self.head == "all":
-            return array
-        return array.mean("head", skipna=False) if self.head == "mean" else array.max("head", skipna=False)
-
     def attributes(self) -> dict[str, Any]:
         return {
             "long_name": "prefix attention",
@@ -338,7 +334,7 @@ def _gather(
         if rows is not None:
             weights = xr.DataArray(rows[1][number], dims=("prefix_query", rows[0]))
             array = xr.dot(array, weights, dim="prefix_query")
-        array = choice.over_heads(array)
+        array = over_heads(array, choice.head)
         if columns is not None:
             weights = xr.DataArray(columns[1][number], dims=("prefix_key", columns[0]))
             array = xr.dot(array, weights, dim="prefix_key")

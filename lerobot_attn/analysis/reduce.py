@@ -48,6 +48,19 @@ def mean_over(
     return mean.where(~is_missing)
 
 
+def over_heads(array: xr.DataArray, head: int | Sequence[int] | str, dim: str = "head") -> xr.DataArray:
+    """Return the mean over heads, or the maximum; the array itself where `head` is "all" or chose some.
+
+    Args:
+        array: (…, head, …); all heads of a layer see the same keys, so what is NaN in one stays NaN.
+        head: "mean", "max", "all", or what was selected already.
+        dim: the dimension of the heads.
+    """
+    if not isinstance(head, str) or head == "all":
+        return array
+    return array.mean(dim, skipna=False) if head == "mean" else array.max(dim, skipna=False)
+
+
 def row_sum(array: xr.DataArray, dims: str | Sequence[str] = "key") -> xr.DataArray:
     """Return the sum over the keys that exist, NaN where the row is missing.
 

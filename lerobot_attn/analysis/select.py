@@ -31,7 +31,7 @@ from lerobot_attn.analysis.labels import (
     ranges,
     stored_labels,
 )
-from lerobot_attn.analysis.reduce import mean_over
+from lerobot_attn.analysis.reduce import mean_over, over_heads
 from lerobot_attn.analysis.renamed import warn_renamed
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import TokenLayout
@@ -233,8 +233,7 @@ def attention(
         array = array.mean("denoise_step", skipna=False)
     if isinstance(layer, str) and layer == "mean":
         array = mean_over(array, "layer", may_lack_keys=bool(blind))
-    if isinstance(head, str) and head != "all":
-        array = array.mean("head", skipna=False) if head == "mean" else array.max("head", skipna=False)
+    array = over_heads(array, head)
     if len(exclude):
         array = _without(array, exclude, may_lack_keys=bool(blind))
     n_steps, n_left_out = policy_count(dataset, "n_denoise_steps"), len(exclude)

@@ -18,6 +18,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lerobot_attn.analysis.labels import from_end, in_words, picked, policy_count, ranges, stored_labels
+from lerobot_attn.analysis.reduce import over_heads
 from lerobot_attn.analysis.rows import Rows
 from lerobot_attn.analysis.select import HeadChoice, Labels, LayerChoice
 from lerobot_attn.analysis.spatial import camera_geometry
@@ -224,11 +225,7 @@ class _Choice:
         array = array.astype(np.float32)
         if isinstance(self.layer, str) and self.layer == "mean":
             array = array.mean("vision_layer", skipna=False)
-        if isinstance(self.head, str) and self.head != "all":
-            mean = self.head == "mean"
-            array = (
-                array.mean("vision_head", skipna=False) if mean else array.max("vision_head", skipna=False)
-            )
+        array = over_heads(array, self.head, "vision_head")
         result = self.rows.label(array.isel(inference=back))
         result.attrs = self.attributes()
         return result

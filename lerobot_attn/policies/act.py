@@ -30,6 +30,7 @@ from lerobot_attn.policies.base import (
     Site,
     SiteInfo,
     Stream,
+    said_by,
 )
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.taps import check_sites, no_attention, watched_method
@@ -55,15 +56,12 @@ class ACTAdapter:
         """Return the sizes of the live policy."""
         config = self.policy.config
         return PolicyDescription(
-            policy_type=config.type,
+            **said_by(config),
             n_layers=len(self._layers["expert"]),
             n_prefix_layers=len(self._layers["vlm"]),
             n_heads=config.n_heads,
             n_denoise_steps=0,
             chunk_size=config.chunk_size,
-            n_action_steps=config.n_action_steps,
-            random_weights=bool(getattr(config, "random_weights", False)),
-            remark=str(getattr(config, "remark", "")),
             reads_last_prefix_layer=True,
         )
 

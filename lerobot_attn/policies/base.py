@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.prompt import TextSpan
@@ -96,6 +96,23 @@ class PolicyDescription:
     def n_steps(self) -> int:
         """Passes over the suffix in an inference: the denoise steps, or one."""
         return max(self.n_denoise_steps, 1)
+
+
+class _Said(TypedDict):
+    policy_type: str
+    n_action_steps: int
+    random_weights: bool
+    remark: str
+
+
+def said_by(config: Any) -> _Said:
+    """Return what the config of any family says of a description."""
+    return {
+        "policy_type": config.type,
+        "n_action_steps": config.n_action_steps,
+        "random_weights": bool(getattr(config, "random_weights", False)),
+        "remark": str(getattr(config, "remark", "")),
+    }
 
 
 class DecodedTokens(NamedTuple):

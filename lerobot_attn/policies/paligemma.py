@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
-from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream
+from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream, said_by
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
 from lerobot_attn.policies.taps import CompiledTap, attention_tap, bias_of, no_attention
 from lerobot_attn.policies.tower import Tower, exchange_at, tap_output
@@ -89,16 +89,13 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
         config = self.policy.config
         expert = self.model.paligemma_with_expert.gemma_expert.config
         return PolicyDescription(
-            policy_type=config.type,
+            **said_by(config),
             n_layers=len(self.towers["expert"].layers),
             n_prefix_layers=len(self.towers["vlm"].layers),
             n_heads=expert.num_attention_heads,
             n_denoise_steps=config.num_inference_steps,
             chunk_size=config.chunk_size,
-            n_action_steps=config.n_action_steps,
             noise_shape=(config.chunk_size, config.max_action_dim),
-            random_weights=bool(getattr(config, "random_weights", False)),
-            remark=str(getattr(config, "remark", "")),
             n_vision_layers=self.vision.n_layers,
             n_vision_heads=self.vision.n_heads,
         )

@@ -36,6 +36,7 @@ from lerobot_attn.policies.base import (
     Site,
     SiteInfo,
     Stream,
+    said_by,
 )
 from lerobot_attn.policies.flow import key_mask
 from lerobot_attn.policies.kernels import kernel_tap
@@ -66,15 +67,12 @@ class Pi0FastAdapter(PaliGemmaCameras):
         """Return the sizes of the live policy; a chunk is as long as what is executed of it."""
         config = self.policy.config
         return PolicyDescription(
-            policy_type=config.type,
+            **said_by(config),
             n_layers=len(self._layers),
             n_prefix_layers=len(self._layers),
             n_heads=self._n_heads,
             n_denoise_steps=0,
             chunk_size=config.n_action_steps,
-            n_action_steps=config.n_action_steps,
-            random_weights=bool(getattr(config, "random_weights", False)),
-            remark=str(getattr(config, "remark", "")),
             n_decode_steps=self._n_tokens,
         )
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
-from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo, Stream
+from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo, Stream, said_by
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, newest
 from lerobot_attn.policies.prompts import parse_task_line
 from lerobot_attn.policies.taps import CompiledTap, bias_of, no_attention, replaced_attribute, tapped
@@ -53,16 +53,13 @@ class SmolVLAAdapter(FlowMatchingAdapter):
         """Return the sizes of the live policy."""
         config = self.policy.config
         return PolicyDescription(
-            policy_type=config.type,
+            **said_by(config),
             n_layers=self._towers.num_expert_layers,
             n_prefix_layers=self._towers.num_vlm_layers,
             n_heads=self._towers.num_attention_heads,
             n_denoise_steps=config.num_steps,
             chunk_size=config.chunk_size,
-            n_action_steps=config.n_action_steps,
             noise_shape=(config.chunk_size, config.max_action_dim),
-            random_weights=bool(getattr(config, "random_weights", False)),
-            remark=str(getattr(config, "remark", "")),
             n_vision_layers=self.vision.n_layers,
             n_vision_heads=self.vision.n_heads,
         )

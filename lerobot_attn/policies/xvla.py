@@ -42,6 +42,7 @@ from lerobot_attn.policies.base import (
     Site,
     SiteInfo,
     Stream,
+    said_by,
 )
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
@@ -77,15 +78,12 @@ class XVLAAdapter:
         """Return the sizes of the live policy; no prefix layers where the encoder has other heads."""
         config = self.policy.config
         return PolicyDescription(
-            policy_type=config.type,
+            **said_by(config),
             n_layers=len(self._layers["expert"]),
             n_prefix_layers=len(self._layers["vlm"]),
             n_heads=self._n_heads,
             n_denoise_steps=max(1, int(config.num_denoising_steps)),
             chunk_size=self.model.chunk_size,
-            n_action_steps=config.n_action_steps,
-            random_weights=bool(getattr(config, "random_weights", False)),
-            remark=str(getattr(config, "remark", "")),
             reads_last_prefix_layer=True,
         )
 
