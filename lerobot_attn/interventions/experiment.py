@@ -64,8 +64,10 @@ class PlannedCondition(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        """Whether a random choice says what is fired."""
-        return _says(self.condition.to_dict()["interventions"], "random_like")
+        """Whether a random choice says what is fired: one that is still to be drawn, or was."""
+        parts = [part for part in self.condition.to_dict()["interventions"] if part["kind"] in _FIRES]
+        what = [part.get(key) for part in parts for key in ("units", "vector")]
+        return _says(what, "random_like") or any(part.get("drawn") for part in parts)
 
     @property
     def is_prompt(self) -> bool:

@@ -6,7 +6,7 @@ The numbers are those of `analysis.doses`; `report.effects` reads the episodes a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from lerobot_attn.analysis.doses import (
     paired_values,
     sides,
 )
-from lerobot_attn.analysis.effects import BASELINE, METRICS
+from lerobot_attn.analysis.effects import BASELINE, METRICS, Effect
 from lerobot_attn.analysis.intervals import interval_of_mean
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.figures.canvas import Caption
@@ -134,12 +134,16 @@ def pooled(effects: pd.DataFrame, episodes: pd.DataFrame, found: Doses) -> pd.Da
     return pd.concat([effects[alone & ~effects["condition"].isin(together["condition"])], together])
 
 
-def add_to(page: Page, found: Doses, picture: Path) -> None:
+def add_to(
+    page: Page, found: Doses, episodes: pd.DataFrame, effects: Sequence[Effect], picture: Path
+) -> None:
     """Say on the page what the doses showed.
 
     Args:
         page: of the report.
         found: what they showed.
+        episodes: one row an episode.
+        effects: of each draw by itself, among others.
         picture: their figure's file.
     """
     page.heading("Doses and random draws")
@@ -151,8 +155,38 @@ def add_to(page: Page, found: Doses, picture: Path) -> None:
         "its random draws in each initial state. “An effect of these units” is said where the interval "
         "leaves zero out, p (sign-flip test, corrected for the doses by Holm's method) agrees, and the "
         "condition lies beyond each of the draws: the interval speaks of other initial states, and not of "
-        "other draws. doses.csv has every metric."
+        "other draws."
     )
+    header = ["condition", "metric", "its mean", "the draws' mean", "difference", "p (Holm)", "beyond draws"]
+    page.table(header, [_row(one) for one in found.effects if one.control.is_random])
+    outcomes = {str(name): outcome_of(part) for name, part in episodes.groupby("experiment", sort=False)}
+    draws = set(episodes.loc[episodes["draw"].notna(), "condition"])
+    alone = [
+        [one.condition, one.control, *_numbers(one, one.p)]
+        for one in effects
+        if one.control in draws and outcomes.get(one.experiment) == one.metric
+    ]
+    if alone:
+        asked = ", ".join(METRICS[name].text for name in dict.fromkeys(outcomes.values()))
+        page.text(f"Each draw by itself, {asked} (every metric of it is in effects.csv):")
+        page.table(["condition", "draw", "its mean", "the draw's mean", "difference", "p"], alone)
+
+
+def _row(one: DoseEffect) -> list[str]:
+    beyond = f"{one.n_beyond} of {len(one.control.members)}"
+    return [one.side.name, METRICS[one.metric].text, *_numbers(one, one.p_holm), beyond]
+
+
+def _numbers(one: DoseEffect | Effect, p: float) -> list[str]:
+    metric = METRICS[one.metric]
+    if metric.is_share:
+        means = [f"{100 * value:.0f} %" for value in (one.a, one.b)]
+    else:
+        means = [f"{metric.factor * value:.{metric.digits}f}" for value in (one.a, one.b)]
+    said = metric.said(one.difference)
+    if math.isfinite(one.low):
+        said += f" ({metric.said(one.low, unit=False)} to {metric.said(one.high, unit=False)})"
+    return [*means, said, "" if math.isnan(p) else f"{p:.2g}"]
 
 
 def steering_figure(
@@ -208,10 +242,14 @@ def _lines(
 
 def _line(part: pd.DataFrame, side: Side, kind: str, confidence: float, seed: int) -> HeightLine:
     rows = part[part["condition"].isin(side.members)]
-    profiles = [profile for profile in rows[PROFILE] if profile is not None]
-    stacked = np.stack(profiles) if profiles else np.full((1, 2), np.nan)
-    known = stacked[np.isfinite(stacked).all(axis=1)]
-    height: NDArray[np.float64] = known.mean(axis=0) if len(known) else np.full(stacked.shape[1], np.nan)
+    rows = rows[[profile is not None and bool(np.isfinite(profile).all()) for profile in rows[PROFILE]]]
+    # Draws of one initial state are one: the interval is over states.
+    of_state = [
+        np.stack(list(state[PROFILE])).mean(axis=0)
+        for _, state in rows.groupby(["task_group", "task_id", "episode_index"])
+    ]
+    known = np.stack(of_state) if of_state else np.zeros((0, 2))
+    height: NDArray[np.float64] = known.mean(axis=0) if len(known) else np.full(2, np.nan)
     low, high = interval_of_mean(known, confidence, 2000, seed) if len(known) else (height, height)
     name = side.name if not side.is_random else f"{side.name} ({len(side.members)} draws)"
     return HeightLine(name, kind, side.dose, height, low, high, len(known))

@@ -371,16 +371,18 @@ def _page(run: Run, found: Effects, settings: EffectsSettings, files: Sequence[P
     page = Page(f"Effects of {names}")
     page.points([*(f"The policy: {remark}" for remark in found.episodes.remarks), *found.notes])
     if found.doses is not None:
-        doses.add_to(page, found.doses, files[4])
-    matched = [effect for effect in found.effects if effect.control != BASELINE]
+        doses.add_to(page, found.doses, found.episodes.table, found.effects, files[4])
+    draws = set(found.episodes.table.loc[found.episodes.table["draw"].notna(), "condition"])
+    effects = [effect for effect in found.effects if not {effect.condition, effect.control} & draws]
+    matched = [effect for effect in effects if effect.control != BASELINE]
     if matched:
         page.heading("Against the matched control")
         page.points(map(sentence, matched))
-    else:
+    elif not draws:
         page.text("No condition has a matched control: what follows may be due to any intervention at all.")
     page.picture(files[2], "effects with their intervals")
     page.heading("Against the baseline")
-    page.points(sentence(effect) for effect in found.effects if effect.control == BASELINE)
+    page.points(sentence(effect) for effect in effects if effect.control == BASELINE)
     page.heading("Conditions")
     page.table(*_conditions(found.episodes.table))
     if found.episodes.table["approached"].notna().any():
