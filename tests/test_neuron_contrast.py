@@ -9,6 +9,7 @@ import pytest
 from activations import GROUPS, N_UNITS, SIZES, episode, noise
 
 from lerobot_attn.analysis.areas import Areas, share_reached
+from lerobot_attn.analysis.intervals import paired_interval
 from lerobot_attn.analysis.neuron_contrast import ContrastDraws, contrast
 from lerobot_attn.analysis.neurons import Choice, activations, blocks_of, units_of
 from lerobot_attn.analysis.permutation import all_signs, largest, ranks, relabellings
@@ -190,6 +191,7 @@ def test_the_area_within_is_the_mean_of_the_episodes_own():
         more, less = series[own == 1], series[own == 0]
         areas.append(np.mean((more[:, None] > less) + 0.5 * (more[:, None] == less)))
     assert row.auc == pytest.approx(np.mean(areas), abs=1e-6)
+    assert (row.low, row.high) == pytest.approx(np.clip(paired_interval(np.array(areas)), 0, 1), abs=0.04)
     assert row.n_episodes == 5
     assert any("1 episode with one of the two labels alone" in note for note in found.notes)
 
