@@ -14,6 +14,7 @@ import yaml
 from test_inspection import run_cli
 from test_launch import ROOT
 
+from lerobot_attn.analysis.effects import METRICS
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.interventions import Condition
 from lerobot_attn.plugin import experiment
@@ -59,6 +60,7 @@ def test_shipped_plans_have_controls_and_conditions_that_load(file):
 def test_the_plans_are_there():
     assert [file.stem for file in SHIPPED] == [
         *("block_target", "keep_top_patches", "no_camera", "no_text", "occlude_target", "prompt_swap"),
+        *("steer_height", "steer_speed"),
     ]
 
 
@@ -302,6 +304,22 @@ def test_units_come_from_a_found_set(tmp_path):
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             plan_of(**{**STEERING, "units": {"found": str(file)}})
+
+
+@pytest.mark.parametrize("name", ["steer_height", "steer_speed"])
+def test_shipped_plans_of_steering_say_before_what_they_ask_and_expect(name):
+    plan = ExperimentPlan.from_yaml(ROOT / "configs" / "experiment" / f"{name}.yaml", ["policy.path=CKPT"])
+    assert plan.outcome in METRICS
+    assert plan.expectation.endswith(".")
+    assert plan.render == "inferences"
+    assert len(plan.tasks) * plan.n_episodes == 30
+    fired = [one for one in plan.planned if one.fires and one.control_of is None]
+    assert len(fired) >= 2
+    for one in fired:
+        drawn = [other for other in plan.planned if other.control_of == one.name and other.is_random]
+        assert [other.draw for other in drawn] == [0, 1, 2, 3, 4]
+        assert {other.dose for other in drawn} == {one.dose}
+    assert sum(one.is_prompt for one in plan.planned) == 1
 
 
 # Runs
