@@ -6,6 +6,7 @@ stored actions therefore say themselves which inference and token they came from
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -535,6 +536,50 @@ def test_a_slow_writer_makes_the_policy_wait(tmp_path, monkeypatch):
     (episode,) = open_run(tmp_path)
     assert episode.is_complete
     assert episode.n_inferences == 20
+
+
+def commits_of_a_slow_writer(tmp_path, monkeypatch, **settings):
+    """Record 30 inferences, of which each takes 20 ms to be written; return what each commit made exist."""
+    import time
+
+    append, commit, commits = EpisodeWriter.append_inference, EpisodeWriter.commit, []
+
+    def slow(self, rows):
+        time.sleep(0.02)
+        append(self, rows)
+
+    def counted(self):
+        commit(self)
+        commits.append(self.n_inferences)
+
+    monkeypatch.setattr(EpisodeWriter, "append_inference", slow)
+    monkeypatch.setattr(EpisodeWriter, "commit", counted)
+    monkeypatch.setattr("lerobot_attn.recording.run.viewers_beside", lambda *_: contextlib.nullcontext())
+    envs = {0: scripted.make_envs((30,))}
+    evaluate(tmp_path, envs, policy=make_policy(n_action_steps=1), layers="all", **settings)
+    (episode,) = open_run(tmp_path)
+    assert episode.is_complete
+    assert (episode.n_inferences, episode.n_frames) == (30, 30)
+    data = episode.dataset.load()
+    np.testing.assert_array_equal(data.inference_frame, np.arange(30))
+    np.testing.assert_array_equal(data.frame_inference, np.arange(30))
+    true = scripted.attention_of(29, 2, 2, 1)[0].numpy().astype(np.float16)
+    np.testing.assert_array_equal(data.suffix_attention.sel(denoise_step=2, layer=2)[29], true)
+    return commits
+
+
+def test_inferences_that_are_queued_are_committed_together_but_not_late(tmp_path, monkeypatch):
+    commits = commits_of_a_slow_writer(tmp_path, monkeypatch)
+    together = np.diff(sorted(set(commits)))
+    assert together.max() > 2
+    # 0.25 s, of which each inference takes 0.02 s: a watcher from outside waits no longer.
+    assert together.max() <= 13
+    assert len(commits) < 20
+
+
+def test_who_watches_gets_each_inference_by_itself(tmp_path, monkeypatch):
+    commits = commits_of_a_slow_writer(tmp_path, monkeypatch, view=True)
+    assert sorted(set(commits)) == list(range(31))
 
 
 @pytest.mark.parametrize(

@@ -283,17 +283,37 @@ def test_pictures_are_read_ahead_within_bounds(monkeypatch):
     asked = []
     with ThreadPoolExecutor(1) as reader:
         questions = [Question(None, frame, frame + 4) for frame in (0, 4, 8, 12)]
-        views = replay_views.ViewsAhead(reader, lambda q: asked.append(q.frame) or [None], questions, 10)
+        first = [{"frame": frame} for frame in (0, 4, 8, 12)]
+
+        def read(question, seen):
+            asked.append((question.frame, None if seen is None else seen["frame"]))
+            return [None]
+
+        views = replay_views.ViewsAhead(reader, read, questions, first, 10)
         reader.submit(lambda: None).result()
-        assert asked == [0, 4]  # 80 of 100 bytes
+        assert asked == [(0, 0), (4, 4)]  # 80 of 100 bytes
         views.take()
         reader.submit(lambda: None).result()
-        assert asked == [0, 4, 8]
+        assert asked[2:] == [(8, None)], "a picture was kept in memory beyond the bound"
         for _ in range(3):
             views.take()
-        assert asked == [0, 4, 8, 12]
+        assert asked[3:] == [(12, None)]
         # One that is too large alone comes all the same.
-        assert replay_views.ViewsAhead(reader, lambda q: [None], questions[:1], 1000).take() == [None]
+        assert replay_views.ViewsAhead(reader, read, questions[:1], first[:1], 1000).take() == [None]
+
+
+def test_each_frame_is_read_once(small, tmp_path, monkeypatch):
+    from lerobot_attn.recording.dataset import DatasetFrames
+
+    read, observation = [], DatasetFrames.observation
+
+    def counted(footage, index, frame):
+        read.append((index, frame))
+        return observation(footage, index, frame)
+
+    monkeypatch.setattr(DatasetFrames, "observation", counted)
+    record_dataset(make_policy(), small, tmp_path, every=5, episodes=[0])
+    assert sorted(read) == [(0, frame) for frame in range(13)]
 
 
 def test_a_data_set_that_was_just_written(tmp_path):

@@ -10,7 +10,8 @@ import errno
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ from lerobot_attn.store.writer import EpisodeWriter
 
 logger = logging.getLogger(__name__)
 
+# How long what is written may wait for inferences that are queued behind it, to be committed with them: a
+# commit replaces some thirty files. Nobody waits longer for it than for the queue.
+COMMIT_WITHIN_S = 0.25
 NO_TOKEN = -1  # in place of a query, where a frame's action is no token of its inference's chunk
 
 
@@ -91,19 +95,30 @@ class EpisodeJob:
         strict: an action that is not the expected token of its chunk ends the episode. Otherwise the token
             is looked for in the chunk and in the one before (an inference may end while actions of the last
             one are still executed), and one that is not there is recorded as none.
+        n_queued: returns how many inferences were handed over to be written, or none that will not be.
 
     Attributes:
         n_written: inferences that the store holds.
         result: what became of the episode; None until it is closed.
     """
 
-    def __init__(self, plan: EpisodePlan, env: int, config: AttentionConfig, *, strict: bool = True):
+    def __init__(
+        self,
+        plan: EpisodePlan,
+        env: int,
+        config: AttentionConfig,
+        *,
+        strict: bool = True,
+        n_queued: Callable[[], int] = lambda: 0,
+    ):
         self.plan = plan
         self.env = env
         self.result: EpisodeResult | None = None
         self.n_written = 0
         self._config = config
         self._strict = strict
+        self._n_queued = n_queued
+        self._uncommitted_since: float | None = None
         self._store: EpisodeWriter | None = None
         self._layout: TokenLayout | None = None
         self._has_truncation = False
@@ -142,6 +157,8 @@ class EpisodeJob:
     ) -> None:
         """Write the frames up to here and then the inference made at `frame`; commit both.
 
+        While more inferences are queued and nobody watches, several are committed together.
+
         `more` holds this inference's values of optional arrays, by their names; `scene` its masks.
 
         Raises:
@@ -153,9 +170,10 @@ class EpisodeJob:
             if record is not None:
                 assert known is not None
                 self._append_inference(record, frame, known, more or {}, scene)
-            if self._store is not None:
+            if self._store is not None and not self._may_wait(self._store):
                 self._store.commit()
                 self.n_written = self._store.n_inferences
+                self._uncommitted_since = None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -223,6 +241,7 @@ class EpisodeJob:
             attributes["video_errors"] = self._videos.errors
         try:
             store.close(complete=whole, attributes=attributes)
+            self.n_written = store.n_inferences
         except Exception as error:
             problem, whole = problem or error, False
         if whole and self._is_unwanted(success):
@@ -245,6 +264,15 @@ class EpisodeJob:
             n_inferences=store.n_inferences,
             raw_bytes=self._raw_bytes,
         )
+
+    def _may_wait(self, store: EpisodeWriter) -> bool:
+        """Return whether what was written is committed with the inferences that are queued."""
+        is_watched = self._config.view or self._config.rerun
+        if is_watched or self._n_queued() <= store.n_inferences:
+            return False
+        if self._uncommitted_since is None:
+            self._uncommitted_since = time.monotonic()
+        return time.monotonic() - self._uncommitted_since < COMMIT_WITHIN_S
 
     def _success(self, ending: Ending) -> bool | None:
         if ending.success is not None:

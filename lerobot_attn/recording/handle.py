@@ -71,7 +71,10 @@ class EpisodeHandle:
         self.attributes: dict[str, Any] = {}
         self._config = config
         self._writer = writer
-        self._job = EpisodeJob(plan, env, config, strict=strict)
+        # After a failure nothing that is queued is sure to be written.
+        self._job = EpisodeJob(
+            plan, env, config, strict=strict, n_queued=lambda: 0 if self.failure else self.n_queued
+        )
         self._entries: list[FrameEntry] = []  # frames that are not queued yet
         self._query = 0
         self._told = False

@@ -124,7 +124,7 @@ class ReplayRun(EpisodeSeries):
         while batch is not None and frames is not None:
             following = next(batches, None)
             now = frames.result()
-            views = self._views_ahead(reader, batch, now[0])
+            views = self._views_ahead(reader, batch, now)
             frames = None if following is None else reader.submit(self._frames_of, following)
             # What was answered before is written while a GPU works on this.
             answer = self._asker.ask(batch, now, written)
@@ -206,20 +206,38 @@ class ReplayRun(EpisodeSeries):
         return found
 
     def _views_ahead(
-        self, reader: ThreadPoolExecutor, questions: Sequence[Question], frame: Mapping[str, Tensor]
+        self,
+        reader: ThreadPoolExecutor,
+        questions: Sequence[Question],
+        frames: Sequence[Mapping[str, Tensor]],
     ) -> ViewsAhead | None:
-        """Begin to read what the cameras showed; None where nothing is filmed."""
+        """Begin to read what the cameras showed; None where nothing is filmed.
+
+        Args:
+            reader: the thread that reads.
+            questions: of a batch.
+            frames: what the policy sees at each of them.
+        """
         if self._config.cameras is not True or not self._inputs.cameras:
             return None
-        pictures = [frame[self._inputs.rename.get(name, name)] for name in self._inputs.cameras]
-        return ViewsAhead(reader, self._views_of, questions, sum(picture.numel() for picture in pictures))
+        names = {camera: self._inputs.rename.get(camera, camera) for camera in self._inputs.cameras}
+        shown = [{camera: frame[name] for camera, name in names.items()} for frame in frames]
+        n_bytes = sum(picture.numel() for picture in shown[0].values())
+        return ViewsAhead(reader, self._views_of, questions, shown, n_bytes)
 
-    def _views_of(self, question: Question) -> FilmedFrames:
-        """Read what the cameras showed at a question's frames. On the reader's thread."""
+    def _views_of(self, question: Question, first: Mapping[str, Tensor] | None) -> FilmedFrames:
+        """Read what the cameras showed at a question's frames. On the reader's thread.
+
+        Args:
+            question: whose frames.
+            first: what they showed at the first one, where that is at hand: camera → picture.
+        """
         found, index = [], question.episode.footage.index
         for frame in range(question.frame, question.stop):
-            with reading(index, frame):
-                shown = self._footage.pictures(index, frame, list(self._inputs.cameras))
+            shown = first if frame == question.frame else None
+            if shown is None:
+                with reading(index, frame):
+                    shown = self._footage.pictures(index, frame, list(self._inputs.cameras))
             named = {self._inputs.cameras[camera]: picture[None] for camera, picture in shown.items()}
             found.append(shown_by(self._capture, named))
         return found

@@ -6,9 +6,11 @@ Knows footage and what a policy's adapter makes of pictures. Asks no policy.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+
+from torch import Tensor
 
 from lerobot_attn.errors import CaptureError, LerobotAttnError, first_line
 from lerobot_attn.recording.episode import Views
@@ -24,16 +26,19 @@ class ViewsAhead:
 
     Args:
         reader: the one thread that reads.
-        read: reads the pictures of a question's frames.
+        read: reads the pictures of a question's frames; gets what is at hand of the first one, or None.
         questions: the batch.
+        first: what the cameras showed at the first frame of each question: camera → picture. It is used while
+            memory allows, and read anew beyond that.
         frame_bytes: memory that the pictures of one frame take.
     """
 
     def __init__(
         self,
         reader: ThreadPoolExecutor,
-        read: Callable[[Question], FilmedFrames],
+        read: Callable[[Question, Mapping[str, Tensor] | None], FilmedFrames],
         questions: Sequence[Question],
+        first: Sequence[Mapping[str, Tensor]],
         frame_bytes: int,
     ):
         self._reader = reader
@@ -42,7 +47,7 @@ class ViewsAhead:
         self._waiting = deque(questions)
         self._running: deque[tuple[Future[FilmedFrames], int]] = deque()
         self._bytes = 0
-        self._read_ahead()
+        self._read_ahead(first)
 
     def take(self) -> FilmedFrames:
         """Return the pictures of the next question's frames, as soon as they are there."""
@@ -52,7 +57,8 @@ class ViewsAhead:
         self._read_ahead()
         return found
 
-    def _read_ahead(self) -> None:
+    def _read_ahead(self, first: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        at_hand = deque(first)
         while self._waiting:
             question = self._waiting[0]
             n_bytes = self._frame_bytes * (question.stop - question.frame)
@@ -60,7 +66,8 @@ class ViewsAhead:
                 return
             self._waiting.popleft()
             self._bytes += n_bytes
-            self._running.append((self._reader.submit(self._read, question), n_bytes))
+            seen = at_hand.popleft() if at_hand else None
+            self._running.append((self._reader.submit(self._read, question, seen), n_bytes))
 
 
 @contextmanager
