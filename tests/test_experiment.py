@@ -297,6 +297,34 @@ def test_units_come_from_a_found_set(tmp_path):
         ConfigError, match=r"units\.found has none of stream 'vision', expected one of expert"
     ):
         plan_of(units={"found": str(file)}, conditions=other)
+    file.write_text(
+        "word,stream,layer,unit,group,auc\nhigh,expert,3,1,actions,0.9\nhigh,expert,3,2,task,0.8\n"
+        "low,expert,3,1,actions,0.9\nlow,expert,3,5,actions,0.1\n"
+    )
+
+    def chosen(**what):
+        plan = plan_of(**{**STEERING, "units": {"found": {"file": str(file), **what}}})
+        return {int(layer): units for layer, units in fired(plan.planned[1])["units"].items()}
+
+    assert chosen(side="more", word="high") == {3: [1, 2]}
+    assert chosen(side="more", group="actions", word="high") == {3: [1]}
+    assert chosen(side="less") == {3: [5]}
+    assert chosen(word="high", top=1) == {3: [1]}
+    for what, message in (
+        ({}, "has units that fire more and units that fire less, expected one; say .* side: more"),
+        ({"group": "task", "word": "low"}, "has no units that were asked for"),
+        ({"colour": 1}, "has no column colour, expected one of word, stream"),
+        ({"side": "up"}, "expected .* side as more or less"),
+        ({"top": 0}, "expected top, if there, as a whole number >= 1"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            chosen(**what)
+        assert "\n" not in str(caught.value)
+    file.write_text("word,stream,layer,unit\nhigh,expert,3,1\nlow,expert,3,2\n")
+    with pytest.raises(
+        ConfigError, match=r"has units of high, low, expected those of one word; say .*word: high"
+    ):
+        chosen()
     for text, message in (
         ("a,b\n1,2\n", "got other than rows of stream"),
         ("stream,layer,unit\n", "no units"),

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lerobot_attn.errors import ConfigError
+from lerobot_attn.errors import ConfigError, first_line
 
 MOST_CONDITIONS = 1000
 _STANDS_FOR = re.compile(r"\$([A-Za-z_]\w*)")
 _COLUMNS = ("stream", "layer", "unit")
+_SIDES = ("more", "less")
 
 Units = Mapping[int, Sequence[int]]
 UnitSets = Mapping[str, Mapping[str | None, Units]]
@@ -172,7 +173,9 @@ def unit_sets(units: Any) -> dict[str, dict[str | None, dict[int, list[int]]]]:
 
     Args:
         units: name → {layer: [numbers]}, a CSV file with the columns stream, layer and unit, as
-            `lerobot-attn neurons … -o FILE.csv` writes it, or {file: FILE.csv, top: 16} for its first rows.
+            `lerobot-attn neurons … -o FILE.csv` writes it, or {file: FILE.csv, top: 16, side: more, group:
+            actions} for the first units that fire more in a contrast's first group (`auc` above 0.5; less:
+            below), of the rows that have these values in other columns.
 
     Raises:
         ConfigError: it is none of these, or a file cannot be read.
@@ -205,23 +208,54 @@ def _numbers(value: Any, where: str) -> dict[int, list[int]]:
 
 
 def _read(value: Mapping[str, Any], where: str) -> dict[str | None, dict[int, list[int]]]:
-    file, top = value["file"], value.get("top")
-    if set(value) - {"file", "top"} or not (top is None or (type(top) is int and top >= 1)):
-        raise ConfigError(f"{where}: got {dict(value)!r}, expected file and perhaps top, a whole number >= 1")
+    file, top, side = str(value["file"]), value.get("top"), value.get("side")
+    if not (top is None or (type(top) is int and top >= 1)) or side not in (None, *_SIDES):
+        raise ConfigError(
+            f"{where}: got {dict(value)!r}, expected top, if there, as a whole number >= 1, and side as "
+            f"{' or '.join(_SIDES)}"
+        )
     try:
         with Path(file).open(encoding="utf-8", newline="") as opened:
             rows = list(csv.DictReader(opened))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{where}: {file}: cannot be read: {reason}") from error
+    for column, wanted in value.items():
+        if column not in ("file", "top", "side"):
+            if rows and column not in rows[0]:
+                raise ConfigError(
+                    f"{where}: {file} has no column {column}, expected one of {', '.join(rows[0])}"
+                )
+            rows = [row for row in rows if row[column] == str(wanted)]
+    try:
+        sides = {float(row["auc"]) > 0.5 for row in rows if row.get("auc")}
+        if side is not None:
+            rows = [row for row in rows if (float(row["auc"]) > 0.5) == (side == "more")]
         units = [(row["stream"], int(row["layer"]), int(row["unit"])) for row in rows]
-    except OSError as error:
-        raise ConfigError(f"{where}: {file}: cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{where}: {file}: got other than rows of {', '.join(_COLUMNS)}, expected a found set as "
-            "`lerobot-attn neurons … -o FILE.csv` writes it"
+            f"{where}: {file}: got other than rows of {', '.join(_COLUMNS)}{' and auc' if side else ''}, "
+            "expected a found set as `lerobot-attn neurons … -o FILE.csv` writes it"
         ) from error
+    _check_one_set(rows, len(sides) > 1 and side is None, where, file)
     if not units:
-        raise ConfigError(f"{where}: {file}: has no units, expected some")
+        raise ConfigError(f"{where}: {file}: has no units that were asked for, expected some")
     found: dict[str | None, dict[int, list[int]]] = {}
     for stream, layer, unit in list(dict.fromkeys(units))[:top]:
         found.setdefault(stream, {}).setdefault(layer, []).append(unit)
     return found
+
+
+def _check_one_set(rows: Sequence[Mapping[str, str]], is_both: bool, where: str, file: Any) -> None:
+    """Refuse units of both sides of a contrast, or of several words, together: one would undo the other."""
+    if is_both:
+        raise ConfigError(
+            f"{where}: {file} has units that fire more and units that fire less, expected one; say "
+            f"{{file: {file}, side: more}}"
+        )
+    words = list(dict.fromkeys(row["word"] for row in rows if row.get("word")))
+    if len(words) > 1:
+        raise ConfigError(
+            f"{where}: {file} has units of {', '.join(words[:4])}, expected those of one word; say "
+            f"{{file: {file}, word: {words[0]}}}"
+        )
