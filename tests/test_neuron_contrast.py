@@ -299,6 +299,12 @@ def test_labels_of_moments_and_of_episodes():
     assert found.text == "eef_z > its median 2"
     own = label(Rule.parse("eef_z <= episode_median"), heights).labels
     np.testing.assert_array_equal(own[1], [1, 1, 0, np.nan])
+    tasks = label(Rule.parse("eef_z>task_median"), [*heights, np.array([9.0, 10])], ["a", "a", "b"]).labels
+    np.testing.assert_array_equal(tasks[1], [0, 1, 1, np.nan])  # above the 2 of the first task
+    np.testing.assert_array_equal(tasks[2], [0, 1])  # above the 9.5 of the other
+    # Of numbers of whole episodes each counts once, however long it was: the median is 2, not 1.
+    once = label(Rule.parse("lift_height>task_median"), [np.ones(9), np.full(2, 2.0), np.full(2, 3.0)]).labels
+    assert [own[0] for own in once] == [0, 0, 1]
     np.testing.assert_array_equal(label(Rule.parse("eef_z>=1.5"), heights).labels[0], [0, 0, 1, 1])
     words = [np.array(["grasp", "carry", None], object)]
     np.testing.assert_array_equal(label(Rule.parse("phase=carry"), words).labels[0], [0, 1, np.nan])
@@ -314,7 +320,7 @@ def test_labels_of_moments_and_of_episodes():
         ("phase", np.array(["carry"], object), "expected one of its values, as phase=carry"),
         ("phase=fly", np.array(["carry"], object), "there are carry"),
         ("phase>carry", np.array(["carry"], object), "is a word"),
-        ("eef_z>high", np.array([0.1, 0.9]), "expected a number, median or episode_median"),
+        ("eef_z>high", np.array([0.1, 0.9]), "expected a number, median, task_median or"),
         ("eef_z>", np.array([0.1]), "expected a quantity and what it is compared with"),
     ],
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -49,7 +49,8 @@ class Rule:
         text: as it was written.
         name: the quantity's.
         sign: "=", "!=", ">", ">=", "<", "<="; "" alone: the quantity is 1.
-        value: what it is compared with: a number, a word, "median" (of all inferences of all episodes), or
+        value: what it is compared with: a number, a word, "median" (of all inferences of all episodes; of all
+            episodes, where each has one value), "task_median" (of those of the episode's task) or
             "episode_median" (of the episode's own).
     """
 
@@ -141,12 +142,13 @@ def quantity(dataset: xr.Dataset, name: str, *, table: pd.DataFrame | None = Non
     return _of_state(dataset, name, asked)
 
 
-def label(rule: Rule, values: Sequence[_Any]) -> Labelled:
+def label(rule: Rule, values: Sequence[_Any], tasks: Sequence[Hashable] | None = None) -> Labelled:
     """Return which inferences a rule holds of.
 
     Args:
         rule: what is asked.
         values: of each episode (inference,), as `quantity` returns them.
+        tasks: of each episode, for "task_median"; None: all have one.
 
     Raises:
         SelectionError: a word that never occurs, or an order of words.
@@ -163,21 +165,31 @@ def label(rule: Rule, values: Sequence[_Any]) -> Labelled:
     if are_words:
         return Labelled(_same_word(rule, values), rule.text)
     word = rule.value.lower()
-    if word == "episode_median":
-        levels = [float(np.nanmedian(value)) if np.isfinite(value).any() else np.nan for value in values]
-        return Labelled(
-            [_compared(rule, v, level) for v, level in zip(values, levels, strict=True)], rule.text
-        )
+    if word in ("episode_median", "task_median"):
+        kinds = range(len(values)) if word == "episode_median" else tasks or [0] * len(values)
+        of_kind = {
+            kind: _median([v for v, own in zip(values, kinds, strict=True) if own == kind]) for kind in kinds
+        }
+        labels = [_compared(rule, v, of_kind[kind]) for v, kind in zip(values, kinds, strict=True)]
+        return Labelled(labels, rule.text)
     text = rule.text
     if word == "median":
-        known = np.concatenate([np.asarray(value, float) for value in values])
-        if not np.isfinite(known).any():
+        level = _median(values)
+        if np.isnan(level):
             raise SelectionError(f"label {rule.text!r}: {rule.name} is not known at any inference")
-        level = float(np.nanmedian(known))
         text = f"{rule.name} {rule.sign} its median {level:.4g}"
     else:
         level = _NUMBERS_OF.get(word, _number(rule))
     return Labelled([_compared(rule, value, level) for value in values], text)
+
+
+def _median(values: Sequence[_Any]) -> float:
+    """Return the median over inferences, or over episodes where each has one value; NaN of nothing."""
+    known = [own[np.isfinite(own)] for own in (np.asarray(value, float) for value in values)]
+    if all(len(np.unique(own)) <= 1 for own in known):
+        known = [own[:1] for own in known]  # a long episode counts no more than a short one
+    together = np.concatenate(known) if known else np.zeros(0)
+    return float(np.median(together)) if together.size else np.nan
 
 
 def _number(rule: Rule) -> float:
@@ -187,8 +199,8 @@ def _number(rule: Rule) -> float:
         return float(rule.value)
     except ValueError:
         raise SelectionError(
-            f"label {rule.text!r}: {rule.name} is a number and got {rule.value!r}; expected a number, median "
-            "or episode_median"
+            f"label {rule.text!r}: {rule.name} is a number and got {rule.value!r}; expected a number, "
+            "median, task_median or episode_median"
         ) from None
 
 

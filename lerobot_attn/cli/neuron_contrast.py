@@ -42,7 +42,7 @@ def contrast(
         str | None,
         typer.Option(
             help="What tells the groups of one run apart: success, phase=carry, condition=NAME, "
-            "eef_z>median (or any number of the state), mean(eef_z)>median (of the episode), time<0.5, "
+            "eef_z>median (or any number of the state), lift_height>task_median (of the episode), time<0.5, "
             "distance:target<0.1, FILE.csv:COLUMN>2 (rows by episode and, perhaps, frame).",
         ),
     ] = None,

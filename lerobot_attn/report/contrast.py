@@ -23,7 +23,15 @@ from lerobot_attn.analysis.neurons import Choice
 from lerobot_attn.errors import RANDOM_WEIGHTS, ConfigError
 from lerobot_attn.figures.canvas import Caption
 from lerobot_attn.figures.neurons import contrast_figure
-from lerobot_attn.report.neuron_labels import Named, Readable, labels_of, make_folder, narrowed, readable
+from lerobot_attn.report.neuron_labels import (
+    Named,
+    Readable,
+    labels_of,
+    make_folder,
+    narrowed,
+    readable,
+    tasks_of,
+)
 from lerobot_attn.report.page import Page
 from lerobot_attn.settings import check_choice, check_flag, check_ranges
 from lerobot_attn.sizes import Progress
@@ -171,9 +179,13 @@ def find_contrast(
         names = _run_names(sides, a, b)
         labels = Named(own, names[0])
     labels = narrowed(labels, settings.during, episodes)
-    tasks = [(e.attributes.get("task_group"), e.attributes.get("task_id"), e.task) for e in episodes]
     found = contrast(
-        episodes, labels.labels, settings.choice, strata=tasks, how=settings.draws, progress=progress
+        episodes,
+        labels.labels,
+        settings.choice,
+        strata=tasks_of(episodes),
+        how=settings.draws,
+        progress=progress,
     )
     return FoundContrast(
         found,

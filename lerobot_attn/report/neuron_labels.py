@@ -6,7 +6,7 @@ Opens stores and tables; knows no statistics.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,12 @@ def labels_of(text: str, episodes: Sequence[Episode]) -> Named:
         ConfigError: its table cannot be read.
     """
     rule = Rule.parse(text)
-    return Named(*label(rule, values_of(rule.name, episodes)))
+    return Named(*label(rule, values_of(rule.name, episodes), tasks_of(episodes)))
+
+
+def tasks_of(episodes: Sequence[Episode]) -> list[Hashable]:
+    """Return what tells tasks apart, of each episode."""
+    return [(e.attributes.get("task_group"), e.attributes.get("task_id"), e.task) for e in episodes]
 
 
 def narrowed(labels: Named, during: str | None, episodes: Sequence[Episode]) -> Named:
