@@ -359,10 +359,13 @@ def distributions_of(name: str) -> set[str]:
 def test_reading_and_looking_import_only_what_the_base_install_brings():
     base, _ = requirements()
     for name in filter(is_framework_free, MODULES):
-        # Extras of their own, which say so in one line where they are missing: test_rerun.py, test_probes.py.
-        extras = {"lerobot_attn.overlay.rerun": "rerun-sdk", "lerobot_attn.analysis.probes": "scikit-learn"}
-        optional = {extras.get(name, "")}
-        assert distributions_of(name) <= base | optional, name
+        # Extras of their own, which say so in one line where they are missing: test_rerun.py, test_hub.py, ….
+        extras = {
+            "lerobot_attn.overlay.rerun": {"rerun-sdk"},
+            "lerobot_attn.analysis.probes": {"scikit-learn"},
+            "lerobot_attn.store.hub_access": {"huggingface-hub", "httpx"},  # the former brings the latter
+        }
+        assert distributions_of(name) <= base | extras.get(name, set()), name
 
 
 def test_what_the_base_install_brings_is_needed_to_read_or_look():
@@ -384,7 +387,7 @@ def test_what_the_base_install_brings_is_needed_to_read_or_look():
         ("import lerobot_attn.inspection, lerobot_attn.cli", ["torch", "lerobot"]),
         (
             "import " + ", ".join(name for name in MODULES if room_of(name) in RIGHT),
-            ["torch", "lerobot", "transformers", "gymnasium", "hydra", "rerun", "sklearn"],
+            [*FRAMEWORKS, "hydra", "rerun", "sklearn", "huggingface_hub"],
         ),
     ],
     ids=["the package", "reading", "the command line", "everything right of the store"],

@@ -189,12 +189,12 @@ def test_commands_run(words, run, tmp_path, monkeypatch, request):
     words = [places.get(word, word) for word in words]
     command = words[:2] if words[0] == "neurons" else words[:1]
     if (
-        words[0] in ("view", "export-html", "replay", "effects", "experiment", "masks")
+        words[0] in ("view", "export-html", "replay", "effects", "experiment", "masks", "push", "pull")
         or command in (["neurons", "contrast"], ["neurons", "probe"])
         or "--policy.path=CHECKPOINT" in words
     ):
         # One serves until Ctrl-C, two need the built page: only that their options exist is tried. Others
-        # need a policy or a run of many episodes: test_replay.py, test_feeding.py, test_neuron_reports.py.
+        # need a policy, many episodes or the Hub: test_replay.py, test_neuron_reports.py, test_hub.py.
         help_text = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).output
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
         assert not [option for option in options if option not in help_text]

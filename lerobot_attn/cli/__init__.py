@@ -7,6 +7,7 @@ import sys
 from lerobot_attn.cli import (
     evidence,
     explore,
+    hub,
     look,
     masks,
     neuron_contrast,
@@ -24,6 +25,7 @@ __all__ = [
     "app",
     "evidence",
     "explore",
+    "hub",
     "look",
     "main",
     "masks",

@@ -60,6 +60,11 @@ class Page:
         )
         self._html.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
+    def code(self, text: str) -> None:
+        """Add lines to copy."""
+        self._markdown.append(f"```\n{text.replace('```', '')}\n```")
+        self._html.append(f"<pre>{html.escape(text)}</pre>")
+
     def picture(self, path: Path, text: str) -> None:
         """Add a PNG that lies in the report's folder; the HTML holds it, so that it can be sent alone.
 
@@ -70,6 +75,21 @@ class Page:
         self._markdown.append(f"![{_inline(text)}]({path.name})")
         data = base64.b64encode(path.read_bytes()).decode()
         self._html.append(f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">')
+
+    def linked_picture(self, name: str, text: str) -> None:
+        """Add a picture that will lie beside the page, under that name.
+
+        Args:
+            name: of its file.
+            text: what it shows, for those who cannot see it.
+        """
+        self._markdown.append(f"![{_inline(text)}]({name})")
+        self._html.append(f'<img alt="{html.escape(text)}" src="{html.escape(name)}">')
+
+    @property
+    def markdown(self) -> str:
+        """The page so far, as Markdown."""
+        return "\n\n".join(self._markdown) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
         """Write `report.md` and `report.html` into a folder that is there; return both.
@@ -84,7 +104,7 @@ class Page:
             f"<body>{''.join(self._html)}</body></html>\n"
         )
         try:
-            files[0].write_text("\n\n".join(self._markdown) + "\n", encoding="utf-8")
+            files[0].write_text(self.markdown, encoding="utf-8")
             files[1].write_text(document, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{folder}: cannot write the report: {error.strerror or error}") from error

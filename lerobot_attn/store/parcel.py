@@ -1,0 +1,163 @@
+"""What of a run is given away: whole episodes, without what they say of the machine that recorded them.
+
+    parcel = pack_up(open_run("outputs/eval"))
+    parcel.episodes, parcel.left_out, parcel.replaced
+
+What is sent are the stores, their camera videos and the evaluation's, nothing else of the folder. Knows
+nothing of where it goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lerobot_attn.errors import StoreError
+from lerobot_attn.sizes import format_bytes
+from lerobot_attn.store.reader import Episode
+from lerobot_attn.store.runs import Run
+from lerobot_attn.store.schema import METADATA
+from lerobot_attn.store.scrub import Scrubber, differences
+
+
+class Item(NamedTuple):
+    """A file to send.
+
+    Attributes:
+        name: its path in the repository.
+        content: where it lies, or what it holds.
+        size: bytes.
+    """
+
+    name: str
+    content: Path | bytes
+    size: int
+
+    @classmethod
+    def of(cls, name: str, content: Path | bytes) -> Item:
+        """Return a file to send, with its size."""
+        return cls(name, content, len(content) if isinstance(content, bytes) else content.stat().st_size)
+
+    def is_like(self, remote: Any) -> bool:
+        """Return whether a file of the repository holds the very same bytes, by its checksum."""
+        if remote.size != self.size:
+            return False
+        if remote.lfs is not None:
+            return bool(self._digest(hashlib.sha256()) == remote.lfs.sha256)
+        blob = hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)  # as git counts
+        return bool(self._digest(blob) == remote.blob_id)
+
+    def _digest(self, digest: Any) -> str:
+        if isinstance(self.content, bytes):
+            digest.update(self.content)
+        else:
+            with self.content.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return str(digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What of a run is given away.
+
+    Attributes:
+        root: the folder whose paths the repository has.
+        episodes: a store's path in the repository → its files, and its videos.
+        left_out: what is not sent and why, a line each.
+        replaced: what stores say of a machine → what is sent in its place.
+    """
+
+    root: Path
+    episodes: Mapping[str, Sequence[Item]]
+    left_out: tuple[str, ...] = ()
+    replaced: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the size of it all, bytes."""
+        return sum(item.size for items in self.episodes.values() for item in items)
+
+    def __str__(self) -> str:
+        """Return how much it is, for messages."""
+        n_files = sum(map(len, self.episodes.values()))
+        return f"{len(self.episodes)} episodes, {n_files} files, {format_bytes(self.n_bytes)}"
+
+
+def pack_up(run: Run) -> Parcel:
+    """Choose what of a run is given away, and take what stores say of their machine out of it.
+
+    Incomplete and damaged episodes are left out. Paths of a machine in a store's attributes are shortened to
+    their last part, see `Scrubber`; arrays and videos are sent as they are.
+
+    Raises:
+        StoreError: there is no complete episode, or a link where a store's file is expected.
+    """
+    root = run.path.parent if run.is_episode else run.path
+    scrubber, left_out = Scrubber(root), list[str]()
+    episodes, replaced = dict[str, list[Item]](), dict[str, str]()
+    for episode in run:
+        name = _name(episode.path, root)
+        if not episode.is_complete:
+            left_out.append(f"{name}: it is incomplete")
+            continue
+        if not episode.path.is_dir():
+            left_out.append(f"{name}: it is packed; `lerobot-attn unpack` it to push it")
+            continue
+        episodes[name] = [*_store_items(episode.path, name, scrubber, replaced)]
+        for video, why_not in _videos(episode, root):
+            if why_not is None:
+                episodes[name].append(Item.of(_name(video, root), video))
+            else:
+                left_out.append(f"{video.name} of {name}: {why_not}")
+    left_out += [f"{_name(path, root)}: it is damaged" for path, _ in run.damaged]
+    if not episodes:
+        raise StoreError(
+            f"{run.path}: holds {len(run)} episodes and none is complete; expected one at least to push"
+        )
+    return Parcel(root, episodes, tuple(left_out), replaced)
+
+
+def _name(path: Path, root: Path) -> str:
+    whole, above = (Path(os.path.normpath(one.absolute())) for one in (path, root))
+    return whole.relative_to(above).as_posix()
+
+
+def _store_items(store: Path, name: str, scrubber: Scrubber, replaced: dict[str, str]) -> Iterator[Item]:
+    for path in sorted(store.rglob("*")):
+        if path.is_symlink():
+            raise StoreError(
+                f"{path}: is a link, expected a store's own file; nothing is pushed with links in it"
+            )
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        content = _scrubbed(path, store, scrubber, replaced) if path == store / METADATA else path
+        yield Item.of(f"{name}/{path.relative_to(store).as_posix()}", content)
+
+
+def _scrubbed(metadata: Path, store: Path, scrubber: Scrubber, replaced: dict[str, str]) -> bytes | Path:
+    document = json.loads(metadata.read_text(encoding="utf-8"))
+    before = document["attributes"]
+    document["attributes"] = scrubber.value(before, store.parent)
+    found = dict(differences(before, document["attributes"]))
+    replaced |= found
+    return json.dumps(document, indent=2).encode() if found else metadata
+
+
+def _videos(episode: Episode, root: Path) -> Iterator[tuple[Path, str | None]]:
+    """Yield an episode's videos, and why one is not sent."""
+    for camera, video in episode.videos.items():
+        if isinstance(video, Path):
+            yield video, None
+        else:
+            yield Path(camera), "it is a data set's own file; replay with cameras=true to have one to push"
+    film = episode.eval_video
+    if film is not None:
+        is_ours = film.is_relative_to(root.resolve())
+        path = root / film.relative_to(root.resolve()) if is_ours else film
+        yield path, None if is_ours else "it lies outside the folder; push the run's output folder"
