@@ -148,6 +148,19 @@ def test_the_card_says_what_there_is_and_how_to_open_it(run, there):
     assert SHEET not in without[CARD].decode()
 
 
+def test_a_card_counts_no_success_that_nobody_knows_of(tmp_path):
+    for index, known in enumerate([True, False]):
+        write_planted_episode(tmp_path, replace(PLAN, episode_index=index, has_success=known, videos=False))
+    found = open_run(tmp_path)
+    for store in found.stores[1:]:
+        file = store / "zarr.json"
+        document = json.loads(file.read_text())
+        document["attributes"]["success"] = None
+        file.write_text(json.dumps(document))
+    card = write_card(found, pack_up(found), NAME)[CARD].decode()
+    assert "2 episodes; 1 of 1 successful (100%); of 1 nobody knows how they ended; " in card
+
+
 def test_a_card_that_somebody_wrote_stays(run, there):
     send(run, there, beside={CARD: f"{CARD_MARK} ours".encode()})
     send(run, there, beside={CARD: f"{CARD_MARK} newer".encode()})

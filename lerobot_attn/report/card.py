@@ -115,6 +115,7 @@ def _card(
     outcomes = Counter(episode.success for episode in episodes)
     known = outcomes[True] + outcomes[False]
     solved = f"; {outcomes[True]} of {known} successful ({outcomes[True] / known:.0%})" if known else ""
+    solved += f"; of {outcomes[None]} nobody knows how they ended" if outcomes[None] else ""
     page.text(
         f"{len(episodes)} episodes{solved}; {format_bytes(parcel.n_bytes)}. Each is a Zarr store with the "
         "attention of every inference, aligned with the episode's frames, and its videos. Recorded with "
