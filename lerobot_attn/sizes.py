@@ -12,7 +12,9 @@ Progress = Callable[[int, int], None]  # called as `progress(done, total)`
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder, bytes."""
+    """Return the size of all files in a folder, or of a file, bytes."""
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

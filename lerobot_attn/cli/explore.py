@@ -116,7 +116,7 @@ def export_html(
         top=top,
     )
     found = open_episode(episode)
-    path = output or Path(f"{found.path.stem}.html")
+    path = output or Path(f"{found.bare_name}.html")
     with progress_bar("Reading") as progress:
         written = write(
             found,

@@ -24,7 +24,7 @@ def _former_name(old: str, new: str) -> Callable[[str | None], str | None]:
     return say
 
 
-EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr.")]
+EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr, or packed, ….zarr.zip.")]
 PolicyPath = Annotated[
     str,
     typer.Option(

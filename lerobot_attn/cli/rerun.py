@@ -124,5 +124,5 @@ def export_rerun(
         raise ConfigError(f"--connect {connect}: goes with --follow, expected both or neither")
     episode = open_episode(path)
     with progress_bar("Exporting") as progress:
-        written = write(episode, output or Path(f"{episode.path.stem}.rrd"), chosen, progress)
+        written = write(episode, output or Path(f"{episode.bare_name}.rrd"), chosen, progress)
     print(f"Wrote {written}")

@@ -24,10 +24,10 @@ from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
 from lerobot_attn.explorer.facts import identity
 from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
+from lerobot_attn.store.location import bare_name, is_episode_name, signature_of
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.references import Clip, Video, is_unchanged
 from lerobot_attn.store.runs import open_run
-from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 
 # ":" separates folders, "%" escapes, and names may hold bytes that are no text.
 _NOT_IN_IDS = re.compile(r"[:%\x00-\x1f\x7f\ud800-\udfff]")
@@ -119,7 +119,7 @@ class Library:
         self._root = self.path.resolve()
         if not _is_name(self.path.name):
             self.path = self._root
-        self._is_episode = self.path.suffix == EPISODE_SUFFIX or is_store(self.path)
+        self._is_episode = is_episode_name(self.path.name) or is_store(self.path)
         # Say at once what is wrong with the path.
         if self._is_episode:
             open_episode(self.path)
@@ -252,7 +252,7 @@ class Library:
         try:
             # A store is opened once, and again after each commit while it is recorded. So a link that is put
             # into it between two commits is not seen; a hard link never is.
-            link = first_link(path)
+            link = first_link(path) if path.is_dir() else None
             if link is not None:
                 raise StoreError(
                     f"{path}: {link.relative_to(path)} is a link, expected plain files; not served; put what "
@@ -323,13 +323,13 @@ class Library:
         if self.is_episode:
             return id_alone(store)
         *folders, name = map(_escaped, store.relative_to(self.path).parts)
-        return ":".join([*folders, name.removesuffix(EPISODE_SUFFIX)])
+        return ":".join([*folders, bare_name(name)])
 
 
 def id_alone(store: Path) -> str:
     """Return the id of an episode that is served, or exported, by itself."""
     name = store.name if _is_name(store.name) else store.resolve().name
-    return _escaped(name.removesuffix(EPISODE_SUFFIX))
+    return _escaped(bare_name(name))
 
 
 def _is_name(last: str) -> bool:
@@ -372,10 +372,9 @@ def _escaped(name: str) -> str:
 def _signature(store: Path) -> _Signature | None:
     """Return what changes with every commit, for each one replaces the metadata; None if it is gone."""
     try:
-        found = (store / METADATA).stat()
+        return signature_of(store)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _is_stale(known: _Known | None, signature: _Signature) -> bool:

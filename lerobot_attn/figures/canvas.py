@@ -290,7 +290,8 @@ def mark_unseen_bars(axes: Axes, values: ArrayLike) -> None:
 def store_name(path: Path) -> str:
     """Return how captions call a store: its folder and its name, "libero_object_4/episode_00000"."""
     path = Path(path).absolute()
-    return "/".join(part for part in (path.parent.name, path.stem) if part)
+    name = path.name.removesuffix(".zip") if path.name.endswith(".zarr.zip") else path.name  # packed
+    return "/".join(part for part in (path.parent.name, Path(name).stem) if part)
 
 
 def check_format(path: str | Path) -> Path:

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
 from lerobot_attn.overlay.rerun import EpisodeTrack, flush, new_stream, rerun_sdk
 from lerobot_attn.overlay.settings import RerunSettings
+from lerobot_attn.store.location import signature_of
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
-from lerobot_attn.store.schema import METADATA
 
 VIEWER = "rerun+http://127.0.0.1:9876/proxy"  # where Rerun's viewer listens unless told otherwise
 _POLL_S = 0.1
@@ -130,12 +130,11 @@ class _Following:
         """Send what is new of a store; all that can be if this is the last look."""
         known = self._known.get(store)
         try:
-            found = (store / METADATA).stat()
+            signature = signature_of(store)
         except OSError:  # discarded
             return
-        signature = (found.st_ino, found.st_mtime_ns, found.st_size)
         is_old = known is not None and known.signature == signature
-        if found.st_mtime < self._since_s or (is_old and (not is_last or self.is_done(store))):
+        if signature[1] / 1e9 < self._since_s or (is_old and (not is_last or self.is_done(store))):
             return
         try:
             episode = open_episode(store)
@@ -178,7 +177,9 @@ class _Following:
             stream.connect_grpc(self._url)
             self._streams.append(stream)
         take = self._takes[store] = self._takes.get(store, 0) + 1
-        name = store.stem if take == 1 else f"{store.stem} take {take}"  # filmed again under its number
+        name = (
+            episode.bare_name if take == 1 else f"{episode.bare_name} take {take}"
+        )  # filmed again under its number
         root = ("attention", store.parent.name, name)
         return EpisodeTrack(self._streams[0], episode, self._settings, root, _LEROBOTS_CAMERAS)
 

@@ -18,6 +18,7 @@ from typing import Any
 from lerobot_attn.config import FLOAT16_MANTISSA_BITS, resolve_indices
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.store.attributes import Header, read_header
+from lerobot_attn.store.location import bare_name, is_episode_name, present_form, refuse_both_forms
 from lerobot_attn.store.lock import claim_folder
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.store.stills import remove_stills
@@ -122,6 +123,7 @@ class RunFolder:
                 logger.info("Removed %d episodes from %s (existing=overwrite)", len(stores), self.path)
             return
         for store in stores:
+            refuse_both_forms(store)
             found = _complete(store)
             if found is None:
                 continue
@@ -147,9 +149,11 @@ class RunFolder:
         Raises:
             StoreError: it was recorded with another seed, or cannot be removed.
         """
-        if self._existing != "skip" or not store.exists():
+        there = present_form(store)
+        if self._existing != "skip" or there is None:
             return None
-        found = _complete(store)
+        refuse_both_forms(there)
+        store, found = there, _complete(there)
         if found is None:
             logger.info("Recording %s/%s anew: it was incomplete", store.parent.name, store.name)
             remove_episode(store)
@@ -162,7 +166,7 @@ class RunFolder:
         """Return the stores at any depth: older versions nested a namespaced environment's folders."""
         found = []
         for folder, folders, files in os.walk(self.path):
-            stores = [n for n in folders + files if n.startswith("episode_") and n.endswith(EPISODE_SUFFIX)]
+            stores = [n for n in folders + files if n.startswith("episode_") and is_episode_name(n)]
             found += [Path(folder, name) for name in stores]
             folders[:] = [name for name in folders if not name.endswith(EPISODE_SUFFIX)]
         return sorted(store for store in found if store.parent != self.path)
@@ -190,7 +194,7 @@ def remove_episode(store: Path) -> None:
             shutil.rmtree(store)
         else:
             store.unlink()
-        for video in store.parent.glob(f"{glob.escape(store.stem)}.*.mp4"):
+        for video in store.parent.glob(f"{glob.escape(bare_name(store.name))}.*.mp4"):
             video.unlink()
             remove_stills(video)
     except OSError as error:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from lerobot_attn.errors import StoreError
 from lerobot_attn.recording.folder import task_folder
 from lerobot_attn.store.attributes import read_header
+from lerobot_attn.store.location import present_form
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 
@@ -75,7 +76,7 @@ def progress_of(folder: Path, n_episodes: int, tasks: Sequence[tuple[str, int]] 
 def _success(store: Path) -> bool | None:
     """Return whether a complete episode succeeded; None of one that is not there, cut off or damaged."""
     try:
-        found = read_header(store)
+        found = read_header(present_form(store) or store)
     except StoreError:
         return None
     return found.attributes.get("success") is True if found.is_complete else None

@@ -36,6 +36,7 @@ from lerobot_attn.recording.provenance import check_encoder, policy_facts
 from lerobot_attn.recording.rollout import RolloutRecorder
 from lerobot_attn.recording.summary import TaskSummary
 from lerobot_attn.sizes import folder_bytes, format_bytes
+from lerobot_attn.store.location import present_form
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -308,7 +309,9 @@ class RunRecorder:
             name=task.name,
             saved=saved,
             not_saved=not_saved,
-            stored_bytes=sum(folder_bytes(r.path) for r in saved if r.path is not None),
+            stored_bytes=sum(
+                folder_bytes(present_form(r.path) or r.path) for r in saved if r.path is not None
+            ),
             waited_s=self._open_writer.waited_s - self._waited_before_s,
         )
 

@@ -21,6 +21,7 @@ from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResu
 from lerobot_attn.recording.provenance import checkpoint_facts, policy_facts, versions
 from lerobot_attn.recording.summary import TaskSummary
 from lerobot_attn.sizes import folder_bytes, format_bytes
+from lerobot_attn.store.location import present_form
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,11 @@ class EpisodeSeries:
             name=str(self.folder),
             saved=saved,
             not_saved=tuple(result for result in results if result.reason is not None),
-            stored_bytes=sum(folder_bytes(result.path) for result in saved if result.path is not None),
+            stored_bytes=sum(
+                folder_bytes(present_form(result.path) or result.path)
+                for result in saved
+                if result.path is not None
+            ),
             waited_s=self._writer.waited_s,
         )
         failed = any(result.failed for result in summary.not_saved)

@@ -25,6 +25,7 @@ from zarr.storage import LocalStore
 from lerobot_attn.errors import ConfigError, StoreError, first_line
 from lerobot_attn.masks import UNKNOWN, Instance, in_words, instances_of, scaled
 from lerobot_attn.store.files import first_link, replace_json, unfinished
+from lerobot_attn.store.location import is_packed
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.mask_files import ReadMasks, read_masks
 from lerobot_attn.store.reader import Episode, open_episode
@@ -80,6 +81,8 @@ def attach_masks(
     """
     episode = open_episode(path)
     path = episode.path
+    if is_packed(path):
+        raise StoreError(f"{path}: is packed, expected a folder; unpack it (lerobot-attn unpack) first")
     with ExitStack() as stack:
         folder = path.resolve().parent.parent
         if (folder / LOCK).exists():

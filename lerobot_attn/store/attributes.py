@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.store.location import files_at, is_packed, refuse_both_forms
+from lerobot_attn.store.packed import HELP as PACKED_HELP
 from lerobot_attn.store.schema import ARRAYS, EPISODE_SUFFIX, METADATA, SCHEMA_NAME, SCHEMA_VERSION
 from lerobot_attn.store.trust import check_attributes, checked_shapes, shortened, shown
 
@@ -57,8 +59,8 @@ class Header:
 
 
 def is_store(folder: Path) -> bool:
-    """Return whether a folder is a Zarr v3 store, whatever its name; reads nothing."""
-    return (folder / METADATA).is_file()
+    """Return whether a path is a Zarr v3 store, whatever its name, or a packed one; reads nothing."""
+    return (folder / METADATA).is_file() or is_packed(folder)
 
 
 def read_attributes(path: str | Path) -> dict[str, Any]:
@@ -74,30 +76,39 @@ def read_header(path: str | Path) -> Header:
     """Read and check what a store says of itself.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or its file where it is packed.
 
     Raises:
-        StoreError: nothing there, something else, damaged metadata, a newer schema, or a recording that has
-            not committed anything yet.
+        StoreError: nothing there, something else, damaged metadata, a newer schema, a recording that has not
+            committed anything yet, or an episode that is there packed and unpacked.
     """
     path = Path(path)
     if not path.exists():
         raise StoreError(f"{path}: no such store; {HELP}")
-    if not path.is_dir():
+    packed = is_packed(path)
+    if not packed and not path.is_dir():
         raise StoreError(f"{path}: is a {path.suffix or 'plain'} file, {HELP}")
-    metadata = path / METADATA
-    if not metadata.is_file():
+    refuse_both_forms(path)
+    try:
+        files = files_at(path)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {first_line(error)}") from error
+    if packed and not files.holds(METADATA):
+        raise StoreError(f"{path}: holds no {METADATA} at its top, {PACKED_HELP}")
+    if not files.holds(METADATA):
         if (path / "meta" / "info.json").is_file():
             raise StoreError(f"{path}: is a LeRobot dataset, {HELP}, or by `lerobot-attn replay` of it")
         stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{METADATA}"), None)
         hint = f"; it holds stores, e.g. {stores.parent.relative_to(path)}: use open_run()" if stores else ""
         raise StoreError(f"{path}: is no Zarr v3 store, {HELP}{hint}")
     try:
-        if metadata.stat().st_size > _MAX_BYTES:
+        if files.file_bytes(METADATA) > _MAX_BYTES:
             raise StoreError(
                 f"{path}: its metadata is larger than {_MAX_BYTES} bytes: damaged, or no episode"
             )
-        document = json.loads(metadata.read_text(encoding="utf-8"))
+        document = json.loads(files.read(METADATA).decode("utf-8"))
     except StoreError:
         raise
     except (

@@ -17,6 +17,7 @@ from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.store.location import Files, files_at
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, METADATA, Growth
 
@@ -31,16 +32,18 @@ class StoredArray:
     Indices of chunks count along every dimension of the array; their leading parts do for a place.
 
     Args:
-        store: the store's folder.
+        store: the store's folder, or its file where it is packed.
+        files: that are there.
         array: opened from the group's consolidated metadata.
         metadata: the same as JSON.
     """
 
-    def __init__(self, store: Path, array: zarr.Array[Any], metadata: Mapping[str, Any]):
+    def __init__(self, store: Path, files: Files, array: zarr.Array[Any], metadata: Mapping[str, Any]):
         self.name = array.path
         self.array = array
         self.metadata = metadata
         self.folder = store / self.name
+        self._files = files
         self.spec = BY_NAME.get(self.name)
         self.dims = self.spec.dims if self.spec else tuple(f"axis {axis}" for axis in range(array.ndim))
         codecs = metadata["codecs"]
@@ -97,9 +100,33 @@ class StoredArray:
         return max(divided, default=-1) + 1
 
     def file(self, index: Sequence[int]) -> Path:
-        """Return the file of a shard or of an unsharded chunk."""
+        """Return the file of a shard or of an unsharded chunk, in a store that is a folder."""
+        return self.folder / self._key(index)
+
+    def is_there(self, index: Sequence[int]) -> bool:
+        """Return whether there is a file of a shard or of an unsharded chunk."""
+        return self._files.holds(f"{self.name}/{self._key(index)}")
+
+    def open_file(self, index: Sequence[int]) -> BinaryIO:
+        """Return the file of a shard or of an unsharded chunk, open for reading.
+
+        Raises:
+            OSError: there is none, or it cannot be read.
+        """
+        return self._files.open_file(f"{self.name}/{self._key(index)}")
+
+    def own_metadata(self) -> Any:
+        """Return the array's own metadata, of which `metadata` is the group's copy.
+
+        Raises:
+            OSError: there is none, or it cannot be read.
+            ValueError: it is no JSON.
+        """
+        return json.loads(self._files.read(f"{self.name}/{METADATA}").decode("utf-8"))
+
+    def _key(self, index: Sequence[int]) -> str:
         whole = (*index, *[0] * (self.array.ndim - len(index)))
-        return self.folder / self.array.metadata.encode_chunk_key(whole)
+        return self.array.metadata.encode_chunk_key(whole)
 
     def file_of(self, chunk: Sequence[int]) -> Path:
         """Return the file that a chunk is in, by its index or the leading part of it."""
@@ -190,10 +217,13 @@ def stored_arrays(episode: Episode) -> dict[str, StoredArray]:
         StoreError: the metadata is damaged.
     """
     try:
-        document = json.loads((episode.path / METADATA).read_text(encoding="utf-8"))
-        group = zarr.open_group(episode.path, mode="r", zarr_format=3, use_consolidated=True)
+        files = files_at(episode.path)
+        document = json.loads(files.read(METADATA).decode("utf-8"))
+        group = zarr.open_group(files, mode="r", zarr_format=3, use_consolidated=True)
         described = document["consolidated_metadata"]["metadata"]
-        return {name: StoredArray(episode.path, _array(group, name), described[name]) for name in described}
+        return {
+            name: StoredArray(episode.path, files, _array(group, name), described[name]) for name in described
+        }
     except Exception as error:  # zarr raises many kinds for damaged metadata
         raise StoreError(f"{episode.path}: damaged metadata: {first_line(error)}") from error
 

@@ -13,7 +13,6 @@ them, are no damage.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +117,7 @@ def find_damage(path: str | Path, progress: Progress | None = None) -> DamageRep
     """Read every chunk of every array of a store, and compare the two copies of each array's metadata.
 
     Args:
-        path: the store's folder, `….zarr`.
+        path: the store's folder, `….zarr`, or its file where it is packed.
         progress: called as `progress(done, total)` with the chunks read.
 
     Raises:
@@ -202,7 +201,7 @@ class _Scan:
 
     def _read_shard(self, array: StoredArray, index: Grid) -> None:
         try:
-            with array.file(index).open("rb") as file:
+            with array.open_file(index) as file:
                 entries = array.index_of_shard(file)
         except FileNotFoundError:
             self._absent(array, "shard", index[:1], "its file is missing")
@@ -221,7 +220,7 @@ class _Scan:
                 self._tick()
 
     def _read_chunk(self, array: StoredArray, index: Grid) -> None:
-        if array.file(index).is_file():
+        if array.is_there(index):
             self._decode(array, index)
         elif array.grows_with or array.has_checksums:
             # Of fixed arrays, versions that wrote no checksums left out those of one value.
@@ -266,7 +265,7 @@ def _labels(arrays: Mapping[str, StoredArray]) -> dict[str, list[Any]]:
 def metadata_of(array: StoredArray) -> MetadataState:
     """Compare an array's own metadata with the group's copy of it, which is the one that readers use."""
     try:
-        own = json.loads((array.folder / METADATA).read_text(encoding="utf-8"))
+        own = array.own_metadata()
     except FileNotFoundError:
         return MetadataState("metadata", "it is missing")
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import Any
 import xarray as xr
 from dask.base import tokenize
 
-from lerobot_attn.store.location import Folder
+from lerobot_attn.store.location import files_at
 from lerobot_attn.store.numbers import Allowed, check_when_read
 
 
@@ -26,7 +26,7 @@ def lazy_dataset(
     out.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or its file where it is packed.
         rows: growing dimension → how many of its rows count, though the store may hold more by now.
         allowed: array name → the numbers that it may hold; others raise StoreError when they are read.
         with_dask: one Dask chunk per chunk of the store.
@@ -34,10 +34,10 @@ def lazy_dataset(
     Raises:
         Exception: of many kinds, where the metadata is damaged.
     """
-    folder = Folder(path.absolute())
-    opened: xr.Dataset = xr.open_zarr(folder, consolidated=True, chunks=None, zarr_format=3)
+    files = files_at(path)
+    opened: xr.Dataset = xr.open_zarr(files, consolidated=True, chunks=None, zarr_format=3)
     opened = opened.isel({dim: slice(n) for dim, n in rows.items() if opened.sizes.get(dim, n) > n})
-    token = tokenize(folder, sorted(opened.sizes.items())) if with_dask else ""
+    token = tokenize(files, sorted(opened.sizes.items())) if with_dask else ""
     for name, variable in opened.variables.items():
         if name in allowed:
             variable.data = check_when_read(variable, f"{path}: {name}", allowed[str(name)])

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.masks import ROLES, Instance, in_words
-from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.attributes import Header, read_header
+from lerobot_attn.store.location import bare_name, files_at
 from lerobot_attn.store.references import Video, referenced
 from lerobot_attn.store.stills import still_of
 from lerobot_attn.store.trust import shortened, shown
@@ -53,7 +53,7 @@ class Episode:
     """One episode's store. Get it from `open_episode`.
 
     Attributes:
-        path: the store's folder.
+        path: the store's folder, or its file where it is packed.
         attributes: everything that the store says of itself.
     """
 
@@ -69,6 +69,11 @@ class Episode:
             f"<Episode {self.path.parent.name}/{self.path.name}: {self.task!r}, {self.n_frames} frames, "
             f"{self.n_inferences} inferences, {state}>"
         )
+
+    @property
+    def bare_name(self) -> str:
+        """The store's name without its suffix, packed or not: what the names of its videos begin with."""
+        return bare_name(self.path.name)
 
     @property
     def task(self) -> str:
@@ -323,7 +328,7 @@ class Episode:
 
     def stored_bytes(self) -> int:
         """Return the size of the store's files, bytes."""
-        return folder_bytes(self.path)
+        return files_at(self.path).total_bytes()
 
     def raw_bytes(self) -> int:
         """Return the size of the maps before compression, bytes."""
@@ -353,7 +358,7 @@ class Episode:
         for camera in self.layout.cameras if "layout" in self.attributes else ():
             # Of two cameras with one short name, the second one's file has the whole name.
             for name in (camera.name, camera.name.rpartition(".")[2]):
-                path = self._beside(f"{self.path.stem}.{name}.mp4")
+                path = self._beside(f"{self.bare_name}.{name}.mp4")
                 if path is not None and path not in found.values():
                     found[camera.name] = path
                     break
@@ -378,7 +383,7 @@ def open_episode(path: str | Path) -> Episode:
     """Open an episode's store; reads one small file.
 
     Args:
-        path: the store's folder, whatever it is called.
+        path: the store's folder, whatever it is called, or its `….zarr.zip` where it is packed.
 
     Raises:
         StoreError: nothing there, something else, damaged metadata, a newer schema, or a recording that has

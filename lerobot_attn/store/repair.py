@@ -32,6 +32,7 @@ import numpy as np
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.sizes import Progress
+from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.chunks import Grid, StoredArray, stored_arrays
 from lerobot_attn.store.damage import (
     REPAIRED,
@@ -40,10 +41,11 @@ from lerobot_attn.store.damage import (
     metadata_of,
 )
 from lerobot_attn.store.files import first_link, replace_json, unfinished
+from lerobot_attn.store.location import is_episode_name, is_packed
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
-from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
+from lerobot_attn.store.schema import METADATA
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def repair(
             several it is noted) the store cannot be repaired.
     """
     path = Path(path)
-    if path.suffix == EPISODE_SUFFIX or (path / METADATA).is_file():
+    if is_episode_name(path.name) or is_store(path):
         return (_repair_store(path, dry_run, progress),)
     repairs = []
     for store in open_run(path).stores:
@@ -128,6 +130,10 @@ def repair(
 
 
 def _repair_store(path: Path, dry_run: bool, progress: Progress | None) -> Repair:
+    if is_packed(path):
+        raise StoreError(
+            f"{path}: is packed, expected a folder; unpack it (lerobot-attn unpack), then repair"
+        )
     with ExitStack() as stack:
         # Where nothing was ever recorded there is no lock, and none is made: it may be anybody's folder.
         folder = path.resolve().parent.parent

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.store.attributes import HELP, is_store
+from lerobot_attn.store.location import PACKED_EPISODE_SUFFIX, bare_name, is_episode_name
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
@@ -70,7 +71,7 @@ class Run:
 
     Attributes:
         path: the folder.
-        stores: the stores' folders.
+        stores: the stores' folders, and the files of those that are packed.
     """
 
     def __init__(self, path: Path, stores: Iterable[Path]):
@@ -146,7 +147,7 @@ def open_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.exists():
         raise StoreError(f"{path}: no such folder; {HELP}")
-    if path.suffix == EPISODE_SUFFIX or not path.is_dir() or is_store(path):
+    if is_episode_name(path.name) or not path.is_dir() or is_store(path):
         open_episode(path)
         return Run(path, (path,))
     stores = _find_stores(path)
@@ -156,9 +157,14 @@ def open_run(path: str | Path) -> Run:
 
 
 def _find_stores(path: Path) -> list[Path]:
-    pattern = f"episode_*{EPISODE_SUFFIX}"
-    for prefix in ("", "*/", "attention/*/"):
-        found = sorted(path.glob(prefix + pattern))
+    for prefix in ("", "*/", "attention/*/", "**/"):
+        found = [
+            store
+            for form in (EPISODE_SUFFIX, PACKED_EPISODE_SUFFIX)
+            for store in path.glob(f"{prefix}episode_*{form}")
+        ]
         if found:
-            return found
-    return sorted(path.rglob(pattern))
+            break
+    # An episode that is there in both forms is one of the run's, which opening refuses.
+    either = {bare_name(str(store)): store for store in sorted(found, reverse=True)}
+    return sorted(either.values())

@@ -25,6 +25,7 @@ from zarr.storage import LocalStore
 from lerobot_attn.errors import StoreError
 from lerobot_attn.store.encoding import ArrayEncoder, n_cores
 from lerobot_attn.store.files import replace_bytes, replace_json
+from lerobot_attn.store.location import present_form
 from lerobot_attn.store.schema import (
     ARRAYS,
     BY_NAME,
@@ -110,9 +111,10 @@ class EpisodeWriter:
             "n_inferences": 0,
             "n_frames": 0,
         }
-        if path.exists():
+        there = present_form(path)
+        if there is not None:
             raise StoreError(
-                f"{path}: already exists, expected a new path; choose another folder or remove it"
+                f"{there}: already exists, expected a new path; choose another folder or remove it"
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
