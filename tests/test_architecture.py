@@ -76,7 +76,7 @@ RIGHT = (
 # In the store's own room, what the left writes with.
 WRITES = (
     *("schema", "references", "location", "files", "attributes"),
-    *("lock", "trust", "encoding", "writer", "video"),
+    *("lock", "trust", "encoding", "writer", "video", "packed", "remote", "url"),
 )
 READS = ("lerobot_attn.store.reader", "lerobot_attn.store.runs")
 FRAMEWORK_FREE = (
@@ -363,6 +363,7 @@ def test_reading_and_looking_import_only_what_the_base_install_brings():
         extras = {
             "lerobot_attn.overlay.rerun": {"rerun-sdk"},
             "lerobot_attn.analysis.probes": {"scikit-learn"},
+            "lerobot_attn.store.remote": {"obstore", "fsspec"},
             "lerobot_attn.store.hub_access": {"huggingface-hub", "httpx"},  # the former brings the latter
         }
         assert distributions_of(name) <= base | extras.get(name, set()), name
@@ -387,7 +388,7 @@ def test_what_the_base_install_brings_is_needed_to_read_or_look():
         ("import lerobot_attn.inspection, lerobot_attn.cli", ["torch", "lerobot"]),
         (
             "import " + ", ".join(name for name in MODULES if room_of(name) in RIGHT),
-            [*FRAMEWORKS, "hydra", "rerun", "sklearn", "huggingface_hub"],
+            [*FRAMEWORKS, "hydra", "rerun", "sklearn", "huggingface_hub", "obstore"],
         ),
     ],
     ids=["the package", "reading", "the command line", "everything right of the store"],

@@ -23,7 +23,7 @@ from lerobot_attn.explorer.library import Library
 from lerobot_attn.overlay import OverlaySettings, overlay_frames
 from lerobot_attn.plot import plot
 from lerobot_attn.recording.folder import RunFolder
-from lerobot_attn.report import write_report
+from lerobot_attn.report import CompareSettings, write_report
 from lerobot_attn.store import pack as packing
 from lerobot_attn.store.attach import attach_masks
 from lerobot_attn.store.damage import find_damage
@@ -143,7 +143,7 @@ def test_all_that_look_take_it(planted, packed, tmp_path):
     settings = OverlaySettings(frames=[0, 1])
     for ours, theirs in zip(overlay_frames(there, settings), overlay_frames(here, settings), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    files = write_report([there], [here], tmp_path / "report")
+    files = write_report([there], [here], tmp_path / "report", CompareSettings(video=False))
     assert all(Path(file).exists() for file in files)
 
 

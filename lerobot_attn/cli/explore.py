@@ -9,7 +9,7 @@ import typer
 
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import progress_bar
-from lerobot_attn.cli.options import EpisodePath, SettingsFile
+from lerobot_attn.cli.options import EpisodePath, RunPath, SettingsFile
 
 NeuronsFile = Annotated[
     Path | None,
@@ -27,9 +27,7 @@ NeuronsTop = Annotated[
 
 @app.command()
 def view(
-    path: Annotated[
-        Path, typer.Argument(help="An episode (….zarr), a task's folder, or a run's output folder.")
-    ],
+    path: RunPath,
     port: Annotated[
         int | None, typer.Option(help="Port to listen at; by default the first free one from 8123 on.")
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -25,10 +25,12 @@ from lerobot_attn.cli.options import (
     Normalisation,
     Outlines,
     Query,
+    RunPath,
     SettingsFile,
     Step,
 )
 from lerobot_attn.errors import ConfigError, StoreError
+from lerobot_attn.store.url import place_of
 
 if TYPE_CHECKING:
     from lerobot_attn.store.reader import Episode
@@ -37,9 +39,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="An episode (….zarr), a task's folder, or a run's output folder.")
-    ],
+    path: RunPath,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what is in an episode's store or in a run: task, shapes, segments, size, where attention goes."""
@@ -216,9 +216,7 @@ def overlay(
 
 @app.command()
 def verify(
-    path: Annotated[
-        Path, typer.Argument(help="An episode (….zarr), a task's folder, or a run's output folder.")
-    ],
+    path: RunPath,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Contact sheet: PNG, PDF or SVG file.")
     ] = Path("contact-sheet.png"),
@@ -303,8 +301,17 @@ def verify(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="Side A: an episode, a task's folder, or a run's output folder.")],
-    b: Annotated[Path | None, typer.Argument(help="Side B, likewise. Not with --by.")] = None,
+    a: Annotated[
+        Any,
+        typer.Argument(
+            parser=place_of,
+            metavar="A",
+            help="Side A: an episode, a task's folder, or a run's output folder; or its URL.",
+        ),
+    ],
+    b: Annotated[
+        Any, typer.Argument(parser=place_of, metavar="[B]", help="Side B, likewise. Not with --by.")
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for figure, tables and video.")
     ] = Path("report"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.settings import parse_choice
+from lerobot_attn.store.url import place_of
 
 
 def _former_name(old: str, new: str) -> Callable[[str | None], str | None]:
@@ -24,7 +25,21 @@ def _former_name(old: str, new: str) -> Callable[[str | None], str | None]:
     return say
 
 
-EpisodePath = Annotated[Path, typer.Argument(help="An episode's store, ….zarr, or packed, ….zarr.zip.")]
+# Parsed here, because a Path drops one of the slashes of s3://.
+EpisodePath = Annotated[
+    Any,
+    typer.Argument(
+        parser=place_of, metavar="PATH", help="An episode's store, ….zarr, or packed, ….zarr.zip; or its URL."
+    ),
+]
+RunPath = Annotated[
+    Any,
+    typer.Argument(
+        parser=place_of,
+        metavar="PATH",
+        help="An episode (….zarr, ….zarr.zip), a task's folder, or a run's output folder; or its URL.",
+    ),
+]
 PolicyPath = Annotated[
     str,
     typer.Option(

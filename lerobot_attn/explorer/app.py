@@ -37,7 +37,7 @@ from lerobot_attn.explorer.library import Library, NotThereError, Summary, versi
 from lerobot_attn.explorer.page_files import ASK_AGAIN, IMMUTABLE, PageFiles, document
 from lerobot_attn.explorer.pictures import FramePictures, video_version
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.store.references import Clip
+from lerobot_attn.store.references import Clip, RemoteVideo, file_of
 from lerobot_attn.store.stills import read_still
 
 POLL_S = 0.1  # seconds between two looks at the library while somebody listens to its events
@@ -254,6 +254,8 @@ class _Explorer:
     def video(self, request: Request) -> Response:
         camera = request.path_params["camera"]
         video = self._library.video(self._episode(request), camera)
+        if isinstance(video, RemoteVideo):
+            video = file_of(video)
         if isinstance(video, Clip):  # the file holds other episodes, perhaps of other people
             raise NotThereError(
                 f"the video of camera {camera!r} is a part of a data set's file; ask for frames"

@@ -221,7 +221,7 @@ class _Parts:
 def _check_target(episode: Episode, path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"{path}: cannot write {path.suffix or 'no suffix'!r}, expected .html")
-    if path.resolve().is_relative_to(episode.path.resolve()):
+    if isinstance(episode.path, Path) and path.resolve().is_relative_to(episode.path.resolve()):
         raise ConfigError(f"{path}: lies inside the episode's store; expected another folder")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, expected a file's name")

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from lerobot_attn import __version__
@@ -26,8 +26,9 @@ from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.location import bare_name, is_episode_name, signature_of
 from lerobot_attn.store.reader import Episode, open_episode
-from lerobot_attn.store.references import Clip, Video, is_unchanged
+from lerobot_attn.store.references import Clip, RemoteVideo, Video, file_of, is_unchanged
 from lerobot_attn.store.runs import open_run
+from lerobot_attn.store.url import Place, Url, place_of
 
 # ":" separates folders, "%" escapes, and names may hold bytes that are no text.
 _NOT_IN_IDS = re.compile(r"[:%\x00-\x1f\x7f\ud800-\udfff]")
@@ -99,7 +100,7 @@ class _Scan:
     """
 
     started_at: float
-    stores: Mapping[str, Path]
+    stores: Mapping[str, Place]
     problems: list[str]
 
 
@@ -114,12 +115,14 @@ class Library:
         StoreError: nothing there, or no episode in it.
     """
 
-    def __init__(self, path: str | Path, *, rescan_s: float = 1.0):
-        self.path = Path(path)
-        self._root = self.path.resolve()
+    def __init__(self, path: str | Place, *, rescan_s: float = 1.0):
+        self.path = place_of(path)
+        self._root = self.path if isinstance(self.path, Url) else self.path.resolve()
         if not _is_name(self.path.name):
             self.path = self._root
-        self._is_episode = is_episode_name(self.path.name) or is_store(self.path)
+        self._is_episode = is_episode_name(self.path.name) or (
+            open_run(self.path).is_episode if isinstance(self.path, Url) else is_store(self.path)
+        )
         # Say at once what is wrong with the path.
         if self._is_episode:
             open_episode(self.path)
@@ -221,10 +224,13 @@ class Library:
         # Beside an episode that is served alone lies what its folder holds, which is not under the root.
         if video is not None and (self.is_episode or self._refusal(folder) is None):
             with contextlib.suppress(OSError, RuntimeError):  # a loop of links
+                if isinstance(video, RemoteVideo):
+                    file_of(video)  # a server may refuse
+                    return video
                 if isinstance(video, Clip):
                     if is_unchanged(video):
                         return video
-                elif video.is_file() and video.resolve().parent == folder.resolve():
+                elif isinstance(folder, Path) and _is_in(video, folder):
                     return video
         raise NotThereError(f"this episode has no video of camera {camera!r}")
 
@@ -243,7 +249,7 @@ class Library:
             while len(self._open) > _MAX_OPEN:
                 self._open.popitem(last=False)
 
-    def _opened(self, path: Path) -> Episode:
+    def _opened(self, path: Place) -> Episode:
         """Open a store that lies here with all its parts.
 
         Raises:
@@ -252,8 +258,8 @@ class Library:
         try:
             # A store is opened once, and again after each commit while it is recorded. So a link that is put
             # into it between two commits is not seen; a hard link never is.
-            link = first_link(path) if path.is_dir() else None
-            if link is not None:
+            link = first_link(path) if isinstance(path, Path) and path.is_dir() else None
+            if link is not None and isinstance(path, Path):
                 raise StoreError(
                     f"{path}: {link.relative_to(path)} is a link, expected plain files; not served; put what "
                     "it leads to in its place"
@@ -266,7 +272,7 @@ class Library:
             raise StoreError(f"{path}: cannot be read: {first_line(error)}") from error
         return episode
 
-    def _read(self, id_: str, path: Path, signature: _Signature) -> _Known:
+    def _read(self, id_: str, path: Place, signature: _Signature) -> _Known:
         """Return a store's row, or why it has none: one odd store must not hide the others."""
         retry_at = math.inf
         try:
@@ -284,8 +290,10 @@ class Library:
             retry_at = time.monotonic() + _RETRY_S
         return _Known(signature, None, problem, retry_at)
 
-    def _refusal(self, path: Path) -> str | None:
+    def _refusal(self, path: Place) -> str | None:
         """Return why a path is not served: it leads to where nobody offered anything. None if it is."""
+        if isinstance(path, Url) or isinstance(self._root, Url):
+            return None  # only what was found below the address that was given comes here
         try:
             if path.resolve().is_relative_to(self._root):
                 return None
@@ -299,7 +307,7 @@ class Library:
             started_at = time.monotonic()
             if started_at - self._scan.started_at < max_age_s:
                 return self._scan
-            stores: dict[str, Path] = {}
+            stores: dict[str, Place] = {}
             problems = []
             for store in self._find():
                 refusal = self._refusal(store)
@@ -310,7 +318,7 @@ class Library:
             self._scan = _Scan(started_at, stores, problems)
             return self._scan
 
-    def _find(self) -> tuple[Path, ...]:
+    def _find(self) -> tuple[Place, ...]:
         if self.is_episode:
             return (self.path,)
         try:
@@ -318,18 +326,28 @@ class Library:
         except OSError:  # the folder has become empty, is gone, or cannot be listed
             return ()
 
-    def _id(self, store: Path) -> str:
+    def _id(self, store: Place) -> str:
         """Return the store's path below the root, in one segment of a URL; no two stores have the same."""
         if self.is_episode:
             return id_alone(store)
-        *folders, name = map(_escaped, store.relative_to(self.path).parts)
+        *folders, name = map(_escaped, _below(store, self.path).parts)
         return ":".join([*folders, bare_name(name)])
 
 
-def id_alone(store: Path) -> str:
+def id_alone(store: Place) -> str:
     """Return the id of an episode that is served, or exported, by itself."""
-    name = store.name if _is_name(store.name) else store.resolve().name
+    name = store.name if isinstance(store, Url) or _is_name(store.name) else store.resolve().name
     return _escaped(bare_name(name))
+
+
+def _below(store: Place, root: Place) -> PurePath:
+    if isinstance(store, Url) and isinstance(root, Url):
+        return store.relative_to(root)
+    return PurePath(str(store)).relative_to(str(root))
+
+
+def _is_in(video: Path, folder: Path) -> bool:
+    return video.is_file() and video.resolve().parent == folder.resolve()
 
 
 def _is_name(last: str) -> bool:
@@ -369,7 +387,7 @@ def _escaped(name: str) -> str:
     return _NOT_IN_IDS.sub(lambda found: "".join(f"%{byte:02X}" for byte in os.fsencode(found[0])), name)
 
 
-def _signature(store: Path) -> _Signature | None:
+def _signature(store: Place) -> _Signature | None:
     """Return what changes with every commit, for each one replaces the metadata; None if it is gone."""
     try:
         return signature_of(store)

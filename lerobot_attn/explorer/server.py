@@ -21,6 +21,7 @@ from lerobot_attn.explorer.browser import open_page
 from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, host_pattern
 from lerobot_attn.explorer.library import Library
 from lerobot_attn.explorer.neurons import DEFAULT_TOP, read_found
+from lerobot_attn.store.url import Place
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _LOOK_S = 0.2  # what is spent on reading a run's stores before the server answe
 
 
 def serve(
-    path: str | Path,
+    path: str | Place,
     *,
     host: str = LOOPBACK,
     port: int | None = None,
@@ -108,7 +109,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _first_episode(path: str | Path) -> Library:
+def _first_episode(path: str | Place) -> Library:
     """Return the library of a path once there is an episode; Ctrl-C ends the wait."""
     told = False
     while True:

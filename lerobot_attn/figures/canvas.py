@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import matplotlib as mpl
@@ -287,11 +287,12 @@ def mark_unseen_bars(axes: Axes, values: ArrayLike) -> None:
         )
 
 
-def store_name(path: Path) -> str:
+def store_name(path: object) -> str:
     """Return how captions call a store: its folder and its name, "libero_object_4/episode_00000"."""
-    path = Path(path).absolute()
-    name = path.name.removesuffix(".zip") if path.name.endswith(".zarr.zip") else path.name  # packed
-    return "/".join(part for part in (path.parent.name, Path(name).stem) if part)
+    text = str(path)
+    where: PurePath = PurePosixPath(text) if "://" in text else Path(text).absolute()
+    name = where.name.removesuffix(".zip") if where.name.endswith(".zarr.zip") else where.name  # packed
+    return "/".join(part for part in (where.parent.name, PurePath(name).stem) if part)
 
 
 def check_format(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from lerobot_attn.overlay.film import Film
 from lerobot_attn.overlay.settings import OverlaySettings
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.store.references import file_of
+from lerobot_attn.store.references import RemoteVideo, file_of
 from lerobot_attn.store.video import Frame, VideoWriter, count_frames
 
 FORMATS = (".mp4", ".gif")
@@ -192,8 +192,10 @@ def refuse_inputs(episode: Episode, path: Path) -> None:
         ConfigError: it is.
     """
     target = path.resolve()
-    inputs = [file for file in (*map(file_of, episode.videos.values()), episode.eval_video) if file]
-    if target in [file.resolve() for file in inputs] or target.is_relative_to(episode.path.resolve()):
+    here = [video for video in episode.videos.values() if not isinstance(video, RemoteVideo)]
+    inputs = [file for file in (*map(file_of, here), episode.eval_video) if file]
+    inside = isinstance(episode.path, Path) and target.is_relative_to(episode.path.resolve())
+    if inside or target in [file.resolve() for file in inputs]:
         raise ConfigError(f"{path}: is one of the episode's own files; expected another name")
     if target.is_dir():
         raise ConfigError(f"{path}: is a folder, expected a file's name")

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first_line
 from lerobot_attn.overlay.rerun import EpisodeTrack, flush, new_stream, rerun_sdk
 from lerobot_attn.overlay.settings import RerunSettings
-from lerobot_attn.store.location import signature_of
+from lerobot_attn.store.location import on_this_machine, signature_of
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
 
@@ -186,7 +186,7 @@ class _Following:
 
 def _stores(path: Path) -> tuple[Path, ...]:
     try:
-        return open_run(path).stores
+        return tuple(on_this_machine(store, "a URL is not followed") for store in open_run(path).stores)
     except OSError:  # nothing is there yet
         return ()
 

@@ -17,7 +17,7 @@ from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.figures.look import LookSettings
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.store.references import file_of
+from lerobot_attn.store.references import Clip
 from lerobot_attn.store.video import Frame, read_frames
 
 _BLANK = 128  # grey of a frame that is not there: bright and dark colours of a map show on it
@@ -74,5 +74,5 @@ def camera_pictures(episode: Episode, camera: str, frames: Sequence[int]) -> Pic
 
 def _without_path(error: StoreError, episode: Episode, camera: str) -> str:
     """Return what is wrong with a video by its name alone: a caption has no room for whole paths."""
-    path = file_of(episode.videos[camera])
-    return first_line(error).replace(str(path), path.name)
+    path = str(video.path if isinstance(video := episode.videos[camera], Clip) else video)
+    return first_line(error).replace(path, path.replace("\\", "/").rpartition("/")[2])

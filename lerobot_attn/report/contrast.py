@@ -197,10 +197,12 @@ def find_contrast(
 
 
 def _run_names(sides: list[Readable], a: Run, b: Run | None) -> tuple[str, str]:
-    paths = [run.path.resolve() for run in (a, b) if run is not None]
+    paths = [
+        run.path.resolve() if isinstance(run.path, Path) else run.path for run in (a, b) if run is not None
+    ]
     names = [path.name for path in paths]
     if names[0] == names[1]:
-        names = ["/".join(path.parts[-2:]) for path in paths]
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
     return names[0], names[1]
 
 

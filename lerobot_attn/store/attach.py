@@ -25,7 +25,7 @@ from zarr.storage import LocalStore
 from lerobot_attn.errors import ConfigError, StoreError, first_line
 from lerobot_attn.masks import UNKNOWN, Instance, in_words, instances_of, scaled
 from lerobot_attn.store.files import first_link, replace_json, unfinished
-from lerobot_attn.store.location import is_packed
+from lerobot_attn.store.location import is_packed, on_this_machine
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.mask_files import ReadMasks, read_masks
 from lerobot_attn.store.reader import Episode, open_episode
@@ -80,7 +80,7 @@ def attach_masks(
         ConfigError: a camera, a size, a frame, or a role's name that does not fit the episode.
     """
     episode = open_episode(path)
-    path = episode.path
+    path = on_this_machine(episode.path, "a URL is read-only, so no masks are attached there")
     if is_packed(path):
         raise StoreError(f"{path}: is packed, expected a folder; unpack it (lerobot-attn unpack) first")
     with ExitStack() as stack:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_attn.errors import StoreError, first_line
-from lerobot_attn.store.location import files_at, is_packed, refuse_both_forms
+from lerobot_attn.store.location import Files, files_at, is_packed, refuse_both_forms
 from lerobot_attn.store.packed import HELP as PACKED_HELP
 from lerobot_attn.store.schema import ARRAYS, EPISODE_SUFFIX, METADATA, SCHEMA_NAME, SCHEMA_VERSION
 from lerobot_attn.store.trust import check_attributes, checked_shapes, shortened, shown
+from lerobot_attn.store.url import Place, Url, place_of
 
 _MAX_BYTES = 16_000_000
 HELP = "expected an episode store written by `lerobot-eval --eval.save_attention_maps=true`"
@@ -63,7 +64,7 @@ def is_store(folder: Path) -> bool:
     return (folder / METADATA).is_file() or is_packed(folder)
 
 
-def read_attributes(path: str | Path) -> dict[str, Any]:
+def read_attributes(path: str | Place) -> dict[str, Any]:
     """Return what a store's group says of the episode.
 
     Raises:
@@ -72,17 +73,42 @@ def read_attributes(path: str | Path) -> dict[str, Any]:
     return read_header(path).attributes
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Place) -> Header:
     """Read and check what a store says of itself.
 
     Args:
-        path: the store's folder, or its file where it is packed.
+        path: the store's folder, or its file where it is packed; a URL of either.
 
     Raises:
         StoreError: nothing there, something else, damaged metadata, a newer schema, a recording that has not
             committed anything yet, or an episode that is there packed and unpacked.
     """
-    path = Path(path)
+    place = place_of(path)
+    files = files_at(place, anew=True) if isinstance(place, Url) else _local_files(place)
+    try:
+        text = files.read_start(METADATA, _MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        where = "; is the address right?" if isinstance(place, Url) else ""
+        raise StoreError(f"{place}: no such store, or no Zarr v3 store; {HELP}{where}") from error
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{place}: its {METADATA} is damaged: {shortened(first_line(error))}") from error
+    if len(text) > _MAX_BYTES:
+        raise StoreError(f"{place}: its metadata is larger than {_MAX_BYTES} bytes: damaged, or no episode")
+    try:
+        document = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number too long
+        raise StoreError(f"{place}: its {METADATA} is damaged: {shortened(first_line(error))}") from error
+    return _header(place, document)
+
+
+def _local_files(path: Path) -> Files:
+    """Return the files of a store on this machine.
+
+    Raises:
+        StoreError: nothing there, or something else.
+    """
     if not path.exists():
         raise StoreError(f"{path}: no such store; {HELP}")
     packed = is_packed(path)
@@ -95,28 +121,18 @@ def read_header(path: str | Path) -> Header:
         raise
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {first_line(error)}") from error
-    if packed and not files.holds(METADATA):
+    if files.holds(METADATA):
+        return files
+    if packed:
         raise StoreError(f"{path}: holds no {METADATA} at its top, {PACKED_HELP}")
-    if not files.holds(METADATA):
-        if (path / "meta" / "info.json").is_file():
-            raise StoreError(f"{path}: is a LeRobot dataset, {HELP}, or by `lerobot-attn replay` of it")
-        stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{METADATA}"), None)
-        hint = f"; it holds stores, e.g. {stores.parent.relative_to(path)}: use open_run()" if stores else ""
-        raise StoreError(f"{path}: is no Zarr v3 store, {HELP}{hint}")
-    try:
-        if files.file_bytes(METADATA) > _MAX_BYTES:
-            raise StoreError(
-                f"{path}: its metadata is larger than {_MAX_BYTES} bytes: damaged, or no episode"
-            )
-        document = json.loads(files.read(METADATA).decode("utf-8"))
-    except StoreError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: no JSON, no UTF-8, or a number too long
-        raise StoreError(f"{path}: its {METADATA} is damaged: {shortened(first_line(error))}") from error
+    if (path / "meta" / "info.json").is_file():
+        raise StoreError(f"{path}: is a LeRobot dataset, {HELP}, or by `lerobot-attn replay` of it")
+    stores = next(path.rglob(f"*{EPISODE_SUFFIX}/{METADATA}"), None)
+    hint = f"; it holds stores, e.g. {stores.parent.relative_to(path)}: use open_run()" if stores else ""
+    raise StoreError(f"{path}: is no Zarr v3 store, {HELP}{hint}")
+
+
+def _header(path: Place, document: Any) -> Header:
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or attributes.get("schema") != SCHEMA_NAME:
         raise StoreError(f"{path}: is a Zarr store of another kind, {HELP}")

@@ -17,7 +17,7 @@ from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError, first_line
-from lerobot_attn.store.location import Files, files_at
+from lerobot_attn.store.location import Files, Folder, files_at
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, METADATA, Growth
 
@@ -32,17 +32,15 @@ class StoredArray:
     Indices of chunks count along every dimension of the array; their leading parts do for a place.
 
     Args:
-        store: the store's folder, or its file where it is packed.
-        files: that are there.
+        files: of the store.
         array: opened from the group's consolidated metadata.
         metadata: the same as JSON.
     """
 
-    def __init__(self, store: Path, files: Files, array: zarr.Array[Any], metadata: Mapping[str, Any]):
+    def __init__(self, files: Files, array: zarr.Array[Any], metadata: Mapping[str, Any]):
         self.name = array.path
         self.array = array
         self.metadata = metadata
-        self.folder = store / self.name
         self._files = files
         self.spec = BY_NAME.get(self.name)
         self.dims = self.spec.dims if self.spec else tuple(f"axis {axis}" for axis in range(array.ndim))
@@ -98,6 +96,12 @@ class StoredArray:
             sizes = self.spec.chunks(dict.fromkeys(DIMENSIONS, 2))
             divided += [axis for axis, size in enumerate(sizes) if size == 1 or axis == 0]
         return max(divided, default=-1) + 1
+
+    @property
+    def folder(self) -> Path:
+        """Where the array lies, in a store that is a folder."""
+        assert isinstance(self._files, Folder)
+        return self._files.root / self.name
 
     def file(self, index: Sequence[int]) -> Path:
         """Return the file of a shard or of an unsharded chunk, in a store that is a folder."""
@@ -221,9 +225,7 @@ def stored_arrays(episode: Episode) -> dict[str, StoredArray]:
         document = json.loads(files.read(METADATA).decode("utf-8"))
         group = zarr.open_group(files, mode="r", zarr_format=3, use_consolidated=True)
         described = document["consolidated_metadata"]["metadata"]
-        return {
-            name: StoredArray(episode.path, files, _array(group, name), described[name]) for name in described
-        }
+        return {name: StoredArray(files, _array(group, name), described[name]) for name in described}
     except Exception as error:  # zarr raises many kinds for damaged metadata
         raise StoreError(f"{episode.path}: damaged metadata: {first_line(error)}") from error
 

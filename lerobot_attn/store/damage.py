@@ -16,7 +16,6 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from lerobot_attn.sizes import Progress
 from lerobot_attn.store.chunks import Grid, StoredArray, stored_arrays
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, METADATA
+from lerobot_attn.store.url import Place
 
 REPAIRED = "repaired"  # the attribute that lists what a repair dropped
 # A store whose every map is damaged lists 5040 with all layers of Pi0.5 and 28 inferences.
@@ -101,7 +101,7 @@ class DamageReport:
         without_checksums: arrays in which a changed byte may go unnoticed, of a store by an older version.
     """
 
-    path: Path
+    path: Place
     damaged: tuple[Damage, ...]
     n_chunks: int
     n_missing: int
@@ -113,7 +113,7 @@ class DamageReport:
         return not self.damaged
 
 
-def find_damage(path: str | Path, progress: Progress | None = None) -> DamageReport:
+def find_damage(path: str | Place, progress: Progress | None = None) -> DamageReport:
     """Read every chunk of every array of a store, and compare the two copies of each array's metadata.
 
     Args:

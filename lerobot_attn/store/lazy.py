@@ -6,19 +6,26 @@ Knows where a store lies and how much of it counts. Reads no values, and knows n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import xarray as xr
 from dask.base import tokenize
 
 from lerobot_attn.store.location import files_at
 from lerobot_attn.store.numbers import Allowed, check_when_read
+from lerobot_attn.store.remote import Remote
+from lerobot_attn.store.schema import BY_NAME, METADATA
+from lerobot_attn.store.url import Place
+
+# Of a table that is read at once from a URL.
+_MAX_VALUES, _MAX_CHUNKS = 1 << 20, 8
 
 
 def lazy_dataset(
-    path: Path, rows: Mapping[str, int], allowed: Mapping[str, Allowed], *, with_dask: bool
+    path: Place, rows: Mapping[str, int], allowed: Mapping[str, Allowed], *, with_dask: bool
 ) -> xr.Dataset:
     """Open a store's arrays; only the coordinates of dimensions are read.
 
@@ -26,7 +33,7 @@ def lazy_dataset(
     out.
 
     Args:
-        path: the store's folder, or its file where it is packed.
+        path: the store's folder, or its file where it is packed; a URL of either.
         rows: growing dimension → how many of its rows count, though the store may hold more by now.
         allowed: array name → the numbers that it may hold; others raise StoreError when they are read.
         with_dask: one Dask chunk per chunk of the store.
@@ -35,6 +42,8 @@ def lazy_dataset(
         Exception: of many kinds, where the metadata is damaged.
     """
     files = files_at(path)
+    if isinstance(files, Remote):
+        files.prefetch(_tables(json.loads(files.read(METADATA))))
     opened: xr.Dataset = xr.open_zarr(files, consolidated=True, chunks=None, zarr_format=3)
     opened = opened.isel({dim: slice(n) for dim, n in rows.items() if opened.sizes.get(dim, n) > n})
     token = tokenize(files, sorted(opened.sizes.items())) if with_dask else ""
@@ -49,6 +58,19 @@ def lazy_dataset(
     opened.attrs = {name: _plain(value) for name, value in opened.attrs.items() if value is not None}
     opened.encoding["source"] = str(path)
     return opened
+
+
+def _tables(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of a store's small files: at a URL, one at a time takes longer than all at once."""
+    for name, array in document["consolidated_metadata"]["metadata"].items():
+        spec = BY_NAME.get(name)
+        chunks = array["chunk_grid"]["configuration"]["chunk_shape"]
+        counts = [math.ceil(n / size) for n, size in zip(array["shape"], chunks, strict=True)]
+        if spec is None or spec.sharded or math.prod(array["shape"]) > _MAX_VALUES:
+            continue
+        if math.prod(counts) <= _MAX_CHUNKS:
+            for index in np.ndindex(*counts):
+                yield "/".join([name, "c", *map(str, index)])
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,9 @@ from zarr.storage import LocalStore
 from lerobot_attn.errors import StoreError
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.packed import PACKED_SUFFIX, Packed, packed_at, stamp_of
+from lerobot_attn.store.remote import Remote, remote_at
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
+from lerobot_attn.store.url import Place, Url
 
 PACKED_EPISODE_SUFFIX = EPISODE_SUFFIX + PACKED_SUFFIX
 
@@ -52,6 +54,11 @@ class Folder(LocalStore):
         """
         return (self.root / key).read_bytes()
 
+    def read_start(self, key: str, most: int) -> bytes:
+        """Return what a file holds, up to so many bytes."""
+        with (self.root / key).open("rb") as file:
+            return file.read(most)
+
     def open_file(self, key: str) -> BinaryIO:
         """Return a file, open for reading.
 
@@ -65,31 +72,55 @@ class Folder(LocalStore):
         return folder_bytes(self.root)
 
 
-Files = Folder | Packed
+Files = Folder | Packed | Remote
 
 
-def files_at(path: Path) -> Files:
-    """Return a store's files, whether it is a folder or packed; of a folder nothing is read.
+def files_at(place: Place, *, anew: bool = False) -> Files:
+    """Return a store's files, a folder's or packed, here or at a URL; of a folder nothing is read.
+
+    Args:
+        place: the store.
+        anew: of a URL, look at it again, as it is now.
 
     Raises:
-        StoreError: a packed one is damaged, or no pack.
+        StoreError: a packed one is damaged, or no pack; a URL cannot be read.
+        SetupError: a URL, and the extra `remote` is not installed.
         OSError: it cannot be read.
     """
-    path = path.absolute()
+    if isinstance(place, Url):
+        return remote_at(place, anew=anew)
+    path = place.absolute()
     return packed_at(path) if is_packed(path) else Folder(path)
 
 
-def is_packed(path: Path) -> bool:
+def is_packed(place: Place) -> bool:
     """Return whether a path is a file named as packed episodes are; reads nothing."""
-    return path.suffix == PACKED_SUFFIX and path.is_file()
+    return place.suffix == PACKED_SUFFIX and (isinstance(place, Url) or place.is_file())
 
 
-def signature_of(path: Path) -> tuple[int, int, int]:
-    """Return what changes with every commit into a store, for each one replaces the metadata.
+def on_this_machine(place: Place, what: str) -> Path:
+    """Return a path.
+
+    Args:
+        place: a path or a URL.
+        what: cannot be done at a URL, for the error.
+
+    Raises:
+        StoreError: it is a URL.
+    """
+    if isinstance(place, Url):
+        raise StoreError(f"{place}: {what}, expected a path on this machine; copy it here first")
+    return place
+
+
+def signature_of(path: Place) -> tuple[int, int, int]:
+    """Return what changes with every commit into a store, for each one replaces the metadata; not at a URL.
 
     Raises:
         OSError: the store is gone.
     """
+    if isinstance(path, Url):
+        return 0, 0, 0
     return stamp_of((path if is_packed(path) else path / METADATA).stat())
 
 

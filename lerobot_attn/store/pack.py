@@ -21,14 +21,16 @@ from pathlib import Path
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.sizes import Progress, folder_bytes, format_bytes
 from lerobot_attn.store.files import first_link, unfinished
-from lerobot_attn.store.location import Files, Folder, is_packed, other_form
+from lerobot_attn.store.location import Files, Folder, is_packed, on_this_machine, other_form
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.packed import PACKED_SUFFIX, Packed, packed_at
 from lerobot_attn.store.reader import open_episode
 from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import BY_NAME, EPISODE_SUFFIX, METADATA
+from lerobot_attn.store.url import place_of
 
 _BLOCK_BYTES = 1 << 20
+_READ_ONLY = "a URL is read-only, so nothing is packed or unpacked there"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say: the same store gives the same file
 
 
@@ -68,7 +70,7 @@ def pack(path: str | Path, progress: Progress | None = None) -> Iterator[Repacke
         StoreError: nothing there, a recording goes on in the folder, or (of a single episode; among several
             it is noted) the disk is full, or it is incomplete or damaged.
     """
-    yield from _each(Path(path), False, lambda store: _pack(store, progress))
+    yield from _each(on_this_machine(place_of(path), _READ_ONLY), False, lambda store: _pack(store, progress))
 
 
 def unpack(path: str | Path, progress: Progress | None = None) -> Iterator[Repacked]:
@@ -84,7 +86,9 @@ def unpack(path: str | Path, progress: Progress | None = None) -> Iterator[Repac
     Raises:
         StoreError: as of `pack`.
     """
-    yield from _each(Path(path), True, lambda store: _unpack(store, progress))
+    yield from _each(
+        on_this_machine(place_of(path), _READ_ONLY), True, lambda store: _unpack(store, progress)
+    )
 
 
 def _each(path: Path, packed: bool, change: Callable[[Path], Repacked]) -> Iterator[Repacked]:
@@ -95,7 +99,7 @@ def _each(path: Path, packed: bool, change: Callable[[Path], Repacked]) -> Itera
         is_episode = True
     else:
         run = open_run(path)
-        stores, is_episode = run.stores, run.is_episode
+        stores, is_episode = tuple(on_this_machine(one, _READ_ONLY) for one in run.stores), run.is_episode
     with ExitStack() as claimed:
         folders = set()
         for store in stores:

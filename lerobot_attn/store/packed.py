@@ -289,6 +289,11 @@ class Packed(Store):
         start, size = self._member(key)
         return self._whole(key, size, self.source.read(start, start + size))
 
+    def read_start(self, key: str, most: int) -> bytes:
+        """Return what a file holds, up to so many bytes."""
+        start, size = self._member(key)
+        return self.source.read(start, start + min(size, most))
+
     def open_file(self, key: str) -> BinaryIO:
         """Return a file that can be read and sought in, as `read`."""
         return io.BytesIO(self.read(key))

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.masks import ROLES, Instance, in_words
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.location import bare_name, files_at
-from lerobot_attn.store.references import Video, referenced
+from lerobot_attn.store.references import RemoteVideo, Video, referenced
 from lerobot_attn.store.stills import still_of
 from lerobot_attn.store.trust import shortened, shown
+from lerobot_attn.store.url import Place, Url, place_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -53,11 +54,11 @@ class Episode:
     """One episode's store. Get it from `open_episode`.
 
     Attributes:
-        path: the store's folder, or its file where it is packed.
+        path: the store's folder, or its file where it is packed; a `Url` of either.
         attributes: everything that the store says of itself.
     """
 
-    def __init__(self, path: Path, header: Header):
+    def __init__(self, path: Place, header: Header):
         self.path = path
         self.attributes = header.attributes
         self._header = header
@@ -250,6 +251,8 @@ class Episode:
         A recording that was killed could not list its videos: they are found by their names beside the store.
         """
         listed = self.attributes.get("videos")
+        if isinstance(self.path, Url):
+            return self._videos_at(self.path.parent, listed if isinstance(listed, dict) else {})
         if not isinstance(listed, dict):
             return self._unlisted_videos()
         found = {}
@@ -316,6 +319,8 @@ class Episode:
         video = self.attributes.get("eval_video")
         if not isinstance(video, dict) or not isinstance(video.get("path"), str):
             return None
+        if isinstance(self.path, Url):
+            return None
         try:
             parents = self.path.resolve().parents
             path = (self.path.parent / video["path"]).resolve()
@@ -364,12 +369,23 @@ class Episode:
                     break
         return found
 
+    def _videos_at(self, folder: Url, listed: dict[str, Any]) -> dict[str, Video]:
+        """Return the videos beside a store at a URL, whose files are fetched when they are asked for."""
+        from lerobot_attn.store.remote import fetched
+
+        names = {camera: video.get("path") for camera, video in listed.items() if isinstance(video, dict)}
+        return {
+            camera: RemoteVideo(str(folder / name), partial(fetched, folder / name))
+            for camera, name in names.items()
+            if _is_plain(name, ".mp4")
+        }
+
     def _beside(self, name: Any, suffix: str = ".mp4") -> Path | None:
         """Return the file of that name in the store's own folder, if it is there.
 
         Anything with a path in it is refused, and so is a link that leads elsewhere.
         """
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
+        if not _is_plain(name, suffix) or isinstance(self.path, Url):
             return None
         path = self.path.parent / name
         try:
@@ -379,18 +395,24 @@ class Episode:
         return path if is_here else None
 
 
-def open_episode(path: str | Path) -> Episode:
+def open_episode(path: str | Place) -> Episode:
     """Open an episode's store; reads one small file.
 
     Args:
-        path: the store's folder, whatever it is called, or its `….zarr.zip` where it is packed.
+        path: the store's folder, whatever it is called, or its `….zarr.zip` where it is packed; a URL of
+            either (s3://, gs://, az://, http://, https://, hf://datasets/…), which needs the extra `remote`.
 
     Raises:
         StoreError: nothing there, something else, damaged metadata, a newer schema, or a recording that has
             not committed anything yet.
     """
     # Of the metadata the attributes and shapes are kept: thousands of episodes fit into memory.
-    return Episode(Path(path), read_header(path))
+    place = place_of(path)
+    return Episode(place, read_header(place))
+
+
+def _is_plain(name: Any, suffix: str) -> TypeGuard[str]:
+    return isinstance(name, str) and Path(name).name == name and Path(name).suffix == suffix
 
 
 def _progress_of(episode: Episode) -> tuple[int, int, bool]:

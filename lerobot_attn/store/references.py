@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -43,11 +43,34 @@ class Clip:
         return f"{self.path}, {self.n_frames} frames from {self.start_s:.2f} s"
 
 
-Video = Path | Clip
+@dataclass(frozen=True)
+class RemoteVideo:
+    """A video at a URL: its file is fetched when it is first asked for.
+
+    Attributes:
+        url: where it is, as text.
+        fetch: returns a copy on this machine.
+    """
+
+    url: str
+    fetch: Callable[[], Path]
+
+    def __str__(self) -> str:
+        """Return where it is."""
+        return self.url
+
+
+Video = Path | Clip | RemoteVideo
 
 
 def file_of(video: Video) -> Path:
-    """Return the file that holds a video, perhaps among others."""
+    """Return the file that holds a video, perhaps among others.
+
+    Raises:
+        StoreError: it is at a URL, and cannot be fetched.
+    """
+    if isinstance(video, RemoteVideo):
+        return video.fetch()
     return video.path if isinstance(video, Clip) else video
 
 

@@ -41,11 +41,12 @@ from lerobot_attn.store.damage import (
     metadata_of,
 )
 from lerobot_attn.store.files import first_link, replace_json, unfinished
-from lerobot_attn.store.location import is_episode_name, is_packed
+from lerobot_attn.store.location import is_episode_name, is_packed, on_this_machine
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.runs import open_run
 from lerobot_attn.store.schema import METADATA
+from lerobot_attn.store.url import Place, place_of
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,20 @@ def repair(
         StoreError: nothing there, a recording is going on in the folder, or (of a single episode; among
             several it is noted) the store cannot be repaired.
     """
-    path = Path(path)
+    path = _here(place_of(path))
     if is_episode_name(path.name) or is_store(path):
         return (_repair_store(path, dry_run, progress),)
     repairs = []
-    for store in open_run(path).stores:
+    for store in map(_here, open_run(path).stores):
         try:
             repairs.append(_repair_store(store, dry_run, progress))
         except StoreError as error:
             repairs.append(Repair(store, refused=str(error)))
     return tuple(repairs)
+
+
+def _here(place: Place) -> Path:
+    return on_this_machine(place, "a URL is read-only, so nothing is repaired there")
 
 
 def _repair_store(path: Path, dry_run: bool, progress: Progress | None) -> Repair:
@@ -172,7 +177,7 @@ def _plan(episode: Episode, progress: Progress | None) -> Repair:
     Raises:
         StoreError: something is damaged that neither can be dropped nor follows from anything else.
     """
-    path = episode.path
+    path = _here(episode.path)
     report = find_damage(path, progress)
     arrays = stored_arrays(episode)
     missing, cut_by = [], []
@@ -233,7 +238,7 @@ def _first_row(array: StoredArray, damage: Damage) -> int:
 
 def _apply(episode: Episode, plan: Repair) -> None:
     """Drop what was planned: chunks first, then the group's metadata says so, then that of arrays."""
-    path, arrays = episode.path, stored_arrays(episode)
+    path, arrays = _here(episode.path), stored_arrays(episode)
     by_file: dict[Path, list[Damage]] = defaultdict(list)
     for damage in plan.missing:
         by_file[arrays[damage.array].file_of(damage.chunk)].append(damage)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.store.attributes import HELP, is_store
-from lerobot_attn.store.location import PACKED_EPISODE_SUFFIX, bare_name, is_episode_name
+from lerobot_attn.store.location import PACKED_EPISODE_SUFFIX, bare_name, files_at, is_episode_name
 from lerobot_attn.store.reader import Episode, open_episode
-from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.store.remote import Remote
+from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
+from lerobot_attn.store.url import Place, Url, place_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,10 +76,10 @@ class Run:
         stores: the stores' folders, and the files of those that are packed.
     """
 
-    def __init__(self, path: Path, stores: Iterable[Path]):
+    def __init__(self, path: Place, stores: Iterable[Place]):
         self.path = path
         self.stores = tuple(stores)
-        self._reasons: dict[Path, str | None] = {}  # of the stores that were tried; None: it opened
+        self._reasons: dict[Place, str | None] = {}  # of the stores that were tried; None: it opened
 
     def __repr__(self) -> str:
         """Say which run this is."""
@@ -106,14 +108,14 @@ class Run:
         return tuple(self)
 
     @property
-    def damaged(self) -> tuple[tuple[Path, str], ...]:
+    def damaged(self) -> tuple[tuple[Place, str], ...]:
         """Stores that could not be opened, with the reason."""
         for store in self.stores:
             if store not in self._reasons:
                 self._opened(store)
         return tuple((store, reason) for store in self.stores if (reason := self._reasons[store]) is not None)
 
-    def _opened(self, store: Path) -> Episode | None:
+    def _opened(self, store: Place) -> Episode | None:
         try:
             episode = open_episode(store)
         except StoreError as error:
@@ -133,18 +135,22 @@ class Run:
         return pd.DataFrame([TableRow.of(episode) for episode in self], columns=list(TableRow._fields))
 
 
-def open_run(path: str | Path) -> Run:
+def open_run(path: str | Place) -> Run:
     """Find every episode under a folder: a run's output folder, its `attention`, or one task's.
 
     Reads no store: each is opened when it is asked for.
 
     Args:
-        path: the folder; an episode's own path, whatever it is called, gives a run of one.
+        path: the folder; an episode's own path, whatever it is called, gives a run of one. A URL of either,
+            as of `open_episode`; the folders of plain HTTP servers cannot be listed.
 
     Raises:
         StoreError: nothing there, or no episode in it.
     """
-    path = Path(path)
+    place = place_of(path)
+    if isinstance(place, Url):
+        return _remote_run(place)
+    path = place
     if not path.exists():
         raise StoreError(f"{path}: no such folder; {HELP}")
     if is_episode_name(path.name) or not path.is_dir() or is_store(path):
@@ -154,6 +160,50 @@ def open_run(path: str | Path) -> Run:
     if not stores:
         raise StoreError(f"{path}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it")
     return Run(path, stores)
+
+
+def _remote_run(url: Url) -> Run:
+    if is_episode_name(url.name):
+        open_episode(url)
+        return Run(url, (url,))
+    if url.scheme in ("http", "https"):  # which have no lists of what is in a folder
+        try:
+            open_episode(url)
+        except StoreError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise StoreError(
+                f"{url}: is no episode's store, and plain HTTP servers do not list what is in a folder; "
+                "expected the address of an episode (….zarr or ….zarr.zip)"
+            ) from error
+        return Run(url, (url,))
+    folder = files_at(url, anew=True)
+    assert isinstance(folder, Remote)
+    names = folder.names()
+    if METADATA in names:
+        open_episode(url)
+        return Run(url, (url,))
+    for level in ("", "attention"):
+        if level and level not in names:
+            continue
+        inside = folder.names(level) if level else names
+        found = [f"{level}/{name}".strip("/") for name in inside if _is_episode(name)]
+        if not found:
+            folders = [f"{level}/{name}".strip("/") for name in inside if "." not in name]
+            found = [
+                f"{below}/{name}" for below in folders for name in folder.names(below) if _is_episode(name)
+            ]
+        if found:
+            either = {bare_name(name): name for name in sorted(found, reverse=True)}
+            return Run(url, [url / name for name in sorted(either.values())])
+    raise StoreError(
+        f"{url}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it; is the address "
+        "right?"
+    )
+
+
+def _is_episode(name: str) -> bool:
+    return name.startswith("episode_") and is_episode_name(name)
 
 
 def _find_stores(path: Path) -> list[Path]:

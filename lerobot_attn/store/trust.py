@@ -7,11 +7,11 @@ checked before memory is taken for them. Knows the group's `zarr.json` as parsed
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, FRAMES_PER_CHUNK, METADATA
+from lerobot_attn.store.url import Place
 
 # Zarr also takes arrays of version 2, whose filters include pickle (which zarr 3.4 refuses by itself), and
 # codecs that other packages register.
@@ -34,7 +34,7 @@ MAX_INTERVENTIONS = 100
 _OBJECTS = ("capture", "experiment", "layout", "policy", "replay", "segmentation", "videos")
 
 
-def checked_shapes(path: Path, document: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def checked_shapes(path: Place, document: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the arrays' shapes after checking their names, types, ranks, codecs and sizes."""
     consolidated = document.get("consolidated_metadata")
     arrays = consolidated.get("metadata") if isinstance(consolidated, dict) else None
@@ -66,7 +66,7 @@ def checked_shapes(path: Path, document: dict[str, Any]) -> dict[str, tuple[int,
     return {name: tuple(array["shape"]) for name, array in arrays.items()}
 
 
-def check_attributes(path: Path, attributes: dict[str, Any]) -> None:
+def check_attributes(path: Place, attributes: dict[str, Any]) -> None:
     """Check the attributes that analysis and figures take apart without looking."""
     for name in _OBJECTS:
         if not isinstance(attributes.get(name, {}), dict):
@@ -95,7 +95,7 @@ def _is_condition(value: Any) -> bool:
     )
 
 
-def _check_array(path: Path, name: str, array: Any) -> None:
+def _check_array(path: Place, name: str, array: Any) -> None:
     """Check that an array lies in the store, and that reading it runs nothing but Zarr's own codecs."""
     if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         # Zarr would read the chunks of "../x" beside the store.
@@ -123,7 +123,7 @@ def _check_array(path: Path, name: str, array: Any) -> None:
     _check_codecs(path, name, array.get("codecs"))
 
 
-def _check_codecs(path: Path, name: str, codecs: Any) -> None:
+def _check_codecs(path: Place, name: str, codecs: Any) -> None:
     if not isinstance(codecs, list):
         raise StoreError(
             f"{path}: array {shortened(name)} has codecs {shown(codecs)}, expected a list: damaged"
@@ -146,7 +146,7 @@ def _check_codecs(path: Path, name: str, codecs: Any) -> None:
                 _check_codecs(path, name, settings.get(field))
 
 
-def _check_size(path: Path, name: str, array: dict[str, Any]) -> None:
+def _check_size(path: Place, name: str, array: dict[str, Any]) -> None:
     """Refuse arrays and chunks for which a reader would allocate more memory than any recording needs."""
     known, shape = BY_NAME.get(name), array["shape"]
     sharded = known is not None and known.sharded

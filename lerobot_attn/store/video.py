@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lerobot_attn.errors import StoreError
-from lerobot_attn.store.references import Clip, Video
+from lerobot_attn.store.references import Clip, Video, file_of
 
 Frame = NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -198,7 +198,7 @@ def _numbered(video: Video, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         StoreError: a part lacks a frame between others.
     """
     if not isinstance(video, Clip):
-        yield from enumerate(_decode(video))
+        yield from enumerate(_decode(file_of(video)))
         return
     expected = min(first, video.n_frames)
     # A file's frames may depend on others before a place that one can jump to; then all are decoded.

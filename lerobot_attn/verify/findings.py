@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from lerobot_attn.errors import RANDOM_WEIGHTS, Check
 from lerobot_attn.store.damage import Damage
+from lerobot_attn.store.url import Place
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class VerifyReport:
         condition: what was done to the policy; "" where nothing was.
     """
 
-    path: Path
+    path: Place
     checks: tuple[Check, ...]
     random_weights: bool
     damaged: tuple[Damage, ...] = ()
