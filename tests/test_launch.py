@@ -375,3 +375,38 @@ def test_app_sweeps(tmp_path):
     assert ["--env.task=libero_goal" in ran[0], "--env.task=libero_10" in ran[1]] == [True, True]
     folders = {word for line in ran for word in line.split() if word.startswith("--output_dir=")}
     assert len(folders) == 2
+
+
+def test_a_task_of_a_sweep_is_a_list_of_one():
+    assert "--env.task_ids=[3]" in eval_arguments({"policy": {"path": "CKPT"}, "env": {"task_ids": 3}})
+    assert "--env.task_ids=[3,4]" in eval_arguments({"policy": {"path": "CKPT"}, "env": {"task_ids": [3, 4]}})
+
+
+def test_jobs_go_on_with_what_they_have():
+    assert job_settings({"capture": {"layers": [1]}})["capture"] == {"existing": "skip", "layers": [1]}
+    assert job_settings({"capture": {"existing": "overwrite"}})["capture"] == {"existing": "overwrite"}
+    assert job_settings({"capture": None}) == {"capture": None}
+
+
+@pytest.mark.parametrize("name", ["submitit_slurm", "submitit_local", "joblib", "ray"])
+def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, name):
+    check_launcher(["policy.path=a", "hydra/launcher=basic"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"^hydra/launcher={name}: hydra-\w+-launcher is not installed; pip"):
+        check_launcher(["-m", f"hydra/launcher={name}"])
+    assert (ROOT / "configs" / "hydra" / "launcher" / f"{name}.yaml").is_file()
+
+
+def test_app_makes_jobs_of_a_sweep(tmp_path):
+    """Each in a folder of its own, which the same job finds again; a failure leaves the others alone."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    how = ["-m", "hydra/launcher=joblib", "hydra.sweep.dir=out", "hydra.launcher.n_jobs=1", "policy.path=CKPT"]
+    result = hydra_app(tmp_path, *how, "env.task_ids=range(2)", "seed=1,2", "+job_name=fail,fine")
+    folders = {f"out/libero_object,+job_name={n},env.task_ids={t},seed={s}" for n, t, s in itertools.product(("fail", "fine"), (0, 1), (1, 2))}
+    ran = [line for line in result.stdout.splitlines() if line.startswith("RAN ")]
+    assert len(ran) == 8, result.stderr[-3000:]
+    assert all("--eval.attention.existing=skip" in line for line in ran)
+    assert {str(path.relative_to(tmp_path)) for path in (tmp_path / "out").iterdir() if path.is_dir()} == folders
+    assert result.returncode == 1
+    assert "lerobot-eval ended with status 7; see the log of" in result.stderr
+    assert "is validated against ConfigStore" not in result.stderr

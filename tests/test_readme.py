@@ -206,10 +206,19 @@ def test_commands_run(words, run, tmp_path, monkeypatch, request):
 @pytest.mark.parametrize("words", [*commands(PAGES, "python scripts/eval.py")])
 def test_evaluations_compose(words):
     hydra = pytest.importorskip("hydra")
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
     from lerobot_attn.plugin.launch import eval_arguments
 
+    if words[0] == "-m":  # of a sweep the first run
+        parsed = OverridesParser.create().parse_overrides(words[1:])
+        words = [
+            f"{one.get_key_element()}={next(one.sweep_string_iterator())}"
+            if one.is_sweep_override()
+            else str(one.input_line)
+            for one in parsed
+        ]
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = hydra.compose("eval", ["output_dir=out", *words])
     assert "--policy.path=CHECKPOINT" in eval_arguments(OmegaConf.to_container(config, resolve=True))

@@ -52,13 +52,14 @@ class Acting:
         condition: what is done to the policy; from `on` on with what is known of the live one.
         roles: instance → role, in the masks that the condition needs, instead of the one that the environment
             says.
+        first_episode: number of each task's first episode.
     """
 
-    def __init__(self, condition: Condition, roles: Mapping[str, str] | None = None):
+    def __init__(self, condition: Condition, roles: Mapping[str, str] | None = None, first_episode: int = 0):
         self.condition = condition
         self._roles = dict(roles or {})
         self._intervener: Intervener | None = None
-        self._next_episode = 0
+        self._first_episode = self._next_episode = first_episode
         self._episodes: Sequence[int] = ()
 
     @contextmanager
@@ -76,8 +77,8 @@ class Acting:
             yield
 
     def start_task(self) -> None:
-        """Another task's episodes begin with number 0."""
-        self._next_episode = 0
+        """Another task's episodes begin."""
+        self._next_episode = self._first_episode
 
     def begin(self, n_envs: int) -> None:
         """The next episodes begin, one in each environment; of a last batch also those that nobody counts."""

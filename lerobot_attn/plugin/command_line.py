@@ -21,9 +21,10 @@ class Options(NamedTuple):
     attention: str
     interventions: str
     render: str = ""
+    first: str = ""
 
 
-EVAL = Options(f"eval.{FLAG}", "eval.attention", "eval.interventions", "eval.render")
+EVAL = Options(f"eval.{FLAG}", "eval.attention", "eval.interventions", "eval.render", "eval.first_episode")
 ROLLOUT = Options(FLAG, "attention", "interventions")
 
 

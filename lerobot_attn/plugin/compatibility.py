@@ -31,7 +31,10 @@ PATCH_POINTS: dict[str, tuple[str, ...]] = {
     "main": (),
     "eval_main": ("cfg",),
     "eval_policy_all": ("envs", "policy", "preprocessor", "max_parallel_tasks"),
-    "run_one": ("task_group", "task_id", "env", "n_episodes", "max_episodes_rendered", "videos_dir"),
+    "run_one": (
+        *("task_group", "task_id", "env", "n_episodes", "max_episodes_rendered", "videos_dir"),
+        "start_seed",
+    ),
     "rollout": ("env", "policy", "env_preprocessor", "seeds"),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -42,12 +43,14 @@ def install(namespace: dict[str, Any]) -> None:
 def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> Callable[..., Any]:
     from lerobot_attn.plugin.options import AttentionEvalPipelineConfig, plain_eval_config
     from lerobot_attn.plugin.rendering import drawing_at_inferences, draws_at_inferences
+    from lerobot_attn.plugin.shards import beginning_at, check_first_episode
 
     run_original = inspect.unwrap(original)  # takes the parsed config
 
     def eval_main(cfg: AttentionEvalPipelineConfig) -> Any:
         options = cfg.eval
         cfg.eval = plain_eval_config(options)
+        check_first_episode(options.first_episode, f"--{EVAL.first}")
         acting = _start_acting(cfg, options)
         draws_less = draws_at_inferences(cfg, options)
         if draws_less:
@@ -62,7 +65,14 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
                 stack.enter_context(environments_with_masks(cfg.env.type))
             if run is not None:
                 stack.enter_context(
-                    recording(namespace, run, env_type=cfg.env.type, env=cfg.env, acting=acting)
+                    recording(
+                        namespace,
+                        run,
+                        env_type=cfg.env.type,
+                        env=cfg.env,
+                        acting=acting,
+                        first_episode=options.first_episode,
+                    )
                 )
             if acting is not None:
                 from lerobot_attn.plugin.acting import acting_in
@@ -70,7 +80,9 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
                 stack.enter_context(acting_in(namespace, acting))
             if draws_less:
                 stack.enter_context(drawing_at_inferences(namespace))
-            result = run_original(cfg)
+            if options.first_episode:
+                stack.enter_context(beginning_at(namespace, options.first_episode))
+            result = _run_or_end(run_original, cfg, run)
         if run is not None and run.failures:
             sys.exit(
                 f"error: the evaluation is done, but attention of {len(run.failures)} episodes could not be "
@@ -80,6 +92,29 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
         return result
 
     return with_options(original, eval_main, AttentionEvalPipelineConfig, EVAL)
+
+
+def _run_or_end(run_original: Callable[[Any], Any], cfg: Any, run: RunRecorder | None) -> Any:
+    """Run the evaluation; end the process with the signal's status if one has asked for the end."""
+    from lerobot_attn.recording.preemption import Preempted
+
+    try:
+        return run_original(cfg)
+    except (Exception, Preempted) as error:
+        number = run.preemption.number if run is not None else None
+        if number is None:
+            raise
+        # A cluster signals the processes of the environments too, and their end may come first.
+        why = "" if isinstance(error, Preempted) else f" ({type(error).__name__}: {error})".replace("\n", " ")
+        logger.warning(
+            "Ended by %s%s: what was filmed until then is written; the same command goes on with "
+            "--%s.existing=skip",
+            signal.Signals(number).name,
+            why,
+            EVAL.attention,
+        )
+        logger.debug("", exc_info=True)
+        sys.exit(128 + number)
 
 
 def _check_policy(cfg: Any, option: str) -> None:
@@ -110,7 +145,7 @@ def _start_acting(cfg: Any, options: Any) -> Acting | None:
     from lerobot_attn.plugin.acting import Acting, read_condition
 
     condition = read_condition(options.interventions, f"--{EVAL.interventions}")
-    acting = Acting(condition, options.attention.roles)
+    acting = Acting(condition, options.attention.roles, options.first_episode)
     _check_policy(cfg, f"--{EVAL.interventions}")
     if condition.needs_masks:
         from lerobot_attn.plugin.segmentation import check_masks
@@ -164,6 +199,7 @@ def recording(
     env_type: str,
     env: Any = None,
     acting: Acting | None = None,
+    first_episode: int = 0,
 ) -> AbstractContextManager[None]:
     """Wrap the evaluation script's functions for one run.
 
@@ -174,6 +210,7 @@ def recording(
         env: the environment's config, as far as it is known.
         acting: what is done to the policy, if something is; it wraps the functions by itself, see
             `acting_in`.
+        first_episode: number of each task's first episode.
     """
     from lerobot_attn.plugin.feeding.facts import World
     from lerobot_attn.plugin.feeding.gather import environment_of
@@ -184,7 +221,9 @@ def recording(
         namespace,
         {
             "eval_policy_all": functools.partial(_wrap_eval_policy_all, run=run),
-            "run_one": functools.partial(_wrap_run_one, run=run, env_type=env_type),
+            "run_one": functools.partial(
+                _wrap_run_one, run=run, env_type=env_type, first_episode=first_episode
+            ),
             "rollout": functools.partial(_wrap_rollout, run=run, checks=checks, acting=acting),
         },
     )
@@ -215,13 +254,16 @@ def _list_paths(info: dict[str, Any]) -> None:
         info["per_group"][task["task_group"]].setdefault("attention_paths", []).extend(paths)
 
 
-def _wrap_run_one(original: Callable[..., Any], run: RunRecorder, *, env_type: str) -> Callable[..., Any]:
+def _wrap_run_one(
+    original: Callable[..., Any], run: RunRecorder, *, env_type: str, first_episode: int
+) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def run_one(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs).arguments
-        run.start_task(_task_plan(call, env_type))
+        run.preemption.check()
+        run.start_task(_task_plan(call, env_type, first_episode))
         task_group, task_id, metrics = original(*args, **kwargs)
         summary = run.end_task()
         metrics["attention_paths"] = summary.paths
@@ -231,7 +273,7 @@ def _wrap_run_one(original: Callable[..., Any], run: RunRecorder, *, env_type: s
     return run_one
 
 
-def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
+def _task_plan(call: dict[str, Any], env_type: str, first_episode: int) -> TaskPlan:
     from lerobot_attn.recording.plan import DimensionNames
     from lerobot_attn.recording.run import TaskPlan
 
@@ -244,6 +286,7 @@ def _task_plan(call: dict[str, Any], env_type: str) -> TaskPlan:
         fps=float(call["env"].unwrapped.metadata.get("render_fps", 30)),
         videos=None if videos is None else Path(videos) / f"{group}_{task_id}",
         n_videos=call["max_episodes_rendered"],
+        first_episode=first_episode,
         names=DimensionNames(STATE_NAMES.get(env_type, ()), ACTION_NAMES.get(env_type, ())),
     )
 
@@ -261,6 +304,7 @@ def _wrap_rollout(
         bound.apply_defaults()
         call = bound.arguments
         env, policy = call["env"], call["policy"]
+        run.preemption.check()
         with ExitStack() as stack:
             scenes = None
             if run.config.segmentation:
@@ -308,6 +352,7 @@ class _Observers:
         self._acting = acting
 
     def env_preprocessor(self, observation: dict[str, Any]) -> dict[str, Any]:
+        self._run.preemption.check()  # here the frame before is whole
         own = observation.get("task")
         result: dict[str, Any] = self._env_preprocessor(observation)
         if own is not None and self._tasks is None and self._acting and self._acting.condition.changes_task:

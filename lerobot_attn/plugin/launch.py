@@ -6,12 +6,17 @@ has is not known here: every name is passed on, and LeRobot refuses those that i
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -20,6 +25,13 @@ from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions import Condition
 
+# A launcher of configs/hydra/launcher → its package, and the extra that brings it.
+_LAUNCHERS = {
+    "submitit_slurm": ("hydra_submitit_launcher", "cluster"),
+    "submitit_local": ("hydra_submitit_launcher", "cluster"),
+    "joblib": ("hydra_joblib_launcher", "cluster"),
+    "ray": ("hydra_ray_launcher", "ray"),
+}
 _SECTIONS = ("policy", "env", "eval", "capture", "intervention")
 # LeRobot looks these options up on the command line before it parses it, so they are never quoted.
 _READ_AS_TEXT = re.compile(r"config_path|(.*\.)?(path|type|discover_packages_path)")
@@ -49,6 +61,7 @@ def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
     options: list[tuple[str, Any]] = []
     for section in ("policy", "env", "eval"):
         options += _fields(section, settings.get(section))
+    options = [(name, [value]) if _is_task_number(name, value) else (name, value) for name, value in options]
     capture = settings.get("capture")
     if capture is not None:
         AttentionConfig.from_dict(dict(capture), where="capture")
@@ -66,6 +79,36 @@ def eval_arguments(settings: Mapping[str, Any]) -> list[str]:
     return [_argument(name, value) for name, value in options]
 
 
+def check_launcher(arguments: Sequence[str]) -> None:
+    """Check that the launcher that Hydra is told to use is installed.
+
+    Args:
+        arguments: of the command line; `hydra/launcher=NAME` among them names one.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for name in (argument.removeprefix("hydra/launcher=") for argument in arguments):
+        package, extra = _LAUNCHERS.get(name, ("", ""))
+        if package and f"hydra/launcher={name}" in arguments and not _is_installed(package):
+            raise ConfigError(
+                f"hydra/launcher={name}: {package.replace('_', '-')} is not installed; pip install "
+                f"'.[{extra}]' brings it"
+            )
+
+
+def job_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a job that may be queued again: it goes on with what it has recorded.
+
+    Args:
+        settings: as for `eval_arguments`; what they say of `capture.existing` stays.
+    """
+    capture = settings.get("capture")
+    if not isinstance(capture, Mapping):
+        return dict(settings)
+    return {**settings, "capture": {"existing": "skip", **capture}}
+
+
 def eval_command(arguments: Sequence[str]) -> str:
     """Return the `lerobot-eval` command as one types it into a shell."""
     return "lerobot-eval " + shlex.join(arguments)
@@ -74,17 +117,58 @@ def eval_command(arguments: Sequence[str]) -> str:
 def launch_eval(arguments: list[str]) -> int:
     """Print the equivalent `lerobot-eval` command, run it as a process, and return its exit status.
 
-    Ctrl-C is left to that process, which writes out what it has recorded before it ends. The status of a
-    process that a signal ended is 128 and the signal's number, as in a shell.
+    Ctrl-C is left to that process, which writes out what it has recorded before it ends. The signals by
+    which a cluster ends a job are passed on to it; once it has ended without being done, they do here what
+    they would have done (end this process, or let submitit queue the job again). The status of a process
+    that a signal ended is 128 and the signal's number, as in a shell.
     """
     print(eval_command(arguments), flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "lerobot.scripts.lerobot_eval", *arguments])
-    while True:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:  # a terminal sends it to both
-            continue
-        return status if status >= 0 else 128 - status
+    with _passing_on() as passing:
+        process = subprocess.Popen([sys.executable, "-m", "lerobot.scripts.lerobot_eval", *arguments])
+        passing.to(process)
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:  # a terminal sends it to both
+                continue
+    if status and passing.number is not None:
+        os.kill(os.getpid(), passing.number)
+    return status if status >= 0 else 128 - status
+
+
+class _PassingOn:
+    """Passes signals on to a process, also one that came before the process was there."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def to(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        if self.number is not None:
+            process.send_signal(self.number)
+
+    def take(self, number: int, frame: Any) -> None:
+        self.number = number
+        if self._process is not None:
+            self._process.send_signal(number)
+
+
+@contextmanager
+def _passing_on() -> Iterator[_PassingOn]:
+    passing = _PassingOn()
+    names: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGUSR2")
+    if threading.current_thread() is not threading.main_thread():
+        names = ()  # Python cannot there
+    before = {}
+    try:
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            before[number] = signal.signal(number, passing.take)
+        yield passing
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def option_text(value: Any) -> str:
@@ -99,6 +183,18 @@ def option_text(value: Any) -> str:
     if isinstance(value, str) and _stays_as_it_is(value):
         return value
     return _flow(value)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{package}") is not None
+    except ModuleNotFoundError:  # no plugin of Hydra is
+        return False
+
+
+def _is_task_number(name: str, value: Any) -> bool:
+    """Say whether this is one task's number, which a sweep over `range(10)` gives; LeRobot takes a list."""
+    return name == "env.task_ids" and isinstance(value, int) and not isinstance(value, bool)
 
 
 def _fields(section: str, values: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,9 @@ class AttentionEvalConfig(EvalConfig):
     # When cameras are drawn: 'always', or 'inferences', at frames at which the policy looks alone (LIBERO):
     # the same actions several times as fast, and no videos.
     render: str = "always"
+    # Number of the first episode of each task: with n_episodes=10, 20 evaluates its episodes 20 to 29, from
+    # their own initial states and seeds, so that several jobs can share a task.
+    first_episode: int = 0
 
 
 @dataclass

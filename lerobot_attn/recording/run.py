@@ -32,6 +32,7 @@ from lerobot_attn.recording.folder import RunFolder, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.observation import PolicyCameras, cameras_of
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
+from lerobot_attn.recording.preemption import Preemption
 from lerobot_attn.recording.provenance import check_encoder, policy_facts
 from lerobot_attn.recording.rollout import RolloutRecorder
 from lerobot_attn.recording.summary import TaskSummary
@@ -54,6 +55,7 @@ class TaskPlan:
         fps: frames per second of the evaluation's videos.
         videos: folder of the evaluation's own MP4s, or None.
         n_videos: how many of the first episodes get one.
+        first_episode: number of the first; the videos are counted from 0 all the same.
         names: names of state and action dimensions.
     """
 
@@ -64,6 +66,7 @@ class TaskPlan:
     fps: float = 30.0
     videos: Path | None = None
     n_videos: int = 0
+    first_episode: int = 0
     names: DimensionNames = field(default_factory=DimensionNames)
 
     @property
@@ -80,6 +83,9 @@ class RunRecorder:
         folder: where the stores go: `{folder}/{group}_{task_id}/episode_{index:05d}.zarr`.
         attributes: what every store says of the run (versions, policy, environment).
 
+    Attributes:
+        preemption: whether a signal has asked for the end, which ends the run before its next frame.
+
     Raises:
         ConfigError: cameras are to be a data set's.
         StoreError: the folder holds episodes and `existing` is "refuse", is a file, or cannot be written.
@@ -90,6 +96,7 @@ class RunRecorder:
         config.check_films()
         self.folder = folder
         self.failures: list[str] = []
+        self.preemption = Preemption()
         self._attributes = dict(attributes)
         self._capture: AttentionCapture | None = None
         self._cameras = PolicyCameras()
@@ -113,11 +120,13 @@ class RunRecorder:
             ConfigError: a layer, head or denoise step does not exist.
             StoreError: another run records into the folder, episodes to be kept are not of this run, or there
                 is no video encoder.
+            Preempted: a signal asked for the end; what was filmed until then is written.
         """
         check_encoder(policy, self.config)
         recorder_of = self._current_recorder
         with (
             self._run_folder.claim(),
+            self.preemption.listening(),
             viewers_beside(self.folder, self.config),
             capture_attention(
                 policy,
@@ -159,7 +168,7 @@ class RunRecorder:
         self._task = task
         self._episodes = []
         self._kept = []
-        self._next_episode = 0
+        self._next_episode = task.first_episode
         self._waited_before_s = self._open_writer.waited_s
 
     def end_task(self) -> TaskSummary:
@@ -259,7 +268,8 @@ class RunRecorder:
 
     def _plan(self, task: TaskPlan, index: int, seed: int | None) -> EpisodePlan | None:
         wanted = self.config.episodes is None or index in self.config.episodes
-        if index >= task.n_episodes or not wanted:
+        number = index - task.first_episode
+        if number >= task.n_episodes or not wanted:
             return None
         path = self.folder / task.name / f"episode_{index:05d}{EPISODE_SUFFIX}"
         kept = self._run_folder.kept(path, seed)
@@ -277,8 +287,8 @@ class RunRecorder:
             )
             return None
         video = None
-        if task.videos is not None and index < task.n_videos:
-            target = task.videos / f"eval_episode_{index}.mp4"
+        if task.videos is not None and number < task.n_videos:
+            target = task.videos / f"eval_episode_{number}.mp4"
             video = {"path": Path(os.path.relpath(target, path.parent)).as_posix(), "fps": task.fps}
         return EpisodePlan(
             index=index,
@@ -299,7 +309,8 @@ class RunRecorder:
         task = self._running_task
         results = [*self._kept, *(episode.outcome() for episode in self._episodes)]
         chosen = self.config.episodes
-        for index in range(min(task.n_episodes, self._next_episode)):
+        first = task.first_episode
+        for index in range(first, min(first + task.n_episodes, self._next_episode)):
             if chosen is not None and index not in chosen:
                 results.append(EpisodeResult(index, None, f"not among episodes={chosen}"))
         saved = tuple(sorted((r for r in results if r.reason is None), key=lambda r: r.index))

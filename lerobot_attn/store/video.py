@@ -28,23 +28,25 @@ def find_encoder() -> None:
         StoreError: there is none.
     """
     try:
-        with _ctrl_c_kept_away():
+        with _signals_kept_away():
             imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise StoreError(f"no video encoder: {error}") from error
 
 
 @contextmanager
-def _ctrl_c_kept_away() -> Iterator[None]:
-    """Keep Ctrl-C, which a terminal sends to all of its processes, from those that are started here.
+def _signals_kept_away() -> Iterator[None]:
+    """Keep what ends a recording, and is sent to all of its processes, from those that are started here.
 
-    imageio-ffmpeg moves its processes out of the terminal's reach by Python code that they run first: a
-    Ctrl-C that comes then would end them.
+    That is a terminal's Ctrl-C and a cluster's SIGTERM, SIGUSR1 and SIGUSR2: an encoder that ended then would
+    leave out what is still queued. imageio-ffmpeg moves its processes out of the terminal's reach by Python
+    code that they run first: a Ctrl-C that comes then would end them.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where it uses other means
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which processes inherit
+    ends = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # which processes inherit
     try:
         yield
     finally:
@@ -88,7 +90,7 @@ class VideoWriter:
                 *("-movflags", "+faststart"),
             ],
         )
-        with _ctrl_c_kept_away():
+        with _signals_kept_away():
             self._process.send(None)
 
     def write(self, frame: Frame) -> None:
