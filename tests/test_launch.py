@@ -1,5 +1,7 @@
 """The Hydra app: what it composes is what lerobot-eval gets, and presets cost what they say."""
 
+import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -13,7 +15,7 @@ import yaml
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions import Condition, FixedNoise
-from lerobot_attn.plugin.launch import eval_arguments, option_text
+from lerobot_attn.plugin.launch import check_launcher, eval_arguments, job_settings, option_text
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs" / "capture").glob("*.yaml"))
@@ -274,7 +276,7 @@ def test_without_hydra_the_app_says_what_is_missing(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 1
     assert done.stderr == (
@@ -347,7 +349,7 @@ def hydra_app(tmp_path, *arguments):
         text=True,
         cwd=tmp_path,
         check=False,
-        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
 
 
@@ -392,7 +394,9 @@ def test_jobs_go_on_with_what_they_have():
 def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, name):
     check_launcher(["policy.path=a", "hydra/launcher=basic"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"^hydra/launcher={name}: hydra-\w+-launcher is not installed; pip"):
+    with pytest.raises(
+        ConfigError, match=rf"^hydra/launcher={name}: hydra-\w+-launcher is not installed; pip"
+    ):
         check_launcher(["-m", f"hydra/launcher={name}"])
     assert (ROOT / "configs" / "hydra" / "launcher" / f"{name}.yaml").is_file()
 
@@ -400,13 +404,24 @@ def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, name):
 def test_app_makes_jobs_of_a_sweep(tmp_path):
     """Each in a folder of its own, which the same job finds again; a failure leaves the others alone."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    how = ["-m", "hydra/launcher=joblib", "hydra.sweep.dir=out", "hydra.launcher.n_jobs=1", "policy.path=CKPT"]
+    how = [
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.sweep.dir=out",
+        "hydra.launcher.n_jobs=1",
+        "policy.path=CKPT",
+    ]
     result = hydra_app(tmp_path, *how, "env.task_ids=range(2)", "seed=1,2", "+job_name=fail,fine")
-    folders = {f"out/libero_object,+job_name={n},env.task_ids={t},seed={s}" for n, t, s in itertools.product(("fail", "fine"), (0, 1), (1, 2))}
+    folders = {
+        f"out/libero_object,+job_name={n},env.task_ids={t},seed={s}"
+        for n, t, s in itertools.product(("fail", "fine"), (0, 1), (1, 2))
+    }
     ran = [line for line in result.stdout.splitlines() if line.startswith("RAN ")]
     assert len(ran) == 8, result.stderr[-3000:]
     assert all("--eval.attention.existing=skip" in line for line in ran)
-    assert {str(path.relative_to(tmp_path)) for path in (tmp_path / "out").iterdir() if path.is_dir()} == folders
+    assert {
+        str(path.relative_to(tmp_path)) for path in (tmp_path / "out").iterdir() if path.is_dir()
+    } == folders
     assert result.returncode == 1
     assert "lerobot-eval ended with status 7; see the log of" in result.stderr
     assert "is validated against ConfigStore" not in result.stderr

@@ -145,6 +145,7 @@ def work(folder, tell):
         if pid:
             task, code = running.pop(pid), os.waitstatus_to_exitcode(status)
             harm.append(code)
+            tell(f"end {code}")  # not all of it may take as long as one waits for a word
             if code and task not in waiting and task not in running.values():
                 waiting.append(task)
             continue
