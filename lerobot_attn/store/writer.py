@@ -314,7 +314,12 @@ class _Chunks:
         self._n_threads = n_threads
 
     def write(self, number: int, values: NDArray[Any]) -> None:
-        """Write the file of this number along the first axis, in place of the one that is there."""
+        """Write the file of this number along the first axis, in place of the one that is there.
+
+        Values without a single element, such as the words of a policy that takes none, have no file.
+        """
+        if not values.size:
+            return
         file = self._folder / self._key((number, *[0] * (len(self.shape) - 1)))
         replace_bytes(file, self._encoder.parts(values, n_threads=self._n_threads))
 
@@ -368,6 +373,9 @@ class _Table:
 
     def grow(self, rows: NDArray[Any]) -> None:
         """Take rows."""
+        if not rows.size:
+            self.n_rows += len(rows)
+            return
         while len(rows):
             number, start = divmod(self.n_rows, self._rows_per_chunk)
             if number not in self._open:
