@@ -17,7 +17,8 @@ from lerobot_attn.figures.fonts import one_line
 # Okabe and Ito's vermilion for what is fired, darker with the dose; random draws in grey, words in blue.
 _FIRED = ("#F0A878", "#E07B39", "#D55E00", "#9C4300", "#5E2800")
 _BASELINE, _RANDOM, _OTHER = "black", "#777777", "#0072B2"
-_PANEL_IN = 1.9
+_PANEL_IN = 2.2
+_LEGEND_ROW_PT = 9.0
 
 
 class HeightLine(NamedTuple):
@@ -88,7 +89,7 @@ def dose_figure(
         if has_lines:
             axes = figure.add_subplot(grid[0, index], sharey=heights[0] if heights else None)
             _draw_lines(axes, lines)
-            axes.set_title(one_line(name, 40))
+            axes.set_title(one_line(name, 40), pad=10 + _LEGEND_ROW_PT * math.ceil(len(lines) / 2))
             heights.append(axes)
         place = grid[0, 1] if side_by_side else grid[n_rows - 1, index]
         axes = figure.add_subplot(place, sharey=outcomes[0] if outcomes else None)
@@ -114,7 +115,10 @@ def _draw_lines(axes: Axes, lines: Sequence[HeightLine]) -> None:
     axes.set_xlabel("lift, from the gripper's closing to the destination")
     axes.set_ylabel("height of the hand, cm")
     axes.set_xlim(0, 1)
-    axes.legend(loc="lower right", frameon=False, handlelength=1.6)
+    # Above the lines, which may run anywhere.
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, handlelength=1.6, columnspacing=1
+    )
     axes.spines[["top", "right"]].set_visible(False)
 
 
