@@ -35,6 +35,7 @@ def batch():
 
 class TestScriptedAdapter(AdapterContract):
     can_block = False
+    sees = False
 
     def act(self, policy, batch, seed, n=1):
         policy.n_inferences = 0  # its attention depends on a counter, not on the seed

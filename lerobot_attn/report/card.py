@@ -12,6 +12,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -108,7 +109,7 @@ def _card(
     episodes: Sequence[Episode], parcel: Parcel, repo: str, scrubber: Scrubber, *, has_sheet: bool
 ) -> str:
     first = episodes[0]
-    attributes = [scrubber.value(episode.attributes, episode.path.parent) for episode in episodes]
+    attributes = [scrubber.value(one.attributes, Path(str(one.path.parent))) for one in episodes]
     policies = _different(_policy(one.get("policy")) for one in attributes)
     suites = _different(str(one.get("task_group")) for one in attributes)
     page = Page(f"What {_listed(policies, 'a policy')} attended to, on {_listed(suites, 'its tasks')}")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.sizes import format_bytes
+from lerobot_attn.store.location import on_this_machine
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.runs import Run
 from lerobot_attn.store.schema import METADATA
@@ -98,24 +99,26 @@ def pack_up(run: Run) -> Parcel:
     Raises:
         StoreError: there is no complete episode, or a link where a store's file is expected.
     """
-    root = run.path.parent if run.is_episode else run.path
+    place = on_this_machine(run.path, "cannot be pushed from a URL")
+    root = place.parent if run.is_episode else place
     scrubber, left_out = Scrubber(root), list[str]()
     episodes, replaced = dict[str, list[Item]](), dict[str, str]()
     for episode in run:
-        name = _name(episode.path, root)
+        path = on_this_machine(episode.path, "cannot be pushed from a URL")
+        name = _name(path, root)
         if not episode.is_complete:
             left_out.append(f"{name}: it is incomplete")
             continue
-        if not episode.path.is_dir():
+        if not path.is_dir():
             left_out.append(f"{name}: it is packed; `lerobot-attn unpack` it to push it")
             continue
-        episodes[name] = [*_store_items(episode.path, name, scrubber, replaced)]
+        episodes[name] = [*_store_items(path, name, scrubber, replaced)]
         for video, why_not in _videos(episode, root):
             if why_not is None:
                 episodes[name].append(Item.of(_name(video, root), video))
             else:
                 left_out.append(f"{video.name} of {name}: {why_not}")
-    left_out += [f"{_name(path, root)}: it is damaged" for path, _ in run.damaged]
+    left_out += [f"{_name(Path(str(path)), root)}: it is damaged" for path, _ in run.damaged]
     if not episodes:
         raise StoreError(
             f"{run.path}: holds {len(run)} episodes and none is complete; expected one at least to push"
