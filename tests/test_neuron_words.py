@@ -328,7 +328,12 @@ def test_a_damaged_cache_costs_time_alone(pi05, tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["neurons", "words", *map(str, arguments)], env={"COLUMNS": "160"})
+    return run_in(160, *arguments)
+
+
+def run_in(columns, *arguments):
+    words = ["neurons", "words", *map(str, arguments)]
+    return CliRunner().invoke(cli.app, words, env={"COLUMNS": str(columns)})
 
 
 def test_the_command_prints_and_writes_the_table(pi05, tmp_path):
@@ -342,6 +347,13 @@ def test_the_command_prints_and_writes_the_table(pi05, tmp_path):
     assert table.iloc[0][["stream", "layer", "unit", "rank"]].tolist() == ["vlm", *PLANTED, 1]
     assert str(PLANTED) in done.output
     assert "Layer 3 is the language model's last" in done.output
+
+
+def test_a_narrow_terminal_cuts_no_number(pi05):
+    done = run_in(80, pi05, "--words", SEVERAL, "--top", 2)
+    assert done.output.count(str(PLANTED)) >= 1, done.output
+    for name in ("rank", "neuron", "cosine", "chance", "place"):
+        assert name in done.output
 
 
 def test_a_name_on_the_hub(pi05, monkeypatch):

@@ -112,7 +112,8 @@ def _print_word(console: Console, found: NeuronWords, word: str) -> None:
     for name in ("rank", "neuron", "cosine", "chance", "p", "place"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("like", no_wrap=True)
-    table.add_column("its own top words", no_wrap=True, overflow="ellipsis")  # all of them are in the CSV
+    # On several lines where the terminal is narrow, so that the numbers keep their places.
+    table.add_column("its own top words", overflow="fold", ratio=1, min_width=16)
     for row in rows.itertuples():
         name = f"{row.stream}.{row.layer}.{row.unit}"
         chance, p = ("" if value != value else f"{value:.3f}" for value in (row.chance, row.p))
