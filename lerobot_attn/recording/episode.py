@@ -165,6 +165,8 @@ class EpisodeJob:
             StoreError: the disk is full.
             OSError: writing failed for another reason.
         """
+        if self._uncommitted_since is None:
+            self._uncommitted_since = time.monotonic()  # also on a disk that takes seconds to write one
         try:
             self._append_frames(entries)
             if record is not None:
@@ -270,9 +272,8 @@ class EpisodeJob:
         is_watched = self._config.view or self._config.rerun
         if is_watched or self._n_queued() <= store.n_inferences:
             return False
-        if self._uncommitted_since is None:
-            self._uncommitted_since = time.monotonic()
-        return time.monotonic() - self._uncommitted_since < COMMIT_WITHIN_S
+        since = self._uncommitted_since
+        return since is not None and time.monotonic() - since < COMMIT_WITHIN_S
 
     def _success(self, ending: Ending) -> bool | None:
         if ending.success is not None:
