@@ -315,7 +315,8 @@ def test_tests_on_libero_skip_without_assets_and_fail_where_they_are_required(
     folder = tmp_path / "gated"
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = libero: real LIBERO\n")
-    shutil.copy(Path(__file__).with_name("conftest.py"), folder)
+    for name in ("conftest.py", "allocator.py"):
+        shutil.copy(Path(__file__).with_name(name), folder)
     (folder / "test_gated.py").write_text(GATED)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
