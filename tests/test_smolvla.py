@@ -210,10 +210,13 @@ def test_stored_softmax_equals_an_independent_one(policy, batch, monkeypatch):
             assert np.isnan(found[..., true.shape[-1] :]).all()
 
 
+def keys_of_the_expert(policy):
+    sites = adapter_for(policy).sites().items()
+    return [info.keys for site, info in sites if site.stream == "expert" and site.what == "attention"]
+
+
 def test_layers_that_cross_attend_see_the_prefix_alone(policy, batch):
-    sites = adapter_for(policy).sites()
-    seen = [info.keys for site, info in sites.items() if site.stream == "expert"]
-    assert seen == ["prefix+suffix", "prefix"] * 2
+    assert keys_of_the_expert(policy) == ["prefix+suffix", "prefix"] * 2
     record = captured(policy, batch)
     prefix_len = record.layout.prefix_len
     assert record.layers_seeing_suffix == {0, 2}
@@ -469,8 +472,7 @@ def test_the_dtype_that_acted_is_said(policy, batch, autocast, dtype):
 def test_which_layers_see_the_actions(with_other_settings, batch, settings, keys):
     """The expert may have fewer layers than the VLM; its layers are numbered by themselves."""
     policy = with_other_settings(**settings)
-    sites = adapter_for(policy).sites()
-    assert [info.keys for site, info in sites.items() if site.stream == "expert"] == keys
+    assert keys_of_the_expert(policy) == keys
     record = captured(policy, batch)
     is_absent = np.isnan(record.suffix_attention[..., record.layout.prefix_len :]).all(axis=(0, 2, 3, 4, 5))
     assert is_absent.tolist() == [key == "prefix" for key in keys]
