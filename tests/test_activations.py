@@ -16,6 +16,7 @@ import scripted  # noqa: E402
 from adapter_contract import act  # noqa: E402
 from test_act import make_policy as make_act  # noqa: E402
 from test_pi05 import IMAGE, WRIST, raw_observation  # noqa: E402
+from test_vision import record_frames  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from lerobot_attn import open_episode, open_run, record_episodes  # noqa: E402
@@ -428,22 +429,6 @@ def test_a_layer_that_never_comes_is_an_error(family, monkeypatch):
 
 
 # From the store on
-
-
-def record_frames(policy, preprocessor, folder, config, n_frames, **options):
-    """Record an episode of one's own loop, whose cameras show something else at each frame."""
-    task = "pick up the soup"
-    with (
-        record_episodes(policy, folder, config, fps=10, preprocessor=preprocessor) as recording,
-        recording.episode(task=task) as episode,
-    ):
-        policy.reset()
-        for t in range(n_frames):
-            raw = {**raw_observation(seed=t, n=1), "task": [task]}
-            with torch.inference_mode():
-                action = policy.select_action(preprocessor(raw))
-            shown = {name: value[0] for name, value in raw.items() if name != "task"}
-            episode.step(shown, action[0])
 
 
 def test_a_recording_of_neurons_alone_holds_them_and_passes_verify(family, tmp_path, caplog):

@@ -6,7 +6,6 @@ Recordings run in processes of their own, forked off one that has imported every
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import signal
@@ -17,9 +16,8 @@ import psutil
 import pytest
 import scripted
 from forked import Forked
-from test_interruptions import check_committed
+from test_interruptions import check_committed, record
 from test_recording import evaluate, make_policy, scripted_adapter  # noqa: F401
-from test_slow_disk import slow_down_disk
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.plugin.launch import launch_eval
@@ -28,29 +26,17 @@ from lerobot_attn.store.reader import open_run
 from lerobot_attn.store.video import count_frames
 
 
-def record(folder, tell, mb_per_s=None, n_frames=1000):
-    """Record one long episode, an inference a frame; tell of each."""
-    logging.basicConfig(level=logging.INFO, force=True)
-    if mb_per_s:
-        slow_down_disk(mb_per_s)
-    policy = make_policy(n_action_steps=1)
-    infer = policy.predict_action_chunk
-
-    def told(*args, **kwargs):
-        actions = infer(*args, **kwargs)
-        tell(f"inferences {policy.n_inferences}")
-        return actions
-
-    policy.predict_action_chunk = told
+def record_until_preempted(folder, tell, **how):
+    """As `record`; the status says the signal."""
     try:
-        evaluate(folder, {0: scripted.make_envs((n_frames,))}, policy=policy, layers="all", videos=0)
+        record(folder, tell, **how)
     except Preempted as preempted:
         sys.exit(128 + preempted.number)
 
 
 def test_a_signal_ends_the_recording_between_two_frames(tmp_path):
     number = signal.SIGUSR1
-    with Forked(record, tmp_path, mb_per_s=1) as process:
+    with Forked(record_until_preempted, tmp_path, mb_per_s=1) as process:
         process.wait_for_count("inferences", 10)
         os.kill(process.pid, number)
         os.kill(process.pid, signal.SIGTERM)  # and again: what is queued is written all the same
