@@ -24,6 +24,7 @@ from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.runs import Run
 from lerobot_attn.store.schema import METADATA
 from lerobot_attn.store.scrub import Scrubber, differences
+from lerobot_attn.store.url import Place
 
 
 class Item(NamedTuple):
@@ -99,12 +100,12 @@ def pack_up(run: Run) -> Parcel:
     Raises:
         StoreError: there is no complete episode, or a link where a store's file is expected.
     """
-    place = on_this_machine(run.path, "cannot be pushed from a URL")
+    place = _local(run.path)
     root = place.parent if run.is_episode else place
     scrubber, left_out = Scrubber(root), list[str]()
     episodes, replaced = dict[str, list[Item]](), dict[str, str]()
     for episode in run:
-        path = on_this_machine(episode.path, "cannot be pushed from a URL")
+        path = _local(episode.path)
         name = _name(path, root)
         if not episode.is_complete:
             left_out.append(f"{name}: it is incomplete")
@@ -118,12 +119,16 @@ def pack_up(run: Run) -> Parcel:
                 episodes[name].append(Item.of(_name(video, root), video))
             else:
                 left_out.append(f"{video.name} of {name}: {why_not}")
-    left_out += [f"{_name(Path(str(path)), root)}: it is damaged" for path, _ in run.damaged]
+    left_out += [f"{_name(_local(path), root)}: it is damaged" for path, _ in run.damaged]
     if not episodes:
         raise StoreError(
             f"{run.path}: holds {len(run)} episodes and none is complete; expected one at least to push"
         )
     return Parcel(root, episodes, tuple(left_out), replaced)
+
+
+def _local(place: Place) -> Path:
+    return on_this_machine(place, "cannot be pushed from a URL")
 
 
 def _name(path: Path, root: Path) -> str:
