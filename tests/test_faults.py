@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import scripted
-from forked import Forked
+from forked import PATIENCE_S, Forked
 from test_recording import evaluate, make_policy, scripted_adapter  # noqa: F401
 
 from lerobot_attn.errors import CaptureError
@@ -20,14 +20,17 @@ from lerobot_attn.store.writer import EpisodeWriter
 
 KILLS = 20
 FRAMES = 60
+READS = 5
 
 
-def record_two(folder, tell):
+def record_two(folder, tell, n_reads=0):
     """Record two episodes, of 5 and of 60 frames; tell of each commit of the second.
 
-    Some of its commits are of one inference, some of several.
+    Some of its commits are of one inference, some of several; after each of the first `n_reads`, of one inference,
+    it waits until that has been read.
     """
     commit = EpisodeWriter.commit
+    reads = iter(range(1, n_reads + 1))
 
     def told(self):
         is_second = self.path.parent.name == "group_1"
@@ -36,11 +39,20 @@ def record_two(folder, tell):
         commit(self)
         if is_second:
             tell(f"committed {self.n_inferences}")
+            if read := next(reads, None):
+                wait_for_file(folder / f"read_{read}")
 
     EpisodeWriter.commit = told
-    episode.COMMIT_WITHIN_S = 0.01
+    episode.COMMIT_WITHIN_S = 0 if n_reads else 0.01
     envs = {0: scripted.make_envs((5,)), 1: scripted.make_envs((FRAMES,))}
     evaluate(folder, envs, policy=make_policy(n_action_steps=1))
+
+
+def wait_for_file(path):
+    end = time.monotonic() + PATIENCE_S
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +120,7 @@ def test_a_reader_sees_whole_inferences_while_the_store_grows(whole, tmp_path):
     """Opened again and again while it is recorded: some number of whole inferences, never an error."""
     store = tmp_path / "attention" / "group_1" / "episode_00000.zarr"
     seen = set()
-    with Forked(record_two, tmp_path) as process:
+    with Forked(record_two, tmp_path, n_reads=READS) as process:
         process.wait_for_count("committed", 1)
         episode = open_episode(store)
         while not episode.is_complete:
@@ -120,9 +132,10 @@ def test_a_reader_sees_whole_inferences_while_the_store_grows(whole, tmp_path):
             for name in data:
                 np.testing.assert_array_equal(data[name], final[name], err_msg=name)
             seen.add(data.sizes["inference"])
+            (tmp_path / f"read_{len(seen)}").touch()
             episode = open_episode(store)
         assert process.wait() == 0, process.log
-    assert len(seen) > 2, "it was never read while it grew"
+    assert len(seen) >= READS, "it was never read while it grew"
     for name, values in episode.dataset.load().items():
         np.testing.assert_array_equal(values, whole[1][name], err_msg=name)
 
