@@ -26,11 +26,10 @@ READS = 5
 def record_two(folder, tell, n_reads=0):
     """Record two episodes, of 5 and of 60 frames; tell of each commit of the second.
 
-    Some of its commits are of one inference, some of several; after each of the first `n_reads`, of one inference,
-    it waits until that has been read.
+    Some of its commits are of one inference, some of several. With `n_reads` each is of one, and after each of the
+    first ones it waits until that has been read.
     """
     commit = EpisodeWriter.commit
-    reads = iter(range(1, n_reads + 1))
 
     def told(self):
         is_second = self.path.parent.name == "group_1"
@@ -39,8 +38,8 @@ def record_two(folder, tell, n_reads=0):
         commit(self)
         if is_second:
             tell(f"committed {self.n_inferences}")
-            if read := next(reads, None):
-                wait_for_file(folder / f"read_{read}")
+            if 0 < self.n_inferences <= n_reads:
+                wait_for_file(folder / f"read_{self.n_inferences}")
 
     EpisodeWriter.commit = told
     episode.COMMIT_WITHIN_S = 0 if n_reads else 0.01
@@ -132,7 +131,7 @@ def test_a_reader_sees_whole_inferences_while_the_store_grows(whole, tmp_path):
             for name in data:
                 np.testing.assert_array_equal(data[name], final[name], err_msg=name)
             seen.add(data.sizes["inference"])
-            (tmp_path / f"read_{len(seen)}").touch()
+            (tmp_path / f"read_{data.sizes['inference']}").touch()
             episode = open_episode(store)
         assert process.wait() == 0, process.log
     assert len(seen) >= READS, "it was never read while it grew"
