@@ -26,8 +26,8 @@ READS = 5
 def record_two(folder, tell, n_reads=0):
     """Record two episodes, of 5 and of 60 frames; tell of each commit of the second.
 
-    Some of its commits are of one inference, some of several. With `n_reads` each is of one, and after each of
-    the first ones it waits until that has been read.
+    Some of its commits are of one inference, some of several. With `n_reads` each is of one, and after each
+    of the first ones it waits until that has been read.
     """
     commit = EpisodeWriter.commit
 
