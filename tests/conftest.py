@@ -22,7 +22,29 @@ allocator.keep()  # a test of resident memory says give_back()
 REQUIRE_LIBERO = "LEROBOT_ATTN_REQUIRE_LIBERO"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# The files that take longest. What begins last on one core should be short, or the others wait for it.
+LONGEST_FIRST = (
+    "test_libero.py",
+    "test_demo_trained.py",
+    "test_explorer_page.py",
+    "test_benchmarks_overhead.py",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--alone",
+        choices=("skip", "only"),
+        help="leave the tests out that are marked `alone`, or run no others (default: run all)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if wanted := config.getoption("--alone"):
+        _deselect(config, items, lambda item: bool(item.get_closest_marker("alone")) != (wanted == "only"))
+    if hasattr(config, "workerinput"):  # of pytest-xdist, whose processes each take the next file
+        places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
         if item.get_closest_marker("libero") and isinstance(item, pytest.Function):
             # First, so that no other fixture starts a simulation that cannot run.
@@ -31,6 +53,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # On busy cores a browser may be slower than any patience. What is wrong is wrong each time;
             # earlier failures are shown as RERUN.
             item.add_marker(pytest.mark.flaky(reruns=2))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # Where a test ends its process again and again, pytest-xdist gives up, and the others are not run.
+    scheduler = getattr(session.config.pluginmanager.getplugin("dsession"), "sched", None)
+    if scheduler and scheduler.collection_is_completed and scheduler.has_pending:
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+
+
+def _deselect(
+    config: pytest.Config, items: list[pytest.Item], left_out: Callable[[pytest.Item], bool]
+) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 @pytest.fixture(scope="session")
