@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -125,9 +126,16 @@ def test_what_a_killed_recording_left_is_removed_with_its_episode(tmp_path):
 
 
 def test_an_explorer_that_fails_costs_the_recording_nothing(tmp_path, monkeypatch, caplog):
+    started, start = [], subprocess.Popen
+
+    def noted(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        return started[0]
+
     monkeypatch.setattr(beside, "_COMMAND", "raise SystemExit(3)")
+    monkeypatch.setattr(beside.subprocess, "Popen", noted)
     with beside.explorer_beside(tmp_path, wanted=True):
-        time.sleep(1)
+        started[0].wait(60)
     assert "The explorer ended by itself, with exit status 3" in caplog.text
 
 
