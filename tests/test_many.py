@@ -32,6 +32,7 @@ def ten_thousand(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.alone
 def test_a_run_of_ten_thousand_opens_within_a_second(ten_thousand):
     open_run(ten_thousand)  # warm: the folders are in the system's cache
     seconds = []
@@ -45,6 +46,7 @@ def test_a_run_of_ten_thousand_opens_within_a_second(ten_thousand):
     assert min(seconds) < 1
 
 
+@pytest.mark.alone
 def test_memory_stays_when_ten_thousand_episodes_pass(ten_thousand):
     run = open_run(ten_thousand)
     episodes = iter(run)
@@ -109,6 +111,7 @@ print(sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 """
 
 
+@pytest.mark.alone
 def test_a_hundred_readers_at_once(tmp_path):
     path = tmp_path / "episode_00000.zarr"
     write_episode(path, 3)

@@ -24,6 +24,8 @@ from test_recording import evaluate, make_policy, scripted_adapter  # noqa: F401
 from lerobot_attn.store import writer
 from lerobot_attn.store.reader import open_episode
 
+pytestmark = pytest.mark.alone
+
 QUEUE_MB = 8
 # Beside the queue: the inference in the policy's hands, three copies of the one that is being written (its
 # own maps, their compressed chunks, the shard), and some room for allocators and the encoder.
