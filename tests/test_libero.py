@@ -29,7 +29,7 @@ from lerobot_attn.verify import contact_sheet, verify_episode
 
 pytestmark = pytest.mark.libero
 
-N_STEPS = 14
+N_STEPS = 11  # three inferences, of the last a single action
 PATIENCE_S = 300  # of an evaluation, on a busy machine
 
 
@@ -460,6 +460,7 @@ def test_an_experiment_begins_each_condition_alike(libero_ready, demo_checkpoint
             {"name": "twin"},  # nothing is done, as in the baseline
         ],
         no_control=True,
+        render="inferences",  # nobody looks at the pictures in between
     )
 
     def in_a_fork(arguments):
