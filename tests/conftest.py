@@ -25,10 +25,10 @@ REQUIRE_LIBERO = "LEROBOT_ATTN_REQUIRE_LIBERO"
 
 # The files that take longest. What begins last on one core should be short, or the others wait for it.
 LONGEST_FIRST = (
-    "test_libero.py",
-    "test_demo_trained.py",
-    "test_explorer_page.py",
-    "test_benchmarks_overhead.py",
+    *("test_libero.py", "test_demo_trained.py", "test_explorer_page.py", "test_benchmarks_overhead.py"),
+    *("test_benchmarks.py", "test_replay.py", "test_robots.py", "test_interruptions.py", "test_act.py"),
+    *("test_smolvla.py", "test_xvla.py", "test_pi0_fast.py", "test_pi05.py", "test_pi0.py"),
+    *("test_legal_paths.py", "test_untrusted.py", "test_vision.py", "test_verify.py"),
 )
 
 

@@ -154,18 +154,30 @@ class TestACTInBfloat16(ACTContract):
             return act(policy, batch, seed, n)
 
 
+@pytest.fixture(scope="module")
+def derived():
+    return make_policy(DerivedPolicy, DerivedConfig, pre_norm=True, n_encoder_layers=3)
+
+
 class TestACTDerived(ACTContract):
     @pytest.fixture
-    def policy(self):
-        return make_policy(DerivedPolicy, DerivedConfig, pre_norm=True, n_encoder_layers=3)
+    def policy(self, derived):
+        derived.reset()
+        return derived
+
+
+@pytest.fixture(scope="module")
+def wrapped():
+    peft = pytest.importorskip("peft")
+    base = make_policy()
+    return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["linear1", "linear2"])).eval()
 
 
 class TestACTWithLora(ACTContract):
     @pytest.fixture
-    def policy(self):
-        peft = pytest.importorskip("peft")
-        base = make_policy()
-        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["linear1", "linear2"])).eval()
+    def policy(self, wrapped):
+        wrapped.reset()
+        return wrapped
 
 
 def captured(policy, batch, **settings):
