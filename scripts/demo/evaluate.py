@@ -86,8 +86,8 @@ class Outcome:
     height: float
 
 
-def run(checkpoint: Path, trial: Trial) -> Outcome:
-    """Do one episode; chance follows from the trial alone."""
+def run(checkpoint: Path, trial: Trial, most_steps: int = MOST_STEPS) -> Outcome:
+    """Do one episode, of this many steps at most; chance follows from the trial alone."""
     import torch
     from rollout import PolicyActor
 
@@ -102,7 +102,7 @@ def run(checkpoint: Path, trial: Trial) -> Outcome:
     start = {name: scene.position(name) for name in scene.names}
     lifted: list[str] = []
     reached, height = "", 0.0
-    for step in range(MOST_STEPS):
+    for step in range(most_steps):
         scene.step(actor.act(scene, trial.name))
         for name in scene.names:
             if name not in lifted and scene.position(name)[2] > start[name][2] + LIFTED:
@@ -113,10 +113,10 @@ def run(checkpoint: Path, trial: Trial) -> Outcome:
         height = max(height, float(scene.position(trial.name)[2] - start[trial.name][2]))
         if scene.in_basket(trial.name):
             return Outcome(True, step + 1, reached, tuple(lifted), round(height, 3))
-    return Outcome(False, MOST_STEPS, reached, tuple(lifted), round(height, 3))
+    return Outcome(False, most_steps, reached, tuple(lifted), round(height, 3))
 
 
-def _run(job: tuple[Path, Trial]) -> tuple[Trial, Outcome]:
+def _run(job: tuple[Path, Trial, int]) -> tuple[Trial, Outcome]:
     return job[1], run(*job)
 
 
@@ -205,7 +205,12 @@ def _heights(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def evaluate(
-    checkpoint: Path, official: dict[str, Any], named: dict[str, Any], results: Path, processes: int
+    checkpoint: Path,
+    official: dict[str, Any],
+    named: dict[str, Any],
+    results: Path,
+    processes: int,
+    most_steps: int = MOST_STEPS,
 ) -> list[dict[str, Any]]:
     """Run all trials that `results`, a file of JSON lines, does not hold yet; return all rows."""
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -218,14 +223,18 @@ def evaluate(
         if (trial.kind, trial.task, trial.index, trial.name) not in done
         and trial.name in objects_of(trial.task)
     ]
+    if not missing:
+        return rows
     results.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(processes) as pool,
+        context.Pool(min(processes, len(missing))) as pool,
         results.open("a", encoding="utf-8") as file,
         tqdm(total=len(missing), desc="evaluation", unit="episode", dynamic_ncols=True) as bar,
     ):
-        for trial, outcome in pool.imap_unordered(_run, [(checkpoint, trial) for trial in missing]):
+        for trial, outcome in pool.imap_unordered(
+            _run, [(checkpoint, trial, most_steps) for trial in missing]
+        ):
             row = asdict(trial) | asdict(outcome)
             rows.append(row)
             file.write(json.dumps(row) + "\n")

@@ -108,7 +108,7 @@ def generate(jobs: list[Job], processes: int, progress: Callable[[int], object])
     # A scene takes seconds to build: jobs of one task follow one another, in as many lines as processes.
     missing.sort(key=lambda job: (job.task, job.kind, job.index))
     context = multiprocessing.get_context("spawn")  # a rendering context does not survive a fork
-    with context.Pool(processes, maxtasksperchild=None) as pool:
+    with context.Pool(min(processes, len(missing)), maxtasksperchild=None) as pool:
         for n in pool.imap_unordered(_make, missing):
             progress(n)
 

@@ -25,6 +25,7 @@ from lerobot_attn import AttentionConfig, capture_attention
 Array = NDArray[Any]
 
 SEED = 20_260  # of layouts and poses that training never draws
+POSES = 1000
 SHOWS = 0.1  # share of a patch that must show an object
 ALL = "all layers"
 
@@ -49,7 +50,11 @@ class Look:
 
 
 def grounding(
-    checkpoint: Path, tasks: list[int], frames: int, progress: Callable[[], object] = lambda: None
+    checkpoint: Path,
+    tasks: list[int],
+    frames: int,
+    progress: Callable[[], object] = lambda: None,
+    poses: int = POSES,
 ) -> list[Look]:
     """Return where a checkpoint looks, `frames` frames of each task's scene.
 
@@ -58,6 +63,7 @@ def grounding(
         tasks: whose scenes.
         frames: how many of each.
         progress: called after each frame.
+        poses: of the arm, from which the frames draw.
     """
     policy, before, _ = load(checkpoint)
     rng = np.random.default_rng(SEED)
@@ -65,7 +71,7 @@ def grounding(
     for task in tasks:
         scene = Scene(task, image_px=RENDER_PX)
         try:
-            shown = approach_frames(scene, Job("approach", task, 0, frames, SEED, Path(), poses=1000))
+            shown = approach_frames(scene, Job("approach", task, 0, frames, SEED, Path(), poses=poses))
         finally:
             scene.close()
         for frame in shown:

@@ -2,7 +2,7 @@
 
     python scripts/demo/train.py                     # into outputs/demo; goes on where it was interrupted
     python scripts/demo/train.py --config-name heights    # the variant that lifts low or high at random
-    python scripts/demo/train.py --config-name miniature folder=DIR   # two minutes, to see that it runs
+    python scripts/demo/train.py --config-name miniature folder=DIR   # a minute, to see that it runs
     python scripts/demo/train.py export=true         # and put the weights into the package
 
 Stages: frames, the image encoder on what patches show, actions by flow matching, then frames of what the
@@ -148,6 +148,7 @@ class Training:
                 settings["named"],
                 self.folder / "evaluation.jsonl",
                 config.processes,
+                settings["steps"],
             ),
         )
         found = f"{table(rows)}\n\n{self.grounding(checkpoint)}\n"
@@ -157,10 +158,10 @@ class Training:
     def grounding(self, checkpoint: Path) -> str:
         """Return where the checkpoint looks, as Markdown."""
         settings = self.config.evaluation.grounding
-        n = len(settings.tasks) * settings.frames
+        n, poses = len(settings.tasks) * settings.frames, min(grounding.POSES, self.config.frames.poses)
         with tqdm(total=n, desc="grounding", unit="frame", dynamic_ncols=True) as bar:
             return grounding.table(
-                grounding.grounding(checkpoint, list(settings.tasks), settings.frames, bar.update)
+                grounding.grounding(checkpoint, list(settings.tasks), settings.frames, bar.update, poses)
             )
 
     def export(self, policy: PI05TinyPolicy) -> None:
