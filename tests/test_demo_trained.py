@@ -176,7 +176,7 @@ def test_the_whole_training_in_miniature(libero_ready, tmp_path):
             list(map(str, command)),
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
             env=dict(os.environ),
             cwd=tmp_path,
         )
