@@ -80,6 +80,10 @@ class Acting:
         """Another task's episodes begin."""
         self._next_episode = self._first_episode
 
+    def pass_episodes(self, number: int) -> None:
+        """So many of the task's next episodes are passed over."""
+        self._next_episode += number
+
     def begin(self, n_envs: int) -> None:
         """The next episodes begin, one in each environment; of a last batch also those that nobody counts."""
         self.begin_episodes(range(self._next_episode, self._next_episode + n_envs))

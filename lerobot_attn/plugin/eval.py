@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +223,7 @@ def recording(
         {
             "eval_policy_all": functools.partial(_wrap_eval_policy_all, run=run),
             "run_one": functools.partial(
-                _wrap_run_one, run=run, env_type=env_type, first_episode=first_episode
+                _wrap_run_one, run=run, env_type=env_type, first_episode=first_episode, acting=acting
             ),
             "rollout": functools.partial(_wrap_rollout, run=run, checks=checks, acting=acting),
         },
@@ -255,20 +256,41 @@ def _list_paths(info: dict[str, Any]) -> None:
 
 
 def _wrap_run_one(
-    original: Callable[..., Any], run: RunRecorder, *, env_type: str, first_episode: int
+    original: Callable[..., Any],
+    run: RunRecorder,
+    *,
+    env_type: str,
+    first_episode: int,
+    acting: Acting | None,
 ) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def run_one(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs).arguments
+        from lerobot_attn.plugin import going_on
+
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
         run.preemption.check()
-        run.start_task(_task_plan(call, env_type, first_episode))
-        task_group, task_id, metrics = original(*args, **kwargs)
+        plan, seed, point = _task_plan(call, env_type, first_episode), call["start_seed"], None
+        if going_on.names_its_episodes(call):
+            point = run.whole_before(plan, seed)
+        if point is not None:
+            going_on.go_on(call, point)
+            plan = replace(plan, n_before=len(point.results), videos=_videos_of(call))
+            if acting is not None:
+                acting.pass_episodes(plan.n_before)
+        run.start_task(plan, seed)
+        metrics: dict[str, Any] = {}
+        if call["n_episodes"]:
+            _, _, metrics = original(*bound.args, **bound.kwargs)
+        if point is not None:
+            metrics = going_on.joined(point, metrics)
         summary = run.end_task()
         metrics["attention_paths"] = summary.paths
         metrics["attention"] = summary.to_dict()
-        return task_group, task_id, metrics
+        return call["task_group"], call["task_id"], metrics
 
     return run_one
 
@@ -277,18 +299,23 @@ def _task_plan(call: dict[str, Any], env_type: str, first_episode: int) -> TaskP
     from lerobot_attn.recording.plan import DimensionNames
     from lerobot_attn.recording.run import TaskPlan
 
-    group, task_id, videos = call["task_group"], call["task_id"], call["videos_dir"]
     return TaskPlan(
-        group=group,
-        task_id=task_id,
+        group=call["task_group"],
+        task_id=call["task_id"],
         n_episodes=call["n_episodes"],
         max_steps=int(call["env"].call("_max_episode_steps")[0]),  # as the rollout asks
         fps=float(call["env"].unwrapped.metadata.get("render_fps", 30)),
-        videos=None if videos is None else Path(videos) / f"{group}_{task_id}",
+        videos=_videos_of(call),
         n_videos=call["max_episodes_rendered"],
         first_episode=first_episode,
         names=DimensionNames(STATE_NAMES.get(env_type, ()), ACTION_NAMES.get(env_type, ())),
     )
+
+
+def _videos_of(call: dict[str, Any]) -> Path | None:
+    """Return the folder of a task's videos, as LeRobot names it."""
+    folder = call["videos_dir"]
+    return None if folder is None else Path(folder) / f"{call['task_group']}_{call['task_id']}"
 
 
 def _wrap_rollout(
@@ -298,6 +325,7 @@ def _wrap_rollout(
 
     @functools.wraps(original)
     def rollout(*args: Any, **kwargs: Any) -> Any:
+        from lerobot_attn.plugin.going_on import random_state, results_of
         from lerobot_attn.policies.taps import replaced_attribute
 
         bound = signature.bind(*args, **kwargs)
@@ -321,6 +349,7 @@ def _wrap_rollout(
             stack.enter_context(replaced_attribute(policy, "select_action", observers.select_action))
             result = original(*bound.args, **bound.kwargs)
             run.finish_rollout(rewards=result["reward"].numpy(), successes=result["success"].numpy())
+            run.tell_progress(results_of(result), random_state())
         return result
 
     return rollout

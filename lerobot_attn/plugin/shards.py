@@ -52,10 +52,15 @@ def _wrap_run_one(original: Callable[..., Any], *, first: int) -> Callable[..., 
         if call.get("start_seed") is not None:
             call["start_seed"] += first
             set_seed(call["start_seed"])
-        if all(env.call("has_wrapper_attr", _INITIAL_STATE)):
-            states = env.get_attr(_INITIAL_STATE)
-            vector = getattr(env, "_env", env)  # LeRobot's lazy one cannot set what it holds
-            vector.set_attr(_INITIAL_STATE, [state + first for state in states])
+        pass_initial_states(env, first)
         return original(*bound.args, **bound.kwargs)
 
     return run_one
+
+
+def pass_initial_states(env: Any, number: int) -> None:
+    """Let LIBERO's environments go on as if so many episodes had been; others count none."""
+    if all(env.call("has_wrapper_attr", _INITIAL_STATE)):
+        states = env.get_attr(_INITIAL_STATE)
+        vector = getattr(env, "_env", env)  # LeRobot's lazy one cannot set what it holds
+        vector.set_attr(_INITIAL_STATE, [state + number for state in states])

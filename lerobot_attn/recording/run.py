@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lerobot_attn.recording.preemption import Preemption
 from lerobot_attn.recording.provenance import check_encoder, policy_facts
 from lerobot_attn.recording.rollout import RolloutRecorder
 from lerobot_attn.recording.summary import TaskSummary
+from lerobot_attn.recording.task_progress import Point, Result, TaskProgress
 from lerobot_attn.sizes import folder_bytes, format_bytes
 from lerobot_attn.store.location import present_form
 from lerobot_attn.store.schema import EPISODE_SUFFIX
@@ -56,6 +57,8 @@ class TaskPlan:
         videos: folder of the evaluation's own MP4s, or None.
         n_videos: how many of the first episodes get one.
         first_episode: number of the first; the videos are counted from 0 all the same.
+        n_before: episodes at the beginning that are whole and not rolled out again; the videos are counted
+            from behind them.
         names: names of state and action dimensions.
     """
 
@@ -67,6 +70,7 @@ class TaskPlan:
     videos: Path | None = None
     n_videos: int = 0
     first_episode: int = 0
+    n_before: int = 0
     names: DimensionNames = field(default_factory=DimensionNames)
 
     @property
@@ -102,6 +106,7 @@ class RunRecorder:
         self._cameras = PolicyCameras()
         self._writer: BackgroundWriter | None = None
         self._task: TaskPlan | None = None
+        self._progress: TaskProgress | None = None
         self._episodes: list[EpisodeHandle] = []
         self._next_episode = 0
         self._waited_before_s = 0.0
@@ -163,13 +168,51 @@ class RunRecorder:
                 if self._task is not None:  # the task raised: say what there is
                     self._report(self._summarise())
 
-    def start_task(self, task: TaskPlan) -> None:
-        """A task's rollouts begin."""
+    def whole_before(self, task: TaskPlan, start_seed: int) -> Point | None:
+        """Return where a task can go on without rolling out whole episodes again; None: at its beginning.
+
+        Args:
+            task: that has not been started.
+            start_seed: of its first episode.
+
+        Raises:
+            StoreError: a whole episode was recorded with another seed.
+        """
+        if self.config.existing != "skip":
+            return None
+        progress = self._progress_of(task)
+        videos: list[Path] = []
+        n_whole = 0
+        for number in range(task.n_episodes):
+            path = self._path_of(task, task.first_episode + number)
+            if (found := self._run_folder.kept(path, start_seed + number)) is None:
+                break
+            if said := found.attributes.get("eval_video"):
+                videos.append(Path(os.path.normpath(path.parent / said["path"])))
+                if not videos[-1].exists():
+                    break
+            n_whole += 1
+        point = progress.point(n_whole, task.n_episodes)
+        return None if point is None else replace(point, videos=tuple(videos[: len(point.results)]))
+
+    def start_task(self, task: TaskPlan, start_seed: int | None = None) -> None:
+        """A task's rollouts begin.
+
+        Args:
+            task: what is rolled out.
+            start_seed: of its first episode; needed with `n_before`.
+        """
         self._task = task
         self._episodes = []
         self._kept = []
-        self._next_episode = task.first_episode
+        self._next_episode = task.first_episode + task.n_before
         self._waited_before_s = self._open_writer.waited_s
+        self._progress = self._progress_of(task)
+        self._progress.go_on_behind(task.n_before)
+        for number in range(task.n_before):
+            self._plan(task, task.first_episode + number, None if start_seed is None else start_seed + number)
+        if task.n_before:
+            logger.info("%s: %d episodes are whole and not rolled out again", task.name, task.n_before)
 
     def end_task(self) -> TaskSummary:
         """The task's rollouts are done: wait until all is written.
@@ -231,6 +274,24 @@ class RunRecorder:
         """The rollout has returned its (batch, step) rewards and successes."""
         self._episodes += self._current_recorder().finish(rewards=rewards, successes=successes)
 
+    def tell_progress(self, results: Sequence[Result], random_state: str) -> None:
+        """The rollout has returned: where a run that is interrupted after it can go on.
+
+        Args:
+            results: of each environment's episode.
+            random_state: of the random numbers now.
+        """
+        assert self._progress is not None, "start_task() comes first"
+        self._progress.add(results, random_state)
+
+    def _progress_of(self, task: TaskPlan) -> TaskProgress:
+        progress = TaskProgress(self.folder / task.name, task.first_episode)
+        progress.read()
+        return progress
+
+    def _path_of(self, task: TaskPlan, index: int) -> Path:
+        return self.folder / task.name / f"episode_{index:05d}{EPISODE_SUFFIX}"
+
     def _on_record(self, record: InferenceRecord) -> None:
         """Say what the run will take, once its first inference tells how many tokens there are."""
         if self._n_unsized:
@@ -271,7 +332,7 @@ class RunRecorder:
         number = index - task.first_episode
         if number >= task.n_episodes or not wanted:
             return None
-        path = self.folder / task.name / f"episode_{index:05d}{EPISODE_SUFFIX}"
+        path = self._path_of(task, index)
         kept = self._run_folder.kept(path, seed)
         if kept is not None:
             self._kept.append(
@@ -288,7 +349,7 @@ class RunRecorder:
             return None
         video = None
         if task.videos is not None and number < task.n_videos:
-            target = task.videos / f"eval_episode_{number}.mp4"
+            target = task.videos / f"eval_episode_{number - task.n_before}.mp4"
             video = {"path": Path(os.path.relpath(target, path.parent)).as_posix(), "fps": task.fps}
         return EpisodePlan(
             index=index,
