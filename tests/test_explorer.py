@@ -34,8 +34,10 @@ from lerobot_attn.explorer import library as library_module
 from lerobot_attn.explorer import means as means_module
 from lerobot_attn.explorer import ranges as ranges_module
 from lerobot_attn.explorer import slabs, tables
+from lerobot_attn.explorer import summary as summary_module
 from lerobot_attn.explorer.app import create_app
-from lerobot_attn.explorer.library import Library, NotThereError, version_of
+from lerobot_attn.explorer.library import Library, NotThereError
+from lerobot_attn.explorer.summary import version_of
 from lerobot_attn.layout import ImageGeometry
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.reader import Episode
@@ -294,7 +296,7 @@ def test_another_version_of_the_package_has_other_addresses(plain, monkeypatch):
     episode = open_episode(plain)
     before = version_of(episode)
     assert version_of(episode) == before
-    monkeypatch.setattr(library_module, "__version__", "999.0")
+    monkeypatch.setattr(summary_module, "__version__", "999.0")
     assert version_of(episode) != before
 
 

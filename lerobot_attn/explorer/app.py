@@ -33,9 +33,11 @@ from lerobot_attn.explorer import facts, groups, neurons, ranges, scene, slabs, 
 from lerobot_attn.explorer.base_path import BasePath, guessed
 from lerobot_attn.explorer.document import page_folder
 from lerobot_attn.explorer.hosts import LOOPBACK_NAMES, HostGate
-from lerobot_attn.explorer.library import Library, NotThereError, Summary, version_of
+from lerobot_attn.explorer.library import Library, NotThereError
+from lerobot_attn.explorer.listing import Listing, news, part, wanted_of
 from lerobot_attn.explorer.page_files import ASK_AGAIN, IMMUTABLE, PageFiles, document
 from lerobot_attn.explorer.pictures import FramePictures, video_version
+from lerobot_attn.explorer.summary import Summary, version_of
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.references import Clip, RemoteVideo, file_of
 from lerobot_attn.store.stills import read_still
@@ -144,20 +146,15 @@ class _Explorer:
         self._groups = _Once()
 
     def run(self, request: Request) -> Response:
+        wanted = wanted_of(request.query_params)
         found = self._library.look(_LOOK_S)
-        return _json(
-            request,
-            {
-                "name": self._library.name,
-                "is_episode": self._library.is_episode,
-                "episodes": [summary.to_dict() for summary in found.summaries],
-                "damaged": found.problems,
-                "n_unread": found.n_unread,
-            },
-        )
+        named = {"name": self._library.name, "is_episode": self._library.is_episode}
+        return _json(request, {**named, **part(found, wanted), **found.overview})
 
     async def groups(self, request: Request) -> Response:
-        listing = await run_in_threadpool(self._library.look)
+        listing = await run_in_threadpool(self._library.look, _LOOK_S)
+        while listing.n_unread:  # a little at a time, for others look too
+            listing = await run_in_threadpool(self._library.look, _LOOK_S)
         whole = [found for found in listing.summaries if found.facts["complete"]]
         state = tuple((found.id, found.version, found.facts["stored_bytes"]) for found in whole)
         return _json(request, await self._groups.ask(state, lambda: self._compare(whole)))
@@ -274,31 +271,23 @@ class _Explorer:
         return StreamingResponse(self._changes(request), media_type="text/event-stream", headers=headers)
 
     async def _changes(self, request: Request) -> AsyncIterator[str]:
-        told: dict[str, dict[str, Any]] = {}
-        others: tuple[int, list[str]] | None = None  # nothing is told yet
+        told: Listing | None = None
         silent_s, grew_at = 0.0, -math.inf
         while not (request.app.state.is_closing or await request.is_disconnected()):
             started = time.monotonic()
             found = await run_in_threadpool(self._library.look, _LOOK_S)
-            now = {summary.id: summary.to_dict() for summary in found.summaries}
-            others_now = (found.n_unread, found.problems)
-            if others is None:
+            if told is None:
                 # Whatever changes after an answer to /api/run that follows this event will be told.
                 yield "event: ready\ndata: {}\n\n"
-            else:
-                changed = [facts for id_, facts in now.items() if told.get(id_) != facts]
-                removed = [id_ for id_ in told if id_ not in now]
-                if changed:
+            elif (changes := news(told, found)) is not None:
+                if changes["changed"]:
                     grew_at = started
-                if changed or removed or others != others_now:
-                    news = {"changed": changed, "removed": removed}
-                    news |= {"n_unread": found.n_unread, "damaged": found.problems}
-                    yield f"data: {json.dumps(news, allow_nan=False)}\n\n"
-                    silent_s = 0.0
-                elif silent_s >= _KEEP_ALIVE_S:
-                    yield ": here\n\n"
-                    silent_s = 0.0
-            told, others = now, others_now
+                yield f"data: {json.dumps(changes, allow_nan=False)}\n\n"
+                silent_s = 0.0
+            elif silent_s >= _KEEP_ALIVE_S:
+                yield ": here\n\n"
+                silent_s = 0.0
+            told = found
             # Looking at thousands of stores takes long; three quarters of the time are left for answers.
             poll_s = GROWING_POLL_S if started - grew_at < _OF_LATE_S else POLL_S
             pause_s = max(poll_s, 3 * (time.monotonic() - started))

@@ -16,8 +16,8 @@ from lerobot_attn.analysis.labels import in_words, policy_count, stored_labels
 from lerobot_attn.analysis.select import frames_of
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.explorer.facts import facts
-from lerobot_attn.explorer.library import version_of
 from lerobot_attn.explorer.neurons import FoundSet
+from lerobot_attn.explorer.summary import version_of
 from lerobot_attn.store.reader import Episode
 
 

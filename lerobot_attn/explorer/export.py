@@ -25,9 +25,10 @@ from lerobot_attn.errors import ConfigError, LerobotAttnError, StoreError, first
 from lerobot_attn.explorer import scene, slabs, tables
 from lerobot_attn.explorer.document import Document, data_element, escaped, single_document
 from lerobot_attn.explorer.excerpt import Excerpt, as_option, choose, facts_of
-from lerobot_attn.explorer.library import id_alone, summary_of
+from lerobot_attn.explorer.library import id_alone
 from lerobot_attn.explorer.neurons import DEFAULT_TOP, MOST_UNITS, every_answer, read_found
 from lerobot_attn.explorer.pictures import jpeg
+from lerobot_attn.explorer.summary import summary_of
 from lerobot_attn.settings import check_numbers, check_ranges, is_number, parse_choice
 from lerobot_attn.sizes import Progress, format_bytes
 from lerobot_attn.store.reader import Episode

@@ -7,21 +7,21 @@ file system by polling, which works on network file systems too. Safe to use fro
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, zip_longest
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
 
-from lerobot_attn import __version__
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
-from lerobot_attn.explorer.facts import identity
+from lerobot_attn.explorer.listing import Listing
+from lerobot_attn.explorer.rounds import Rounds
+from lerobot_attn.explorer.summary import Summary, summary_of, version_of
 from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
 from lerobot_attn.store.location import bare_name, is_episode_name, signature_of
@@ -36,44 +36,13 @@ _MAX_OPEN = 32  # episodes whose dataset is kept open
 # Seconds between two listings of the folder that requests for unknown ids cause, because a listing takes a
 # fifth of a second for 2,000 stores.
 _RESCAN_S = 0.5
+# How many times as long as a listing takes (and, for each second of `rescan_s`, at least) the next one waits.
+_LISTINGS_APART = 20
 _RETRY_S = 2.0  # seconds until a store is tried again that the file system could not read
 
 
 class NotThereError(LookupError):
     """What was asked for does not exist, or no longer; the message is for the page."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One episode's row in the run's table.
-
-    Attributes:
-        id: names the episode in requests.
-        version: changes when another recording takes the episode's place, not when it grows.
-        facts: its task, success and so on, as plain JSON values.
-    """
-
-    id: str
-    version: str
-    facts: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"id": self.id, "version": self.version, **self.facts}
-
-
-class Listing(NamedTuple):
-    """What is under a path.
-
-    Attributes:
-        summaries: the episodes that can be opened.
-        problems: why the others cannot, one line each.
-        n_unread: stores that nobody has looked into yet.
-    """
-
-    summaries: list[Summary]
-    problems: list[str]
-    n_unread: int
 
 
 type _Signature = tuple[int, int, int]
@@ -95,13 +64,15 @@ class _Scan:
 
     Attributes:
         started_at: on the monotonic clock.
+        took_s: seconds.
         stores: id → folder, in the order of the paths.
         problems: of those that are not served, one line each.
     """
 
-    started_at: float
-    stores: Mapping[str, Place]
-    problems: list[str]
+    started_at: float = -math.inf
+    took_s: float = 0.0
+    stores: Mapping[str, Place] = field(default_factory=dict)
+    problems: Sequence[str] = ()
 
 
 class Library:
@@ -109,7 +80,7 @@ class Library:
 
     Args:
         path: an episode, a task's folder, or a run's output folder.
-        rescan_s: seconds for which a listing of the folder is believed.
+        rescan_s: seconds for which a listing of the folder is believed; longer where it takes long.
 
     Raises:
         StoreError: nothing there, or no episode in it.
@@ -129,8 +100,11 @@ class Library:
         else:
             open_run(self.path)
         self._rescan_s = rescan_s
-        self._scan = _Scan(-math.inf, {}, [])
+        self._scan = self._looked_over = _Scan()
+        self._rounds = Rounds()
         self._known: dict[str, _Known] = {}
+        self._due: dict[str, None] = {}  # ids of stores to read: those that have changed, and unread ones
+        self._listing: Listing | None = None
         self._open: OrderedDict[str, tuple[_Signature, Episode]] = OrderedDict()
         # Each of these is held while something slow is done. Whoever needs only what is known takes none.
         self._looking = threading.Lock()  # while changed stores are read
@@ -155,28 +129,75 @@ class Library:
             budget_s: seconds to spend on stores that are new or have changed; the others are left for the
                 next time. One at least is read, so that looking again and again comes to an end.
         """
-        with self._looking:
-            scan = self._rescan(self._rescan_s)
-            known = {id_: found for id_, found in self._known.items() if id_ in scan.stores}
+        # What another one reads just now is told next time; nothing at all would be taken for an empty run.
+        wait_s = -1 if self._listing is None or math.isinf(budget_s) else budget_s
+        if not self._looking.acquire(timeout=wait_s) and self._listing is not None:
+            return self._listing
+        try:
+            self._note_what_changed()
             end = time.monotonic() + budget_s
-            n_read = n_unread = 0
-            for id_, path in scan.stores.items():
-                signature = _signature(path)
-                if signature is None:
-                    known.pop(id_, None)
-                elif _is_stale(known.get(id_), signature):
-                    if n_read and time.monotonic() > end:
-                        n_unread += id_ not in known
-                        continue
-                    known[id_] = self._read(id_, path, signature)
-                    n_read += 1
-            self._known = known
-        found = [known[id_] for id_ in scan.stores if id_ in known]
-        return Listing(
-            [one.summary for one in found if one.summary is not None],
-            [*(one.problem for one in found if one.problem is not None), *scan.problems],
-            n_unread,
-        )
+            for n_read, id_ in enumerate(self._next_to_read()):
+                if n_read and time.monotonic() > end:
+                    break
+                self._update(id_)
+            self._listing = self._listed()
+            return self._listing
+        finally:
+            self._looking.release()
+
+    def _note_what_changed(self) -> None:
+        """Find what must be read. In a large run a change may take until the next looks to be found."""
+        scan = self._rescan(self._rescan_s * max(1.0, _LISTINGS_APART * self._scan.took_s))
+        if scan is not self._looked_over:
+            self._looked_over = scan
+            self._rounds.over(scan.stores)
+            self._known = {id_: found for id_, found in self._known.items() if id_ in scan.stores}
+            self._due = {id_: None for id_ in scan.stores if id_ in self._due or id_ not in self._known}
+        for id_ in self._rounds.turn():
+            signature = _signature(scan.stores[id_])
+            if signature is None:
+                self._forget(id_)
+            elif _is_stale(self._known.get(id_), signature):
+                self._due[id_] = None
+
+    def _next_to_read(self) -> list[str]:
+        """Return ids: in turns one that has changed, for somebody may watch it, and one that is new."""
+        changed = [id_ for id_ in self._due if id_ in self._known]
+        new = [id_ for id_ in self._due if id_ not in self._known]
+        return [id_ for pair in zip_longest(changed, new) for id_ in pair if id_ is not None]
+
+    def _update(self, id_: str) -> None:
+        """Read a store's row, if it is still there."""
+        path = self._looked_over.stores[id_]
+        signature = _signature(path)
+        if signature is None:
+            self._forget(id_)
+            return
+        found = self._read(id_, path, signature)
+        if id_ in self._known:
+            self._rounds.note_change(id_)
+        self._known[id_] = found
+        del self._due[id_]
+
+    def _forget(self, id_: str) -> None:
+        self._known.pop(id_, None)
+        self._due.pop(id_, None)
+
+    def _listed(self) -> Listing:
+        """Return what is known; the same object as last time if that is the same."""
+        scan = self._looked_over
+        found = [known for id_ in scan.stores if (known := self._known.get(id_)) is not None]
+        summaries = [one.summary for one in found if one.summary is not None]
+        problems = [*(one.problem for one in found if one.problem is not None), *scan.problems]
+        n_unread = sum(id_ not in self._known for id_ in self._due)
+        last = self._listing
+        if last is not None and (summaries, problems, n_unread) == (
+            last.summaries,
+            last.problems,
+            last.n_unread,
+        ):
+            return last
+        return Listing(summaries, problems, n_unread)
 
     def episode(self, id_: str, version: str | None = None) -> Episode:
         """Return an episode as it is now.
@@ -309,13 +330,17 @@ class Library:
                 return self._scan
             stores: dict[str, Place] = {}
             problems = []
-            for store in self._find():
-                refusal = self._refusal(store)
-                if refusal is None:
-                    stores[self._id(store)] = store
-                else:
-                    problems.append(f"{store}: {refusal}")
-            self._scan = _Scan(started_at, stores, problems)
+            for folder, found in groupby(self._find(), lambda store: store.parent):
+                # Thousands lie in one folder: what is the same for all of them is found out once.
+                is_here, prefix = self._refusal(folder) is None, self._prefix(folder)
+                for store in found:
+                    is_plain = is_here and (isinstance(store, Url) or not store.is_symlink())
+                    refusal = None if is_plain else self._refusal(store)
+                    if refusal is None:
+                        stores[id_alone(store) if self.is_episode else prefix + _own_id(store)] = store
+                    else:
+                        problems.append(f"{store}: {refusal}")
+            self._scan = _Scan(started_at, time.monotonic() - started_at, stores, problems)
             return self._scan
 
     def _find(self) -> tuple[Place, ...]:
@@ -326,18 +351,23 @@ class Library:
         except OSError:  # the folder has become empty, is gone, or cannot be listed
             return ()
 
-    def _id(self, store: Place) -> str:
-        """Return the store's path below the root, in one segment of a URL; no two stores have the same."""
+    def _prefix(self, folder: Place) -> str:
+        """Return what the ids of a folder's stores begin with.
+
+        An id is the store's path below the root, in one segment of a URL; no two stores have the same.
+        """
         if self.is_episode:
-            return id_alone(store)
-        *folders, name = map(_escaped, _below(store, self.path).parts)
-        return ":".join([*folders, bare_name(name)])
+            return ""
+        return "".join(f"{_escaped(name)}:" for name in _below(folder, self.path).parts)
 
 
 def id_alone(store: Place) -> str:
     """Return the id of an episode that is served, or exported, by itself."""
-    name = store.name if isinstance(store, Url) or _is_name(store.name) else store.resolve().name
-    return _escaped(bare_name(name))
+    return _own_id(store if isinstance(store, Url) or _is_name(store.name) else store.resolve())
+
+
+def _own_id(store: Place) -> str:
+    return _escaped(bare_name(store.name))
 
 
 def _below(store: Place, root: Place) -> PurePath:
@@ -353,33 +383,6 @@ def _is_in(video: Path, folder: Path) -> bool:
 def _is_name(last: str) -> bool:
     """Return whether the last part of a path is a folder's name: that of "." and ".." is none."""
     return last not in ("", "..")
-
-
-def summary_of(id_: str, episode: Episode) -> Summary:
-    """Return an episode's row in the run's table; looks at the size of each of its files."""
-    facts = {
-        **identity(episode),
-        "stored_bytes": _stored_bytes(episode),
-        "camera": next(iter(episode.videos), None),
-    }
-    return Summary(id_, version_of(episode), facts)
-
-
-def version_of(episode: Episode) -> str:
-    """Return what tells this recording from another one in its place, however far it has grown.
-
-    The package's version is in it: what another one answered is not what this one answers.
-    """
-    attributes = episode.attributes
-    told = [attributes.get(name) for name in ("created", "task", "seed", "episode_index")]
-    return hashlib.sha256(repr([__version__, *told]).encode()).hexdigest()[:12]
-
-
-def _stored_bytes(episode: Episode) -> int:
-    try:
-        return episode.stored_bytes()
-    except FileNotFoundError:  # its recording renamed a file between two looks at it
-        return episode.stored_bytes()
 
 
 def _escaped(name: str) -> str:
