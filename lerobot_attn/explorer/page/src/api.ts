@@ -140,18 +140,59 @@ export interface EpisodeRow {
   policy_remark: string;
   /** What was done to the policy, a line; "" where nothing was. */
   condition: string;
+  /** Of the condition; "baseline" where nothing was done. */
+  condition_name: string;
   stored_bytes: number;
   /** A camera with a video, for the thumbnail. */
   camera: string | null;
+}
+
+export const OUTCOMES = ["success", "failure", "incomplete", "unknown"] as const;
+export type Outcome = (typeof OUTCOMES)[number];
+
+/** Which episodes are wanted, and which part of them. What is not said is not asked for: all, from the first. */
+export interface Wanted {
+  /** Words, all of which are in an episode's name, task, condition, id or outcome. */
+  find?: string | undefined;
+  outcome?: Outcome | undefined;
+  task?: string | undefined;
+  /** Its name. */
+  condition?: string | undefined;
+  /** A column, with "-" before it from the largest down. */
+  sort?: string | undefined;
+  offset?: number | undefined;
+  limit?: number | undefined;
+  /** Id of the episode that the part begins with, if it is among them; goes before the offset. */
+  first?: string | undefined;
+}
+
+/** A value of a column, and how many episodes have it. */
+export interface Named {
+  name: string;
+  n: number;
 }
 
 export interface Run {
   name: string;
   /** Whether the server was given one episode rather than a folder of them. */
   is_episode: boolean;
+  /** Those that were asked for. */
   episodes: EpisodeRow[];
-  /** Why other stores cannot be opened, a line each. */
+  /** Number of the first of them, from 0, among the `n_found` that fit. */
+  offset: number;
+  n_found: number;
+  /** Of the whole run, as all that follows. */
+  n_episodes: number;
+  outcomes: Record<Outcome, number>;
+  tasks: Named[];
+  conditions: Named[];
+  /** Whether anything was done to the policy in any of them. */
+  is_changed: boolean;
+  random_weights: boolean;
+  policy_remarks: string[];
+  /** Why other stores cannot be opened, a line each, of the first ones. */
   damaged: string[];
+  n_damaged: number;
   /** Stores that the server has not looked into yet; events bring them. */
   n_unread: number;
 }
@@ -313,8 +354,11 @@ export interface Slab {
 
 export interface Changes {
   changed: EpisodeRow[];
+  /** Ids of those that were there before. */
+  grown: string[];
   removed: string[];
   damaged: string[];
+  n_damaged: number;
   n_unread: number;
 }
 

@@ -11,20 +11,22 @@ import {
 import { useEffect, useMemo } from "preact/hooks";
 import { Actions } from "./actions";
 import { chosenNeurons, NeuronsPanel } from "./activations";
-import type { EpisodeRow, Run } from "./api";
+import type { EpisodeRow, Facts, Run } from "./api";
 import { Cameras } from "./camera";
 import { colourTable } from "./colormaps";
 import { announceDrawn, Controls, followKeys, play, Transport } from "./controls";
 import { HeadGrid, StepStrip } from "./grid";
 import { percent } from "./heat";
 import { Help } from "./help";
+import { episodeName, grouped, outcome } from "./labels";
 import { visiblePatches } from "./layout";
 import { EpisodeModel, sharedEnd } from "./model";
 import { askOf } from "./neurons";
 import { ObjectsPanel, OutlineLegend } from "./objects";
 import { PatchPanel } from "./patch";
 import { download } from "./picture";
-import { episodeName, holds, Outcome, outcome, RandomWeights } from "./run";
+import { Part } from "./part";
+import { Outcome, RandomWeights } from "./run";
 import type { Source } from "./source";
 import * as state from "./state";
 import { Sentence, ShareBar } from "./text";
@@ -50,8 +52,9 @@ export function EpisodePage(props: {
   source: Source;
   growing: ReadonlySet<string>;
   models: Set<EpisodeModel>;
+  parts: Set<Part>;
 }) {
-  const { run, source, growing, models } = props;
+  const { run, source, growing, models, parts } = props;
   const first = useModel(source, state.episode.value, state.frame, models)!;
   const other = useMemo(() => otherFrame(first), [first]);
   const compared = state.compared.value === first.id ? "" : state.compared.value;
@@ -140,7 +143,15 @@ export function EpisodePage(props: {
           </>
         )}
         <span class="spacer" />
-        {run && run.episodes.length > 1 && <CompareWith run={run} own={first.id} />}
+        {run && run.n_episodes > 1 && (
+          <CompareWith
+            own={first.id}
+            other={second}
+            nOthers={run.n_episodes - 1}
+            source={source}
+            parts={parts}
+          />
+        )}
         <span class="buttons">
           <button type="button" onClick={() => (state.tour.value = 1)}>
             Tour
@@ -233,28 +244,49 @@ function otherFrame(first: EpisodeModel) {
   return { model, wanted, seek, longest };
 }
 
-const MOST_OFFERED = 200; // a list of thousands is of no use
+const MOST_OFFERED = 100; // a list of thousands is of no use
 
-function CompareWith({ run, own }: { run: Run; own: string }) {
-  const search = useSignal("");
-  const name = (row: EpisodeRow) =>
-    outcome(row) === "unknown" ? episodeName(row) : `${episodeName(row)} (${outcome(row)})`;
-  const others = run.episodes.filter((row) => row.id !== own);
-  const found = others.filter((row) => holds(row, search.value));
-  const offered = found.slice(0, MOST_OFFERED);
-  const chosen = others.find((row) => row.id === state.compared.value);
-  if (chosen && !offered.includes(chosen)) offered.unshift(chosen);
+function CompareWith(props: {
+  own: string;
+  other: EpisodeModel | null;
+  nOthers: number;
+  source: Source;
+  parts: Set<Part>;
+}) {
+  const { own, other, nOthers, source, parts } = props;
+  const part = useMemo(() => new Part(source), []);
+  useEffect(() => {
+    part.want({ limit: MOST_OFFERED + 1 });
+    parts.add(part);
+    return () => {
+      parts.delete(part);
+      part.dispose();
+    };
+  }, []);
+  const name = (
+    row: Pick<EpisodeRow & Facts, "task_group" | "task_id" | "episode" | "success" | "complete">,
+  ) => (outcome(row) === "unknown" ? episodeName(row) : `${episodeName(row)} (${outcome(row)})`);
+  const run = part.run.value;
+  const others = run?.episodes.filter((row) => row.id !== own) ?? [];
+  const offered = others.slice(0, MOST_OFFERED).map((row) => ({ id: row.id, name: name(row) }));
+  const chosen = state.compared.value;
+  if (chosen && !offered.some(({ id }) => id === chosen)) {
+    const facts = other?.facts.value;
+    offered.unshift({ id: chosen, name: facts ? name(facts) : chosen });
+  }
+  const nLeftOut = run ? run.n_found - run.episodes.length + Math.max(0, others.length - MOST_OFFERED) : 0;
   return (
     <>
-      {others.length > MOST_OFFERED && (
+      {nOthers > MOST_OFFERED && (
         <input
           class="inline"
           type="search"
           size={13}
           aria-label="Find episodes to compare with"
           placeholder="find episodes"
-          value={search.value}
-          onInput={(event) => (search.value = event.currentTarget.value)}
+          onInput={(event) =>
+            part.want({ find: event.currentTarget.value || undefined, limit: MOST_OFFERED + 1 })
+          }
         />
       )}
       <label class={state.compared.value ? "inline wide" : "inline"}>
@@ -264,16 +296,12 @@ function CompareWith({ run, own }: { run: Run; own: string }) {
           onChange={(event) => (state.compared.value = event.currentTarget.value)}
         >
           <option value="">with nothing</option>
-          {offered.map((row) => (
-            <option key={row.id} value={row.id} selected={row === chosen}>
-              {name(row)}
+          {offered.map(({ id, name }) => (
+            <option key={id} value={id} selected={id === chosen}>
+              {name}
             </option>
           ))}
-          {found.length > MOST_OFFERED && (
-            <option disabled>
-              first {MOST_OFFERED} of {found.length}: find others by words
-            </option>
-          )}
+          {nLeftOut > 0 && <option disabled>and {grouped(nLeftOut)} more: find them by words</option>}
         </select>
       </label>
       {state.compared.value && (

@@ -2,6 +2,7 @@
 
 import {
   ApiError,
+  OUTCOMES,
   type ActionChunk,
   type Activations,
   type AllRanges,
@@ -18,6 +19,7 @@ import {
 } from "./api";
 import { decodeFloat16 } from "./float16";
 import { CLIP, effectiveNumber, percentile, pick, sumByGroup } from "./heat";
+import { outcome } from "./labels";
 import { blindOf, cameraViews, modalitiesOf, modalityOfKey } from "./layout";
 import type { Ask } from "./neurons";
 import { isKnown, lyingOn, ofRole, rolesOf, type Lying } from "./scene";
@@ -69,13 +71,28 @@ export class FileSource implements Source {
 
   constructor(private readonly data: Embedded) {}
 
-  run = async (): Promise<Run> => ({
-    name: this.data.row.task,
-    is_episode: true,
-    episodes: [this.data.row],
-    damaged: [],
-    n_unread: 0,
-  });
+  /** A file holds one episode, whatever is asked for. */
+  run = async (): Promise<Run> => {
+    const { row } = this.data;
+    const outcomes = Object.fromEntries(OUTCOMES.map((name) => [name, Number(name === outcome(row))]));
+    return {
+      name: row.task,
+      is_episode: true,
+      episodes: [row],
+      offset: 0,
+      n_found: 1,
+      n_episodes: 1,
+      outcomes: outcomes as Run["outcomes"],
+      tasks: [{ name: row.task, n: 1 }],
+      conditions: [{ name: row.condition_name, n: 1 }],
+      is_changed: row.condition !== "",
+      random_weights: row.random_weights,
+      policy_remarks: row.policy_remark ? [row.policy_remark] : [],
+      damaged: [],
+      n_damaged: 0,
+      n_unread: 0,
+    };
+  };
   groups = () => Promise.reject(notHere("other episodes"));
   facts = async (_id: string) => this.data.facts;
   timeline = async (_: EpisodeId) => this.data.timeline;

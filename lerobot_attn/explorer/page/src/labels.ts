@@ -1,6 +1,6 @@
 /** What there is of an episode's frames, layers and heads; an exported page may hold a part of them. */
 
-import type { Facts, HeadChoice } from "./api";
+import type { Facts, HeadChoice, Outcome } from "./api";
 
 /** The frames that can be shown: every one of an episode, or those that an export kept. */
 export class Frames {
@@ -90,10 +90,24 @@ export function isAll(labels: readonly number[], total: number | null): boolean 
   return total === null || labels.length >= total;
 }
 
-/** Order of episodes' ids as the server has it: that of their paths, folder by folder. */
-export function byPath(a: string, b: string): number {
-  const [left, right] = [a.split(":"), b.split(":")];
-  const place = left.findIndex((part, i) => part !== right[i]);
-  if (place < 0) return left.length - right.length;
-  return right[place] === undefined || left[place]! > right[place] ? 1 : -1;
+/** How an episode ended. */
+export function outcome(row: { success: boolean | null; complete: boolean }): Outcome {
+  if (!row.complete) return "incomplete";
+  return row.success === null ? "unknown" : row.success ? "success" : "failure";
+}
+
+/** What an episode is called. */
+export function episodeName(row: {
+  task_group: string | null;
+  task_id: number | null;
+  episode: number | null;
+}): string {
+  return `${row.task_group ?? "episode"} ${row.task_id ?? ""} · episode ${row.episode ?? "?"}`;
+}
+
+/** A number as people read it: "10,000". */
+export const grouped = (n: number) => n.toLocaleString("en");
+
+export function counted(n: number, one: string, many = `${one}s`): string {
+  return `${grouped(n)} ${n === 1 ? one : many}`;
 }

@@ -1,51 +1,41 @@
 /** The explorer's page: which episode, or the whole run; live while something is recorded. */
 
-import { signal } from "@preact/signals";
+import { effect, signal } from "@preact/signals";
 import { render } from "preact";
-import type { Changes, EpisodeRow, Run } from "./api";
+import type { Changes, EpisodeRow } from "./api";
 import { EpisodePage } from "./episode";
 import { embedded, FileSource } from "./file";
-import { message, type EpisodeModel } from "./model";
+import type { EpisodeModel } from "./model";
+import { Part } from "./part";
 import { RunPage } from "./run";
 import { ServerSource, type Source } from "./source";
-import { byPath } from "./labels";
 import * as state from "./state";
 import "./style.css";
 
-const run = signal<Run | null>(null);
-const problem = signal<string | null>(null);
+const data = embedded();
+const source: Source = data ? new FileSource(data) : new ServerSource();
 /** null until it is known. */
 const connected = signal<boolean | null>(null);
 /** Episodes that have grown lately. */
 const growing = signal<ReadonlySet<string>>(new Set());
 const GROWING_MS = 30_000;
 const models = new Set<EpisodeModel>();
+const table = new Part(source);
+/** Of the run's table: that of its page, and those that are chosen from. */
+const parts = new Set([table]);
 
-async function loadRun(source: Source): Promise<void> {
-  try {
-    run.value = await source.run();
-    problem.value = null;
-    if (run.value.is_episode && !state.episode.value) state.episode.value = run.value.episodes[0]?.id ?? "";
-  } catch (error) {
-    problem.value = message(error);
-  }
+/** A run of one episode shows it at once. */
+async function openOnly(): Promise<void> {
+  const run = table.run.value;
+  if (!run?.is_episode || state.episode.value) return;
+  const [only] = run.episodes.length ? run.episodes : (await source.run({ limit: 1 })).episodes;
+  state.episode.value = only?.id ?? "";
 }
 
-function follow({ changed, removed, damaged, n_unread }: Changes): void {
-  const known = new Set(run.value?.episodes.map((row) => row.id));
-  if (run.value) {
-    const news = new Map(changed.map((row) => [row.id, row]));
-    const kept = run.value.episodes
-      .filter((row) => !removed.includes(row.id))
-      .map((row) => {
-        const found = news.get(row.id) ?? row;
-        news.delete(row.id);
-        return found;
-      });
-    const episodes = [...kept, ...news.values()].sort((a, b) => byPath(a.id, b.id));
-    run.value = { ...run.value, episodes, damaged, n_unread };
-  }
-  for (const row of changed) if (known.has(row.id)) noteGrowth(row);
+function follow(changes: Changes): void {
+  const { changed, grown, removed } = changes;
+  for (const part of parts) part.follow(changes);
+  for (const row of changed) if (grown.includes(row.id)) noteGrowth(row);
   for (const model of models) {
     const row = changed.find((found) => found.id === model.id);
     if (row || removed.includes(model.id)) void model.follow(row);
@@ -53,11 +43,12 @@ function follow({ changed, removed, damaged, n_unread }: Changes): void {
 }
 
 /** Whatever has happened while there was no connection is in the run's table. */
-async function catchUp(source: Source): Promise<void> {
-  await loadRun(source);
+async function catchUp(): Promise<void> {
+  await Promise.all([...parts].map((part) => part.again()));
   for (const model of models) {
-    const row = run.value?.episodes.find((found) => found.id === model.id);
-    if (row || !run.value?.n_unread) void model.follow(row);
+    const { episodes, n_unread } = await source.run({ first: model.id, limit: 1 });
+    const row = episodes.find((found) => found.id === model.id);
+    if (row || !n_unread) void model.follow(row);
   }
 }
 
@@ -73,13 +64,15 @@ function noteGrowth(row: EpisodeRow): void {
   timers.set(row.id, setTimeout(stop, GROWING_MS));
 }
 
-function Page({ source }: { source: Source }) {
+function Page() {
+  const run = table.run.value;
+  const problem = table.problem.value;
   const lost = source.live && connected.value === false;
   return (
     <>
-      {problem.value && (
+      {problem && (
         <p class="warning" role="alert">
-          {problem.value}
+          {problem}
         </p>
       )}
       {lost && (
@@ -89,27 +82,27 @@ function Page({ source }: { source: Source }) {
       )}
       {state.episode.value ? (
         <EpisodePage
-          run={run.value}
+          run={run}
           source={source}
           growing={growing.value}
           models={models}
+          parts={parts}
           key={state.episode.value}
         />
-      ) : run.value ? (
-        <RunPage run={run.value} source={source} growing={growing.value} />
+      ) : run ? (
+        <RunPage run={run} source={source} growing={growing.value} isBehind={table.isBehind.value} />
       ) : (
-        !problem.value && <p class="note">Loading …</p>
+        !problem && <p class="note">Loading …</p>
       )}
     </>
   );
 }
 
-const data = embedded();
-const source: Source = data ? new FileSource(data) : new ServerSource();
 state.followAddress();
+effect(() => table.want(state.wanted.value));
+effect(() => void openOnly());
 source.watch(follow, (isConnected) => {
-  if (isConnected) void catchUp(source);
+  if (isConnected) void catchUp().catch(() => {}); // the connection is lost again, which will be told
   connected.value = isConnected;
 });
-void loadRun(source);
-render(<Page source={source} />, document.getElementById("page")!);
+render(<Page />, document.getElementById("page")!);

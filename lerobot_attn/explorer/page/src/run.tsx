@@ -1,13 +1,14 @@
-/** The run's page: its episodes, and successes against failures. */
+/** The run's page: a part of its episodes, and successes against failures. */
 
-import { useSignal } from "@preact/signals";
-import type { EpisodeRow, Groups, Run } from "./api";
+import { batch, useSignal, type Signal } from "@preact/signals";
+import type { ComponentChildren } from "preact";
+import { useEffect, useRef } from "preact/hooks";
+import type { EpisodeRow, Groups, Named, Run } from "./api";
 import { percent } from "./heat";
+import { counted, episodeName, grouped, outcome } from "./labels";
 import { message } from "./model";
 import type { Source } from "./source";
 import * as state from "./state";
-
-const SHOWN_AT_ONCE = 200;
 
 export function bytes(n: number): string {
   const units = ["B", "kB", "MB", "GB", "TB"];
@@ -16,137 +17,108 @@ export function bytes(n: number): string {
   return `${n >= 100 || unit === 0 ? n.toFixed(0) : n.toFixed(1)} ${units[unit]}`;
 }
 
-export function outcome(row: { success: boolean | null; complete: boolean }): string {
-  if (!row.complete) return "incomplete";
-  return row.success === null ? "unknown" : row.success ? "success" : "failure";
-}
-
 /** A badge; none where the recording does not know of success. */
 export function Outcome({ of }: { of: { success: boolean | null; complete: boolean } }) {
   const found = outcome(of);
   return found === "unknown" ? null : <span class={`badge ${found}`}>{found}</span>;
 }
 
-export function episodeName(row: {
-  task_group: string | null;
-  task_id: number | null;
-  episode: number | null;
-}) {
-  return `${row.task_group ?? "episode"} ${row.task_id ?? ""} · episode ${row.episode ?? "?"}`;
-}
-
-function counted(n: number, one: string, many = `${one}s`): string {
-  return `${n} ${n === 1 ? one : many}`;
-}
-
 /** Whether a click is meant for this page, not for another tab or window. */
 const isPlain = (event: MouseEvent) =>
   !(event.ctrlKey || event.metaKey || event.shiftKey || event.altKey || event.button);
 
-/** Whether an episode's name, task, condition, id or outcome holds each word of a search. */
-export function holds(row: EpisodeRow, search: string): boolean {
-  const words = search.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = `${episodeName(row)} ${row.task} ${row.condition} ${row.id} ${outcome(row)}`.toLowerCase();
-  return words.every((word) => text.includes(word));
-}
+/** Choose other rows: from the first page on. */
+const choose = (change: () => void) => () => {
+  change();
+  state.page.value = 1;
+};
 
-function isWanted(row: EpisodeRow): boolean {
-  const wanted = state.filter.value;
-  return (wanted === "all" || outcome(row) === wanted) && holds(row, state.search.value);
-}
-
-export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<string> }) {
-  const { run, source, growing } = props;
-  const limit = useSignal(SHOWN_AT_ONCE);
-  const rows = run.episodes.filter(isWanted);
-  const shown = rows.slice(0, limit.value);
-  const count = (kind: string) => run.episodes.filter((row) => outcome(row) === kind).length;
-  const isChanged = run.episodes.some((row) => row.condition);
+export function RunPage(props: {
+  run: Run;
+  source: Source;
+  growing: ReadonlySet<string>;
+  /** Whether other rows are wanted than these. */
+  isBehind: boolean;
+}) {
+  const { run, source, growing, isBehind } = props;
+  const table = useRef<HTMLTableElement>(null);
+  useEffect(() => void (document.title = `${run.name} · lerobot-attn`), [run.name]);
   const open = (row: EpisodeRow) =>
     state.navigate(() => {
       state.episode.value = row.id;
       state.frame.value = 0;
       state.patch.value = "";
     });
+  const { success, failure, incomplete } = run.outcomes;
+  const turn = (page: number) => state.navigate(() => (state.page.value = page));
+  const turnBelow = (page: number) => {
+    turn(page);
+    table.current?.focus({ preventScroll: true });
+    table.current?.scrollIntoView();
+  };
   return (
     <main class="run-page">
       <header class="bar">
         <h1>{run.name}</h1>
         <span class="note">
-          {counted(run.episodes.length, "episode")}
-          {count("success") + count("failure") > 0 &&
-            `, ${counted(count("success"), "success", "successes")}, ${counted(count("failure"), "failure")}`}
-          {count("incomplete") > 0 && `, ${count("incomplete")} incomplete`}
+          {counted(run.n_episodes, "episode")}
+          {success + failure > 0 &&
+            `, ${counted(success, "success", "successes")}, ${counted(failure, "failure")}`}
+          {incomplete > 0 && `, ${grouped(incomplete)} incomplete`}
         </span>
         {growing.size > 0 && <span class="badge live">live</span>}
       </header>
-      {run.episodes.some((row) => row.random_weights) && <RandomWeights />}
-      {[...new Set(run.episodes.map((row) => row.policy_remark))].filter(Boolean).map((remark) => (
+      {run.random_weights && <RandomWeights />}
+      {run.policy_remarks.map((remark) => (
         <p class="note" key={remark}>
           {remark}
         </p>
       ))}
-      {run.damaged.length > 0 && (
+      {run.n_damaged > 0 && (
         <details class="warning">
-          <summary>{counted(run.damaged.length, "store")} cannot be opened</summary>
+          <summary>{counted(run.n_damaged, "store")} cannot be opened</summary>
           <ul>
             {run.damaged.map((problem) => (
               <li key={problem}>{problem}</li>
             ))}
+            {run.n_damaged > run.damaged.length && (
+              <li>and {grouped(run.n_damaged - run.damaged.length)} more</li>
+            )}
           </ul>
         </details>
       )}
-      <div class="filters">
-        <label class="control">
-          <span>Show</span>
-          <select
-            value={state.filter.value}
-            onChange={(event) => (state.filter.value = event.currentTarget.value as state.Filter)}
-          >
-            {["all", "success", "failure", "incomplete"].map((value) => (
-              <option key={value} value={value} selected={value === state.filter.value}>
-                {value}
-              </option>
-            ))}
-          </select>
-        </label>
-        <label class="control">
-          <span>Find</span>
-          <input
-            type="search"
-            placeholder="words of the task"
-            value={state.search.value}
-            onInput={(event) => (state.search.value = event.currentTarget.value)}
-          />
-        </label>
+      <Filters run={run} />
+      <div class="found">
         <span class="note" role="status">
-          {rows.length} of {run.episodes.length}
-          {run.n_unread > 0 && `, ${run.n_unread} more are being read …`}
+          {grouped(run.n_found)} of {grouped(run.n_episodes)}
+          {run.n_unread > 0 && `, ${grouped(run.n_unread)} more are being read …`}
         </span>
+        <Pager run={run} label="Pages" turn={turn} />
       </div>
-      <table class="episodes">
+      <table class="episodes" ref={table} tabIndex={-1} aria-busy={isBehind}>
+        <caption class="hidden">Episodes {range(run)}</caption>
         <thead>
           <tr>
             <th scope="col">
               <span class="hidden">Picture</span>
             </th>
-            <th scope="col">Episode</th>
-            <th scope="col">Task</th>
-            {isChanged && <th scope="col">Condition</th>}
-            <th scope="col">Outcome</th>
-            <th scope="col" class="number">
+            <Head column="path">Episode</Head>
+            <Head column="task">Task</Head>
+            {run.is_changed && <Head column="condition">Condition</Head>}
+            <Head column="outcome">Outcome</Head>
+            <Head column="frames" isNumber>
               Frames
-            </th>
-            <th scope="col" class="number">
+            </Head>
+            <Head column="inferences" isNumber>
               Inferences
-            </th>
-            <th scope="col" class="number">
+            </Head>
+            <Head column="size" isNumber>
               Size
-            </th>
+            </Head>
           </tr>
         </thead>
         <tbody>
-          {shown.map((row) => (
+          {run.episodes.map((row) => (
             <tr key={row.id} onClick={(event) => isPlain(event) && open(row)}>
               <td>
                 {row.camera !== null && row.n_frames > 0 && (
@@ -175,7 +147,7 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
                 </a>
               </td>
               <td dir="auto">{row.task}</td>
-              {isChanged && <td dir="auto">{row.condition}</td>}
+              {run.is_changed && <td dir="auto">{row.condition}</td>}
               <td>
                 <Outcome of={row} /> {growing.has(row.id) && <span class="badge live">live</span>}
               </td>
@@ -186,14 +158,134 @@ export function RunPage(props: { run: Run; source: Source; growing: ReadonlySet<
           ))}
         </tbody>
       </table>
-      {rows.length === 0 && <p class="note">No episode is like that.</p>}
-      {rows.length > shown.length && (
-        <button type="button" onClick={() => (limit.value += SHOWN_AT_ONCE)}>
-          Show {Math.min(SHOWN_AT_ONCE, rows.length - shown.length)} more of {rows.length - shown.length}
-        </button>
-      )}
-      {count("success") > 0 && count("failure") > 0 && <GroupPanel source={source} />}
+      {run.n_found === 0 && !isBehind && <p class="note">No episode is like that.</p>}
+      <Pager run={run} label="Pages, below the table" turn={turnBelow} />
+      {success > 0 && failure > 0 && <GroupPanel source={source} />}
     </main>
+  );
+}
+
+function Filters({ run }: { run: Run }) {
+  const outcomes: state.Filter[] = ["all", "success", "failure", "incomplete"];
+  if (run.outcomes.unknown || state.filter.value === "unknown") outcomes.push("unknown");
+  return (
+    <div class="filters" role="search">
+      <Choice label="Show" value={state.filter} options={outcomes.map((name) => [name, name])} />
+      <Values label="Task" value={state.task} all="all tasks" of={run.tasks} />
+      <Values label="Condition" value={state.condition} all="all conditions" of={run.conditions} />
+      <label class="control">
+        <span>Find</span>
+        <input
+          type="search"
+          placeholder="words of the task"
+          value={state.search.value}
+          onInput={({ currentTarget }) => batch(choose(() => (state.search.value = currentTarget.value)))}
+        />
+      </label>
+    </div>
+  );
+}
+
+/** A choice of one of the values that a column has; none where there is only one. */
+function Values(props: { label: string; value: Signal<string>; all: string; of: readonly Named[] }) {
+  const { label, value, all, of } = props;
+  if (of.length < 2 && !value.value) return null;
+  const options = of.map(({ name, n }): [string, string] => [name, `${name} (${grouped(n)})`]);
+  if (!of.some(({ name }) => name === value.value)) options.push([value.value, value.value]);
+  // What has no name cannot be told from all of them.
+  return <Choice label={label} value={value} options={[["", all], ...options.filter(([name]) => name)]} />;
+}
+
+function Choice<T extends string>(props: {
+  label: string;
+  value: Signal<T>;
+  options: readonly (readonly [value: T, text: string])[];
+}) {
+  const { label, value, options } = props;
+  return (
+    <label class="control">
+      <span>{label}</span>
+      <select
+        value={value.value}
+        onChange={({ currentTarget }) =>
+          state.navigate(choose(() => (value.value = currentTarget.value as T)))
+        }
+      >
+        {options.map(([option, text]) => (
+          <option key={option} value={option} selected={option === value.value}>
+            {text}
+          </option>
+        ))}
+      </select>
+    </label>
+  );
+}
+
+/** A column's head, which sorts by it: upwards, and downwards if it does so already. */
+function Head(props: { column: state.Column; isNumber?: boolean; children: ComponentChildren }) {
+  const { column, isNumber, children } = props;
+  const [isUp, isDown] = [state.sort.value === column, state.sort.value === `-${column}`];
+  return (
+    <th
+      scope="col"
+      class={isNumber ? "number" : undefined}
+      aria-sort={isUp ? "ascending" : isDown ? "descending" : undefined}
+    >
+      <button
+        type="button"
+        class="sort"
+        onClick={() => state.navigate(choose(() => (state.sort.value = isUp ? `-${column}` : column)))}
+      >
+        {children}
+        <span aria-hidden="true">{isUp ? " ▲" : isDown ? " ▼" : ""}</span>
+      </button>
+    </th>
+  );
+}
+
+/** Which of the rows that fit are shown: "51–100 of 10,000". */
+function range({ offset, episodes, n_found }: Run): string {
+  if (!episodes.length) return `0 of ${grouped(n_found)}`;
+  return `${grouped(offset + 1)}–${grouped(offset + episodes.length)} of ${grouped(n_found)}`;
+}
+
+/** From page to page; nothing where there is one. */
+function Pager(props: { run: Run; label: string; turn: (page: number) => void }) {
+  const { run, label, turn } = props;
+  const last = Math.ceil(run.n_found / state.PAGE_ROWS);
+  if (last < 2 && run.offset === 0) return null;
+  const page = Math.floor(run.offset / state.PAGE_ROWS) + 1;
+  const button = (text: string, name: string, to: number) => {
+    const isOff = to < 1 || to > last || to === page;
+    return (
+      <button type="button" aria-label={name} aria-disabled={isOff} onClick={() => isOff || turn(to)}>
+        {text}
+      </button>
+    );
+  };
+  return (
+    <nav class="pager" aria-label={label}>
+      <span class="note">{range(run)}</span>
+      {button("«", "First page", 1)}
+      {button("‹", "Previous page", page - 1)}
+      <label class="inline">
+        page{" "}
+        <input
+          type="number"
+          min={1}
+          max={last}
+          value={page}
+          onChange={({ currentTarget }) => {
+            const wanted = Math.round(Number(currentTarget.value));
+            if (wanted >= 1) turn(Math.min(wanted, last));
+            else currentTarget.value = String(page);
+          }}
+        />{" "}
+        of {grouped(last)}
+      </label>
+      {button("›", "Next page", page + 1)}
+      {button("»", "Last page", last)}
+    </nav>
   );
 }
 

@@ -19,6 +19,7 @@ import {
   type Slab,
   type Timeline,
   type Tokens,
+  type Wanted,
 } from "./api";
 import { decodeFloat16 } from "./float16";
 import type { Ask } from "./neurons";
@@ -33,7 +34,7 @@ export type Video = Pick<Camera, "name" | "video_version">;
 export interface Source {
   /** Whether there is a server behind it, which can be asked for more. */
   readonly live: boolean;
-  run(): Promise<Run>;
+  run(wanted: Wanted): Promise<Run>;
   groups(): Promise<Groups>;
   facts(id: string): Promise<Facts>;
   timeline(episode: EpisodeId): Promise<Timeline>;
@@ -154,7 +155,7 @@ export class ServerSource implements Source {
   private readonly facts_ = new Cache<unknown>(400);
   private readonly pictures = pictureCache();
 
-  run = () => json<Run>("api/run");
+  run = (wanted: Wanted) => json<Run>(`api/run${parameters(wanted)}`);
   groups = () => json<Groups>("api/groups");
   facts = (id: string) => json<Facts>(`api/episodes/${encodeURIComponent(id)}`);
   timeline = (episode: EpisodeId) => json<Timeline>(`${base(episode)}/timeline`);
@@ -237,6 +238,13 @@ export class ServerSource implements Source {
   private kept<T>(address: string): Promise<T> {
     return this.facts_.get(address, () => json<T>(address)) as Promise<T>;
   }
+}
+
+/** What is wanted, as the part of an address behind the path. */
+export function parameters(wanted: Wanted): string {
+  const said = new URLSearchParams();
+  for (const [name, value] of Object.entries(wanted)) if (value) said.set(name, String(value));
+  return said.size ? `?${said}` : "";
 }
 
 function asked(first: number, { layer, head, step }: Where): string {

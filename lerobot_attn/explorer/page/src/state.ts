@@ -1,7 +1,7 @@
 /** What a person has chosen to look at. All of it is in the address, so that a link shows the same. */
 
-import { batch, effect, signal, type Signal } from "@preact/signals";
-import type { Choice, HeadChoice } from "./api";
+import { batch, computed, effect, signal, type Signal } from "@preact/signals";
+import { OUTCOMES, type Choice, type HeadChoice, type Outcome, type Wanted } from "./api";
 import { COLOUR_MAPS, type ColourMap } from "./colormaps";
 import { NORMALISATIONS, type Normalisation } from "./heat";
 
@@ -9,7 +9,11 @@ import { NORMALISATIONS, type Normalisation } from "./heat";
 export type Query = "executed" | "frame" | number;
 export type Toggle = "on" | "off";
 export type Lock = "frame" | "phase";
-export type Filter = "all" | "success" | "failure" | "incomplete";
+export type Filter = "all" | Outcome;
+
+/** Of the run's table, by which it can be sorted. */
+export const COLUMNS = ["path", "task", "condition", "outcome", "frames", "inferences", "size"] as const;
+export type Column = (typeof COLUMNS)[number];
 
 interface Field<T> {
   name: string;
@@ -78,8 +82,34 @@ export const tour = field("tour", 0, (value) => {
   return number === undefined ? undefined : Math.max(0, number);
 });
 /** On the run's page. */
-export const filter = field<Filter>("show", "all", oneOf("all", "success", "failure", "incomplete"));
+export const filter = field<Filter>("show", "all", oneOf("all", ...OUTCOMES));
 export const search = field("find", "", text);
+/** An instruction; none is any. */
+export const task = field("task", "", (value) => value.slice(0, 2000));
+/** Name of a condition; none is any. */
+export const condition = field("condition", "", text);
+/** A column of the table, with "-" before it from the largest down. */
+export const sort = field("sort", "path", (value) =>
+  COLUMNS.some((column) => column === value.replace(/^-/, "")) ? value : undefined,
+);
+/** Of the table, from 1. */
+export const page = field("page", 1, (value) => {
+  const number = whole(value);
+  return number === undefined ? undefined : Math.max(1, number);
+});
+
+/** Rows on a page of the run's table. */
+export const PAGE_ROWS = 50;
+/** Which rows of the run's table are chosen. */
+export const wanted = computed((): Wanted => ({
+  find: search.value || undefined,
+  outcome: filter.value === "all" ? undefined : filter.value,
+  task: task.value || undefined,
+  condition: condition.value || undefined,
+  sort: sort.value === "path" ? undefined : sort.value,
+  offset: (page.value - 1) * PAGE_ROWS,
+  limit: PAGE_ROWS,
+}));
 
 /** Take everything from the address; what it does not say, or says wrongly, has its initial value. */
 export function readAddress(address: string = location.search): void {

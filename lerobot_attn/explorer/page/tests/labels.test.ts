@@ -1,5 +1,14 @@
 import { describe, expect, it } from "vitest";
-import { averagedInWords, byPath, Frames, headInWords, inWords, isAll, tokenInWords } from "../src/labels";
+import {
+  averagedInWords,
+  counted,
+  Frames,
+  headInWords,
+  inWords,
+  isAll,
+  outcome,
+  tokenInWords,
+} from "../src/labels";
 
 describe("all frames of an episode", () => {
   const frames = new Frames(5);
@@ -84,20 +93,18 @@ it("says of how many heads a mean is", () => {
   expect(headInWords("mean", { heads: [0, 1, 5], n_heads: 8 })).toBe("mean of heads 0–1, 5");
 });
 
-it("orders episodes as their folders are, not as their ids", () => {
-  const ids = [
-    "a:task_1:episode_1",
-    "a:task_10:episode_0",
-    "a:task_1:episode_0",
-    "a:task_1",
-    "a:task_2:episode_0",
-  ];
-  expect([...ids].sort(byPath)).toEqual([
-    "a:task_1",
-    "a:task_1:episode_0",
-    "a:task_1:episode_1",
-    "a:task_10:episode_0",
-    "a:task_2:episode_0",
+it.each([
+  [{ success: true, complete: true }, "success"],
+  [{ success: false, complete: true }, "failure"],
+  [{ success: true, complete: false }, "incomplete"],
+  [{ success: null, complete: true }, "unknown"],
+])("says how an episode ended: %o", (row, expected) => {
+  expect(outcome(row)).toBe(expected);
+});
+
+it("counts in words", () => {
+  expect([counted(1, "success", "successes"), counted(10_000, "episode")]).toEqual([
+    "1 success",
+    "10,000 episodes",
   ]);
-  expect(byPath("a:b", "a:b")).toBe(0);
 });

@@ -1,4 +1,5 @@
 import { afterEach, describe, expect, it } from "vitest";
+import { parameters } from "../src/source";
 import * as state from "../src/state";
 
 afterEach(() => state.readAddress(""));
@@ -20,6 +21,10 @@ const initial = {
   tour: 0,
   filter: "all",
   search: "",
+  task: "",
+  condition: "",
+  sort: "path",
+  page: 1,
 };
 
 type Name = keyof typeof initial;
@@ -36,7 +41,8 @@ describe("the address", () => {
     const said =
       "?episode=attention:libero_0:episode_00003&frame=23&layer=17&step=9&head=3&query=4&camera=wrist" +
       "&norm=episode&colours=viridis&opacity=0.25&patch=wrist:3:12&compare=attention:libero_0:episode_00004" +
-      "&lock=phase&tour=2&show=failure&find=red+b%C3%B6wl+%26+more";
+      "&lock=phase&tour=2&show=failure&find=red+b%C3%B6wl+%26+more" +
+      "&task=pick+up+the+milk&condition=block_target&sort=-size&page=7";
     state.readAddress(said);
     expect(now()).toEqual({
       episode: "attention:libero_0:episode_00003",
@@ -55,6 +61,10 @@ describe("the address", () => {
       tour: 2,
       filter: "failure",
       search: "red böwl & more",
+      task: "pick up the milk",
+      condition: "block_target",
+      sort: "-size",
+      page: 7,
     });
     expect(state.address()).toBe(said);
   });
@@ -85,6 +95,10 @@ describe("the address", () => {
     ["lock", "time", "frame"],
     ["filter", "broken", "all"],
     ["tour", "soon", 0],
+    ["sort", "--size", "path"],
+    ["sort", "colour", "path"],
+    ["page", "0", 1],
+    ["page", "last", 1],
   ] as const)("takes no nonsense: %s = %s", (name, text, expected) => {
     const inAddress = { normalisation: "norm", filter: "show" }[name as string] ?? name;
     state.readAddress(`?${inAddress}=${encodeURIComponent(text)}`);
@@ -101,5 +115,18 @@ describe("the address", () => {
   it("bounds texts", () => {
     state.readAddress(`?find=${"a".repeat(1000)}`);
     expect(state.search.value).toHaveLength(300);
+  });
+});
+
+describe("the rows that are wanted", () => {
+  it("are all, if nothing was chosen", () => {
+    expect(parameters(state.wanted.value)).toBe("?limit=50");
+  });
+
+  it("are what was chosen, from the chosen page on", () => {
+    state.readAddress("?find=a+b&show=failure&task=pick+%26+place&condition=baseline&sort=-frames&page=3");
+    expect(parameters(state.wanted.value)).toBe(
+      "?find=a+b&outcome=failure&task=pick+%26+place&condition=baseline&sort=-frames&offset=100&limit=50",
+    );
   });
 });
