@@ -45,7 +45,10 @@ from lerobot_attn.store.stills import read_still
 POLL_S = 0.1  # seconds between two looks at the library while somebody listens to its events
 GROWING_POLL_S = 0.02  # the same where something has grown of late, and somebody probably watches it grow
 _OF_LATE_S = 60.0
-_LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
+# Seconds spent on reading stores, because thousands of them take minutes: before an answer, and at each look
+# while somebody listens to what else there is.
+_ANSWER_S = 0.2
+_LOOK_S = 0.5
 _KEEP_ALIVE_S = 15.0
 _LATEST = "latest"  # as a version: whatever is in the episode's place
 _UNITS = re.compile(r"[0-9]{1,9}:[0-9]{1,9}(,[0-9]{1,9}:[0-9]{1,9})*", re.ASCII)
@@ -147,7 +150,7 @@ class _Explorer:
 
     def run(self, request: Request) -> Response:
         wanted = wanted_of(request.query_params)
-        found = self._library.look(_LOOK_S)
+        found = self._library.look(_ANSWER_S)
         named = {"name": self._library.name, "is_episode": self._library.is_episode}
         return _json(request, {**named, **part(found, wanted), **found.overview})
 
@@ -288,11 +291,14 @@ class _Explorer:
                 yield ": here\n\n"
                 silent_s = 0.0
             told = found
-            # Looking at thousands of stores takes long; three quarters of the time are left for answers.
+            # Looking at thousands of stores takes long; three quarters of the time are left for answers, or
+            # half of it where there are stores that nobody has read yet.
             poll_s = GROWING_POLL_S if started - grew_at < _OF_LATE_S else POLL_S
-            pause_s = max(poll_s, 3 * (time.monotonic() - started))
-            await asyncio.sleep(pause_s)
+            pause_s = max(poll_s, (1 if found.n_unread else 3) * (time.monotonic() - started))
             silent_s += pause_s
+            while pause_s > 0 and not request.app.state.is_closing:
+                await asyncio.sleep(min(pause_s, POLL_S))
+                pause_s -= POLL_S
 
     def _episode(self, request: Request) -> Episode:
         version = request.path_params["version"]

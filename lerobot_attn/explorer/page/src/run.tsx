@@ -104,15 +104,19 @@ export function RunPage(props: {
             </th>
             <Head column="path">Episode</Head>
             <Head column="task">Task</Head>
-            {run.is_changed && <Head column="condition">Condition</Head>}
+            {run.is_changed && (
+              <Head column="condition" kind="on-medium">
+                Condition
+              </Head>
+            )}
             <Head column="outcome">Outcome</Head>
-            <Head column="frames" isNumber>
+            <Head column="frames" kind="number on-medium">
               Frames
             </Head>
-            <Head column="inferences" isNumber>
+            <Head column="inferences" kind="number on-wide">
               Inferences
             </Head>
-            <Head column="size" isNumber>
+            <Head column="size" kind="number on-wide">
               Size
             </Head>
           </tr>
@@ -146,14 +150,21 @@ export function RunPage(props: {
                   {episodeName(row)}
                 </a>
               </td>
-              <td dir="auto">{row.task}</td>
-              {run.is_changed && <td dir="auto">{row.condition}</td>}
+              <td dir="auto">
+                {row.task}
+                {row.condition && <small class="on-narrow">{row.condition}</small>}
+              </td>
+              {run.is_changed && (
+                <td class="on-medium" dir="auto">
+                  {row.condition}
+                </td>
+              )}
               <td>
                 <Outcome of={row} /> {growing.has(row.id) && <span class="badge live">live</span>}
               </td>
-              <td class="number">{row.n_frames}</td>
-              <td class="number">{row.n_inferences}</td>
-              <td class="number">{bytes(row.stored_bytes)}</td>
+              <td class="number on-medium">{row.n_frames}</td>
+              <td class="number on-wide">{row.n_inferences}</td>
+              <td class="number on-wide">{bytes(row.stored_bytes)}</td>
             </tr>
           ))}
         </tbody>
@@ -222,15 +233,15 @@ function Choice<T extends string>(props: {
 }
 
 /** A column's head, which sorts by it: upwards, and downwards if it does so already. */
-function Head(props: { column: state.Column; isNumber?: boolean; children: ComponentChildren }) {
-  const { column, isNumber, children } = props;
+function Head(props: {
+  column: state.Column;
+  /** Classes of its cells. */ kind?: string;
+  children: ComponentChildren;
+}) {
+  const { column, kind, children } = props;
   const [isUp, isDown] = [state.sort.value === column, state.sort.value === `-${column}`];
   return (
-    <th
-      scope="col"
-      class={isNumber ? "number" : undefined}
-      aria-sort={isUp ? "ascending" : isDown ? "descending" : undefined}
-    >
+    <th scope="col" class={kind} aria-sort={isUp ? "ascending" : isDown ? "descending" : undefined}>
       <button
         type="button"
         class="sort"
