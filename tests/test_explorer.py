@@ -1139,7 +1139,6 @@ def test_many_stores_are_read_a_few_at_a_time(tmp_path):
 
 
 def test_events_bring_what_the_run_did_not_tell(tmp_path, monkeypatch):
-    monkeypatch.setattr(app_module, "_ANSWER_S", 0)
     monkeypatch.setattr(app_module, "_LOOK_S", 0)
     monkeypatch.setattr(app_module, "POLL_S", 0.01)
     for index in range(6):

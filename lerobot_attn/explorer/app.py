@@ -45,10 +45,7 @@ from lerobot_attn.store.stills import read_still
 POLL_S = 0.1  # seconds between two looks at the library while somebody listens to its events
 GROWING_POLL_S = 0.02  # the same where something has grown of late, and somebody probably watches it grow
 _OF_LATE_S = 60.0
-# Seconds spent on reading stores, because thousands of them take minutes: before an answer, and at each look
-# while somebody listens to what else there is.
-_ANSWER_S = 0.2
-_LOOK_S = 0.5
+_LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
 _KEEP_ALIVE_S = 15.0
 _LATEST = "latest"  # as a version: whatever is in the episode's place
 _UNITS = re.compile(r"[0-9]{1,9}:[0-9]{1,9}(,[0-9]{1,9}:[0-9]{1,9})*", re.ASCII)
@@ -150,7 +147,7 @@ class _Explorer:
 
     def run(self, request: Request) -> Response:
         wanted = wanted_of(request.query_params)
-        found = self._library.look(_ANSWER_S)
+        found = self._library.look(_LOOK_S)
         named = {"name": self._library.name, "is_episode": self._library.is_episode}
         return _json(request, {**named, **part(found, wanted), **found.overview})
 
