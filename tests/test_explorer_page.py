@@ -1,6 +1,7 @@
 """The explorer's page in a real browser: what it draws is what the store holds, and every control works."""
 
 import itertools
+import json
 import re
 import shutil
 import time
@@ -26,6 +27,7 @@ from test_benchmarks import load
 from test_explorer import client_of, edit_attributes, without_suffix
 from test_explorer_absent import set_array
 from test_explorer_build import PAGE
+from test_explorer_listing import add_store
 from test_store import frame_rows, inference_rows, make_writer, write_episode
 
 from lerobot_attn import analysis, open_episode
@@ -588,7 +590,14 @@ EPISODE_STATE = {
     "units": "on",
     "beside": "joint_1",
 }
-RUN_STATE = {"show": "failure", "find": "episode 1"}
+RUN_STATE = {
+    "show": "failure",
+    "find": "episode 1",
+    "task": "fetch 1",
+    "condition": "baseline",
+    "sort": "-size",
+    "page": "2",
+}
 
 
 def test_every_part_of_the_state_is_in_a_link_that_is_tested():
@@ -648,6 +657,61 @@ def test_a_link_to_the_run_reproduces_its_filters(pages, url):
     page.get_by_role("searchbox", name="Find").fill("")
     until(page, lambda: page.locator(".episodes tbody tr").count() == 2, "the successes are there")
     until(page, lambda: said(page) == {"show": "success"}, "the address says so")
+
+
+def episodes(page):
+    """Return the number of each episode in the run's table."""
+    names = page.locator(".episodes tbody a").all_inner_texts()
+    return [int(name.rpartition(" ")[2]) for name in names]
+
+
+def test_a_large_run_is_paged_through(pages, tmp_path):
+    write_episode(tmp_path / "one.zarr", 1)
+    metadata = json.loads((tmp_path / "one.zarr" / "zarr.json").read_text())
+    run = tmp_path / "run"
+    for number in range(1, 121):
+        add_store(run, metadata, number, folder="task_0")
+    with pages.serving(run) as address:
+        page = pages.open(address, wait=False)
+        page.get_by_text("120 of 120", exact=True).wait_for()
+        assert episodes(page) == [*range(1, 51)]
+
+        above = page.get_by_role("navigation", name="Pages", exact=True)
+        above.get_by_role("button", name="Next page").focus()
+        page.keyboard.press("Enter")
+        until(page, lambda: episodes(page) == [*range(51, 101)], "the second page is there")
+        assert above.get_by_role("button", name="Next page").evaluate("e => e === document.activeElement")
+        add_store(run, metadata, 0, folder="task_0")
+        page.get_by_text("121 of 121", exact=True).wait_for()
+        assert episodes(page) == [*range(51, 101)]  # it came before them, and they stay
+
+        below = page.get_by_role("navigation", name="Pages, below the table")
+        below.get_by_role("button", name="Last page").click()
+        until(page, lambda: episodes(page) == [*range(100, 121)], "the last page is there")
+        top = page.locator(".episodes").evaluate("e => e.getBoundingClientRect().top")
+        assert -2 < top < 720  # it begins in the window, though the pager below it was there
+        above.get_by_role("spinbutton", name="page").fill("2")
+        page.keyboard.press("Enter")
+        until(page, lambda: said(page) == {"page": "2"}, "the address says the page")
+
+        page.get_by_role("button", name="Episode", exact=False).first.click()
+        page.get_by_role("columnheader", name="Episode").and_(
+            page.locator("[aria-sort=descending]")
+        ).wait_for()
+        until(page, lambda: episodes(page) == [*range(120, 70, -1)], "the last ones come first")
+        page.get_by_role("combobox", name="Task").select_option("fetch 1 & go")
+        page.get_by_role("combobox", name="Show").select_option("failure")
+        expected = [number for number in range(120, -1, -1) if number % 2 and not number % 3]
+        until(page, lambda: episodes(page) == expected, "they are filtered")
+        link = {"sort": "-path", "task": "fetch 1 & go", "show": "failure"}
+        until(page, lambda: said(page) == link, "the address says all of it")
+        assert not below.is_visible()
+        copied = pages.open(page.url, wait=False)
+        until(copied, lambda: episodes(copied) == expected, "a link shows the same")
+        page.go_back()
+        page.go_back()
+        page.go_back()
+        until(page, lambda: episodes(page) == [*range(50, 100)], "back comes the second page")
 
 
 def test_a_click_with_ctrl_leaves_the_table_where_it_is(pages, url):
