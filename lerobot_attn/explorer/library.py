@@ -105,6 +105,7 @@ class Library:
         self._known: dict[str, _Known] = {}
         self._due: dict[str, None] = {}  # ids of stores to read: those that have changed, and unread ones
         self._listing: Listing | None = None
+        self._has_news = False  # since it was made
         self._open: OrderedDict[str, tuple[_Signature, Episode]] = OrderedDict()
         # Each of these is held while something slow is done. Whoever needs only what is known takes none.
         self._looking = threading.Lock()  # while changed stores are read
@@ -140,7 +141,8 @@ class Library:
                 if n_read and time.monotonic() > end:
                     break
                 self._update(id_)
-            self._listing = self._listed()
+            if self._has_news or self._listing is None:
+                self._listing, self._has_news = self._listed(), False
             return self._listing
         finally:
             self._looking.release()
@@ -149,7 +151,7 @@ class Library:
         """Find what must be read. In a large run a change may take until the next looks to be found."""
         scan = self._rescan(self._rescan_s * max(1.0, _LISTINGS_APART * self._scan.took_s))
         if scan is not self._looked_over:
-            self._looked_over = scan
+            self._looked_over, self._has_news = scan, True
             self._rounds.over(scan.stores)
             self._known = {id_: found for id_, found in self._known.items() if id_ in scan.stores}
             self._due = {id_: None for id_ in scan.stores if id_ in self._due or id_ not in self._known}
@@ -158,7 +160,7 @@ class Library:
             if signature is None:
                 self._forget(id_)
             elif _is_stale(self._known.get(id_), signature):
-                self._due[id_] = None
+                self._due[id_], self._has_news = None, True
 
     def _next_to_read(self) -> list[str]:
         """Return ids: in turns one that has changed, for somebody may watch it, and one that is new."""
@@ -176,10 +178,11 @@ class Library:
         found = self._read(id_, path, signature)
         if id_ in self._known:
             self._rounds.note_change(id_)
-        self._known[id_] = found
+        self._known[id_], self._has_news = found, True
         del self._due[id_]
 
     def _forget(self, id_: str) -> None:
+        self._has_news = True
         self._known.pop(id_, None)
         self._due.pop(id_, None)
 

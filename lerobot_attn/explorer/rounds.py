@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-_ROUND_S = 2.0  # seconds in which each is looked at once, whoever asks how often
+_ROUND_S = 4.0  # seconds in which each is looked at once, whoever asks how often
 _AT_LEAST = 200  # as many at once take no time worth saving
 _LIVELY_S = 60.0  # seconds for which one that has changed is looked at each time
 
