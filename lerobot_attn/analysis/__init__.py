@@ -19,6 +19,7 @@ from lerobot_attn.analysis.behaviour import (
     steps_to_success,
 )
 from lerobot_attn.analysis.catalogue import MEASURES, Measure
+from lerobot_attn.analysis.cluster import local_workers
 from lerobot_attn.analysis.compare import (
     Aspect,
     compare,
@@ -113,6 +114,7 @@ __all__ = [
     "lift_height",
     "lift_height_max",
     "lift_profile",
+    "local_workers",
     "mcnemar",
     "mean_maps",
     "mean_over",

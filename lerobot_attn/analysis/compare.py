@@ -28,6 +28,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lerobot_attn.analysis.catalogue import MEASURES, OLD_NAMES, AnyMeasure, Measure, find_measure
+from lerobot_attn.analysis.cluster import Scheduler
 from lerobot_attn.analysis.intervals import Group, difference_of, mean_of, stacked
 from lerobot_attn.analysis.runs import check_whole_episode, label_columns, measured, ordered_columns
 from lerobot_attn.analysis.select import Where
@@ -153,7 +154,8 @@ def compare(
     confidence: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
-    scheduler: str = "threads",
+    scheduler: Scheduler = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     **where: Unpack[Where],
 ) -> xr.Dataset:
@@ -175,7 +177,8 @@ def compare(
         confidence: of the intervals, 0 to 1.
         n_resamples: of the bootstrap.
         seed: of the bootstrap.
-        scheduler: Dask's: "threads", "processes" or "synchronous".
+        scheduler: as for `summarise_run`: Dask's own, or a cluster's address or client.
+        workers: start so many processes on this machine instead.
         progress: called as `progress(done, total)` as episodes are read.
         where: what to look at, see `Where`; neither its frame nor its inference.
 
@@ -194,6 +197,7 @@ def compare(
             differs (one patch shows different places then; shares of whole images can be compared), nothing
             recorded, an unknown measure, align, camera or label, or a setting out of its range.
         StoreError: an episode cannot be read.
+        ConfigError, SetupError: of the scheduler and workers, as for `summarise_run`.
     """
     if align not in ("phase", "frame"):
         raise SelectionError(f"align={align!r}: expected 'phase' or 'frame'")
@@ -205,6 +209,7 @@ def compare(
         n_resamples=n_resamples,
         seed=seed,
         scheduler=scheduler,
+        workers=workers,
         progress=progress,
         **where,
     ).values()
@@ -220,7 +225,8 @@ def compare_overall(
     confidence: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
-    scheduler: str = "threads",
+    scheduler: Scheduler = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     **where: Unpack[Where],
 ) -> pd.DataFrame:
@@ -242,6 +248,7 @@ def compare_overall(
         n_resamples=n_resamples,
         seed=seed,
         scheduler=scheduler,
+        workers=workers,
         progress=progress,
         **where,
     ).values()
@@ -256,7 +263,8 @@ def compare_each(
     confidence: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
-    scheduler: str = "threads",
+    scheduler: Scheduler = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     **where: Unpack[Where],
 ) -> dict[str, xr.Dataset]:
@@ -271,7 +279,8 @@ def compare_each(
         confidence: of the intervals.
         n_resamples: of the bootstrap.
         seed: of the bootstrap, for each aspect anew.
-        scheduler: Dask's.
+        scheduler: as for `summarise_run`.
+        workers: likewise.
         progress: called as `progress(done, total)` as episodes are read.
         where: what to look at, the same for all.
 
@@ -288,7 +297,8 @@ def compare_each(
         _Task(_measure(aspect.measure, aspect.camera), aspect.place, aspect.camera)
         for aspect in aspects.values()
     ]
-    groups = _groups(a, b, tasks, where, scheduler, progress)
+    reading = functools.partial(map_episodes, scheduler=scheduler, workers=workers, progress=progress)
+    groups = _groups(a, b, tasks, where, reading)
     return {
         name: difference_of(*of_task, task.measure, confidence, n_resamples, seed)
         for name, task, of_task in zip(aspects, tasks, groups, strict=True)
@@ -334,15 +344,14 @@ def _groups(
     b: Source | Iterable[Source],
     tasks: Sequence[_Task],
     where: Mapping[str, Any],
-    scheduler: str,
-    progress: Progress | None,
+    reading: Callable[..., list[Any]],
 ) -> list[tuple[Group, Group]]:
-    """Measure every episode of both groups; return both for each task."""
+    """Measure every episode of both groups by `reading`, which maps them; return both for each task."""
     check_whole_episode(where)
     of_a, of_b = sources_of(a, "a"), sources_of(b, "b")
     sources = [*of_a, *of_b]
     function = functools.partial(_episode, tasks=tasks, where=dict(where))
-    results = map_episodes(function, sources, scheduler=scheduler, progress=progress)
+    results = reading(function, sources)
     episodes: list[_Measured] = []
     for source, result in zip(sources, results, strict=True):
         if isinstance(result, Exception):

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from lerobot_attn.analysis.catalogue import MEASURES, AnyMeasure, Measure, find_measure
+from lerobot_attn.analysis.cluster import Scheduler
 from lerobot_attn.analysis.select import MEANS, RAW, Where, attention, default_query
 from lerobot_attn.analysis.sources import (
     Source,
@@ -40,6 +41,7 @@ from lerobot_attn.errors import SelectionError
 from lerobot_attn.sizes import Progress
 
 By = Literal["inference", "frame"]
+Rows = Literal["inference", "frame", "episode"]
 
 _MAPS = (RAW, MEANS, "prefix_attention", "vision_attention", "segmentation")
 _BLOCK_BYTES = 8_000_000  # where the maps of an inference are smaller: blocks of a few would be slow
@@ -83,10 +85,10 @@ def summarise(
     dataset: xr.Dataset,
     measures: AnyMeasure | Sequence[AnyMeasure] = tuple(MEASURES),
     *,
-    by: By = "inference",
+    by: Rows = "inference",
     **where: Unpack[Where],
 ) -> pd.DataFrame:
-    """Measure every inference, or every frame, of an episode.
+    """Measure every inference, or every frame, of an episode, or the mean of its inferences.
 
     No more is held at a time than the maps of one inference are in the store. By inference the stored means
     over the executed actions are used unless `where` says otherwise; by frame the map of the very action,
@@ -100,21 +102,24 @@ def summarise(
             "entropy", its entropy (bit) and effective number of patches within each image;
             "stability", the overlap (0 to 1) with the previous inference, or frame, within each image; NaN at
             the first.
-        by: "inference" or "frame".
+        by: "inference", "frame", or "episode", the mean over all inferences: those without a value, such as
+            the first one's stability, do not count, and a word that a prompt lacks got no attention then.
         where: what to look at, see `Where`; neither its frame nor its inference.
 
     Returns:
         One row per value. Columns: `inference` or `frame`; `phase`, 0 at the episode's first frame and 1 at
-        its last; `flow_time`, `denoise_step`, `layer`, `head`, `query` where they are not averaged over; any
-        other dimension of a function's result; `measure`; `quantity`, what the value is; `kind` and `name`,
-        what it is of: modality, camera, or task, state and template for tokens (the second "the" of a task is
-        "the (2)"); `value`.
+        its last (neither of them by episode); `flow_time`, `denoise_step`, `layer`, `head`, `query` where
+        they are not averaged over; any other dimension of a function's result; `measure`; `quantity`, what
+        the value is; `kind` and `name`, what it is of: modality, camera, or task, state and template for
+        tokens (the second "the" of a task is "the (2)"); `value`.
 
     Raises:
         SelectionError: unknown measure or `by`, nothing recorded, or a label that the episode does not hold.
     """
     chosen = _measures(measures)
     _check(by, where)
+    if by == "episode":
+        return _means(_episode_table(dataset, chosen, "inference", where), dataset.sizes["inference"])
     return _episode_table(dataset, chosen, by, where)
 
 
@@ -122,22 +127,25 @@ def summarise_run(
     episodes: Iterable[Source],
     measures: AnyMeasure | Sequence[AnyMeasure] = tuple(MEASURES),
     *,
-    by: By = "inference",
-    scheduler: str = "threads",
+    by: Rows = "inference",
+    scheduler: Scheduler = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     **where: Unpack[Where],
 ) -> RunSummary:
-    """Measure every inference, or every frame, of every episode, in parallel by Dask.
+    """Measure every inference, every frame, or the means, of every episode, in parallel by Dask.
 
-    An episode is opened when its turn comes and let go after it; see `summarise` for what a worker holds.
-    Incomplete episodes are included and marked so.
+    An episode is opened when its turn comes and let go after it; see `summarise` for what a worker holds. On
+    a cluster each worker opens its episodes itself, so it must see their paths; the table is the same
+    whatever computes it. Incomplete episodes are included and marked so.
 
     Args:
         episodes: of `open_run`, or datasets, whose attributes name them.
         measures: as for `summarise`.
-        by: "inference" or "frame".
-        scheduler: Dask's: "threads", "processes" (for many cores; functions must be importable then) or
-            "synchronous".
+        by: "inference", "frame" or "episode", as for `summarise`.
+        scheduler: Dask's: "threads" (the default), "processes" or "synchronous"; or a cluster, by its
+            distributed scheduler's address, "tcp://HOST:PORT", or a client of it.
+        workers: start so many processes on this machine instead, as `local_workers` does, for this call.
         progress: called as `progress(done, total)` as episodes are done, from this thread.
         where: what to look at, see `Where`; neither its frame nor its inference.
 
@@ -149,12 +157,15 @@ def summarise_run(
 
     Raises:
         SelectionError: unknown measure, `by` or scheduler, no episodes, or not one could be summarised.
+        ConfigError: a scheduler and workers, or no workers.
+        SetupError: `distributed` is missing (extra `cluster`), no scheduler answers at the address, or its
+            workers do not see the episodes, or have another version of this package.
     """
     chosen = _measures(measures)
     _check(by, where)
     sources = sources_of(episodes, "episodes")
-    function = functools.partial(summarise, measures=chosen, by=by, **where)
-    results = map_episodes(function, sources, scheduler=scheduler, progress=progress)
+    function = functools.partial(_small_table, measures=chosen, by=by, **where)
+    results = map_episodes(function, sources, scheduler=scheduler, workers=workers, progress=progress)
     done = [(s, r) for s, r in zip(sources, results, strict=True) if isinstance(r, pd.DataFrame)]
     failed = tuple(
         FailedEpisode(path_of(source), f"{type(result).__name__}: {result}")
@@ -200,7 +211,11 @@ def measured(
         )
     maps = [name for name in _MAPS if name in dataset]
     # Tables of a few kilobytes an inference, whose chunks hold many: read once, not for each block.
-    dataset = dataset.drop_vars(maps).compute().assign({name: dataset[name] for name in maps})
+    dataset = (
+        dataset.drop_vars(maps)
+        .compute(scheduler="synchronous")
+        .assign({name: dataset[name] for name in maps})
+    )
     owners = dataset["frame_inference"].values
     if by == "frame" and where.get("query") is None and default_query(dataset, by_frame=True) != "frame":
         # Decided for the episode as a whole: a block's frames alone may all have a token.
@@ -319,8 +334,8 @@ def _measures(measures: AnyMeasure | Sequence[AnyMeasure]) -> tuple[Measure, ...
 
 
 def _check(by: str, where: Mapping[str, Any]) -> None:
-    if by not in ("inference", "frame"):
-        raise SelectionError(f"by={by!r}: expected 'inference' or 'frame'")
+    if by not in ("inference", "frame", "episode"):
+        raise SelectionError(f"by={by!r}: expected 'inference', 'frame' or 'episode'")
     check_whole_episode(where)
 
 
@@ -376,6 +391,20 @@ def _episode_table(
     return table[ordered_columns(table.columns, ["value"])]
 
 
+def _means(table: pd.DataFrame, n_inferences: int) -> pd.DataFrame:
+    """Average a table by inference over the inferences."""
+    keys = [name for name in table.columns if name not in ("inference", "phase", "value")]
+    of_each = table.astype({"value": np.float64}).groupby(keys, sort=False, dropna=False)["value"]
+    means = of_each.agg(["sum", "count", "size"]).reset_index()
+    absent = (n_inferences - means["size"]).where(means["quantity"] == "share", 0)
+    return means[keys].assign(value=means["sum"] / (means["count"] + absent))
+
+
+def _small_table(dataset: xr.Dataset, **choices: Any) -> pd.DataFrame:
+    """Summarise an episode; texts are categories, which are small to send and to keep."""
+    return summarise(dataset, **choices).astype(dict.fromkeys(_TEXT, "category"))
+
+
 def _run_table(sources: Sequence[Source], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     counts = [len(table) for table in tables]
     attributes = [attributes_of(source) for source in sources]
@@ -389,7 +418,7 @@ def _run_table(sources: Sequence[Source], tables: Sequence[pd.DataFrame]) -> pd.
         "complete": [a.get("complete") is True for a in attributes],
         "path": [path_of(source) for source in sources],
     }
-    texts = {name: union_categoricals([pd.Categorical(table[name]) for table in tables]) for name in _TEXT}
+    texts = {name: union_categoricals([table[name] for table in tables]) for name in _TEXT}
     table = pd.concat([table.drop(columns=list(_TEXT)) for table in tables], ignore_index=True)
     for name, values in texts.items():
         table[name] = values

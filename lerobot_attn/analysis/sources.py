@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import delayed
 
+from lerobot_attn.analysis.cluster import Scheduler, run_jobs, workers_of
 from lerobot_attn.analysis.labels import said_of
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.sizes import Progress
@@ -40,19 +42,34 @@ def map_episodes[Result](
     function: Callable[[xr.Dataset], Result],
     sources: Sequence[Source],
     *,
-    scheduler: str,
+    scheduler: Scheduler = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Result | Exception]:
     """Call a function on every episode's dataset, in parallel; what it raises takes the place of its result.
 
+    Args:
+        function: called with a dataset; with "processes" or a cluster it is pickled.
+        sources: the episodes.
+        scheduler: what computes; by default threads of this process.
+        workers: start so many processes on this machine instead.
+        progress: called as `progress(done, total)` as episodes are done, from this thread.
+
+    Returns:
+        A result for each, in their order.
+
     Raises:
         SelectionError: unknown scheduler.
+        ConfigError: a scheduler and workers, or no workers.
+        SetupError: there is no such cluster, or it cannot do this work.
     """
-    if scheduler not in ("threads", "processes", "synchronous"):
-        raise SelectionError(f"scheduler {scheduler!r}: expected 'threads', 'processes' or 'synchronous'")
-    jobs = [delayed(_Job(function, source), pure=False, traverse=False)() for source in sources]
-    with Callback(posttask=_Counter({job.key for job in jobs}, progress)):
-        return list(compute(*jobs, scheduler=scheduler))
+    jobs = [_Job(function, source) for source in sources]
+    with workers_of(scheduler, workers) as chosen:
+        if chosen is not None and not isinstance(chosen, str):
+            return run_jobs(chosen, jobs, progress)
+        tasks = [delayed(job, pure=False, traverse=False)() for job in jobs]
+        with Callback(posttask=_Counter({task.key for task in tasks}, progress)):
+            return list(compute(*tasks, scheduler=chosen or "threads"))
 
 
 def sources_of[S: Source](episodes: S | Iterable[S], what: str) -> list[S]:
@@ -104,6 +121,12 @@ class _Job:
     def __init__(self, function: Callable[[xr.Dataset], Any], source: Source):
         self.function = function
         self.source = source
+
+    @property
+    def place(self) -> str:
+        """The episode's path, whole; "" for one at a URL, or that does not say."""
+        path = path_of(self.source)
+        return "" if not path or "://" in path else str(Path(path).absolute())
 
     def __call__(self) -> Any:
         try:

@@ -63,6 +63,10 @@ class Episode:
         self.attributes = header.attributes
         self._header = header
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or another process, opens the same episode by; nothing that is open."""
+        return {"path": self.path.absolute(), "attributes": self.attributes, "_header": self._header}
+
     def __repr__(self) -> str:
         """Say which episode this is."""
         state = "complete" if self.is_complete else "incomplete"
