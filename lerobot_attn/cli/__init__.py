@@ -17,6 +17,7 @@ from lerobot_attn.cli import (
     rerun,
     saliency,
     setup,
+    summarise,
 )
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import any_text_can_be_printed
@@ -37,6 +38,7 @@ __all__ = [
     "rerun",
     "saliency",
     "setup",
+    "summarise",
 ]
 
 

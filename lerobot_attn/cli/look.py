@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from lerobot_attn.cli.app import app
-from lerobot_attn.cli.messages import progress_bar, status
+from lerobot_attn.cli.messages import chosen_workers, progress_bar, status
 from lerobot_attn.cli.options import (
     Alpha,
     Clip,
@@ -26,8 +26,10 @@ from lerobot_attn.cli.options import (
     Outlines,
     Query,
     RunPath,
+    SchedulerAddress,
     SettingsFile,
     Step,
+    Workers,
 )
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.store.url import place_of
@@ -341,6 +343,8 @@ def compare(
     video: Annotated[
         bool | None, typer.Option("--video/--no-video", help="Write the video of two episodes side by side.")
     ] = None,
+    scheduler: SchedulerAddress = None,
+    workers: Workers = None,
     settings: SettingsFile = None,
 ) -> None:
     """Compare two episodes (success and failure, two prompts) or two groups, and write a report."""
@@ -377,8 +381,8 @@ def compare(
         sides = split_by_condition(_whole_episodes(open_run(a)), names.split(",") if names else None)
     elif b is not None:
         sides = _whole_episodes(open_run(a)), _whole_episodes(open_run(b))
-    with progress_bar("Comparing") as progress:
-        files = write_report(*sides, output, chosen, progress)
+    with chosen_workers(scheduler, workers) as computing, progress_bar("Comparing") as progress:
+        files = write_report(*sides, output, chosen, progress, scheduler=computing)
     print("\n".join(f"Wrote {path}" for path in files))
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
+
+if TYPE_CHECKING:
+    from lerobot_attn.analysis.cluster import Scheduler
 
 
 def status(text: str) -> Status:
@@ -24,6 +28,21 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def chosen_workers(scheduler: str | None, workers: int | None) -> Iterator[Scheduler]:
+    """Connect to what the options --scheduler and --workers say; say on stderr where its dashboard is."""
+    from lerobot_attn.analysis.cluster import dashboard_of, workers_of
+
+    with ExitStack() as stack:
+        with status("Waiting for the scheduler" if workers is None else f"Starting {workers} workers"):
+            chosen = stack.enter_context(workers_of(scheduler, workers))
+            link = None if chosen is None or isinstance(chosen, str) else dashboard_of(chosen)
+        if link is not None:
+            print(f"Dashboard: {link}", file=sys.stderr)
+        stack.enter_context(log_lines())
+        yield chosen
 
 
 class _Printed(logging.Handler):

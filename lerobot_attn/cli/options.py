@@ -83,6 +83,19 @@ LeaveOut = Annotated[
 ]
 ColorMap = Annotated[str | None, typer.Option("--colormap", help="A matplotlib colour map.")]
 Alpha = Annotated[float | None, typer.Option(help="Opacity of the largest value, 0 to 1.")]
+SchedulerAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="Read the episodes on the workers of this Dask scheduler, which must see their paths. Default: "
+        "threads here.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", help="Read them in so many processes on this machine instead."),
+]
 Clip = Annotated[
     float | None, typer.Option(help="Percentile of the patches at which colours end; 100 is the largest.")
 ]

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
+from lerobot_attn.analysis.cluster import Scheduler
 from lerobot_attn.analysis.compare import Align, Aspect, compare_each, overall_table, patches_of
 from lerobot_attn.analysis.renamed import warn_renamed
 from lerobot_attn.analysis.select import Where, seen_frame
@@ -81,6 +82,7 @@ def compare_groups(
     b: Sequence[Episode],
     settings: CompareSettings | None = None,
     progress: Progress | None = None,
+    scheduler: Scheduler = None,
 ) -> Comparison:
     """Compare shares, effective patches and words of two groups of episodes; of one each, without intervals.
 
@@ -89,6 +91,7 @@ def compare_groups(
         b: likewise.
         settings: what to look at.
         progress: called as `progress(done, total)`, episodes read.
+        scheduler: what reads the episodes, as for `analysis.compare`.
 
     Raises:
         SelectionError: an empty side, or a layer, camera, … that an episode does not hold.
@@ -109,6 +112,7 @@ def compare_groups(
         b,
         aspects,
         confidence=settings.confidence,
+        scheduler=scheduler,
         progress=progress,
         **settings.where,
     )
@@ -220,6 +224,7 @@ def write_report(
     folder: str | Path,
     settings: CompareSettings | None = None,
     progress: Progress | None = None,
+    scheduler: Scheduler = None,
 ) -> list[Path]:
     """Write a comparison: `comparison.png`, tables, `report.md`, and for two episodes `comparison.mp4`.
 
@@ -229,6 +234,7 @@ def write_report(
         folder: where to; it is made.
         settings: what to look at, and how to draw it.
         progress: called as `progress(done, total)`.
+        scheduler: what reads the episodes for the numbers, as for `analysis.compare`.
 
     Returns:
         The files.
@@ -251,7 +257,7 @@ def write_report(
         if progress is not None:
             progress(done, n_read + n_video)
 
-    found = compare_groups(a, b, settings, reading)
+    found = compare_groups(a, b, settings, reading, scheduler)
     figure = comparison_figure(a, b, settings, found=found)
     try:
         folder.mkdir(parents=True, exist_ok=True)
