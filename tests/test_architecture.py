@@ -377,6 +377,7 @@ def test_reading_and_looking_import_only_what_the_base_install_brings():
         extras = {
             "lerobot_attn.overlay.rerun": {"rerun-sdk"},
             "lerobot_attn.analysis.probes": {"scikit-learn"},
+            "lerobot_attn.analysis.cluster": {"distributed"},
             "lerobot_attn.store.remote": {"obstore", "fsspec"},
             "lerobot_attn.store.hub_access": {"huggingface-hub", "httpx"},  # the former brings the latter
         }
@@ -402,7 +403,7 @@ def test_what_the_base_install_brings_is_needed_to_read_or_look():
         ("import lerobot_attn.inspection, lerobot_attn.cli", ["torch", "lerobot"]),
         (
             "import " + ", ".join(name for name in MODULES if room_of(name) in RIGHT),
-            [*FRAMEWORKS, "hydra", "rerun", "sklearn", "huggingface_hub", "obstore"],
+            [*FRAMEWORKS, "hydra", "rerun", "sklearn", "huggingface_hub", "obstore", "distributed"],
         ),
     ],
     ids=["the package", "reading", "the command line", "everything right of the store"],

@@ -87,7 +87,7 @@ def summarise(
     _write(summary.table, output)
     n_episodes = len(episodes) - len(summary.failed)
     print(f"Wrote {output}: {len(summary.table)} rows of {n_episodes} episodes")
-    raise typer.Exit(bool(left_out))
+    raise typer.Exit(1 if left_out else 0)
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
