@@ -3,11 +3,12 @@
 
     python benchmarks/summarise.py [--runs 5] [--cores 2] [--quick] [--json FILE]
 
-Episodes of Pi0.5's sizes with full maps of two layers, two inferences each, are summarised frame by frame:
-`modality_share` of every stored layer and denoise step, so that every full map is decompressed. In turns:
+Episodes of 145 steps of Pi0.5's sizes are summarised frame by frame: `modality_share` of the two layers with
+full maps at every denoise step, so that every full map is decompressed. In turns:
 
     decode     the compressor alone over one episode's chunks, in this process, seconds of one core
-    alone      `summarise_run` of one episode without threads, in this process, seconds of one core
+    read       one episode's full maps as an array from the store, by Zarr, likewise
+    alone      `summarise_run` of one episode without threads, likewise
     workers    `summarise_run` of all episodes on that many worker processes that run already, by the clock
                on the wall; says little on a busy machine
 
@@ -17,6 +18,7 @@ episodes, against four times as many; before each, the peak starts anew. All fil
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -33,7 +35,7 @@ import zarr
 from common import arguments, finish, machine, median, ratio, stored_codec, timed
 from made_up import MadeUpEpisode
 
-from lerobot_attn import open_run
+from lerobot_attn import open_episode, open_run
 from lerobot_attn.analysis import local_workers, summarise_run
 from lerobot_attn.synthetic import SyntheticPlan
 
@@ -42,23 +44,24 @@ if TYPE_CHECKING:
 
     from lerobot_attn.store.reader import Episode
 
-N_INFERENCES = 2  # of an episode
-EPISODES_A_WORKER = 8
+EPISODES_A_WORKER = 6
 TIMES_AS_MANY = 4  # episodes, where memory is compared
 HOW = (
-    "Copies of an episode of two inferences at Pi0.5's sizes, made-up softmax maps of two layers "
-    "(MadeUpEpisode in benchmarks/made_up.py); modality_share of every frame, stored layer and denoise step; "
-    "files in the system's cache."
+    "An episode of 145 steps of Pi0.5's sizes, made-up softmax maps of two layers (MadeUpEpisode in "
+    "benchmarks/made_up.py), under many names; modality_share of every frame, layer with full maps and "
+    "denoise step; files in the system's cache."
 )
 
 
 def write_run(folder: Path, plan: SyntheticPlan, n: int) -> list[Episode]:
-    """Write a run of copies of one episode."""
+    """Write an episode, and give it the names of a whole run."""
     made_up = MadeUpEpisode(plan)
     task = folder / "attention" / "made_up_0"
     made_up.write(task / "episode_00000.zarr", lambda inference: made_up.maps(inference).as_float16())
     for index in range(1, n):
-        shutil.copytree(task / "episode_00000.zarr", task / f"episode_{index:05d}.zarr")
+        shutil.copytree(
+            task / "episode_00000.zarr", task / f"episode_{index:05d}.zarr", copy_function=os.link
+        )
     return list(open_run(folder))
 
 
@@ -85,6 +88,12 @@ def compressed(store: Path) -> tuple[Callable[[], None], int]:
     return decode, values.nbytes
 
 
+def read(episode: Episode) -> np.ndarray:
+    """Return an episode's full maps."""
+    values: np.ndarray = open_episode(episode.path).arrays["suffix_attention"].values
+    return values
+
+
 def start_anew() -> None:
     """Forget this process's peak of memory so far."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -102,8 +111,9 @@ def summarised(episodes: list[Episode], scheduler: Any) -> pd.DataFrame:
     Raises:
         RuntimeError: one could not be.
     """
+    full = episodes[0].arrays["layer"].values.tolist()  # "all" would be all layers' means
     found = summarise_run(
-        episodes, "modality_share", by="frame", scheduler=scheduler, layer="all", denoise_step="all"
+        episodes, "modality_share", by="frame", scheduler=scheduler, layer=full, denoise_step="all"
     )
     if found.failed:
         raise RuntimeError(f"{found.failed[0].path}: {found.failed[0].error}")
@@ -130,8 +140,8 @@ def main() -> int:
     numcodecs.blosc.set_nthreads(1)
     cores = parsed.cores
     n = cores * (2 if parsed.quick else EPISODES_A_WORKER)
-    plan = SyntheticPlan() if parsed.quick else SyntheticPlan.full_size(n_frames=10 * N_INFERENCES)
-    seconds: dict[str, list[float]] = {"decode": [], "alone": [], "workers": []}
+    plan = SyntheticPlan() if parsed.quick else SyntheticPlan.full_size(n_frames=145)
+    seconds: dict[str, list[float]] = {"decode": [], "read": [], "alone": [], "workers": []}
     peaks = []
     with tempfile.TemporaryDirectory() as name, local_workers(cores) as client:
         episodes = write_run(Path(name), plan, n)
@@ -140,6 +150,7 @@ def main() -> int:
             raise RuntimeError("the workers' table is not the one without them")
         for _ in range(parsed.runs):
             seconds["decode"].append(timed(decode, time.process_time))
+            seconds["read"].append(timed(partial(read, episodes[0]), time.process_time))
             alone = partial(summarised, episodes[:1], "synchronous")
             seconds["alone"].append(timed(alone, time.process_time))
             seconds["workers"].append(timed(partial(summarised, episodes, client)))
@@ -155,6 +166,7 @@ def main() -> int:
             at_least=0.8,
             headline=True,
         ),
+        ratio(f"{what}: share of {cores} times the speed of Zarr's reading them", seconds["read"], one_share),
         ratio(
             f"{what}: share of {cores} times the speed of one process without a scheduler",
             seconds["alone"],

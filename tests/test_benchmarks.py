@@ -22,6 +22,7 @@ BENCHMARKS = {
     "read": ("one raw map", "full scan with Dask"),
     "explorer": ("next frame, key held", "another layer", "first view", "memory"),
     "neuron_words": ("peak memory", "from the cache"),
+    "summarise": ("bare decoding speed", "one process", "peak memory"),
     "live": ("watching live", "median", "p95"),
 }
 IN_A_BROWSER = ("explorer", "live")
