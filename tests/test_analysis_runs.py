@@ -111,6 +111,27 @@ def test_each_row_is_labelled_by_what_it_is_of(data):
     np.testing.assert_allclose(phases, np.array([0, 3, 6, 9]) / 11)
 
 
+def test_by_episode_are_the_means_over_the_inferences_that_have_a_value(data):
+    table = summarise(data, layer="all")
+    means = summarise(data, by="episode", layer="all")
+    assert [*means.columns] == [name for name in table.columns if name not in ("inference", "phase")]
+    labels = ["layer", "measure", "quantity", "kind", "name"]
+    expected = table.astype({"value": float}).groupby(labels).value.mean()  # leaves NaN out
+    assert len(means) == len(expected)
+    np.testing.assert_allclose(means.set_index(labels).value[expected.index], expected)
+    assert means.value.notna().all()  # of stability, too, which the first inference lacks
+
+
+def test_by_episode_a_word_that_a_prompt_lacks_got_no_attention(data):
+    table = summarise(data, "token_attention")
+    is_cut = (table.name == "plate") & (table.inference == 1)
+    found = runs_module._means(table[~is_cut], 4).set_index("name").value
+    kept = table[(table.name == "plate") & ~is_cut].value
+    assert len(kept) == 3
+    assert found["plate"] == pytest.approx(kept.sum() / 4)
+    assert found["cup"] == pytest.approx(table[table.name == "cup"].value.mean())
+
+
 def test_a_dask_dataset_gives_the_same_table(run_folder, data):
     lazy = open_run(run_folder)[0].dataset
     assert lazy.suffix_attention.chunks
@@ -304,7 +325,7 @@ def forgets_frames(dataset, **where):
         ((3,), {}, "measure 3: expected a name or a function"),
         (([3],), {}, "expected a name or a function"),
         (((),), {}, "got no measures"),
-        ((), {"by": "episode"}, "by='episode': expected 'inference' or 'frame'"),
+        ((), {"by": "task"}, "by='task': expected 'inference', 'frame' or 'episode'"),
         ((), {"frame": 3}, "got frame=3, expected none"),
         ((), {"inference": "all"}, "got inference='all', expected none"),
         ((), {"layer": 9}, "layer 9 was not saved"),
