@@ -31,9 +31,9 @@ from lerobot_attn.analysis.select import (
 )
 from lerobot_attn.analysis.tokens import by_modality
 from lerobot_attn.errors import RANDOM_WEIGHTS, SelectionError, StoreError, first_line
-from lerobot_attn.sizes import format_bytes
+from lerobot_attn.sizes import Progress, format_bytes
 from lerobot_attn.store.reader import Episode
-from lerobot_attn.store.runs import Run, TableRow
+from lerobot_attn.store.runs import Run
 from lerobot_attn.store.schema import ARRAYS, BY_NAME, DIMENSIONS
 
 
@@ -174,23 +174,19 @@ def describe_episode(episode: Episode) -> dict[str, Any]:
     }
 
 
-def describe_run(run: Run) -> dict[str, Any]:
+def describe_run(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     """Return everything that `inspect` shows of a run, as plain JSON values."""
-    rows, conditions, random_weights, remarks = [], dict[str, str](), False, dict[str, None]()
-    for episode in run:
-        rows.append(TableRow.of(episode))
-        conditions[episode.condition.name] = episode.condition.text
-        random_weights = random_weights or episode.has_random_weights
-        remarks |= {episode.policy_remark: None} if episode.policy_remark else {}
+    found = run.rows(progress)
+    rows = [row.table for row in found]
     return {
         "path": str(run.path),
         "n_episodes": len(rows),
         "n_complete": sum(row.complete for row in rows),
         "n_success": sum(row.success is True for row in rows),
-        "conditions": conditions,
+        "conditions": {row.table.condition: row.condition_text for row in found},
         "stored_bytes": sum(row.bytes for row in rows),
-        "random_weights": random_weights,
-        "policy_remark": "; ".join(remarks),
+        "random_weights": any(row.random_weights for row in found),
+        "policy_remark": "; ".join(dict.fromkeys(row.policy_remark for row in found if row.policy_remark)),
         # JSON has no NaN, which an attribute may be.
         "episodes": [{k: None if v != v else v for k, v in row._asdict().items()} for row in rows],
         "damaged": [{"path": str(path), "error": error} for path, error in run.damaged],

@@ -77,7 +77,7 @@ RIGHT = (
 # In the store's own room, what the left writes with.
 WRITES = (
     *("schema", "references", "location", "files", "attributes"),
-    *("lock", "trust", "encoding", "writer", "video", "packed", "remote", "url"),
+    *("lock", "trust", "encoding", "writer", "video", "packed", "remote", "url", "index"),
 )
 READS = ("lerobot_attn.store.reader", "lerobot_attn.store.runs")
 FRAMEWORK_FREE = (

@@ -29,6 +29,7 @@ from lerobot_attn.recording.camera_videos import CameraVideos
 from lerobot_attn.recording.plan import Ending, EpisodePlan, EpisodeResult, Known
 from lerobot_attn.recording.scenes import SceneRows
 from lerobot_attn.sizes import format_bytes
+from lerobot_attn.store.index import note_episode
 from lerobot_attn.store.writer import EpisodeWriter
 
 logger = logging.getLogger(__name__)
@@ -256,6 +257,8 @@ class EpisodeJob:
             reason = f"incomplete: {problem}"
         elif ending.interrupted_by is not None:
             reason = f"incomplete: interrupted by {ending.interrupted_by}"
+        if reason is None:
+            note_episode(store.path)
         self.result = EpisodeResult(
             index=self.plan.index,
             path=self.plan.path,

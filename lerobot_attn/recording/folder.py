@@ -18,6 +18,7 @@ from typing import Any
 from lerobot_attn.config import FLOAT16_MANTISSA_BITS, resolve_indices
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.store.attributes import Header, read_header
+from lerobot_attn.store.index import gather_parts
 from lerobot_attn.store.location import bare_name, is_episode_name, present_form, refuse_both_forms
 from lerobot_attn.store.lock import claim_folder
 from lerobot_attn.store.schema import EPISODE_SUFFIX
@@ -101,7 +102,10 @@ class RunFolder:
             StoreError: another run records into the folder.
         """
         with claim_folder(self.path, f"{self._remedies}, or wait for it"):
-            yield
+            try:
+                yield
+            finally:
+                gather_parts(self.path)
 
     def settle(self, attributes: Mapping[str, Any], capture: Mapping[str, Any]) -> None:
         """Do with the episodes that are there what was asked for, before the first is recorded.

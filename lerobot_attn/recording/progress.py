@@ -52,7 +52,7 @@ def progress_of(folder: Path, n_episodes: int, tasks: Sequence[tuple[str, int]] 
     complete = {
         path.name: [0, 0]
         for path in sorted(folder.glob("attention/*"))
-        if path.is_dir() and (own is None or path.name in own)
+        if path.is_dir() and (path.name in own if own is not None else path.name[0] != ".")
     }
     for task, counts in complete.items():
         for index in range(n_episodes):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.store.location import Files, files_at, is_packed, refuse_both_forms
@@ -24,6 +24,29 @@ from lerobot_attn.store.url import Place, Url, place_of
 
 _MAX_BYTES = 16_000_000
 HELP = "expected an episode store written by `lerobot-eval --eval.save_attention_maps=true`"
+
+
+class NothingYetError(StoreError):
+    """A recording has made the store and has not committed anything yet."""
+
+
+class RecordedCondition(NamedTuple):
+    """What was done to the policy in an episode.
+
+    Attributes:
+        name: of the condition; "baseline" where nothing was done and no name was given.
+        text: the same for people, one line, to be said beside the maps; "" where nothing was done.
+        interventions: each as plain values, as a condition's file has them.
+    """
+
+    name: str = "baseline"
+    text: str = ""
+    interventions: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def line(self) -> str:
+        """The line that stands beside maps; "" where nothing was done."""
+        return f"condition: {self.text}" if self.text else ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,38 @@ class Header:
     def n_frames(self) -> int:
         """Number of frames that are there."""
         return self.shapes["frame_inference"][0]
+
+    @property
+    def task(self) -> str:
+        """The instruction."""
+        return str(self.attributes.get("task", ""))
+
+    @property
+    def success(self) -> bool | None:
+        """Whether the task was solved; None if the episode was interrupted."""
+        success = self.attributes.get("success")
+        return success if isinstance(success, bool) else None
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether the policy was a demo whose maps mean nothing."""
+        return bool(self.attributes.get("policy", {}).get("random_weights"))
+
+    @property
+    def policy_remark(self) -> str:
+        """One line on the policy that belongs beside its maps; "" if none, or if the weights are random."""
+        remark = self.attributes.get("policy", {}).get("remark")
+        return "" if self.has_random_weights or not isinstance(remark, str) else " ".join(remark.split())
+
+    @property
+    def condition(self) -> RecordedCondition:
+        """What was done to the policy: the interventions, whose text belongs beside the maps."""
+        said = self.attributes.get("condition")
+        if not isinstance(said, dict):
+            return RecordedCondition()
+        done = tuple(said.get("interventions", ()))
+        text = " ".join(said.get("text", "").split()) if done else ""
+        return RecordedCondition(said["name"], text, done)
 
     def raw_bytes(self) -> int:
         """Return the size of the maps before compression, bytes."""
@@ -143,7 +198,7 @@ def _header(path: Place, document: Any) -> Header:
             "lerobot_policy_attn to read it"
         )
     if "n_inferences" not in attributes and "consolidated_metadata" not in document:
-        raise StoreError(
+        raise NothingYetError(
             f"{path}: holds nothing yet: its recording has only just begun, or was ended as it began; "
             "expected a first commit; try again in a moment"
         )

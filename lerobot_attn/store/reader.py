@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.layout import TokenLayout
 from lerobot_attn.masks import ROLES, Instance, in_words
-from lerobot_attn.store.attributes import Header, read_header
+from lerobot_attn.store.attributes import Header, RecordedCondition, read_header
 from lerobot_attn.store.location import bare_name, files_at
 from lerobot_attn.store.references import RemoteVideo, Video, referenced
 from lerobot_attn.store.stills import still_of
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
 
 # Relative error of rounding a float32 to a dtype.
 _ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-
-
-class RecordedCondition(NamedTuple):
-    """What was done to the policy in an episode.
-
-    Attributes:
-        name: of the condition; "baseline" where nothing was done and no name was given.
-        text: the same for people, one line, to be said beside the maps; "" where nothing was done.
-        interventions: each as plain values, as a condition's file has them.
-    """
-
-    name: str = "baseline"
-    text: str = ""
-    interventions: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def line(self) -> str:
-        """The line that stands beside maps; "" where nothing was done."""
-        return f"condition: {self.text}" if self.text else ""
 
 
 class Episode:
@@ -76,6 +57,11 @@ class Episode:
         )
 
     @property
+    def header(self) -> Header:
+        """What the store said of itself when it was opened."""
+        return self._header
+
+    @property
     def bare_name(self) -> str:
         """The store's name without its suffix, packed or not: what the names of its videos begin with."""
         return bare_name(self.path.name)
@@ -83,7 +69,7 @@ class Episode:
     @property
     def task(self) -> str:
         """The instruction."""
-        return str(self.attributes.get("task", ""))
+        return self._header.task
 
     @property
     def is_complete(self) -> bool:
@@ -93,8 +79,7 @@ class Episode:
     @property
     def success(self) -> bool | None:
         """Whether the task was solved; None if the episode was interrupted."""
-        success = self.attributes.get("success")
-        return success if isinstance(success, bool) else None
+        return self._header.success
 
     @property
     def n_inferences(self) -> int:
@@ -109,23 +94,17 @@ class Episode:
     @property
     def has_random_weights(self) -> bool:
         """Whether the policy was a demo whose maps mean nothing."""
-        return bool(self.attributes.get("policy", {}).get("random_weights"))
+        return self._header.has_random_weights
 
     @property
     def policy_remark(self) -> str:
         """One line on the policy that belongs beside its maps; "" if none, or if the weights are random."""
-        remark = self.attributes.get("policy", {}).get("remark")
-        return "" if self.has_random_weights or not isinstance(remark, str) else " ".join(remark.split())
+        return self._header.policy_remark
 
     @property
     def condition(self) -> RecordedCondition:
         """What was done to the policy: the interventions, whose text belongs beside the maps."""
-        said = self.attributes.get("condition")
-        if not isinstance(said, dict):
-            return RecordedCondition()
-        done = tuple(said.get("interventions", ()))
-        text = " ".join(said.get("text", "").split()) if done else ""
-        return RecordedCondition(said["name"], text, done)
+        return self._header.condition
 
     @cached_property
     def layout(self) -> TokenLayout:

@@ -8,14 +8,17 @@ Knows what stores are called and how to open one. Knows nothing of what they hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from lerobot_attn.errors import StoreError
+from lerobot_attn.errors import SelectionError, StoreError
+from lerobot_attn.sizes import Progress
 from lerobot_attn.store.attributes import HELP, is_store
-from lerobot_attn.store.location import PACKED_EPISODE_SUFFIX, bare_name, files_at, is_episode_name
+from lerobot_attn.store.index import WORTH, Index, IndexRow, TableRow, home_of, stamp_of_store
+from lerobot_attn.store.location import bare_name, files_at, is_episode_name, other_form
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.remote import Remote
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
@@ -25,45 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class TableRow(NamedTuple):
-    """An episode in `Run.table`."""
-
-    task_group: Any
-    task_id: Any
-    episode: Any
-    task: str
-    condition: str  # its name; "baseline" where nothing was done to the policy
-    success: bool | None
-    frames: int
-    inferences: int
-    bytes: int
-    complete: bool
-    dataset: str | None  # the data set's repo_id, whose episode `episode` is
-    path: str
-
-    @classmethod
-    def of(cls, episode: Episode) -> TableRow:
-        """Return the row of an episode; looks at the size of each of its files."""
-        return cls(
-            episode.attributes.get("task_group"),
-            episode.attributes.get("task_id"),
-            episode.attributes.get("episode_index"),
-            episode.task,
-            episode.condition.name,
-            episode.success,
-            episode.n_frames,
-            episode.n_inferences,
-            episode.stored_bytes(),
-            episode.is_complete,
-            _dataset(episode.attributes.get("dataset")),
-            str(episode.path),
-        )
-
-
-def _dataset(found: Any) -> str | None:
-    return str(found["repo_id"]) if isinstance(found, Mapping) and found.get("repo_id") else None
-
-
 class Run:
     """The episodes under a folder, opened one by one as they are asked for. Get it from `open_run`.
 
@@ -71,15 +35,22 @@ class Run:
     lists. `len(run)` and `run[index]` count the stores that are there, without opening any: where one is
     damaged, `run[index]` raises its `StoreError`.
 
+    Args:
+        path: the folder.
+        stores: the episodes in it.
+        unsure: those of them that are there in both forms.
+
     Attributes:
         path: the folder.
         stores: the stores' folders, and the files of those that are packed.
     """
 
-    def __init__(self, path: Place, stores: Iterable[Place]):
+    def __init__(self, path: Place, stores: Iterable[Place], unsure: Collection[Place] = ()):
         self.path = path
         self.stores = tuple(stores)
+        self._unsure = frozenset(unsure)
         self._reasons: dict[Place, str | None] = {}  # of the stores that were tried; None: it opened
+        self._rows: dict[Place, IndexRow] | None = None
 
     def __repr__(self) -> str:
         """Say which run this is."""
@@ -128,11 +99,114 @@ class Run:
     def table(self) -> pd.DataFrame:
         """One row per episode: task, condition, success, frames, inferences, bytes, complete, dataset, path.
 
-        Of a robot's rollout `dataset` and `episode` say which episode of which data set it is.
+        Of a robot's rollout `dataset` and `episode` say which episode of which data set it is. From the run's
+        index, as far as its stores are what they were.
         """
         import pandas as pd
 
-        return pd.DataFrame([TableRow.of(episode) for episode in self], columns=list(TableRow._fields))
+        return pd.DataFrame([row.table for row in self.rows()], columns=list(TableRow._fields))
+
+    def rows(self, progress: Progress | None = None) -> list[IndexRow]:
+        """Return what is known of each episode that can be opened, in the order of the stores.
+
+        Of complete episodes it is in the run's index, `attention-index.parquet`; each is looked at once, and
+        read where it is not what the index says. Then the index is written anew, if the folder lets it.
+
+        Args:
+            progress: called as `progress(done, total)`.
+        """
+        if self._rows is None:
+            self._rows = self._look(progress)
+        return [self._rows[store] for store in self.stores if store in self._rows]
+
+    def where(
+        self, *, task: str | None = None, success: bool | None = None, condition: str | None = None
+    ) -> Run:
+        """Return the part of the run whose episodes are so; what cannot be opened is not among them.
+
+        Args:
+            task: the task's group and number ("libero_object_3"), its group, or words of its instruction, in
+                upper or lower case; None: any.
+            success: whether the episode succeeded; None: any, also those that nobody judged.
+            condition: the name of what was done to the policy ("baseline" where nothing was); None: any.
+
+        Raises:
+            SelectionError: no episode is so.
+        """
+        rows = self.rows()
+        chosen = _of_task(rows, task)
+        for name, wanted in (("success", success), ("condition", condition)):
+            if wanted is not None:
+                chosen = [row for row in chosen if getattr(row.table, name) == wanted]
+        if not chosen:
+            raise SelectionError(f"{self.path}: {_nothing(rows, task, success, condition)}")
+        paths = {row.table.path: row for row in chosen}
+        part = Run(self.path, [store for store in self.stores if str(store) in paths])
+        part._rows = {store: paths[str(store)] for store in part.stores}
+        part._reasons = dict.fromkeys(part.stores)
+        return part
+
+    def _look(self, progress: Progress | None) -> dict[Place, IndexRow]:
+        here = [store for store in self.stores if isinstance(store, Path)]
+        index = None
+        if isinstance(self.path, Path) and len(here) >= WORTH:
+            index = Index(home_of(self.path, here))
+        rows: dict[Place, IndexRow] = {}
+        for number, store in enumerate(self.stores, start=1):
+            stamp = stamp_of_store(store)
+            row = None
+            if index is not None and isinstance(store, Path) and stamp and store not in self._unsure:
+                row = index.row(store, stamp)
+            if row is not None:
+                self._reasons[store] = None
+            elif (episode := self._opened(store)) is not None:
+                row = IndexRow.of(store, episode.header, stamp)
+                if progress is not None:
+                    progress(number, len(self.stores))
+            if row is not None:
+                rows[store] = row
+        if index is not None:
+            index.keep(rows.values())
+        return rows
+
+
+def task_name(row: TableRow) -> str:
+    """Return a task's group and number, as "libero_object_3"."""
+    return f"{row.task_group}_{row.task_id}"
+
+
+def _of_task(rows: list[IndexRow], task: str | None) -> list[IndexRow]:
+    if task is None:
+        return rows
+    named = [row for row in rows if task in (task_name(row.table), row.table.task_group)]
+    return named or [row for row in rows if task.casefold() in row.table.task.casefold()]
+
+
+def _nothing(rows: list[IndexRow], task: str | None, success: bool | None, condition: str | None) -> str:
+    """Say what was looked for in vain, and what there is."""
+    asked = {
+        f"of task {task!r}": task is not None,
+        f"in condition {condition!r}": condition is not None,
+        "that succeeded" if success else "that failed": success is not None,
+    }
+    tasks = {f"{task_name(row.table)} ({row.table.task})": None for row in rows}
+    conditions = {row.table.condition: None for row in rows}
+    n_success, n_failure = (sum(row.table.success is outcome for row in rows) for outcome in (True, False))
+    there = [
+        *([f"tasks {_first(tasks)}"] if task is not None else []),
+        *([f"conditions {_first(conditions)}"] if condition is not None else []),
+        f"{n_success} successes and {n_failure} failures",
+    ]
+    return (
+        f"no episode {' '.join(text for text, is_asked in asked.items() if is_asked)}; of its {len(rows)} "
+        f"episodes there are {'; '.join(there)}"
+    )
+
+
+def _first(names: Iterable[str], most: int = 5) -> str:
+    found = list(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
 
 
 def open_run(path: str | Place) -> Run:
@@ -156,10 +230,10 @@ def open_run(path: str | Place) -> Run:
     if is_episode_name(path.name) or not path.is_dir() or is_store(path):
         open_episode(path)
         return Run(path, (path,))
-    stores = _find_stores(path)
+    stores, unsure = _find_stores(path)
     if not stores:
         raise StoreError(f"{path}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it")
-    return Run(path, stores)
+    return Run(path, stores, unsure)
 
 
 def _remote_run(url: Url) -> Run:
@@ -206,15 +280,46 @@ def _is_episode(name: str) -> bool:
     return name.startswith("episode_") and is_episode_name(name)
 
 
-def _find_stores(path: Path) -> list[Path]:
-    for prefix in ("", "*/", "attention/*/", "**/"):
+def _find_stores(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the episodes below a folder, in the order of their paths, and those that are in both forms."""
+    for level in (_itself, _folders_in, _folders_of_attention, _folders_below):
         found = [
-            store
-            for form in (EPISODE_SUFFIX, PACKED_EPISODE_SUFFIX)
-            for store in path.glob(f"{prefix}episode_*{form}")
+            (*folder.relative_to(path).parts, name)
+            for folder in level(path)
+            for name in _names_in(folder)
+            if _is_episode(name)
         ]
         if found:
             break
     # An episode that is there in both forms is one of the run's, which opening refuses.
-    either = {bare_name(str(store)): store for store in sorted(found, reverse=True)}
-    return sorted(either.values())
+    either = {(*parts[:-1], bare_name(parts[-1])): parts for parts in sorted(found, reverse=True)}
+    stores = [Path(path, *parts) for parts in sorted(either.values())]
+    if len(either) == len(found):
+        return stores, []
+    return stores, [store for store in stores if (other_form(store) or store).exists()]
+
+
+def _itself(root: Path) -> list[Path]:
+    return [root]
+
+
+def _folders_in(root: Path) -> list[Path]:
+    return [root / name for name in _names_in(root, folders_only=True)]
+
+
+def _folders_of_attention(root: Path) -> list[Path]:
+    return _folders_in(root / "attention")
+
+
+def _folders_below(root: Path) -> Iterator[Path]:
+    for folder, folders, _ in os.walk(root):  # into no store, which has hundreds of files
+        folders[:] = [name for name in folders if not name.endswith(EPISODE_SUFFIX)]
+        yield Path(folder)
+
+
+def _names_in(folder: Path, *, folders_only: bool = False) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not folders_only or entry.is_dir()]
+    except OSError:  # no folder, or one that cannot be listed
+        return []
