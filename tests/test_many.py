@@ -35,15 +35,13 @@ def ten_thousand(tmp_path_factory):
 @pytest.mark.alone
 def test_a_run_of_ten_thousand_opens_within_a_second(ten_thousand):
     open_run(ten_thousand)  # warm: the folders are in the system's cache
-    seconds = []
-    for _ in range(3):  # other work on the machine may take one of them
-        start = time.perf_counter()
-        run = open_run(ten_thousand)
-        n, last = len(run), run[-1]
-        seconds.append(time.perf_counter() - start)
-        assert n == N_EPISODES
-        assert last.n_inferences == 2
-    assert min(seconds) < 1
+    start = time.process_time()  # whatever else the machine does
+    run = open_run(ten_thousand)
+    n, last = len(run), run[-1]
+    seconds = time.process_time() - start
+    assert n == N_EPISODES
+    assert last.n_inferences == 2
+    assert seconds < 1
 
 
 @pytest.mark.alone

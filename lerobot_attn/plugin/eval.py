@@ -221,7 +221,7 @@ def recording(
     return replaced_names(
         namespace,
         {
-            "eval_policy_all": functools.partial(_wrap_eval_policy_all, run=run),
+            "eval_policy_all": functools.partial(_wrap_eval_policy_all, run=run, first_episode=first_episode),
             "run_one": functools.partial(
                 _wrap_run_one, run=run, env_type=env_type, first_episode=first_episode, acting=acting
             ),
@@ -230,7 +230,9 @@ def recording(
     )
 
 
-def _wrap_eval_policy_all(original: Callable[..., Any], run: RunRecorder) -> Callable[..., Any]:
+def _wrap_eval_policy_all(
+    original: Callable[..., Any], run: RunRecorder, *, first_episode: int
+) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -238,6 +240,7 @@ def _wrap_eval_policy_all(original: Callable[..., Any], run: RunRecorder) -> Cal
         from lerobot_attn.capture import find_tokenizer
 
         call = signature.bind(*args, **kwargs).arguments
+        run.announce(sum(map(len, call["envs"].values())), call["n_episodes"], first_episode)
         with run.watch(call["policy"], find_tokenizer(call["preprocessor"])):
             info: dict[str, Any] = original(*args, **kwargs)
         _list_paths(info)

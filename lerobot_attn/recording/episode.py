@@ -236,6 +236,8 @@ class EpisodeJob:
             "interrupted_by": ending.interrupted_by,
             **ending.attributes,
         }
+        if self._rewards and np.isfinite(self._rewards).all():
+            attributes |= {"sum_reward": sum(self._rewards), "max_reward": max(self._rewards)}
         if self._videos.n_repeated:
             attributes["n_repeated_pictures"] = self._videos.n_repeated
         if self._activations is not None and self._activations.n_beyond:

@@ -168,6 +168,19 @@ class RunRecorder:
                 if self._task is not None:  # the task raised: say what there is
                     self._report(self._summarise())
 
+    def announce(self, n_tasks: int, n_episodes: int, first_episode: int = 0) -> None:
+        """Let every store say how many episodes the whole evaluation is to leave, if that is known.
+
+        Args:
+            n_tasks: how many are evaluated.
+            n_episodes: of each.
+            first_episode: number of each task's first.
+        """
+        if self.config.keep == "all":
+            chosen, numbers = self.config.episodes, range(first_episode, first_episode + n_episodes)
+            n_wanted = n_episodes if chosen is None else sum(index in chosen for index in numbers)
+            self._attributes["n_episodes_expected"] = n_tasks * n_wanted
+
     def whole_before(self, task: TaskPlan, start_seed: int) -> Point | None:
         """Return where a task can go on without rolling out whole episodes again; None: at its beginning.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -77,6 +78,10 @@ class IndexRow(NamedTuple):
         random_weights: whether the policy was a demo whose maps mean nothing.
         policy_remark: a line that belongs beside the policy's maps; "" if none.
         n_expected: episodes that its recording was to have in all, as far as it said.
+        created: when it began, ISO 8601, as far as it said.
+        sum_reward: of its frames; None where the store does not say it in its attributes.
+        max_reward: likewise the largest.
+        has_ended: whether its recording has closed the store, complete or not.
     """
 
     table: TableRow
@@ -87,6 +92,10 @@ class IndexRow(NamedTuple):
     random_weights: bool
     policy_remark: str
     n_expected: int | None
+    created: str | None
+    sum_reward: float | None
+    max_reward: float | None
+    has_ended: bool = True
 
     @classmethod
     def of(cls, place: Place, header: Header, stamp: Stamp | None = None) -> IndexRow:
@@ -126,6 +135,10 @@ class IndexRow(NamedTuple):
             header.has_random_weights,
             header.policy_remark,
             _whole(said.get("n_episodes_expected")),
+            created if isinstance(created := said.get("created"), str) else None,
+            _number(said.get("sum_reward")),
+            _number(said.get("max_reward")),
+            header.is_complete or "interrupted_by" in said,
         )
 
 
@@ -151,6 +164,9 @@ _COLUMNS: dict[str, tuple[type, bool]] = {
     "random_weights": (bool, False),
     "policy_remark": (str, False),
     "n_expected": (int, True),
+    "created": (str, True),
+    "sum_reward": (float, True),
+    "max_reward": (float, True),
 }
 _N_TABLE = len(TableRow._fields) - 1  # all but the path
 type Values = tuple[Any, ...]  # of the columns behind `store`, in their order
@@ -165,29 +181,36 @@ class Index:
 
     def __init__(self, home: Path | None):
         self._home = home
+        self._table = {} if home is None else _read_table(home / INDEX)
         self._held: dict[str, dict[str, Values]] = {}
-        self._at_home = {} if home is None else self._of(str(home))
+        if home is not None:
+            self._held[str(home)] = self._table | _read_parts(home)
+        self._found: dict[str, Values] = {}  # path → values, of the rows that were handed out
 
     def row(self, store: Path, stamp: Stamp) -> IndexRow | None:
         """Return a store's row; None where there is none, or it is of what the store was before."""
         path = str(store)
-        values = self._at_home.get(_below(path, str(self._home)))
-        if values is None or values[:2] != stamp:
-            folder = str(store.parent.parent)
-            values = self._of(folder).get(_below(path, folder))
-        if values is None or values[:2] != stamp:
-            return None
-        table = TableRow._make((*values[2 : 2 + _N_TABLE], path))
-        return IndexRow(table, stamp, *values[2 + _N_TABLE :])
+        for folder in (self._home, store.parent.parent):
+            values = None if folder is None else self._of(str(folder)).get(_below(path, str(folder)))
+            if values is not None and values[:2] == stamp:
+                self._found[path] = values
+                table = TableRow._make((*values[2 : 2 + _N_TABLE], path))
+                return IndexRow(table, stamp, *values[2 + _N_TABLE :])
+        return None
 
     def keep(self, rows: Iterable[IndexRow]) -> None:
         """Write the run's own index anew, if these are not the rows that it holds."""
         if self._home is None:
             return
-        found = dict(one for row in rows if (one := values_of(row, self._home)) is not None)
+        folder, kept = str(self._home), dict[str, Values]()
+        for row in rows:
+            path = row.table.path
+            found = self._found.get(path)
+            one = (_below(path, folder), found) if found is not None else values_of(row, self._home)
+            kept |= [] if one is None else [one]
         # Of a few episodes only what a recording has written is kept in one table.
-        if found != _read_table(self._home / INDEX) and len(found) >= WORTH:
-            write_index(self._home, found)
+        if kept != self._table and len(kept) >= WORTH:
+            write_index(self._home, kept)
 
     def _of(self, folder: str) -> dict[str, Values]:
         if folder not in self._held:
@@ -208,7 +231,11 @@ def stamp_of_store(store: Place) -> Stamp | None:
 
 def read_index(folder: Path) -> dict[str, Values]:
     """Return the rows that lie in a folder: a store's path in it → values. Damaged ones are passed over."""
-    held = _read_table(folder / INDEX)
+    return _read_table(folder / INDEX) | _read_parts(folder)
+
+
+def _read_parts(folder: Path) -> dict[str, Values]:
+    held: dict[str, Values] = {}
     for part in _parts(folder):
         with suppress(OSError, ValueError, RecursionError):
             if part.stat().st_size <= _MAX_PART_BYTES:
@@ -252,7 +279,7 @@ def values_of(row: IndexRow, folder: Path) -> tuple[str, Values] | None:
         The store's path in the folder and its values; None of an episode that is not complete, or that says
         of itself what the columns cannot hold.
     """
-    table, stamp, *rest = row
+    table, stamp, *rest, _ = row
     if stamp is None or not table.complete:
         return None
     name = _below(table.path, str(folder))
@@ -381,10 +408,14 @@ def _whole(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def _schema() -> Any:
     import pyarrow as pa
 
-    types = {str: pa.string(), int: pa.int64(), bool: pa.bool_()}
+    types = {str: pa.string(), int: pa.int64(), bool: pa.bool_(), float: pa.float64()}
     return pa.schema(
         [pa.field(name, types[kind], nullable=optional) for name, (kind, optional) in _COLUMNS.items()]
     )

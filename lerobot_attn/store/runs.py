@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.sizes import Progress
-from lerobot_attn.store.attributes import HELP, is_store
+from lerobot_attn.store.attributes import HELP, NothingYetError, is_store
 from lerobot_attn.store.index import WORTH, Index, IndexRow, TableRow, home_of, stamp_of_store
 from lerobot_attn.store.location import bare_name, files_at, is_episode_name, other_form
 from lerobot_attn.store.reader import Episode, open_episode
@@ -50,7 +50,9 @@ class Run:
         self.stores = tuple(stores)
         self._unsure = frozenset(unsure)
         self._reasons: dict[Place, str | None] = {}  # of the stores that were tried; None: it opened
+        self._begun: set[Place] = set()  # of those that did not open: that hold nothing yet
         self._rows: dict[Place, IndexRow] | None = None
+        self._before: dict[Place, IndexRow] = {}
 
     def __repr__(self) -> str:
         """Say which run this is."""
@@ -91,9 +93,16 @@ class Run:
             episode = open_episode(store)
         except StoreError as error:
             self._reasons[store] = str(error)
+            if isinstance(error, NothingYetError):
+                self._begun.add(store)
             return None
         self._reasons[store] = None
         return episode
+
+    @property
+    def begun(self) -> tuple[Place, ...]:
+        """Those of the damaged stores whose recording has not committed anything yet."""
+        return tuple(store for store, _ in self.damaged if store in self._begun)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -118,6 +127,16 @@ class Run:
         if self._rows is None:
             self._rows = self._look(progress)
         return [self._rows[store] for store in self.stores if store in self._rows]
+
+    def again(self) -> Run:
+        """Return the run as it is now; of its episodes those are looked at that are new or have changed.
+
+        Raises:
+            StoreError: it is gone.
+        """
+        now = open_run(self.path)
+        now._before = self._before if self._rows is None else self._rows
+        return now
 
     def where(
         self, *, task: str | None = None, success: bool | None = None, condition: str | None = None
@@ -148,23 +167,24 @@ class Run:
 
     def _look(self, progress: Progress | None) -> dict[Place, IndexRow]:
         here = [store for store in self.stores if isinstance(store, Path)]
-        index = None
-        if isinstance(self.path, Path) and len(here) >= WORTH:
-            index = Index(home_of(self.path, here))
+        index: Index | None = None
         rows: dict[Place, IndexRow] = {}
         for number, store in enumerate(self.stores, start=1):
             stamp = stamp_of_store(store)
-            row = None
-            if index is not None and isinstance(store, Path) and stamp and store not in self._unsure:
-                row = index.row(store, stamp)
+            row = self._before.get(store)
+            if row is None or stamp is None or row.stamp != stamp or not row.table.complete:
+                row = None
+            if row is None and isinstance(store, Path) and isinstance(self.path, Path) and len(here) >= WORTH:
+                index = index or Index(home_of(self.path, here))
+                row = index.row(store, stamp) if stamp and store not in self._unsure else None
             if row is not None:
                 self._reasons[store] = None
             elif (episode := self._opened(store)) is not None:
                 row = IndexRow.of(store, episode.header, stamp)
-                if progress is not None:
-                    progress(number, len(self.stores))
             if row is not None:
                 rows[store] = row
+            if progress is not None and (number % 50 == 0 or number == len(self.stores)):
+                progress(number, len(self.stores))
         if index is not None:
             index.keep(rows.values())
         return rows
@@ -284,8 +304,9 @@ def _find_stores(path: Path) -> tuple[list[Path], list[Path]]:
     """Return the episodes below a folder, in the order of their paths, and those that are in both forms."""
     for level in (_itself, _folders_in, _folders_of_attention, _folders_below):
         found = [
-            (*folder.relative_to(path).parts, name)
+            (*parts, name)
             for folder in level(path)
+            for parts in [folder.relative_to(path).parts]
             for name in _names_in(folder)
             if _is_episode(name)
         ]
