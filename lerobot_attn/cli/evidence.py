@@ -10,7 +10,7 @@ import typer
 
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import progress_bar
-from lerobot_attn.cli.options import SettingsFile
+from lerobot_attn.cli.options import ConditionName, SettingsFile, Successes, TaskText, part_of
 from lerobot_attn.errors import RANDOM_WEIGHTS
 
 
@@ -110,6 +110,9 @@ def ground(
         str | None, typer.Option(help="Action token: executed (mean, default), mean of all, or a number.")
     ] = None,
     confidence: Annotated[float | None, typer.Option(help="Of the intervals over episodes.")] = None,
+    task: TaskText = None,
+    success: Successes = None,
+    condition: ConditionName = None,
     settings: SettingsFile = None,
 ) -> None:
     """Say which layers and heads are on the target, against chance, and write a report.
@@ -134,8 +137,9 @@ def ground(
         query=query,
         confidence=confidence,
     )
+    run = part_of(open_run(path), task, success, condition)
     with progress_bar("Grounding") as progress:
-        found, files = write_grounding(open_run(path), output, chosen, progress)
+        found, files = write_grounding(run, output, chosen, progress)
     for note in (*found.notes, *([RANDOM_WEIGHTS] if found.has_random_weights else [])):
         print(note, file=sys.stderr)
     print(sentence(found))

@@ -16,6 +16,7 @@ from lerobot_attn.cli.options import (
     Alpha,
     Clip,
     ColorMap,
+    ConditionName,
     EpisodePath,
     Exclude,
     Head,
@@ -29,7 +30,10 @@ from lerobot_attn.cli.options import (
     SchedulerAddress,
     SettingsFile,
     Step,
+    Successes,
+    TaskText,
     Workers,
+    part_of,
 )
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.store.url import place_of
@@ -37,19 +41,26 @@ from lerobot_attn.store.url import place_of
 if TYPE_CHECKING:
     from lerobot_attn.store.reader import Episode
     from lerobot_attn.store.runs import Run
+    from lerobot_attn.store.url import Place
 
 
 @app.command()
 def inspect(
     path: RunPath,
+    task: TaskText = None,
+    success: Successes = None,
+    condition: ConditionName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what is in an episode's store or in a run: task, shapes, segments, size, where attention goes."""
     from lerobot_attn import inspection
     from lerobot_attn.store.runs import open_run
 
-    run = open_run(path)
-    facts = inspection.describe_episode(run[0]) if run.is_episode else inspection.describe_run(run)
+    run = part_of(open_run(path), task, success, condition)
+    with progress_bar("Reading") as progress:
+        facts = (
+            inspection.describe_episode(run[0]) if run.is_episode else inspection.describe_run(run, progress)
+        )
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -345,6 +356,9 @@ def compare(
     ] = None,
     scheduler: SchedulerAddress = None,
     workers: Workers = None,
+    task: TaskText = None,
+    success: Successes = None,
+    condition: ConditionName = None,
     settings: SettingsFile = None,
 ) -> None:
     """Compare two episodes (success and failure, two prompts) or two groups, and write a report."""
@@ -374,13 +388,17 @@ def compare(
         raise ConfigError(f"--by: got {by!r}, expected success, condition, or condition=NAME,NAME")
     if (b is None) == (by is None):
         raise ConfigError("compare: expected two sides A and B, or one with --by success or --by condition")
+
+    def side(path: Place) -> list[Episode]:
+        return _whole_episodes(part_of(open_run(path), task, success, condition))
+
     if what == "success":
-        split = split_by_success(_whole_episodes(open_run(a)))
+        split = split_by_success(side(a))
         sides = split.failures, split.successes
     elif what == "condition":
-        sides = split_by_condition(_whole_episodes(open_run(a)), names.split(",") if names else None)
+        sides = split_by_condition(side(a), names.split(",") if names else None)
     elif b is not None:
-        sides = _whole_episodes(open_run(a)), _whole_episodes(open_run(b))
+        sides = side(a), side(b)
     with chosen_workers(scheduler, workers) as computing, progress_bar("Comparing") as progress:
         files = write_report(*sides, output, chosen, progress, scheduler=computing)
     print("\n".join(f"Wrote {path}" for path in files))

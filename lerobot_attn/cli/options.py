@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lerobot_attn.cli.messages import progress_bar
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.settings import parse_choice
 from lerobot_attn.store.url import place_of
+
+if TYPE_CHECKING:
+    from lerobot_attn.store.runs import Run
 
 
 def _former_name(old: str, new: str) -> Callable[[str | None], str | None]:
@@ -39,6 +43,22 @@ RunPath = Annotated[
         metavar="PATH",
         help="An episode (….zarr, ….zarr.zip), a task's folder, or a run's output folder; or its URL.",
     ),
+]
+TaskText = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TEXT",
+        help="Only episodes of this task: group and number (libero_object_3), group, or words of its "
+        "instruction.",
+    ),
+]
+Successes = Annotated[
+    bool | None, typer.Option("--success/--failure", help="Only successful episodes, or only the others.")
+]
+ConditionName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Only episodes in this condition; baseline: nothing was done."),
 ]
 PolicyPath = Annotated[
     str,
@@ -109,6 +129,27 @@ Outlines = Annotated[
         help="Outline the scene's objects, if the episode has masks. Default: yes.",
     ),
 ]
+
+
+def part_of(run: Run, task: str | None, success: bool | None, condition: str | None) -> Run:
+    """Return a run's episodes that were asked for, and say on stderr what could not be asked.
+
+    Args:
+        run: the run.
+        task: what `TaskText` gave.
+        success: what `Successes` gave.
+        condition: what `ConditionName` gave.
+
+    Raises:
+        SelectionError: there is none.
+    """
+    if task is None and success is None and condition is None:
+        return run
+    with progress_bar("Reading") as progress:
+        run.rows(progress)
+    for _, reason in run.damaged:
+        print(f"left out: {reason}", file=sys.stderr)
+    return run.where(task=task, success=success, condition=condition)
 
 
 def whole_numbers(name: str, text: str | None) -> list[int] | None:
