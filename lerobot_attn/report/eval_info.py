@@ -124,6 +124,7 @@ def gather(run: Run, *, condition: str | None = None, progress: Progress | None 
     parts: dict[Task, list[_Part]] = {}
     seen: dict[tuple[Any, ...], str] = {}
     n_from_stores, seconds, n_timed = 0, 0.0, 0
+    n_read, n_rows = 0, sum(row.table.complete for row in rows)
     for job in jobs:
         told = _tasks_of(job.info)
         for task in sorted({*told, *job.tasks}):
@@ -135,6 +136,9 @@ def gather(run: Run, *, condition: str | None = None, progress: Progress | None 
             elif here:
                 parts.setdefault(task, []).append(_counted(here))
                 n_from_stores += len(here)
+            n_read += len(job.tasks.get(task, []))
+            if progress is not None:
+                progress(n_read, n_rows)
         if job.info is None and job.tasks:
             n_complete = sum(map(len, job.tasks.values()))
             notes.append(
@@ -252,14 +256,12 @@ def _counted(rows: Sequence[IndexRow]) -> _Part:
 def _rewards(row: IndexRow) -> tuple[float | None, float | None]:
     """Return the sum and the largest of an episode's rewards; None where it has none."""
     try:
-        episode = open_episode(row.table.path)
-        if episode.array_shape("reward") is None:
-            return None, None
-        rewards = episode.arrays["reward"].values
-    except Exception:  # a damaged chunk raises whatever its codec raises
+        rewards = open_episode(row.table.path).rewards()
+    except StoreError:
         return None, None
-    known = len(rewards) > 0 and bool(np.isfinite(rewards).all())
-    return (float(rewards.sum()), float(rewards.max())) if known else (None, None)
+    if rewards is None or not len(rewards) or not np.isfinite(rewards).all():
+        return None, None
+    return float(rewards.sum()), float(rewards.max())
 
 
 def _per_task(task: Task, parts: Sequence[_Part]) -> dict[str, Any]:

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+import zarr
 from dask.base import tokenize
+from numpy.typing import NDArray
 
 from lerobot_attn.store.location import files_at
 from lerobot_attn.store.numbers import Allowed, check_when_read
 from lerobot_attn.store.remote import Remote
 from lerobot_attn.store.schema import BY_NAME, METADATA
+from lerobot_attn.store.trust import check_array
 from lerobot_attn.store.url import Place
 
 # Of a table that is read at once from a URL.
@@ -58,6 +61,24 @@ def lazy_dataset(
     opened.attrs = {name: _plain(value) for name, value in opened.attrs.items() if value is not None}
     opened.encoding["source"] = str(path)
     return opened
+
+
+def single_array(path: Place, name: str, n_rows: int) -> NDArray[Any]:
+    """Return the rows of one small array that count; no other one is opened.
+
+    Args:
+        path: the store's folder, or its file where it is packed; a URL of either.
+        name: the array's.
+        n_rows: how many of its rows count.
+
+    Raises:
+        Exception: of many kinds, where the array or the metadata is damaged.
+    """
+    files = files_at(path)
+    # All metadata of a store take Zarr longer than the array itself; so its own is read, and checked.
+    check_array(path, name, json.loads(files.read(f"{name}/{METADATA}")))
+    array = zarr.open_array(files, path=name, mode="r", zarr_format=3)
+    return np.asarray(array[:n_rows])
 
 
 def _tables(document: Mapping[str, Any]) -> Iterator[str]:

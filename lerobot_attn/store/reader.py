@@ -26,6 +26,7 @@ from lerobot_attn.store.url import Place, Url, place_of
 
 if TYPE_CHECKING:
     import xarray as xr
+    from numpy.typing import NDArray
 
 # Relative error of rounding a float32 to a dtype.
 _ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -140,6 +141,21 @@ class Episode:
             StoreError: the arrays' metadata is damaged.
         """
         return self._open(with_dask=False)
+
+    def rewards(self) -> NDArray[Any] | None:
+        """Return (frame,) rewards, without opening the other arrays; None where the loop had none.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        from lerobot_attn.store.lazy import single_array
+
+        if self.array_shape("reward") is None:
+            return None
+        try:
+            return single_array(self.path, "reward", self.n_frames)
+        except Exception as error:  # a damaged chunk raises whatever its codec raises
+            raise StoreError(f"{self.path}: reward cannot be read: {first_line(error)}") from error
 
     def _open(self, *, with_dask: bool) -> xr.Dataset:
         from lerobot_attn.store.lazy import lazy_dataset

@@ -66,6 +66,16 @@ def checked_shapes(path: Place, document: dict[str, Any]) -> dict[str, tuple[int
     return {name: tuple(array["shape"]) for name, array in arrays.items()}
 
 
+def check_array(path: Place, name: str, array: Any) -> None:
+    """Check a single array's own metadata: its name, type, codecs and size.
+
+    Raises:
+        StoreError: something is not as it may be.
+    """
+    _check_array(path, name, array)
+    _check_size(path, name, array)
+
+
 def check_attributes(path: Place, attributes: dict[str, Any]) -> None:
     """Check the attributes that analysis and figures take apart without looking."""
     for name in _OBJECTS:
