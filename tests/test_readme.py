@@ -21,7 +21,8 @@ from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their code blocks are run. CONTRIBUTING has none; the explorer's requests have a test of their own.
-WITH_CODE = [page for page in PAGES if page.name in ("README.md", "store.md", "recipes.md", "evidence.md")]
+CODE = ("README.md", "store.md", "recipes.md", "places.md", "evidence.md")
+WITH_CODE = [page for page in PAGES if page.name in CODE]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDING = (ROOT / "docs" / "recording.md").read_text(encoding="utf-8")
 STORE = (ROOT / "docs" / "store.md").read_text(encoding="utf-8")
