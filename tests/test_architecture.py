@@ -78,6 +78,7 @@ RIGHT = (
 WRITES = (
     *("schema", "references", "location", "files", "attributes"),
     *("lock", "trust", "encoding", "writer", "video", "packed", "remote", "url", "index"),
+    *("services", "zipped", "bucket", "receipts", "sending"),
 )
 READS = ("lerobot_attn.store.reader", "lerobot_attn.store.runs")
 FRAMEWORK_FREE = (
@@ -378,7 +379,9 @@ def test_reading_and_looking_import_only_what_the_base_install_brings():
             "lerobot_attn.overlay.rerun": {"rerun-sdk"},
             "lerobot_attn.analysis.probes": {"scikit-learn"},
             "lerobot_attn.analysis.cluster": {"distributed"},
-            "lerobot_attn.store.remote": {"obstore", "fsspec"},
+            "lerobot_attn.store.remote": {"fsspec"},
+            "lerobot_attn.store.services": {"obstore"},
+            "lerobot_attn.store.bucket": {"obstore"},
             "lerobot_attn.store.hub_access": {"huggingface-hub", "httpx"},  # the former brings the latter
         }
         assert distributions_of(name) <= base | extras.get(name, set()), name

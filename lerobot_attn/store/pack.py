@@ -21,17 +21,16 @@ from pathlib import Path
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.sizes import Progress, folder_bytes, format_bytes
 from lerobot_attn.store.files import first_link, unfinished
-from lerobot_attn.store.location import Files, Folder, is_packed, on_this_machine, other_form
+from lerobot_attn.store.location import Folder, is_packed, on_this_machine, other_form
 from lerobot_attn.store.lock import LOCK, claim_folder
 from lerobot_attn.store.packed import PACKED_SUFFIX, Packed, packed_at
 from lerobot_attn.store.reader import open_episode
 from lerobot_attn.store.runs import open_run
-from lerobot_attn.store.schema import BY_NAME, EPISODE_SUFFIX, METADATA
+from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.store.url import place_of
+from lerobot_attn.store.zipped import blocks_of, names_in_order, write_member
 
-_BLOCK_BYTES = 1 << 20
 _READ_ONLY = "a URL is read-only, so nothing is packed or unpacked there"
-_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say: the same store gives the same file
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _pack(store: Path, progress: Progress | None) -> Repacked:
         )
     _refuse_links(store)
     folder = Folder(store.absolute())
-    names = _in_order(store)
+    names = names_in_order(store)
     total = 2 * sum(folder.file_bytes(name) for name in names)
     said = _Said(progress, total)
     if target.exists():  # a pack or an unpack was interrupted
@@ -190,64 +189,34 @@ def _unpack(store: Path, progress: Progress | None) -> Repacked:
     return Repacked(target, len(packed.members), folder_bytes(target))
 
 
-def _in_order(store: Path) -> list[str]:
-    """Return the names of a store's files in the order in which they are packed.
-
-    Maps come first and the group's metadata last: one read of the file's last part then brings all tables
-    beside the list of members.
-    """
-    names = [path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file()]
-    return sorted(names, key=lambda name: (name == METADATA, not _is_map(name), name))
-
-
-def _is_map(name: str) -> bool:
-    array, _, rest = name.partition("/")
-    return array in BY_NAME and BY_NAME[array].sharded and rest != METADATA
-
-
 def _write(file: object, folder: Folder, names: Iterable[str], said: _Said) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         for name in names:
-            info = zipfile.ZipInfo(name, _DATE)
-            info.external_attr = 0o644 << 16
-            info.file_size = folder.file_bytes(name)
-            with folder.open_file(name) as source, archive.open(info, "w") as member:
-                while block := source.read(_BLOCK_BYTES):
-                    member.write(block)
-                    said.add(len(block))
+            size = folder.file_bytes(name)
+            for block in write_member(archive, name, size, blocks_of(folder, name, size)):
+                said.add(len(block))
 
 
 def _extract(packed: Packed, name: str, size: int, target: Path, said: _Said) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file:
-        for block in _blocks(packed, name, size):
+        for block in blocks_of(packed, name, size):
             file.write(block)
             said.add(len(block))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _blocks(files: Files, name: str, size: int) -> Iterator[bytes]:
-    if isinstance(files, Packed):
-        start = files.members[name].start
-        for at in range(start, start + size, _BLOCK_BYTES):
-            yield files.source.read(at, min(at + _BLOCK_BYTES, start + size))
-        return
-    with files.open_file(name) as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
-
-
 def _refuse_difference(store: Path, file: Path, packed: Packed, folder: Folder, said: _Said) -> None:
     """Raise StoreError unless a zip holds a folder's files, byte for byte, and no others."""
-    names = set(_in_order(store))
+    names = set(names_in_order(store))
     odd = next(iter(sorted(names ^ packed.members.keys())), None)
     for name, member in packed.members.items() if odd is None else ():
         if folder.file_bytes(name) != member.size:
             odd = name
             break
         for ours, theirs in zip(
-            _blocks(folder, name, member.size), _blocks(packed, name, member.size), strict=True
+            blocks_of(folder, name, member.size), blocks_of(packed, name, member.size), strict=True
         ):
             if ours != theirs:
                 odd = name

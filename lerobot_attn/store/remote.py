@@ -4,7 +4,7 @@
     files.read("zarr.json")
 
 Everything is read-only. Credentials come from the environment alone. A request that fails is tried again
-twice, and takes `_PATIENCE_S` at most. Small files that were read are kept, because a request costs more than
+twice, and takes 20 seconds at most. Small files that were read are kept, because a request costs more than
 they do. Knows nothing of what a store holds.
 """
 
@@ -14,13 +14,11 @@ import asyncio
 import atexit
 import functools
 import io
-import os
 import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from datetime import timedelta
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,17 +29,14 @@ from zarr.storage import WrapperStore
 
 from lerobot_attn.errors import SetupError, StoreError, first_line
 from lerobot_attn.store.packed import PACKED_SUFFIX, Packed, members_of
+from lerobot_attn.store.services import EXTRA, connect, credentials, told
 from lerobot_attn.store.url import Url, place_of
 
-EXTRA = "pip install 'lerobot_policy_attn[remote]'"
-_PATIENCE_S = 20
-_CONNECT_S = 5
 _TAIL_BYTES = 1 << 18  # of a packed store: its list of members, the group's metadata and small tables
 _MAX_TAIL_BYTES = 1 << 24
 _MAX_OPEN = 32
 _MAX_VIDEO_BYTES = 4_000_000_000
 _BLOCK_BYTES = 1 << 23
-_ENVIRONMENT = ("AWS_", "GOOGLE_", "AZURE_", "HF_")  # what credentials' names begin with
 
 _open: OrderedDict[Url, Remote | Packed] = OrderedDict()
 _lock = threading.Lock()
@@ -101,7 +96,7 @@ class Remote(WrapperStore[Store]):
     """
 
     def __init__(self, url: Url):
-        super().__init__(_store_of(url.root, _credentials()))
+        super().__init__(_store_of(url.root, credentials()))
         self.url = url
         self._kept: dict[str, bytes | None] = {}
 
@@ -147,7 +142,7 @@ class Remote(WrapperStore[Store]):
         try:
             return await self._store.get(self._at(key), prototype, byte_range)
         except Exception as error:  # each service has its own kinds
-            raise self._told(key, error) from error
+            raise told(self.url / key, error) from error
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -165,7 +160,7 @@ class Remote(WrapperStore[Store]):
         try:
             return await self._store.exists(self._at(key))
         except Exception as error:
-            raise self._told(key, error) from error
+            raise told(self.url / key, error) from error
 
     async def getsize(self, key: str) -> int:
         """Return a file's size, bytes."""
@@ -189,7 +184,7 @@ class Remote(WrapperStore[Store]):
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise self._told(key, error) from error
+            raise told(self.url / key, error) from error
 
     def read(self, key: str, part: ByteRequest | None = None) -> bytes:
         """Return what a file holds, or a part of it.
@@ -234,7 +229,7 @@ class Remote(WrapperStore[Store]):
         try:
             return sorted(name.strip("/") for name in sync(listed()))
         except Exception as error:
-            raise self._told(below, error) from error
+            raise told(self.url / below, error) from error
 
     def prefetch(self, keys: Iterable[str]) -> None:
         """Read small files at once and keep them; those that are not there, too."""
@@ -246,34 +241,6 @@ class Remote(WrapperStore[Store]):
 
         for key, found in zip(wanted, sync(all_of_them()), strict=True):
             self._kept[key] = None if found is None else bytes(found.to_bytes())
-
-    def _told(self, key: str, error: Exception) -> StoreError:
-        """Return what went wrong in one line, with what helps."""
-        if isinstance(error, StoreError):
-            return error
-        kind, text = type(error).__name__, first_line(error)
-        where = self.url / key
-        text = text if len(text) <= 300 else f"{text[:297]}…"
-        refused = kind in ("PermissionDeniedError", "UnauthenticatedError", "GatedRepoError") or any(
-            word in text.lower() for word in ("credential", "forbidden", "unauthorized", "accessdenied")
-        )
-        if refused:
-            help_ = (
-                f"expected credentials in the environment that may read it ({_HOW.get(where.scheme, 'none')})"
-            )
-        elif "NotFoundError" in kind or "nosuchbucket" in text.lower():
-            help_ = "expected a bucket or data set that is there, with credentials if it is not public"
-        else:
-            help_ = "expected a server that answers, and reads of parts of files; is the address right?"
-        return StoreError(f"{where}: cannot be read: {text}; {help_}")
-
-
-_HOW = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION; AWS_SKIP_SIGNATURE=true for public buckets",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
-    "hf": "HF_TOKEN",
-}
 
 
 def _remote(url: str) -> Remote:
@@ -365,39 +332,14 @@ def _temporary_folder() -> str:
     return folder
 
 
-def _credentials() -> tuple[tuple[str, str], ...]:
-    """Return what the environment says, so that a store is connected to anew where that has changed."""
-    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)))
-
-
 @functools.lru_cache(maxsize=16)
 def _store_of(root: str, environment: tuple[tuple[str, str], ...]) -> Store:
     """Connect to a bucket, host or data set; nothing is asked yet."""
     if root.startswith("hf://"):
         return _hub(root)
-    try:
-        from obstore.store import from_url
-        from zarr.storage import ObjectStore
-    except ImportError as error:
-        raise SetupError(f"{root}: URLs are read by obstore, which is not installed; {EXTRA}") from error
-    said = dict(environment)
-    plain = root.startswith("http://") or any(
-        said.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    )
-    options: Mapping[str, Any] = {
-        "timeout": timedelta(seconds=_PATIENCE_S),
-        "connect_timeout": timedelta(seconds=_CONNECT_S),
-        "allow_http": plain,
-    }
-    retry: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=_PATIENCE_S)}
-    try:
-        store = from_url(root, client_options=options, retry_config=retry)  # type: ignore[call-overload]
-    except Exception as error:
-        scheme = root.partition(":")[0]
-        raise StoreError(
-            f"{root}: cannot be connected to: {first_line(error)}; expected an address and what it needs in "
-            f"the environment ({_HOW.get(scheme, 'nothing')})"
-        ) from error
+    store = connect(root)
+    from zarr.storage import ObjectStore
+
     return ObjectStore(store, read_only=True)
 
 
