@@ -20,6 +20,7 @@ COMPRESSORS = ("zstd", "lz4", "blosclz", "zlib", "none")
 KEEP = ("all", "success", "failure")
 ON_ERROR = ("continue", "abort")
 EXISTING = ("refuse", "skip", "overwrite")
+UPLOAD = ("s3://", "gs://", "az://")  # what addresses of buckets begin with
 WHEN_BEHIND = ("auto", "wait", "drop")
 REFERENCE = "reference"  # of cameras
 STREAMS = ("vlm", "expert")  # of neurons and residuals
@@ -106,6 +107,10 @@ class StorageSettings:
     existing: str = "refuse"
     # Folder for the stores; default: {output_dir}/attention.
     dir: str | None = None
+    # Send each episode to a bucket as it completes, e.g. s3://bucket/run (gs://, az://; extra remote).
+    upload: str | None = None
+    # Keep what was sent on this disk, too; false removes an episode once its checksum was compared.
+    keep_local: bool = True
     # Start the explorer beside the recording: the page shows each inference soon after it ends.
     view: bool = False
     # Send cameras, heatmaps, shares, words and actions to a Rerun viewer while they are recorded.
@@ -141,6 +146,17 @@ class StorageSettings:
             _check_range(self, "keep_bits", 1, FLOAT16_MANTISSA_BITS)
         if self.cameras != REFERENCE and not isinstance(self.cameras, bool):
             raise ConfigError(f"cameras: got {self.cameras!r}, expected true, false or {REFERENCE!r}")
+        _check_bool(self, "keep_local")
+        if self.upload is not None and not str(self.upload).startswith(UPLOAD):
+            raise ConfigError(
+                f"upload: got {self.upload!r}, expected a bucket's folder ({', '.join(UPLOAD)}), such as "
+                "s3://bucket/run; to the Hub: `lerobot-attn push`, afterwards"
+            )
+        if self.upload is None and not self.keep_local:
+            raise ConfigError(
+                "keep_local: got false without upload, expected true, because nothing would be left; set "
+                "upload=s3://bucket/run"
+            )
         _check_bool(self, "view")
         _check_bool(self, "rerun")
         _check_bool(self, "segmentation")

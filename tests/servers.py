@@ -1,5 +1,6 @@
-"""Servers of the tests' own: plain HTTP with ranges, and as much of S3 as reading a bucket takes."""
+"""Servers of the tests' own: plain HTTP with ranges, and as much of S3 as reading and writing a bucket takes."""
 
+import hashlib
 import re
 import threading
 from contextlib import contextmanager
@@ -24,11 +25,24 @@ class Server:
     Attributes:
         url: "http://127.0.0.1:…"
         asked: the requests so far.
+        n_failing: so many of the next requests that write are answered with an error of the server's.
+        harm: what arrives is changed by this before it is kept.
+        etags: what objects are called that did not come in one piece, or whose service tells no MD5.
+        tells_md5: whether ETags are MD5 sums.
+        gate: requests that write wait for it.
     """
 
     def __init__(self, folder: Path, *, buckets: bool, ranges: bool):
         self.asked: list[Asked] = []
-        handler = partial(_Handler, folder, self.asked, buckets, ranges)
+        self.n_failing = 0
+        self.harm = lambda content: content
+        self.etags: dict[str, str] = {}
+        self.tells_md5 = True
+        self.gate = threading.Event()
+        self.gate.set()
+        self.parts: dict[str, dict[int, bytes]] = {}
+        self.lock = threading.Lock()
+        handler = partial(_Handler, folder, self, buckets, ranges)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -36,6 +50,7 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
+        self.gate.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -54,8 +69,9 @@ def serving(folder: Path, *, buckets: bool = False, ranges: bool = True):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, folder, asked, buckets, ranges, *args):
-        self._folder, self._asked, self._buckets, self._ranges = folder, asked, buckets, ranges
+    def __init__(self, folder, state, buckets, ranges, *args):
+        self._folder, self._state, self._buckets, self._ranges = folder, state, buckets, ranges
+        self._asked = state.asked
         super().__init__(*args)
 
     def log_message(self, *_):
@@ -69,23 +85,87 @@ class _Handler(BaseHTTPRequestHandler):
         name = unquote(parts.path).strip("/")
         self._asked.append(Asked(self.command, name, self.headers.get("Range")))
         if self._buckets:
-            if "Signature=" not in self.headers.get("Authorization", ""):
-                return self._fail(403, "AccessDenied", "Access Denied")
+            if self._is_refused(name):
+                return None
             bucket = name.split("/")[0]
-            if not (self._folder / bucket).is_dir():
-                return self._fail(404, "NoSuchBucket", "The specified bucket does not exist")
             if "list-type" in parse_qs(parts.query):
                 return self._list(bucket, {key: value[0] for key, value in parse_qs(parts.query).items()})
         file = self._folder / name
         if not file.is_file():
             return self._fail(404, "NoSuchKey", "The specified key does not exist.")
-        return self._send(file.read_bytes(), self.headers.get("Range") if self._ranges else None)
+        part = self.headers.get("Range") if self._ranges else None
+        return self._send(file.read_bytes(), part, self._etag(name))
+
+    def _is_refused(self, name):
+        if "Signature=" not in self.headers.get("Authorization", ""):
+            self._fail(403, "AccessDenied", "Access Denied")
+        elif not (self._folder / name.split("/")[0]).is_dir():
+            self._fail(404, "NoSuchBucket", "The specified bucket does not exist")
+        else:
+            return False
+        return True
+
+    def do_PUT(self):
+        parts = urlsplit(self.path)
+        name, query = unquote(parts.path).strip("/"), parse_qs(parts.query, keep_blank_values=True)
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._state.gate.wait()
+        with self._state.lock:
+            self._asked.append(Asked(self.command, name, None))
+            is_failing = self._state.n_failing > 0
+            self._state.n_failing -= is_failing
+        if self._is_refused(name):
+            return
+        if is_failing:
+            self._fail(503, "SlowDown", "Please reduce your request rate.")
+            return
+        etag = hashlib.md5(content).hexdigest()
+        if "uploads" in query:
+            answer = "InitiateMultipartUploadResult"
+            self._answer(f"<{answer}><UploadId>{name}</UploadId></{answer}>")
+        elif "partNumber" in query:
+            with self._state.lock:
+                self._state.parts.setdefault(name, {})[int(query["partNumber"][0])] = content
+            self._answer("", etag)
+        elif "uploadId" in query:
+            pieces = [piece for _, piece in sorted(self._state.parts.pop(name).items())]
+            sums = b"".join(hashlib.md5(piece).digest() for piece in pieces)
+            self._keep(name, b"".join(pieces), f"{hashlib.md5(sums).hexdigest()}-{len(pieces)}")
+            self._answer(
+                f"<CompleteMultipartUploadResult><ETag>{self._etag(name)}</ETag></CompleteMultipartUploadResult>"
+            )
+        else:
+            self._keep(name, content, etag)
+            self._answer("", self._etag(name))
+
+    do_POST = do_PUT
+
+    def _keep(self, name, content, etag):
+        file = self._folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        harmed = self._state.harm(content)
+        file.write_bytes(harmed)
+        sent = etag if harmed == content else hashlib.md5(harmed).hexdigest()
+        self._state.etags[name] = sent if self._state.tells_md5 else f"tag-{len(self._asked)}"
+
+    def _etag(self, name):
+        if not self._buckets:
+            return "1"
+        return self._state.etags.get(name) or hashlib.md5((self._folder / name).read_bytes()).hexdigest()
+
+    def _answer(self, text, etag=None):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        if etag is not None:
+            self.send_header("ETag", f'"{etag}"')
+        self.end_headers()
+        self.wfile.write(text.encode())
 
     def do_PROPFIND(self):
         self._asked.append(Asked(self.command, self.path, None))
         self._fail(405, "MethodNotAllowed", "not here")
 
-    def _send(self, content, part):
+    def _send(self, content, part, etag="1"):
         size, headers = len(content), {}
         if part is not None:
             first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", part).groups()
@@ -96,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {
             **headers,
             "Content-Length": len(content),
-            "ETag": '"1"',
+            "ETag": f'"{etag}"',
             "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
         }.items():
             self.send_header(name, str(value))

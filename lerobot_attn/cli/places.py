@@ -1,4 +1,4 @@
-"""Commands that change the form in which episodes lie on a disk: pack, unpack."""
+"""Commands that change the form in which episodes lie on a disk, or where they lie: pack, unpack, upload."""
 
 from __future__ import annotations
 
@@ -42,6 +42,41 @@ def unpack(
     from lerobot_attn.store.pack import unpack as change
 
     _each("Unpacking", path, change)
+
+
+@app.command()
+def upload(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A run's output folder, a task's folder, or an episode (….zarr, ….zarr.zip)."),
+    ],
+    url: Annotated[str, typer.Argument(metavar="URL", help="A bucket's folder: s3://, gs:// or az://.")],
+    remove_local: Annotated[
+        bool,
+        typer.Option(
+            "--remove-local",
+            help="Remove each episode here once its checksum was compared; a receipt stays.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace other recordings of the same names.")
+    ] = False,
+) -> None:
+    """Send a run's complete episodes to a bucket, packed, with their cameras' videos; only what is missing.
+
+    What a recording with --eval.attention.upload could not send, too. Interrupted, the same command goes on.
+    """
+    from lerobot_attn.store.upload import upload as send
+
+    found = []
+    with progress_bar("Uploading (bytes of an episode)") as progress:
+        for one in send(path, url, keep_local=not remove_local, overwrite=overwrite, progress=progress):
+            found.append(one)
+            file = sys.stdout if one.refused is None else sys.stderr
+            print(one.line if one.refused is None else f"not uploaded: {one.line}", file=file)
+    if not found:
+        print(f"{path}: nothing to do: every episode was uploaded and removed here before")
+    raise typer.Exit(any(one.refused is not None for one in found))
 
 
 type _Change = Callable[[Path, Callable[[int, int], None]], Iterator[Repacked]]

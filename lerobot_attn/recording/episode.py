@@ -271,6 +271,8 @@ class EpisodeJob:
             n_inferences=store.n_inferences,
             raw_bytes=self._raw_bytes,
         )
+        if reason is None and self.plan.when_complete is not None:
+            self.plan.when_complete(self.plan.path)
 
     def _may_wait(self, store: EpisodeWriter) -> bool:
         """Return whether what was written is committed with the inferences that are queued."""

@@ -17,10 +17,12 @@ from typing import Any
 
 from lerobot_attn.config import FLOAT16_MANTISSA_BITS, resolve_indices
 from lerobot_attn.errors import ConfigError, StoreError
+from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.index import gather_parts
 from lerobot_attn.store.location import bare_name, is_episode_name, present_form, refuse_both_forms
 from lerobot_attn.store.lock import claim_folder
+from lerobot_attn.store.receipts import receipt_of, receipt_path, removed_stores
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.store.stills import remove_stills
 
@@ -153,11 +155,15 @@ class RunFolder:
         Raises:
             StoreError: it was recorded with another seed, or cannot be removed.
         """
-        there = present_form(store)
-        if self._existing != "skip" or there is None:
+        if self._existing != "skip":
             return None
-        refuse_both_forms(there)
-        store, found = there, _complete(there)
+        there = present_form(store)
+        if there is not None:
+            refuse_both_forms(there)
+            store = there
+        found = _complete(store)
+        if found is None and there is None:
+            return None
         if found is None:
             logger.info("Recording %s/%s anew: it was incomplete", store.parent.name, store.name)
             remove_episode(store)
@@ -173,6 +179,7 @@ class RunFolder:
             stores = [n for n in folders + files if n.startswith("episode_") and is_episode_name(n)]
             found += [Path(folder, name) for name in stores]
             folders[:] = [name for name in folders if not name.endswith(EPISODE_SUFFIX)]
+        found += removed_stores(self.path)  # which are in a bucket
         return sorted(store for store in found if store.parent != self.path)
 
     def _mixture(self, store: Path, what: str, found: Any, wanted: Any) -> StoreError:
@@ -188,7 +195,7 @@ def task_folder(group: str, task_id: int) -> str:
 
 
 def remove_episode(store: Path) -> None:
-    """Remove a store and the camera videos beside it.
+    """Remove a store, and the camera videos and the receipt beside it.
 
     Raises:
         StoreError: it cannot be removed.
@@ -197,7 +204,8 @@ def remove_episode(store: Path) -> None:
         if store.is_dir() and not store.is_symlink():
             shutil.rmtree(store)
         else:
-            store.unlink()
+            store.unlink(missing_ok=True)  # one that was sent to a bucket and removed has a receipt
+        receipt_path(store).unlink(missing_ok=True)
         for video in store.parent.glob(f"{glob.escape(bare_name(store.name))}.*.mp4"):
             video.unlink()
             remove_stills(video)
@@ -205,8 +213,24 @@ def remove_episode(store: Path) -> None:
         raise StoreError(f"{store}: cannot be removed ({error.strerror}); remove it by hand") from error
 
 
+def stored_bytes(store: Path) -> int:
+    """Return the size of an episode's store, packed or not, bytes; also while it is sent and removed."""
+    there = present_form(store)
+    if there is not None:
+        with suppress(OSError):
+            return folder_bytes(there)
+    receipt = receipt_of(store)
+    return 0 if receipt is None else receipt.n_bytes
+
+
 def _complete(store: Path) -> Header | None:
-    """Return what a complete store says of itself; None of one that is cut off or damaged."""
+    """Return what a complete store says of itself; None of one that is not there, cut off or damaged.
+
+    Of one that was sent to a bucket and removed here, its receipt says the same.
+    """
+    if present_form(store) is None:
+        receipt = receipt_of(store)
+        return receipt.header if receipt is not None and receipt.removed else None
     try:
         found = read_header(store)
     except StoreError:

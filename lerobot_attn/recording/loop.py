@@ -41,6 +41,7 @@ from lerobot_attn.recording.loop_episode import Chosen, LoopEpisode, shown_by
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan
 from lerobot_attn.recording.provenance import check_encoder
 from lerobot_attn.recording.series import EpisodeSeries
+from lerobot_attn.recording.uploading import uploading
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +106,15 @@ def record_episodes(
     run_folder = RunFolder(stores, config.existing, _REMEDIES)
     check_encoder(policy, config)
     tokenizer = tokenizer or find_tokenizer(preprocessor)
-    with run_folder.claim(), viewers_beside(run_folder.path, config):
+    with (
+        run_folder.claim(),
+        uploading(run_folder.path, config) as uploads,
+        viewers_beside(run_folder.path, config),
+    ):
         names = DimensionNames(state_names, action_names)
         looks = partial(checks, policy, preprocessor, None) if checks and is_pipeline(preprocessor) else None
         recording = LoopRecording(policy, run_folder, config, fps, names, looks)
+        recording.uploads = uploads
         with (
             acting_on(
                 policy, interventions, _MASKLESS, tokenizer=tokenizer, preprocessor=preprocessor

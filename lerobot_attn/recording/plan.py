@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ class EpisodePlan:
         path: where its store goes.
         fps: frames per second of its videos.
         attributes: what else its store says of itself (task ids, seed, versions, policy, …).
+        when_complete: called with the store once it is complete, on the writer's thread.
     """
 
     index: int
     path: Path
     fps: float
     attributes: Mapping[str, Any]
+    when_complete: Callable[[Path], None] | None = None
 
     @property
     def name(self) -> str:

@@ -33,6 +33,7 @@ from lerobot_attn.recording.provenance import check_encoder
 from lerobot_attn.recording.replay_ask import Asker
 from lerobot_attn.recording.replay_inputs import ReplayInputs
 from lerobot_attn.recording.replay_run import ReplayRun
+from lerobot_attn.recording.uploading import uploading
 from lerobot_attn.sizes import Progress
 
 logger = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ def record_dataset(
     failures: list[Exception] = []
     with (
         run_folder.claim(),
+        uploading(run_folder.path, config) as uploads,
         viewers_beside(run_folder.path, config),
         acting_on(
             policy, interventions, "a replay", tokenizer=tokenizer, preprocessor=preprocessor
@@ -175,6 +177,7 @@ def record_dataset(
             logger.info("The policy draws its own noise, so it is asked about one frame at a time")
             batch_size = 1
         run = ReplayRun(policy, run_folder, config, footage, every=every, batch_size=batch_size, task=task)
+        run.uploads = uploads
         said_too = {"replay": said, "dataset": footage.dataset, **said_of(condition), **(attributes or {})}
         run.run(asker, wanted, said_too, progress)
     return run.results

@@ -34,6 +34,7 @@ from lerobot_attn.recording.plan import DimensionNames
 from lerobot_attn.recording.provenance import check_encoder
 from lerobot_attn.recording.robot_episode import ARRAYS, Inference, Origin, RobotEpisode, Tick
 from lerobot_attn.recording.series import EpisodeSeries
+from lerobot_attn.recording.uploading import uploading
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,14 @@ def record_robot(
     config = config.for_robots().without_simulator("on a robot")
     run_folder = RunFolder(folder, config.existing, _REMEDIES)
     check_encoder(policy, config)
-    with _quick_turns(), run_folder.claim(), viewers_beside(run_folder.path, config, rerun_url):
+    with (
+        _quick_turns(),
+        run_folder.claim(),
+        uploading(run_folder.path, config) as uploads,
+        viewers_beside(run_folder.path, config, rerun_url),
+    ):
         recording = RobotRecording(policy, run_folder, config, fps, names, cameras, task)
+        recording.uploads = uploads
         with capture_attention(
             policy,
             config,

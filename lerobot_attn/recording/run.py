@@ -28,7 +28,7 @@ from lerobot_attn.prompt import Tokenizer
 from lerobot_attn.recording.background import BackgroundWriter
 from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.conditions import said_of
-from lerobot_attn.recording.folder import RunFolder, task_folder
+from lerobot_attn.recording.folder import RunFolder, stored_bytes, task_folder
 from lerobot_attn.recording.handle import EpisodeHandle, write_out, write_out_after
 from lerobot_attn.recording.observation import PolicyCameras, cameras_of
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
@@ -37,8 +37,8 @@ from lerobot_attn.recording.provenance import check_encoder, policy_facts
 from lerobot_attn.recording.rollout import RolloutRecorder
 from lerobot_attn.recording.summary import TaskSummary
 from lerobot_attn.recording.task_progress import Point, Result, TaskProgress
-from lerobot_attn.sizes import folder_bytes, format_bytes
-from lerobot_attn.store.location import present_form
+from lerobot_attn.recording.uploading import Uploads, uploading
+from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class RunRecorder:
         self._capture: AttentionCapture | None = None
         self._cameras = PolicyCameras()
         self._writer: BackgroundWriter | None = None
+        self._uploads: Uploads | None = None
         self._task: TaskPlan | None = None
         self._progress: TaskProgress | None = None
         self._episodes: list[EpisodeHandle] = []
@@ -132,6 +133,7 @@ class RunRecorder:
         with (
             self._run_folder.claim(),
             self.preemption.listening(),
+            uploading(self.folder, self.config, lambda: self.preemption.number is not None) as self._uploads,
             viewers_beside(self.folder, self.config),
             capture_attention(
                 policy,
@@ -348,6 +350,8 @@ class RunRecorder:
         path = self._path_of(task, index)
         kept = self._run_folder.kept(path, seed)
         if kept is not None:
+            if self._uploads is not None:
+                self._uploads.add(path)
             self._kept.append(
                 EpisodeResult(
                     index,
@@ -377,6 +381,7 @@ class RunRecorder:
                 "seed": seed,
                 "eval_video": video,
             },
+            when_complete=None if self._uploads is None else self._uploads.add,
         )
 
     def _summarise(self) -> TaskSummary:
@@ -394,9 +399,7 @@ class RunRecorder:
             name=task.name,
             saved=saved,
             not_saved=not_saved,
-            stored_bytes=sum(
-                folder_bytes(present_form(r.path) or r.path) for r in saved if r.path is not None
-            ),
+            stored_bytes=sum(stored_bytes(r.path) for r in saved if r.path is not None),
             waited_s=self._open_writer.waited_s - self._waited_before_s,
         )
 

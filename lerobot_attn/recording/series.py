@@ -15,13 +15,13 @@ from lerobot_attn.capture import AttentionCapture
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import RANDOM_WEIGHTS, CaptureError, ConfigError
 from lerobot_attn.recording.background import BackgroundWriter
-from lerobot_attn.recording.folder import RunFolder
+from lerobot_attn.recording.folder import RunFolder, stored_bytes
 from lerobot_attn.recording.handle import EpisodeHandle
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan, EpisodeResult
 from lerobot_attn.recording.provenance import checkpoint_facts, policy_facts, versions
 from lerobot_attn.recording.summary import TaskSummary
-from lerobot_attn.sizes import folder_bytes, format_bytes
-from lerobot_attn.store.location import present_form
+from lerobot_attn.recording.uploading import Uploads
+from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class EpisodeSeries:
 
     Attributes:
         folder: where the stores go.
+        uploads: sends complete episodes to a bucket; None: nobody does.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class EpisodeSeries:
         self._kept: list[EpisodeResult] = []
         self._next: dict[str, int] = {}
         self._size_told = False
+        self.uploads: Uploads | None = None
 
     @property
     def results(self) -> list[EpisodeResult]:
@@ -87,11 +89,7 @@ class EpisodeSeries:
             name=str(self.folder),
             saved=saved,
             not_saved=tuple(result for result in results if result.reason is not None),
-            stored_bytes=sum(
-                folder_bytes(present_form(result.path) or result.path)
-                for result in saved
-                if result.path is not None
-            ),
+            stored_bytes=sum(stored_bytes(result.path) for result in saved if result.path is not None),
             waited_s=self._writer.waited_s,
         )
         failed = any(result.failed for result in summary.not_saved)
@@ -118,6 +116,8 @@ class EpisodeSeries:
             return None
         kept = self._run_folder.kept(path, seed)
         if kept is not None:
+            if self.uploads is not None:
+                self.uploads.add(path)
             sizes = (kept.n_frames, kept.n_inferences, kept.raw_bytes())
             self._kept.append(EpisodeResult(index, path, None, False, False, True, *sizes))
             return None
@@ -130,7 +130,8 @@ class EpisodeSeries:
             "seed": seed,
             "eval_video": None,
         }
-        return EpisodePlan(index=index, path=path, fps=self._fps, attributes=said)
+        done = None if self.uploads is None else self.uploads.add
+        return EpisodePlan(index=index, path=path, fps=self._fps, attributes=said, when_complete=done)
 
     def _tell_size(self, inference_bytes: int) -> None:
         """Say once what an inference takes, when the first one tells how many tokens there are."""

@@ -27,7 +27,7 @@ _REQUEST_S = 120  # a part on a slow line
 _RETRIES = 2  # of one request; whoever calls tries again, too
 
 
-class Unreached(StoreError):
+class UnreachedError(StoreError):
     """Nobody answers, the answer is a refusal, or what arrived is not what was sent: worth another try."""
 
 
@@ -110,14 +110,14 @@ class Digest:
     @property
     def sha256(self) -> str:
         """The SHA-256 of the whole."""
-        return self._sha256.hexdigest()
+        return str(self._sha256.hexdigest())
 
     @property
     def etag(self) -> str:
         """What S3 calls the content: its MD5, or that of its parts' MD5s and their number."""
         parts = [*self._parts, *([self._part.digest()] if self._n_in_part or not self._parts else [])]
         if self.size <= self._part_bytes:
-            return parts[0].hex()
+            return bytes(parts[0]).hex()
         return f"{_md5(b''.join(parts)).hexdigest()}-{len(parts)}"
 
 
@@ -167,7 +167,7 @@ class Bucket:
         """Ask for what is there, to see that the bucket answers.
 
         Raises:
-            Unreached: it does not.
+            UnreachedError: it does not.
         """
         import obstore
 
@@ -176,13 +176,13 @@ class Bucket:
             async for _ in listed:
                 break
         except Exception as error:  # each service has its own kinds
-            raise Unreached(str(told(self.url, error, "written"))) from error
+            raise UnreachedError(str(told(self.url, error, "written"))) from error
 
     async def found(self, name: str) -> Found | None:
         """Return what the service says of an object; None where there is none.
 
         Raises:
-            Unreached: it does not answer.
+            UnreachedError: it does not answer.
         """
         import obstore
 
@@ -191,10 +191,12 @@ class Bucket:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise Unreached(str(told(self.url / name, error, "written"))) from error
+            raise UnreachedError(str(told(self.url / name, error, "written"))) from error
         return Found(said["size"], (said["e_tag"] or "").strip('"'))
 
-    async def put(self, name: str, content: Content, progress: Progress | None = None) -> tuple[Digest, Found]:
+    async def put(
+        self, name: str, content: Content, progress: Progress | None = None
+    ) -> tuple[Digest, Found]:
         """Write an object, in place of what is there, and make sure that it arrived as it was sent.
 
         Args:
@@ -203,7 +205,7 @@ class Bucket:
             progress: called as `progress(done, total)` with the bytes that were handed over.
 
         Raises:
-            Unreached: it could not be sent, or what arrived is something else.
+            UnreachedError: it could not be sent, or what arrived is something else.
             StoreError: what is sent was changed meanwhile.
             OSError: what is sent cannot be read.
         """
@@ -238,10 +240,10 @@ class Bucket:
         except Exception as error:
             if fault is not None:
                 raise fault from error
-            raise Unreached(str(told(self.url / name, error, "written"))) from error
+            raise UnreachedError(str(told(self.url / name, error, "written"))) from error
         found = await self.found(name)
         if found is None or not await self.holds(name, found, digest):
-            raise Unreached(
+            raise UnreachedError(
                 f"{self.url / name}: what arrived has another checksum than what was sent, expected the same"
             )
         return digest, found
@@ -250,7 +252,7 @@ class Bucket:
         """Return whether an object is what a digest is of; it is read where its ETag does not tell.
 
         Raises:
-            Unreached: it cannot be read.
+            UnreachedError: it cannot be read.
         """
         if found.size != digest.size:
             return False
@@ -267,7 +269,7 @@ class Bucket:
         except FileNotFoundError:
             return ""
         except Exception as error:
-            raise Unreached(str(told(self.url / name, error, "read"))) from error
+            raise UnreachedError(str(told(self.url / name, error, "read"))) from error
         return sha256.hexdigest()
 
     def _at(self, name: str) -> str:

@@ -41,7 +41,7 @@ async def send_episode(
         The receipt, and whether anything had to be sent.
 
     Raises:
-        Unreached: the bucket does not take it; nothing here was changed.
+        UnreachedError: the bucket does not take it; nothing here was changed.
         StoreError: it is incomplete or damaged, has links in it, was changed meanwhile, or another recording
             is in its place.
         OSError: it cannot be read.
@@ -57,15 +57,19 @@ async def send_episode(
     videos = {video.name: PlainFile(video) for video in videos_of(store)}
     there = await bucket.found(name)
     before = receipt_of(store)
-    if before is not None and there is not None and _is_of(before, bucket, name, stamp, there):
-        if {*before.videos} == {*videos}:
-            return before, False
+    if (
+        before is not None
+        and there is not None
+        and _is_of(before, bucket, name, stamp, there)
+        and {*before.videos} == {*videos}
+    ):
+        return before, False
     content: Content = PlainFile(store) if is_packed(store) else zipped_store(store)
     same = there is not None and await bucket.holds(name, there, digest_of(content))
     if there is not None and not same and not overwrite:
         raise StoreError(
-            f"{bucket.url / name}: holds another recording, expected this one or none; upload to another place, "
-            "or replace it with `lerobot-attn upload --overwrite`"
+            f"{bucket.url / name}: holds another recording, expected this one or none; upload to another "
+            "place, or replace it with `lerobot-attn upload --overwrite`"
         )
     total, done = content.size + sum(video.size for video in videos.values()), 0
 

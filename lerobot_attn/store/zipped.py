@@ -105,7 +105,7 @@ class Zipped:
         """
         replaced, sink = dict(replaced or {}), _Sink()
         crcs: dict[int, tuple[str, int]] = {}
-        with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+        with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
             for name in names:
                 size = len(replaced[name]) if name in replaced else files.file_bytes(name)
                 blocks = [replaced[name]] if name in replaced else blocks_of(files, name, size)

@@ -1,0 +1,144 @@
+"""A run sent to a bucket, or what of it is missing there.
+
+    for done in upload("outputs/eval", "s3://bucket/eval"):
+        print(done.line)
+
+Each episode goes packed, so that it is there whole or not at all. Knows runs and buckets. Knows nothing of
+recordings that go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from lerobot_attn.errors import StoreError, first_line
+from lerobot_attn.sizes import Progress, format_bytes
+from lerobot_attn.store.bucket import Bucket, UnreachedError, writable
+from lerobot_attn.store.location import on_this_machine
+from lerobot_attn.store.lock import LOCK, claim_folder
+from lerobot_attn.store.receipts import Receipt, removed_stores
+from lerobot_attn.store.runs import open_run
+from lerobot_attn.store.sending import remove_sent, send_episode
+from lerobot_attn.store.url import place_of
+
+_WAITS_S = (1.0, 2.0, 4.0, 8.0)  # between tries
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What became of one episode.
+
+    Attributes:
+        path: the store.
+        url: where it is.
+        n_bytes: of the packed store.
+        sent: whether it had to be sent; otherwise it was there.
+        refused: why it was not sent, in one line; None where it was.
+    """
+
+    path: Path
+    url: str = ""
+    n_bytes: int = 0
+    sent: bool = False
+    refused: str | None = None
+
+    @property
+    def line(self) -> str:
+        """What became of it, in one line."""
+        if self.refused is not None:
+            return self.refused
+        return f"{self.url}: {format_bytes(self.n_bytes)}{'' if self.sent else ', was there'}"
+
+
+def upload(
+    path: str | Path,
+    url: str,
+    *,
+    keep_local: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Uploaded]:
+    """Send the complete episodes of a run to a bucket, with their cameras' videos; what is there stays.
+
+    A run's episodes lie in the bucket's folder as in the run's `attention` folder: `URL/{task}/episode_*`, as
+    a recording with `upload` sends them. A request that fails is tried again four times.
+
+    Args:
+        path: a run's output folder, a task's folder, or an episode.
+        url: the bucket's folder, s3://, gs:// or az://. Credentials come from the environment alone.
+        keep_local: otherwise an episode is removed here once its checksum was compared; a receipt stays.
+        overwrite: replace other recordings of the same names.
+        progress: called as `progress(done, total)` with the bytes of an episode.
+
+    Yields:
+        What became of each episode, as it is done; of those that were sent and removed before, nothing.
+
+    Raises:
+        StoreError: nothing there; the bucket does not take it, and the same call goes on; a recording goes on
+            in the folder, and local copies are to be removed.
+        SetupError: the extra `remote` is not installed.
+    """
+    local = on_this_machine(place_of(path), "a URL is sent from nowhere")
+    bucket = Bucket(writable(url))
+    if local.is_dir() and next(removed_stores(local), None) is not None and not _holds_stores(local):
+        return
+    run = open_run(local)
+    stores = [on_this_machine(store, "a URL is sent from nowhere") for store in run.stores]
+    root, n_done = _root_of(local, stores), 0
+    with ExitStack() as claimed:
+        if not keep_local:
+            for folder in sorted({store.resolve().parent.parent for store in stores}):
+                if (folder / LOCK).exists():
+                    claimed.enter_context(claim_folder(folder, "upload when it has ended"))
+        for store in stores:
+            inside = store.absolute().parent.relative_to(root).as_posix()
+            try:
+                receipt, sent = asyncio.run(
+                    _sent(store, bucket, "" if inside == "." else inside, overwrite, progress)
+                )
+                if not keep_local:
+                    remove_sent(store, receipt)
+            except UnreachedError as error:
+                raise StoreError(
+                    f"{error}; {n_done} of {len(stores)} episodes are there, the same call goes on"
+                ) from error
+            except OSError as error:
+                yield Uploaded(store, refused=first_line(error))
+                continue
+            n_done += 1
+            yield Uploaded(store, receipt.url, receipt.n_bytes, sent)
+
+
+async def _sent(
+    store: Path, bucket: Bucket, folder: str, overwrite: bool, progress: Progress | None
+) -> tuple[Receipt, bool]:
+    for wait_s in (*_WAITS_S, None):
+        try:
+            return await send_episode(store, bucket, folder, overwrite=overwrite, progress=progress)
+        except UnreachedError:
+            if wait_s is None:
+                raise
+            await asyncio.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
+
+
+def _root_of(path: Path, stores: list[Path]) -> Path:
+    """Return the folder whose paths the bucket's folder has."""
+    path = path.absolute()
+    above = [store.absolute() for store in stores]
+    if above == [path]:  # an episode
+        return path.parent.parent
+    if all(store.is_relative_to(path / "attention") for store in above):
+        return path / "attention"
+    return path.parent if all(store.parent == path for store in above) else path
+
+
+def _holds_stores(folder: Path) -> bool:
+    try:
+        return bool(open_run(folder).stores)
+    except StoreError:
+        return False
