@@ -1,4 +1,4 @@
-"""Servers of the tests' own: plain HTTP with ranges, and as much of S3 as reading and writing a bucket takes."""
+"""Servers of the tests' own: plain HTTP with ranges, and as much of S3 as using a bucket takes."""
 
 import hashlib
 import re
@@ -138,7 +138,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._keep(name, content, etag)
             self._answer("", self._etag(name))
 
-    do_POST = do_PUT
+    def do_POST(self):
+        if "delete" in parse_qs(urlsplit(self.path).query, keep_blank_values=True):
+            return self._delete()
+        return self.do_PUT()
+
+    def _delete(self):
+        bucket = unquote(urlsplit(self.path).path).strip("/")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        for key in re.findall("<Key>(.*?)</Key>", body):
+            self._asked.append(Asked("DELETE", f"{bucket}/{key}", None))
+            (self._folder / bucket / key).unlink(missing_ok=True)
+        self._answer("<DeleteResult></DeleteResult>")
+
+    def do_DELETE(self):
+        name = unquote(urlsplit(self.path).path).strip("/")
+        self._asked.append(Asked(self.command, name, None))
+        (self._folder / name).unlink(missing_ok=True)
+        self._answer("")
 
     def _keep(self, name, content, etag):
         file = self._folder / name

@@ -107,12 +107,27 @@ def arguments_of(
                 "interventions": str(out / f"{condition.name}.yaml"),
                 **drawn,
             },
-            "capture": {**plan.capture, **filmed, "existing": "skip"},
+            "capture": {**plan.capture, **filmed, **_uploaded(plan, condition), "existing": "skip"},
             "rename_map": plan.rename_map,
             "seed": plan.seed,
             "output_dir": str(out / condition.name),
         }
     )
+
+
+def _uploaded(plan: ExperimentPlan, condition: PlannedCondition) -> dict[str, Any]:
+    """Return where a condition's episodes go, if they go anywhere: each has a folder of its own there, too.
+
+    Raises:
+        ConfigError: they are not to stay here.
+    """
+    if plan.capture.get("keep_local", True) is not True:
+        raise ConfigError(
+            "keep_local: got false in an experiment, expected true, because conditions are compared here; "
+            "afterwards `lerobot-attn upload --remove-local` removes what is sent"
+        )
+    url = plan.capture.get("upload")
+    return {} if url is None else {"upload": f"{str(url).rstrip('/')}/{condition.name}/attention"}
 
 
 def _check_outcome(plan: ExperimentPlan) -> None:

@@ -28,7 +28,7 @@ from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.bucket import Bucket, UnreachedError, writable
 from lerobot_attn.store.location import present_form
 from lerobot_attn.store.receipts import receipt_of
-from lerobot_attn.store.sending import remove_sent, send_episode
+from lerobot_attn.store.sending import remove_rest, remove_sent, send_episode
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,8 @@ class Uploads:
         """Send a complete episode, soon; one that was sent and removed before is let be."""
         receipt = receipt_of(store)
         if receipt is not None and receipt.removed and present_form(store) is None:
+            with suppress(OSError):
+                remove_rest(store, receipt)  # of a process that was killed
             return
         with self._lock:
             self._waiting.append(store)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -243,8 +244,11 @@ class Bucket:
             raise UnreachedError(str(told(self.url / name, error, "written"))) from error
         found = await self.found(name)
         if found is None or not await self.holds(name, found, digest):
+            with suppress(Exception):  # nobody shall take it for what was sent
+                await obstore.delete_async(self._store, self._at(name))
             raise UnreachedError(
-                f"{self.url / name}: what arrived has another checksum than what was sent, expected the same"
+                f"{self.url / name}: what arrived has another checksum than what was sent, expected the "
+                "same; it was removed there"
             )
         return digest, found
 

@@ -20,6 +20,7 @@ from lerobot_attn.store.attributes import HELP, NothingYetError, is_store
 from lerobot_attn.store.index import WORTH, Index, IndexRow, TableRow, home_of, stamp_of_store
 from lerobot_attn.store.location import bare_name, files_at, is_episode_name, other_form
 from lerobot_attn.store.reader import Episode, open_episode
+from lerobot_attn.store.receipts import receipt_of, removed_stores
 from lerobot_attn.store.remote import Remote
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 from lerobot_attn.store.url import Place, Url, place_of
@@ -252,7 +253,12 @@ def open_run(path: str | Place) -> Run:
         return Run(path, (path,))
     stores, unsure = _find_stores(path)
     if not stores:
-        raise StoreError(f"{path}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it")
+        gone = next(removed_stores(path), None)
+        receipt = None if gone is None else receipt_of(gone)
+        sent = "" if receipt is None else f"; what was here was sent to a bucket, e.g. {receipt.url}"
+        raise StoreError(
+            f"{path}: holds no episode store, expected {{task}}/episode_*{EPISODE_SUFFIX} in it{sent}"
+        )
     return Run(path, stores, unsure)
 
 

@@ -21,6 +21,7 @@ from lerobot_attn.store.bucket import Bucket, Content, Found, PlainFile, digest_
 from lerobot_attn.store.files import first_link, unfinished
 from lerobot_attn.store.location import PACKED_EPISODE_SUFFIX, bare_name, is_packed, signature_of
 from lerobot_attn.store.receipts import Receipt, receipt_of, write_receipt
+from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.store.stills import remove_stills
 from lerobot_attn.store.zipped import zipped_store
 
@@ -135,19 +136,33 @@ def remove_sent(store: Path, receipt: Receipt) -> None:
         raise StoreError(f"{store}: was changed since it was sent, expected it as it was; it stays")
     # First the receipt, so that the episode is known whatever ends the process on the way.
     write_receipt(store, replace(receipt, removed=True))
-    videos = videos_of(store)
     if store.is_dir():
         # At once, then file by file: no reader sees half a store.
-        old = store.with_name(unfinished(store.name))
+        old = _on_its_way_out(store)
         shutil.rmtree(old, ignore_errors=True)
         store.rename(old)
-        shutil.rmtree(old)
     else:
         store.unlink()
-    for video in videos:
+    remove_rest(store, receipt)
+
+
+def remove_rest(store: Path, receipt: Receipt) -> None:
+    """Remove what is left of an episode whose store is gone because it was sent.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    old = _on_its_way_out(store)
+    if old.exists():
+        shutil.rmtree(old)
+    for video in videos_of(store):
         if video.name in receipt.videos:
             video.unlink()
             remove_stills(video)
+
+
+def _on_its_way_out(store: Path) -> Path:
+    return store.with_name(unfinished(bare_name(store.name) + EPISODE_SUFFIX))
 
 
 def videos_of(store: Path) -> list[Path]:

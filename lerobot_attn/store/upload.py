@@ -20,9 +20,9 @@ from lerobot_attn.sizes import Progress, format_bytes
 from lerobot_attn.store.bucket import Bucket, UnreachedError, writable
 from lerobot_attn.store.location import on_this_machine
 from lerobot_attn.store.lock import LOCK, claim_folder
-from lerobot_attn.store.receipts import Receipt, removed_stores
+from lerobot_attn.store.receipts import Receipt, receipt_of, removed_stores
 from lerobot_attn.store.runs import open_run
-from lerobot_attn.store.sending import remove_sent, send_episode
+from lerobot_attn.store.sending import remove_rest, remove_sent, send_episode
 from lerobot_attn.store.url import place_of
 
 _WAITS_S = (1.0, 2.0, 4.0, 8.0)  # between tries
@@ -84,7 +84,12 @@ def upload(
     """
     local = on_this_machine(place_of(path), "a URL is sent from nowhere")
     bucket = Bucket(writable(url))
-    if local.is_dir() and next(removed_stores(local), None) is not None and not _holds_stores(local):
+    removed = [*removed_stores(local)] if local.is_dir() else []
+    for store in removed:
+        receipt = receipt_of(store)
+        if receipt is not None:
+            remove_rest(store, receipt)  # of a process that was killed
+    if removed and not _holds_stores(local):
         return
     run = open_run(local)
     stores = [on_this_machine(store, "a URL is sent from nowhere") for store in run.stores]
