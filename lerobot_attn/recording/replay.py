@@ -33,7 +33,7 @@ from lerobot_attn.recording.provenance import check_encoder
 from lerobot_attn.recording.replay_ask import Asker
 from lerobot_attn.recording.replay_inputs import ReplayInputs
 from lerobot_attn.recording.replay_run import ReplayRun
-from lerobot_attn.recording.uploading import uploading
+from lerobot_attn.recording.uploading import check_upload, uploading
 from lerobot_attn.sizes import Progress
 
 logger = logging.getLogger(__name__)
@@ -205,6 +205,7 @@ def check_replay(
         ConfigError: a camera, state or action does not fit the policy, or no store can point to its videos.
         StoreError: the folder cannot be used.
     """
+    check_upload(config)
     _inputs(policy_config, footage, config, rename, preprocessor)
     RunFolder(_stores_in(folder, config), config.existing, _REMEDIES)
 

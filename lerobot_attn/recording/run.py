@@ -37,7 +37,7 @@ from lerobot_attn.recording.provenance import check_encoder, policy_facts
 from lerobot_attn.recording.rollout import RolloutRecorder
 from lerobot_attn.recording.summary import TaskSummary
 from lerobot_attn.recording.task_progress import Point, Result, TaskProgress
-from lerobot_attn.recording.uploading import Uploads, uploading
+from lerobot_attn.recording.uploading import Uploads, check_upload, uploading
 from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
@@ -92,12 +92,15 @@ class RunRecorder:
 
     Raises:
         ConfigError: cameras are to be a data set's.
-        StoreError: the folder holds episodes and `existing` is "refuse", is a file, or cannot be written.
+        StoreError: the folder holds episodes and `existing` is "refuse", is a file, or cannot be written; or
+            `upload` is no address of a bucket.
+        SetupError: `upload` is given, and the extra `remote` is not installed.
     """
 
     def __init__(self, config: AttentionConfig, folder: Path, attributes: Mapping[str, Any]):
         self.config = config = config.for_evaluation()
         config.check_films()
+        check_upload(config)
         self.folder = folder
         self.failures: list[str] = []
         self.preemption = Preemption()

@@ -71,6 +71,17 @@ def uploading(
     uploads.close(PATIENCE_S, is_hurried)
 
 
+def check_upload(config: AttentionConfig) -> None:
+    """Check what can be checked of where episodes go, before anything runs; nobody is asked.
+
+    Raises:
+        StoreError: as of `uploading`.
+        SetupError: likewise.
+    """
+    if config.upload is not None:
+        Bucket(writable(config.upload))
+
+
 class Uploads:
     """Sends episodes, one after another, on a thread of its own.
 
