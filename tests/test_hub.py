@@ -18,6 +18,7 @@ from lerobot_attn.report.card import write_card
 from lerobot_attn.store import hub, hub_access
 from lerobot_attn.store.hub import CARD, CARD_MARK, SHEET, pull, push
 from lerobot_attn.store.hub_access import parsed
+from lerobot_attn.store.pack import pack
 from lerobot_attn.store.parcel import pack_up
 from lerobot_attn.store.scrub import Scrubber, differences
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode
@@ -248,15 +249,40 @@ def test_a_link_in_a_store_is_not_followed(run):
         pack_up(open_run(run))
 
 
-def test_a_packed_episode_is_left_out_by_name(run):
-    found = open_run(run)
-    first, second, _ = found
-    first.path = run / "attention" / "synthetic_0" / "episode_00000.zarr.zip"
-    first.path.write_bytes(b"PK")
-    found.__class__ = type("Some", (type(found),), {"__iter__": lambda self: iter((first, second))})
-    parcel = pack_up(found)
-    assert {*parcel.episodes} == {STORE.replace("00000", "00001")}
-    assert "lerobot-attn unpack" in parcel.left_out[0]
+@pytest.mark.parametrize("form", ["packed before", "packed on the way"])
+def test_packed_episodes_go_as_one_file_each_without_what_they_say_of_a_machine(run, there, tmp_path, form):
+    wanted = open_run(run)[0].dataset.load()
+    if form == "packed before":
+        list(pack(run / STORE))
+    parcel = pack_up(open_run(run), packed=form != "packed before")
+    (done,) = [push(parcel, NAME, beside=write_card(open_run(run), parcel, NAME), api=there.api)]
+    assert (done.n_sent, done.n_there) == (2, 0)
+    sent = there.files(NAME)
+    assert [name for name in sent if name.startswith(STORE)] == [f"{STORE}.zip"]
+    for secret in SECRETS:
+        assert not [name for name, content in sent.items() if secret in content]
+    assert f"inspect run/{STORE}.zip" in sent[CARD].decode()
+    there.asked.clear()
+    again = push(pack_up(open_run(run), packed=form != "packed before"), NAME, api=there.api)
+    assert (again.n_sent, again.n_there, again.notes) == (0, 2, ())
+    assert not [asked for asked in there.asked if "/commit/" in asked]
+    for part in ("", f"/{STORE}", f"/{STORE}.zip"):
+        back = pull(f"{NAME}{part}", tmp_path / f"back{len(part)}", api=there.api)
+        assert back.n_episodes == (1 if part else 2)
+        found = open_run(back.folder)[0]
+        assert found.path.name == "episode_00000.zarr.zip"
+        assert found.dataset.load().drop_attrs().identical(wanted.drop_attrs())
+        assert found.attributes["policy"]["path"] == "…/pretrained_model"
+        assert found.videos
+
+
+def test_the_other_form_of_an_episode_is_replaced_when_asked(run, there):
+    send(run, there)
+    with pytest.raises(StoreError, match=r"in another form \(packed or not\)"):
+        push(pack_up(open_run(run), packed=True), NAME, api=there.api)
+    done = push(pack_up(open_run(run), packed=True), NAME, api=there.api, overwrite=True)
+    assert done.n_sent == 2
+    assert {name for name in there.files(NAME) if name.startswith(STORE)} == {f"{STORE}.zip"}
 
 
 def test_a_run_without_a_complete_episode_is_refused(tmp_path):

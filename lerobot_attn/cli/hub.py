@@ -34,6 +34,12 @@ def push(
             help="Replace other recordings of the same names, and a card that somebody changed.",
         ),
     ] = False,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed", help="Send each store as one file (….zarr.zip), as `lerobot-attn pack` does."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be sent, and print the card.")
     ] = False,
@@ -51,7 +57,7 @@ def push(
 
     run = open_run(path)
     with status("Reading the run and drawing its contact sheet"):
-        parcel = pack_up(run)
+        parcel = pack_up(run, packed=packed)
         beside = write_card(run, parcel, repo)
     _say(f"left out: {line}" for line in parcel.left_out)
     _say(f"shortened: {before!r} to {after!r}" for before, after in parcel.replaced.items())

@@ -21,8 +21,10 @@ from typing import Any
 from lerobot_attn.errors import StoreError
 from lerobot_attn.sizes import Progress, format_bytes
 from lerobot_attn.store.hub_access import bars_off, imported, parsed, repository, told, tried
+from lerobot_attn.store.location import PACKED_EPISODE_SUFFIX, bare_name, is_episode_name
 from lerobot_attn.store.parcel import Item, Parcel
 from lerobot_attn.store.schema import EPISODE_SUFFIX
+from lerobot_attn.store.zipped import Zipped
 
 CARD, SHEET = "README.md", "contact_sheet.png"
 # In a card that may be written anew; without it the card is somebody's own work.
@@ -138,8 +140,9 @@ def push(
         if others and not overwrite:
             more = f" and {len(others) - 1} more places" if others[1:] else ""
             raise StoreError(
-                f"{repo}: holds another recording at {others[0]}{more}, expected this run's or none; push to "
-                "another repository, or replace it with --overwrite"
+                f"{repo}: holds another recording at {others[0]}{more}, or this one in another form (packed "
+                "or not), expected this run's or none; push to another repository, or replace it with "
+                "--overwrite"
             )
         there = sum(state == "same" for _, _, state in plan)
         for _, items, state in plan:
@@ -159,7 +162,8 @@ def push(
         notes = _send_beside(hub, api, repo, beside or {}, remote, overwrite)
     if public and private:
         notes.append("it was private before and stays so: change that in its settings on the Hub")
-    extra = len({_store_of(name) for name in remote} - {None} - {*parcel.episodes})
+    ours = {_store_of(name) for items in parcel.episodes.values() for name in [item.name for item in items]}
+    extra = len({_store_of(name) for name in remote} - {None} - ours)
     if extra:
         notes.append(f"it holds {extra} further episodes, which this run does not have; they stay")
     return Pushed(f"{api.endpoint}/datasets/{repo}", private, sent, there, n_bytes, tuple(notes))
@@ -254,15 +258,17 @@ def _files_there(api: Any, repo: str, revision: str | None = None) -> dict[str, 
 
 
 def _store_of(name: str) -> str | None:
-    """Return the path of the store that a file of a repository is of; None of other files."""
+    """Return the path of the store, unpacked, that a file of a repository is of; None of other files."""
+    if name.endswith(PACKED_EPISODE_SUFFIX):
+        return f"{bare_name(name)}{EPISODE_SUFFIX}"
     store, found, _ = name.partition(f"{EPISODE_SUFFIX}/")
     return f"{store}{EPISODE_SUFFIX}" if found else None
 
 
 def _state(name: str, items: Sequence[Item], remote: Mapping[str, Any]) -> str:
     """Return what is in an episode's place: "none", the "same" bytes, or an"other" recording."""
-    stored = {item.name: item for item in items if item.name.startswith(f"{name}/")}
-    there = {path for path in remote if path.startswith(f"{name}/")}
+    stored = {item.name: item for item in items if _store_of(item.name) is not None}
+    there = _in_place_of(name, remote)
     if not there:
         return "none"
     if there != {*stored} or not all(item.is_like(remote[item.name]) for item in stored.values()):
@@ -276,12 +282,19 @@ def _state(name: str, items: Sequence[Item], remote: Mapping[str, Any]) -> str:
 def _operations(hub: Any, name: str, items: Sequence[Item], remote: Mapping[str, Any]) -> Iterator[Any]:
     """Yield what makes the repository hold this episode, and nothing of another in its place."""
     mine = {item.name for item in items}
-    for path in sorted(remote):
-        if path.startswith(f"{name}/") and path not in mine:
-            yield hub.CommitOperationDelete(path_in_repo=path)
+    for path in sorted(_in_place_of(name, remote) - mine):
+        yield hub.CommitOperationDelete(path_in_repo=path)
     for item in items:
-        content = item.content if isinstance(item.content, bytes) else str(item.content)
+        content: Any = str(item.content) if isinstance(item.content, Path) else item.content
+        if isinstance(content, Zipped):
+            content = content.open()
         yield hub.CommitOperationAdd(path_in_repo=item.name, path_or_fileobj=content)
+
+
+def _in_place_of(name: str, remote: Mapping[str, Any]) -> set[str]:
+    """Return the files of a repository that are an episode's store, packed or not."""
+    store = f"{bare_name(name)}{EPISODE_SUFFIX}"
+    return {path for path in remote if _store_of(path) == store}
 
 
 def _send_beside(
@@ -319,17 +332,25 @@ def _commit(api: Any, repo: str, operations: Sequence[Any], message: str) -> Non
 
 def _is_wanted(name: str, part: str) -> bool:
     """Return whether a file is a store's or a video, and of the wanted part of a run."""
-    inside = not part or name.startswith((f"{part}/", f"{part.removesuffix(EPISODE_SUFFIX)}."))
+    inside = not part or name.startswith((f"{part}/", f"{bare_name(part)}."))
+    if is_episode_name(part):
+        inside = inside or name.startswith(f"{bare_name(part)}{EPISODE_SUFFIX}/")
     return inside and (_store_of(name) is not None or name.endswith(".mp4"))
 
 
 def _patterns(part: str) -> list[str]:
     """Return what `_is_wanted` wants, and the card, as `huggingface_hub` is told; * is slashes too."""
     shown = [CARD, SHEET]
-    if part.endswith(EPISODE_SUFFIX):
-        return [f"{glob.escape(part)}/*", f"{glob.escape(part.removesuffix(EPISODE_SUFFIX))}.*mp4", *shown]
+    if is_episode_name(part):
+        bare = glob.escape(bare_name(part))
+        return [
+            f"{bare}{EPISODE_SUFFIX}/*",
+            f"{bare}{PACKED_EPISODE_SUFFIX}",
+            f"{bare}.*mp4",
+            *shown,
+        ]
     inside = f"{glob.escape(part)}/" if part else ""
-    return [f"{inside}*{EPISODE_SUFFIX}/*", f"{inside}*.mp4", *shown]
+    return [f"{inside}*{EPISODE_SUFFIX}/*", f"{inside}*{PACKED_EPISODE_SUFFIX}", f"{inside}*.mp4", *shown]
 
 
 def _refuse_odd(name: str, repo: str) -> None:

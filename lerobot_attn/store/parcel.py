@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 from lerobot_attn.errors import StoreError
 from lerobot_attn.sizes import format_bytes
-from lerobot_attn.store.location import on_this_machine
+from lerobot_attn.store.location import files_at, on_this_machine
+from lerobot_attn.store.packed import PACKED_SUFFIX, Packed
 from lerobot_attn.store.reader import Episode
 from lerobot_attn.store.runs import Run
-from lerobot_attn.store.schema import METADATA
+from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 from lerobot_attn.store.scrub import Scrubber, differences
 from lerobot_attn.store.url import Place
+from lerobot_attn.store.zipped import Zipped, names_in_order
 
 
 class Item(NamedTuple):
@@ -32,17 +34,19 @@ class Item(NamedTuple):
 
     Attributes:
         name: its path in the repository.
-        content: where it lies, or what it holds.
+        content: where it lies, what it holds, or the zip file that is made on the way.
         size: bytes.
     """
 
     name: str
-    content: Path | bytes
+    content: Path | bytes | Zipped
     size: int
 
     @classmethod
-    def of(cls, name: str, content: Path | bytes) -> Item:
+    def of(cls, name: str, content: Path | bytes | Zipped) -> Item:
         """Return a file to send, with its size."""
+        if isinstance(content, Zipped):
+            return cls(name, content, content.size)
         return cls(name, content, len(content) if isinstance(content, bytes) else content.stat().st_size)
 
     def is_like(self, remote: Any) -> bool:
@@ -57,6 +61,9 @@ class Item(NamedTuple):
     def _digest(self, digest: Any) -> str:
         if isinstance(self.content, bytes):
             digest.update(self.content)
+        elif isinstance(self.content, Zipped):
+            for block in self.content.blocks():
+                digest.update(block)
         else:
             with self.content.open("rb") as file:
                 while block := file.read(1 << 20):
@@ -91,8 +98,13 @@ class Parcel:
         return f"{len(self.episodes)} episodes, {n_files} files, {format_bytes(self.n_bytes)}"
 
 
-def pack_up(run: Run) -> Parcel:
+def pack_up(run: Run, *, packed: bool = False) -> Parcel:
     """Choose what of a run is given away, and take what stores say of their machine out of it.
+
+    Args:
+        run: the run.
+        packed: stores that are folders go as one file each, as `lerobot-attn pack` makes them. Those that are
+            packed go so in any case.
 
     Incomplete and damaged episodes are left out. Paths of a machine in a store's attributes are shortened to
     their last part, see `Scrubber`; arrays and videos are sent as they are.
@@ -110,10 +122,12 @@ def pack_up(run: Run) -> Parcel:
         if not episode.is_complete:
             left_out.append(f"{name}: it is incomplete")
             continue
-        if not path.is_dir():
-            left_out.append(f"{name}: it is packed; `lerobot-attn unpack` it to push it")
-            continue
-        episodes[name] = [*_store_items(path, name, scrubber, replaced)]
+        if packed and path.is_dir() and name.endswith(EPISODE_SUFFIX):
+            name += PACKED_SUFFIX
+        if path.is_dir() and not name.endswith(PACKED_SUFFIX):
+            episodes[name] = [*_store_items(path, name, scrubber, replaced)]
+        else:
+            episodes[name] = [Item.of(name, _packed(path, scrubber, replaced))]
         for video, why_not in _videos(episode, root):
             if why_not is None:
                 episodes[name].append(Item.of(_name(video, root), video))
@@ -137,24 +151,48 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _store_items(store: Path, name: str, scrubber: Scrubber, replaced: dict[str, str]) -> Iterator[Item]:
+    changed = _scrubbed(store, scrubber, replaced)
     for path in sorted(store.rglob("*")):
-        if path.is_symlink():
-            raise StoreError(
-                f"{path}: is a link, expected a store's own file; nothing is pushed with links in it"
-            )
-        if not path.is_file() or path.name.startswith("."):
-            continue
-        content = _scrubbed(path, store, scrubber, replaced) if path == store / METADATA else path
-        yield Item.of(f"{name}/{path.relative_to(store).as_posix()}", content)
+        if _is_own(path):
+            content = changed if changed is not None and path == store / METADATA else path
+            yield Item.of(f"{name}/{path.relative_to(store).as_posix()}", content)
 
 
-def _scrubbed(metadata: Path, store: Path, scrubber: Scrubber, replaced: dict[str, str]) -> bytes | Path:
-    document = json.loads(metadata.read_text(encoding="utf-8"))
+def _packed(store: Path, scrubber: Scrubber, replaced: dict[str, str]) -> Path | Zipped:
+    """Return a store as one file: the one that is there, or one that is made on the way."""
+    files, changed = files_at(store), _scrubbed(store, scrubber, replaced)
+    if isinstance(files, Packed):
+        names = sorted(files.members, key=lambda name: files.members[name].start)
+        own = [name for name in names if not name.rpartition("/")[2].startswith(".")]
+        if changed is None and own == names:
+            return store
+        names = own
+    else:
+        names = [name for name in names_in_order(store) if _is_own(store / name)]
+    return Zipped.of(files, names, {} if changed is None else {METADATA: changed})
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a path is a file that belongs to a store.
+
+    Raises:
+        StoreError: it is a link.
+    """
+    if path.is_symlink():
+        raise StoreError(
+            f"{path}: is a link, expected a store's own file; nothing is pushed with links in it"
+        )
+    return path.is_file() and not path.name.startswith(".")
+
+
+def _scrubbed(store: Path, scrubber: Scrubber, replaced: dict[str, str]) -> bytes | None:
+    """Return a store's metadata without what it says of a machine; None where it says nothing."""
+    document = json.loads(files_at(store).read(METADATA))
     before = document["attributes"]
     document["attributes"] = scrubber.value(before, store.parent)
     found = dict(differences(before, document["attributes"]))
     replaced |= found
-    return json.dumps(document, indent=2).encode() if found else metadata
+    return json.dumps(document, indent=2).encode() if found else None
 
 
 def _videos(episode: Episode, root: Path) -> Iterator[tuple[Path, str | None]]:
