@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,10 +214,22 @@ def test_a_heatmap_of_a_packed_episode_takes_a_handful_of_requests(web, monkeypa
     assert sizes[-2] < 200 < sizes[-1]
 
 
-def test_a_heatmap_of_a_folder_reads_one_map_and_each_table_once(web):
+def test_a_heatmap_of_a_folder_reads_one_map_and_the_tables_that_it_needs_once(web):
     episode = open_episode(f"{web.url}/{WHERE['plain']}")
     assert len(web.asked) == 1  # consolidated metadata
+    labels = {
+        name
+        for name, variable in open_episode(f"{web.url}/{WHERE['packed']}").arrays.variables.items()
+        if variable.dims == (name,)
+    }
+    web.asked.clear()
+    assert episode.arrays.suffix_attention.sel(layer=3, denoise_step=0)[1, 0].values.any()
+    # What dimensions are called, then of the map its shard's index and itself.
+    assert len(web.asked) == len(labels) + 2 == 8
+    web.asked.clear()
     assert plot(episode, "image").axes
+    # Where the map belongs, too.
+    assert len([request for request in web.asked if not request.path.endswith(".mp4")]) == 7 + 2
     asked = [request for request in web.asked if not request.path.endswith(".mp4")]
     maps = [request for request in asked if "/suffix_attention/c/" in request.path]
     assert len(maps) == 2
@@ -225,7 +238,34 @@ def test_a_heatmap_of_a_folder_reads_one_map_and_each_table_once(web):
     assert set(tables.values()) == {1}
     before = len(web.asked)
     assert plot(episode, "text").axes
-    assert not [request for request in web.asked[before:] if "/c/" in request.path and request.range is None]
+    others = Counter(request.path for request in web.asked[before:] if request.range is None)
+    assert set(others.values()) == {1}
+    assert not others.keys() & tables.keys()
+
+
+def test_tables_that_are_not_there_are_asked_for_once_and_errors_are_told(folder, tmp_path, monkeypatch):
+    store = shutil.copytree(folder / WHERE["plain"], tmp_path / "episode_00000.zarr")
+    shutil.rmtree(store / "key_row" / "c")
+    with serving(tmp_path) as server:
+        there = open_episode(f"{server.url}/episode_00000.zarr")
+        with ThreadPoolExecutor(4) as threads:
+            found = [*threads.map(lambda name: there.arrays[name].values, ["key_row", "key_column"] * 4)]
+        assert len({*found[0].tolist()}) == 1  # the fill value
+        assert len({*found[1].tolist()}) > 1
+        assert Counter(request.path for request in server.asked)["episode_00000.zarr/key_row/c/0"] == 1
+        again = open_episode(f"{server.url}/episode_00000.zarr")
+        assert again.arrays.sizes  # what opening reads is read
+        files = remote.remote_at(again.path)
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "_store", Broken())
+            with pytest.raises(StoreError, match=r"cannot be read: the line is cut"):
+                _ = again.arrays["key_column"].values
+        np.testing.assert_array_equal(again.arrays["key_column"].values, found[1])  # and again
+
+
+class Broken:
+    async def get(self, *_):
+        raise OSError("the line is cut")
 
 
 def test_what_has_grown_is_seen_anew(folder, web, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,13 @@ from lerobot_attn.store.schema import BY_NAME, METADATA
 from lerobot_attn.store.trust import check_array
 from lerobot_attn.store.url import Place
 
-# Of a table that is read at once from a URL.
+# Of a table that is read together with others from a URL.
 _MAX_VALUES, _MAX_CHUNKS = 1 << 20, 8
+# What says where a map belongs: of which frame, at which flow time, over which patches.
+_PLACES = (
+    *("frame_inference", "frame_query", "inference_frame"),
+    *("flow_time", "key_camera", "key_row", "key_column"),
+)
 
 
 def lazy_dataset(
@@ -46,7 +51,8 @@ def lazy_dataset(
     """
     files = files_at(path)
     if isinstance(files, Remote):
-        files.prefetch(_tables(json.loads(files.read(METADATA))))
+        for group in _tables(json.loads(files.read(METADATA))):
+            files.read_together(group)
     opened: xr.Dataset = xr.open_zarr(files, consolidated=True, chunks=None, zarr_format=3)
     opened = opened.isel({dim: slice(n) for dim, n in rows.items() if opened.sizes.get(dim, n) > n})
     token = tokenize(files, sorted(opened.sizes.items())) if with_dask else ""
@@ -81,8 +87,12 @@ def single_array(path: Place, name: str, n_rows: int) -> NDArray[Any]:
     return np.asarray(array[:n_rows])
 
 
-def _tables(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of a store's small files: at a URL, one at a time takes longer than all at once."""
+def _tables(document: Mapping[str, Any]) -> tuple[list[str], ...]:
+    """Return the names of a store's small files, in groups that are needed together.
+
+    They are those that opening reads, those that a heatmap needs, and the others.
+    """
+    opening, places, others = list[str](), list[str](), list[str]()
     for name, array in document["consolidated_metadata"]["metadata"].items():
         spec = BY_NAME.get(name)
         chunks = array["chunk_grid"]["configuration"]["chunk_shape"]
@@ -90,8 +100,10 @@ def _tables(document: Mapping[str, Any]) -> Iterator[str]:
         if spec is None or spec.sharded or math.prod(array["shape"]) > _MAX_VALUES:
             continue
         if math.prod(counts) <= _MAX_CHUNKS:
-            for index in np.ndindex(*counts):
-                yield "/".join([name, "c", *map(str, index)])
+            group = opening if array.get("dimension_names") == [name] else others
+            group = places if name in _PLACES else group
+            group += ["/".join([name, "c", *map(str, index)]) for index in np.ndindex(*counts)]
+    return opening, places, others
 
 
 def _plain(value: Any) -> Any:

@@ -99,6 +99,8 @@ class Remote(WrapperStore[Store]):
         super().__init__(_store_of(url.root, credentials()))
         self.url = url
         self._kept: dict[str, bytes | None] = {}
+        self._groups: dict[str, tuple[str, ...]] = {}  # file → those that are read together with it
+        self._coming: dict[str, asyncio.Task[None]] = {}
 
     def __reduce__(self) -> Any:
         return _remote, (str(self.url),)
@@ -136,6 +138,8 @@ class Remote(WrapperStore[Store]):
         Raises:
             StoreError: nobody answers, or the answer is a refusal.
         """
+        if byte_range is None and key in self._groups:
+            await self._together(key)
         if byte_range is None and key in self._kept:
             kept = self._kept[key]
             return None if kept is None else prototype.buffer.from_bytes(kept)
@@ -231,16 +235,34 @@ class Remote(WrapperStore[Store]):
         except Exception as error:
             raise told(self.url / below, error) from error
 
-    def prefetch(self, keys: Iterable[str]) -> None:
-        """Read small files at once and keep them; those that are not there, too."""
-        wanted = [key for key in keys if key not in self._kept]
+    def read_together(self, keys: Iterable[str]) -> None:
+        """Once one of these small files is read, read all of them at once and keep them.
 
-        async def all_of_them() -> list[Buffer | None]:
-            prototype = default_buffer_prototype()
-            return list(await asyncio.gather(*(self.get(key, prototype) for key in wanted)))
+        One after the other they would take as many round trips. Of those that are not there, that is kept.
+        """
+        group = tuple(key for key in keys if key not in self._kept)
+        self._groups |= dict.fromkeys(group, group)
 
-        for key, found in zip(wanted, sync(all_of_them()), strict=True):
-            self._kept[key] = None if found is None else bytes(found.to_bytes())
+    async def _together(self, key: str) -> None:
+        """Read the files of a file's group, or wait until they are read."""
+        if key not in self._coming:
+            group = self._groups[key]
+            self._coming |= dict.fromkeys(group, asyncio.ensure_future(self._fetch(group)))
+        await self._coming[key]
+
+    async def _fetch(self, group: Iterable[str]) -> None:
+        names, prototype = [*group], default_buffer_prototype()
+        try:
+            found = await asyncio.gather(*(self._store.get(self._at(name), prototype) for name in names))
+        except Exception as error:  # each service has its own kinds
+            raise told(self.url, error) from error
+        else:
+            for name, content in zip(names, found, strict=True):
+                self._kept[name] = None if content is None else bytes(content.to_bytes())
+        finally:
+            for name in names:
+                self._groups.pop(name, None)
+                self._coming.pop(name, None)
 
 
 def _remote(url: str) -> Remote:
