@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import scripted
 from forked import Forked
+from recorded import write_dataset
 from test_recording import evaluate, make_policy, scripted_adapter  # noqa: F401
+from test_robots import rollout  # noqa: F401
 from test_upload import KEYS, s3, written  # noqa: F401
 
+from lerobot_attn import record_dataset
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError, SetupError, StoreError
 from lerobot_attn.interventions.experiment import ExperimentPlan
@@ -121,6 +124,23 @@ def test_a_loop_of_ones_own_uploads_too(run, s3):  # noqa: F811
         True,
     ]
     assert [result.reason for result in loop.results] == [None, None]
+
+
+def test_a_replay_uploads_too(run, s3, tmp_path):  # noqa: F811
+    root = write_dataset(
+        tmp_path / "data", (3, 4), cameras=(scripted.CAMERA,), tasks=("do as told",), dims=(3, 4), size=8
+    )
+    record_dataset(make_policy(), root, run, AttentionConfig(layers=[-1], upload=URL))
+    assert [episode.n_frames for episode in open_run(URL)] == [3, 4]
+
+
+def test_a_robot_uploads_too(rollout, s3):  # noqa: F811
+    rollout("--duration=0.3", f"--attention.upload={URL}", "--attention.keep_local=false")
+    (episode,) = open_run(URL)
+    assert episode.is_complete
+    assert episode.n_frames > 0
+    with pytest.raises(StoreError, match="was sent to a bucket"):
+        open_run(rollout.stores)
 
 
 # It does not go
