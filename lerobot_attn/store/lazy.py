@@ -16,6 +16,7 @@ import zarr
 from dask.base import tokenize
 from numpy.typing import NDArray
 
+from lerobot_attn.store.direct import DirectStore
 from lerobot_attn.store.location import files_at
 from lerobot_attn.store.numbers import Allowed, check_when_read
 from lerobot_attn.store.remote import Remote
@@ -53,7 +54,8 @@ def lazy_dataset(
     if isinstance(files, Remote):
         for group in _tables(json.loads(files.read(METADATA))):
             files.read_together(group)
-    opened: xr.Dataset = xr.open_zarr(files, consolidated=True, chunks=None, zarr_format=3)
+    store = DirectStore.open_group(files, consolidated=True, zarr_format=3)
+    opened: xr.Dataset = xr.open_dataset(store)
     opened = opened.isel({dim: slice(n) for dim, n in rows.items() if opened.sizes.get(dim, n) > n})
     token = tokenize(files, sorted(opened.sizes.items())) if with_dask else ""
     for name, variable in opened.variables.items():
