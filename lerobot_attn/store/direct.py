@@ -1,10 +1,10 @@
 """Numbers of a store on this machine, read from its files without Zarr's event loop.
 
-A drop-in for the array that xarray makes of Zarr's: what is asked for is read in place, a chunk's range of its
-shard, checked by its checksum, decoded and copied. Wherever something is not as expected (another codec, a
-file that is missing, short, damaged or replaced meanwhile, texts, points instead of ranges), the whole
-question goes to Zarr: it says what is wrong, or gives the value that stands for what is not there. So this
-way never decides what damage means. Safe from any thread and process; no file is held open.
+For xarray this stands in the place of Zarr's array. A chunk's range of its shard is read, held against its
+checksum, decoded, and what is asked for is copied. Wherever something is not as expected (another codec; a
+file that is missing, short, damaged or replaced meanwhile; texts; points instead of ranges), the whole
+question goes to Zarr, which says what is wrong, or gives the value that stands for what is not there. So
+nothing is decided here about damage. Safe from any thread and process; no file is held open.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xarray.backends.zarr import ZarrArrayWrapper, ZarrStore
 from xarray.core import indexing
 
 from lerobot_attn.store.encoding import WORTH_THREADS_BYTES, ArrayDecoder, n_cores
-from lerobot_attn.store.location import Files, Folder
+from lerobot_attn.store.location import Folder
 from lerobot_attn.store.packed import LocalFile, Member, Packed, Source
 
 Index = tuple[int, ...]
@@ -33,12 +33,12 @@ class DirectStore(ZarrStore):
 
     def open_store_variable(self, name: Any) -> Any:
         """Return an array, lazy."""
-        variable = super().open_store_variable(name)
-        variable.data = indexing.LazilyIndexedArray(DirectArray(self.members[name]))
+        variable = super().open_store_variable(name)  # type: ignore[no-untyped-call]
+        variable.data = indexing.LazilyIndexedArray(DirectArray(self.members[name]))  # type: ignore
         return variable
 
 
-class DirectArray(ZarrArrayWrapper):  # type: ignore[misc]
+class DirectArray(ZarrArrayWrapper):
     """One array for xarray, read directly where that is sure to give what Zarr gives."""
 
     def __reduce__(self) -> Any:
@@ -52,7 +52,7 @@ class DirectArray(ZarrArrayWrapper):  # type: ignore[misc]
                 return indexing.explicit_indexing_adapter(key, self.shape, outer, self._chunks.read)
             except Exception:  # what damaged files raise depends on the codec: Zarr shall say it
                 pass
-        return super().__getitem__(key)
+        return super().__getitem__(key)  # type: ignore[no-untyped-call]
 
     @cached_property
     def _chunks(self) -> _Chunks | None:
@@ -62,10 +62,9 @@ class DirectArray(ZarrArrayWrapper):  # type: ignore[misc]
 def _chunks_of(array: zarr.Array[Any]) -> _Chunks | None:
     """Return an array's chunks; None where Zarr alone can read them."""
     store = array.store
-    on_this_machine = isinstance(store, Folder) or (
-        isinstance(store, Packed) and isinstance(store.source, LocalFile)
-    )
-    if not on_this_machine or array.dtype.kind not in "biufc":
+    if not isinstance(store, (Folder, Packed)) or array.dtype.kind not in "biufc":
+        return None
+    if isinstance(store, Packed) and not isinstance(store.source, LocalFile):  # at a URL
         return None
     try:
         return _Chunks(array, store, ArrayDecoder(array.metadata.to_dict(), array.dtype))
@@ -110,7 +109,7 @@ class _Chunks:
         decoder: of its chunks.
     """
 
-    def __init__(self, array: zarr.Array[Any], files: Files, decoder: ArrayDecoder):
+    def __init__(self, array: zarr.Array[Any], files: Folder | Packed, decoder: ArrayDecoder):
         self._array, self._files, self._decoder = array, files, decoder
         self._dtype, self._shape = array.dtype, array.shape
 
@@ -169,11 +168,10 @@ class _Chunks:
                 yield _Part(source, Member(file.start + offset, length), pieces)
 
 
-def _file_at(files: Files, key: str) -> tuple[Source, Member]:
+def _file_at(files: Folder | Packed, key: str) -> tuple[Source, Member]:
     """Return a file of a store on this machine, and what part of it is the store's."""
     if isinstance(files, Packed):
         return files.source, files.members[key]
-    assert isinstance(files, Folder)
     source = LocalFile(files.root / key)
     return source, Member(0, source.size)
 

@@ -246,7 +246,8 @@ def _undoing(codecs: Sequence[Mapping[str, Any]]) -> list[Callable[[Any], Any]]:
 
 def _is_little_endian(codec: Mapping[str, Any]) -> bool:
     """Whether a codec turns values into bytes, the least significant one first."""
-    return codec["name"] == "bytes" and codec.get("configuration", {}).get("endian", "little") == "little"
+    settings = codec.get("configuration", {})
+    return bool(codec["name"] == "bytes" and settings.get("endian", "little") == "little")
 
 
 def _as_little_endian(chunk: NDArray[Any]) -> NDArray[Any]:
