@@ -21,7 +21,9 @@ from typing import Literal
 # What to do with a job that does not fit: wait until it does; drop it; or take it nevertheless.
 WhenFull = Literal["wait", "drop", "take"]
 
-_TRIM_BYTES = 1_000_000
+_TRIM_BYTES = 1_000_000  # while nothing is queued
+_TRIM_BUSY_BYTES = 64_000_000  # otherwise
+_TURN_S = 0.0005
 
 
 def _find_trim() -> Callable[[], None]:
@@ -52,7 +54,8 @@ class BackgroundWriter:
     Args:
         max_bytes: memory that queued jobs may hold together. A single larger job is let through alone.
         niceness: by how much its thread yields to others (Linux); 0: not at all. Beside a busy program a
-            thread that yields hardly runs, so this is for loops that must not be late.
+            thread that yields hardly runs. So it does only until somebody has to wait for it: what is queued
+            then, and what comes later, is written by a thread that yields to nobody.
 
     Attributes:
         waited_s: seconds that callers have waited for room in the queue, and for the queue to be done.
@@ -60,7 +63,7 @@ class BackgroundWriter:
 
     def __init__(self, max_bytes: int, *, niceness: int = 0):
         self._max_bytes = max_bytes
-        self._niceness = niceness
+        self._niceness = niceness  # of the thread that works now
         self._jobs: deque[_Job] = deque()
         self._pending_bytes = 0
         self._n_unfinished = 0
@@ -69,9 +72,9 @@ class BackgroundWriter:
         self._failures: dict[Hashable, BaseException] = {}
         self._kept_before: dict[Hashable, int] = {}  # key that failed → first job that is not run any more
         self._n_queued = 0
+        self._untrimmed_bytes = 0
         self.waited_s = 0.0
-        self._thread = threading.Thread(target=self._work, name="lerobot-attn-writer", daemon=True)
-        self._thread.start()
+        self._thread = self._started(niceness)
 
     def submit(
         self, key: Hashable, run: Callable[[], None], n_bytes: int = 0, *, always: bool = False
@@ -134,6 +137,8 @@ class BackgroundWriter:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until every queued job is done, or for so many seconds; return whether they are done."""
         with self._condition, self._timed():
+            if self._n_unfinished:
+                self._hurry()
             return self._condition.wait_for(lambda: self._n_unfinished == 0, timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -143,6 +148,8 @@ class BackgroundWriter:
         """
         with self._condition:
             self._closing = True
+            if self._n_unfinished:
+                self._hurry()
             self._condition.notify_all()
         with self._timed():
             self._thread.join(timeout_s)
@@ -155,6 +162,7 @@ class BackgroundWriter:
             if n_bytes and when_full != "take" and not self._has_room(n_bytes):
                 if when_full == "drop":
                     return False
+                self._hurry()
                 with self._timed():
                     self._condition.wait_for(lambda: self._has_room(n_bytes))
             for job in jobs:
@@ -176,15 +184,33 @@ class BackgroundWriter:
         finally:
             self.waited_s += time.perf_counter() - started
 
-    def _work(self) -> None:
-        if self._niceness and sys.platform == "linux":  # elsewhere threads have no priority of their own
+    def _started(self, niceness: int, before: threading.Thread | None = None) -> threading.Thread:
+        thread = threading.Thread(
+            target=self._work, args=(niceness, before), name="lerobot-attn-writer", daemon=True
+        )
+        thread.start()
+        return thread
+
+    def _hurry(self) -> None:
+        """Let a thread that yields to nobody go on: one that yields may not stop that by itself."""
+        if self._niceness:
+            # In this order a Ctrl-C in between leaves a thread that works.
+            self._thread = self._started(0, before=self._thread)
+            self._niceness = 0
+            self._condition.notify_all()
+
+    def _work(self, niceness: int, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()  # it finishes the job that it has begun
+        if niceness and sys.platform == "linux":  # elsewhere threads have no priority of their own
             with suppress(OSError):
                 # Threads and processes that it starts (codecs, the video encoder) inherit it.
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._jobs or self._closing)
-                if not self._jobs:
+                # With another niceness another thread goes on.
+                self._condition.wait_for(lambda: self._jobs or self._closing or self._niceness != niceness)
+                if not self._jobs or self._niceness != niceness:
                     return
                 job = self._jobs.popleft()
             try:
@@ -200,12 +226,29 @@ class BackgroundWriter:
             finally:
                 n_bytes = job.n_bytes
                 del job  # its arrays go before its bytes are given back
-                if n_bytes >= _TRIM_BYTES:
+                self._untrimmed_bytes += n_bytes
+                if self._untrimmed_bytes >= (_TRIM_BUSY_BYTES if self._jobs else _TRIM_BYTES):
+                    self._untrimmed_bytes = 0
                     _trim()
                 with self._condition:
                     self._pending_bytes -= n_bytes
                     self._n_unfinished -= 1
                     self._condition.notify_all()
+
+
+@contextmanager
+def quick_turns() -> Iterator[None]:
+    """Let the thread of a loop or a policy go on soon when it wants to.
+
+    Python lets a thread go on for 5 ms while others wait. A policy gives its turn away with each of its
+    thousands of operations, and may wait that long each time until it gets it back.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _TURN_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -96,7 +96,8 @@ class EpisodeJob:
         strict: an action that is not the expected token of its chunk ends the episode. Otherwise the token
             is looked for in the chunk and in the one before (an inference may end while actions of the last
             one are still executed), and one that is not there is recorded as none.
-        n_queued: returns how many inferences were handed over to be written, or none that will not be.
+        n_queued: returns how many jobs that commit (`append` and `close`) were handed over so far; 0 once it
+            is not sure that they are run.
 
     Attributes:
         n_written: inferences that the store holds.
@@ -119,6 +120,7 @@ class EpisodeJob:
         self._config = config
         self._strict = strict
         self._n_queued = n_queued
+        self._n_appended = 0  # how often `append` was called
         self._uncommitted_since: float | None = None
         self._store: EpisodeWriter | None = None
         self._layout: TokenLayout | None = None
@@ -158,7 +160,7 @@ class EpisodeJob:
     ) -> None:
         """Write the frames up to here and then the inference made at `frame`; commit both.
 
-        While more inferences are queued and nobody watches, several are committed together.
+        While more is queued behind, several are committed together; see `_may_wait`.
 
         `more` holds this inference's values of optional arrays, by their names; `scene` its masks.
 
@@ -166,6 +168,7 @@ class EpisodeJob:
             StoreError: the disk is full.
             OSError: writing failed for another reason.
         """
+        self._n_appended += 1
         if self._uncommitted_since is None:
             self._uncommitted_since = time.monotonic()  # also on a disk that takes seconds to write one
         try:
@@ -173,7 +176,7 @@ class EpisodeJob:
             if record is not None:
                 assert known is not None
                 self._append_inference(record, frame, known, more or {}, scene)
-            if self._store is not None and not self._may_wait(self._store):
+            if self._store is not None and not self._may_wait(record is not None):
                 self._store.commit()
                 self.n_written = self._store.n_inferences
                 self._uncommitted_since = None
@@ -274,10 +277,13 @@ class EpisodeJob:
         if reason is None and self.plan.when_complete is not None:
             self.plan.when_complete(self.plan.path)
 
-    def _may_wait(self, store: EpisodeWriter) -> bool:
-        """Return whether what was written is committed with the inferences that are queued."""
+    def _may_wait(self, has_inference: bool) -> bool:
+        """Return whether what was written is committed with what is queued behind it.
+
+        Who watches sees an inference by its first frame, so only an inference waits then: for that frame.
+        """
         is_watched = self._config.view or self._config.rerun
-        if is_watched or self._n_queued() <= store.n_inferences:
+        if self._n_queued() <= self._n_appended or (is_watched and not has_inference):
             return False
         since = self._uncommitted_since
         return since is not None and time.monotonic() - since < COMMIT_WITHIN_S

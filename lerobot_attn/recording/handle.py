@@ -73,8 +73,9 @@ class EpisodeHandle:
         self._writer = writer
         # After a failure nothing that is queued is sure to be written.
         self._job = EpisodeJob(
-            plan, env, config, strict=strict, n_queued=lambda: 0 if self.failure else self.n_queued
+            plan, env, config, strict=strict, n_queued=lambda: 0 if self.failure else self._n_jobs
         )
+        self._n_jobs = 0  # handed over to be written, of those that commit
         self._entries: list[FrameEntry] = []  # frames that are not queued yet
         self._query = 0
         self._told = False
@@ -215,6 +216,7 @@ class EpisodeHandle:
 
     def _appended(self, record: InferenceRecord) -> None:
         self.n_queued += 1
+        self._n_jobs += 1
         self._query = record.layout.query_of_action(0)
         self._entries = []
 
@@ -223,6 +225,7 @@ class EpisodeHandle:
         job, entries, n_frames = self._job, self._entries, self.n_frames
         self._entries = []
         self._writer.submit(self.key, lambda: job.append(entries, None, n_frames))
+        self._n_jobs += 1
 
     def _close(
         self, ending: Ending, rewards: np.ndarray | None = None, successes: np.ndarray | None = None
@@ -231,6 +234,7 @@ class EpisodeHandle:
         self._write_frames()
         self._writer.submit(key, lambda: job.check_against(rewards, successes))
         self._writer.submit(key, lambda: job.close(ending, self._writer.failure(key)), always=True)
+        self._n_jobs += 1
 
 
 def queue_inference(

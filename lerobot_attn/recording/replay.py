@@ -22,6 +22,7 @@ from lerobot_attn.interventions import FixedNoise, Occlude
 from lerobot_attn.policies import unwrap
 from lerobot_attn.policies.base import Probe, Site
 from lerobot_attn.prompt import Tokenizer
+from lerobot_attn.recording.background import quick_turns
 from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.conditions import Interventions, acting_on, refuse_masks, said_of
 from lerobot_attn.recording.dataset import DatasetFrames
@@ -131,6 +132,7 @@ def record_dataset(
     with (
         run_folder.claim(),
         uploading(run_folder.path, config) as uploads,
+        quick_turns(),
         viewers_beside(run_folder.path, config),
         acting_on(
             policy, interventions, "a replay", tokenizer=tokenizer, preprocessor=preprocessor

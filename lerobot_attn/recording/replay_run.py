@@ -35,7 +35,7 @@ from lerobot_attn.recording.handle import (
 from lerobot_attn.recording.loop_episode import shown_by
 from lerobot_attn.recording.plan import DimensionNames, EpisodePlan
 from lerobot_attn.recording.replay_ask import Answer, Asker, Question, ReplayedEpisode
-from lerobot_attn.recording.replay_views import FilmedFrames, ViewsAhead, reading
+from lerobot_attn.recording.replay_views import FilmedFrames, ViewsAhead, computes_alone, reading
 from lerobot_attn.recording.series import EpisodeSeries
 from lerobot_attn.sizes import Progress, format_bytes
 from lerobot_attn.store.references import reference_to
@@ -43,6 +43,7 @@ from lerobot_attn.store.video import frame_size_px
 
 logger = logging.getLogger(__name__)
 
+_NICENESS = 10  # of the writer: it takes what the policy leaves, until somebody waits for it
 _COORDINATES = ("frame_index", "timestamp", "episode_index", "task_index")
 
 
@@ -71,7 +72,7 @@ class ReplayRun(EpisodeSeries):
         task: str | None,
     ):
         names = DimensionNames(footage.features.state_names, footage.features.action_names)
-        super().__init__(policy, run_folder, config, footage.fps, names)
+        super().__init__(policy, run_folder, config, footage.fps, names, niceness=_NICENESS)
         self._footage = footage
         self._every = every
         self._batch_size = batch_size
@@ -101,7 +102,7 @@ class ReplayRun(EpisodeSeries):
         self._begin(asker.capture, attributes)
         if self._unused:
             logger.info("The policy does not look at %s", ", ".join(self._unused))
-        reader = ThreadPoolExecutor(1, "lerobot-attn-reader")
+        reader = ThreadPoolExecutor(1, "lerobot-attn-reader", initializer=computes_alone)
         try:
             self._run(reader, indices, asker.seed)
             write_out(self._writer, self._handles, "Ctrl-C ends the replay")

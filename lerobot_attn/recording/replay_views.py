@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
+import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lerobot_attn.errors import CaptureError, LerobotAttnError, first_line
@@ -68,6 +70,16 @@ class ViewsAhead:
             self._bytes += n_bytes
             seen = at_hand.popleft() if at_hand else None
             self._running.append((self._reader.submit(self._read, question, seen), n_bytes))
+
+
+def computes_alone() -> None:
+    """Let what this thread computes with tensors be computed by it alone, for as long as it lives.
+
+    Otherwise it brings threads of its own. Once there are more of these than cores, those of the policy sleep
+    after each of its operations instead of waiting awake for the next, which comes in microseconds.
+    """
+    torch.get_num_threads()  # torch sets a thread's number when it is first asked: that must be over
+    threadpool_limits(1, user_api="openmp")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ in time is dropped, and the store says what.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from lerobot_attn.capture import HostCopies, InferenceRecord, capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, first_line
 from lerobot_attn.prompt import Tokenizer
+from lerobot_attn.recording.background import quick_turns
 from lerobot_attn.recording.beside import viewers_beside
 from lerobot_attn.recording.episode import NO_TOKEN
 from lerobot_attn.recording.folder import Remedies, RunFolder, task_folder
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 GROUP = "rollout"
 _REMEDIES = Remedies("choose another --attention.dir", "--attention.existing=")
 _RECENT = 8  # observations that an inference which has just begun may have been shown
-_TURN_S = 0.0005
 _NICENESS = 10  # of the writer: the policy and the loop go first
 _PATIENCE_S = 60.0  # how long stores may take once the robot has been let go
 
@@ -83,7 +82,7 @@ def record_robot(
     run_folder = RunFolder(folder, config.existing, _REMEDIES)
     check_encoder(policy, config)
     with (
-        _quick_turns(),
+        quick_turns(),
         run_folder.claim(),
         uploading(run_folder.path, config) as uploads,
         viewers_beside(run_folder.path, config, rerun_url),
@@ -105,20 +104,6 @@ def record_robot(
                 raise
             finally:
                 recording.write_out()
-
-
-@contextmanager
-def _quick_turns() -> Iterator[None]:
-    """Let the loop's thread run soon when it wants to.
-
-    Python lets a thread go on for 5 ms while others wait, the writer's or the policy's while the loop does.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _TURN_S))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 class RobotRecording(EpisodeSeries):
