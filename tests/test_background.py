@@ -1,5 +1,7 @@
 """The background writer: order, bounded memory, failures that stay with their episode."""
 
+import os
+import sys
 import threading
 import time
 import weakref
@@ -110,8 +112,57 @@ def test_what_large_jobs_freed_goes_back_to_the_system(monkeypatch):
     writer, done = BackgroundWriter(10_000_000), []
     for n_bytes in (10, 2_000_000, 10, 3_000_000):
         writer.submit("a", lambda n_bytes=n_bytes: done.append(n_bytes), n_bytes)
-    writer.close()
+        writer.flush()
     assert trimmed == [2, 4]
+    writer.close()
+
+
+def test_while_more_is_queued_it_goes_back_less_often(monkeypatch):
+    trimmed, gate = [], threading.Event()
+    monkeypatch.setattr(background, "_trim", lambda: trimmed.append(len(done)))
+    writer, done = BackgroundWriter(1_000_000_000), []
+    writer.submit("a", gate.wait)
+    for _ in range(6):
+        writer.submit("a", lambda: done.append("20 MB"), 20_000_000)
+    gate.set()
+    writer.close()
+    assert trimmed == [4, 6], "after 64 MB, and when nothing is left"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+@pytest.mark.parametrize("waits", ["for room", "for all", "for the end"])
+def test_a_writer_yields_only_until_somebody_waits_for_it(waits):
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    writer, found, done = BackgroundWriter(100, niceness=5), [], []
+    began, gate = threading.Event(), threading.Event()
+
+    def note():
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def noted_at_the_gate():
+        note()
+        began.set()
+        gate.wait()
+        done.append("first")
+
+    writer.submit("a", noted_at_the_gate, 60)
+    writer.submit("a", lambda: (note(), done.append("second")))
+    ways = {
+        "for room": lambda: writer.submit("a", note, 60),
+        "for all": lambda: writer.flush(),
+        "for the end": lambda: writer.close(),
+    }
+    began.wait()
+    waiting = threading.Thread(target=ways[waits])
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    assert not done, "one job at a time"
+    gate.set()
+    waiting.join()
+    writer.close()
+    assert done == ["first", "second"]
+    assert found[:2] == [min(19, usual + 5), usual]
 
 
 def test_dropping_leaves_the_running_job_and_the_cleaning_up(writer):

@@ -591,6 +591,27 @@ def test_what_is_committed_while_one_looks_is_there_at_once(tmp_path):
             assert client.get("/api/run").json()["episodes"][0]["n_inferences"] == index + 1
 
 
+def test_a_store_that_somebody_follows_is_opened_once_a_commit(tmp_path, monkeypatch):
+    path, other = (tmp_path / TASK / f"episode_0000{index}.zarr" for index in range(2))
+    write_episode(path, 2)
+    write_episode(other, 2)
+    library = Library(tmp_path)
+    followed, unseen = (summary.id for summary in library.look().summaries)
+    before = library.episode(followed)
+    opened = []
+    monkeypatch.setattr(library_module, "open_episode", lambda at: opened.append(at) or open_episode(at))
+    edit_attributes(path)  # as a commit does
+    edit_attributes(other)
+    library.look()
+    assert opened == [path, other]
+    now = library.episode(followed)
+    assert opened == [path, other]
+    assert now is not before
+    assert "arrays" in vars(now), "each of the questions that come at once opens them"
+    library.episode(unseen)  # nobody has asked for it before
+    assert opened == [path, other, other]
+
+
 def test_who_asks_for_an_episode_does_not_wait_for_a_listing(tmp_path, monkeypatch):
     write_episode(tmp_path / TASK / "episode_00000.zarr", 1)
     library = Library(tmp_path, rescan_s=0)

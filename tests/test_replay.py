@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +316,39 @@ def test_each_frame_is_read_once(small, tmp_path, monkeypatch):
     monkeypatch.setattr(DatasetFrames, "observation", counted)
     record_dataset(make_policy(), small, tmp_path, every=5, episodes=[0])
     assert sorted(read) == [(0, frame) for frame in range(13)]
+
+
+def test_its_threads_leave_the_policy_its_cores_and_its_turns(small, tmp_path, monkeypatch):
+    from lerobot_attn.recording.dataset import DatasetFrames
+    from lerobot_attn.recording.episode import EpisodeJob
+
+    observation, append, found = DatasetFrames.observation, EpisodeJob.append, {}
+
+    def read(*asked):
+        found["reader"] = torch.get_num_threads()
+        return observation(*asked)
+
+    def written(*asked):
+        found.setdefault("writer", os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        append(*asked)
+
+    def seen(batch):
+        found["policy"] = torch.get_num_threads()
+        found["turn_s"] = sys.getswitchinterval()
+        return batch
+
+    monkeypatch.setattr(DatasetFrames, "observation", read)
+    monkeypatch.setattr(EpisodeJob, "append", written)
+    before, turn_s = torch.get_num_threads(), sys.getswitchinterval()
+    torch.set_num_threads(2)
+    try:
+        record_dataset(make_policy(), small, tmp_path, preprocessor=seen, every=5, episodes=[2], batch_size=1)
+        assert (found["reader"], found["policy"], torch.get_num_threads()) == (1, 2, 2)
+    finally:
+        torch.set_num_threads(before)
+    assert found["turn_s"] < turn_s == sys.getswitchinterval()
+    if sys.platform == "linux":
+        assert found["writer"] > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_a_data_set_that_was_just_written(tmp_path):

@@ -303,7 +303,16 @@ class Library:
             refusal = self._refusal(path)
             if refusal is not None:
                 raise StoreError(f"{path}: {refusal}")
-            return _Known(signature, summary_of(id_, self._opened(path)), None)
+            episode = self._opened(path)
+            with self._lock:
+                is_watched = id_ in self._open
+            if is_watched:
+                # Whoever follows it as it grows is told of it and asks at once, several questions at a time:
+                # each would open the arrays for itself, which takes longer than the answer.
+                with contextlib.suppress(StoreError):  # is said to who asks
+                    _ = episode.arrays
+                self._hold(id_, signature, episode)
+            return _Known(signature, summary_of(id_, episode), None)
         except LerobotAttnError as error:
             problem = first_line(error)
             passes = isinstance(error.__cause__, OSError)

@@ -205,7 +205,8 @@ class BackgroundWriter:
         if niceness and sys.platform == "linux":  # elsewhere threads have no priority of their own
             with suppress(OSError):
                 # Threads and processes that it starts (codecs, the video encoder) inherit it.
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
         while True:
             with self._condition:
                 # With another niceness another thread goes on.
