@@ -129,6 +129,17 @@ def test_while_more_is_queued_it_goes_back_less_often(monkeypatch):
     assert trimmed == [4, 6], "after 64 MB, and when nothing is left"
 
 
+def test_a_writer_that_looks_for_its_jobs_is_not_woken(monkeypatch):
+    writer, done = BackgroundWriter(100, look_every_s=0.01), threading.Event()
+    woken = []
+    monkeypatch.setattr(writer._condition, "notify_all", lambda: woken.append(threading.current_thread()))
+    writer.submit("a", done.set)
+    assert done.wait(30)
+    assert threading.current_thread() not in woken
+    monkeypatch.undo()
+    writer.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
 @pytest.mark.parametrize("waits", ["for room", "for all", "for the end"])
 def test_a_writer_yields_only_until_somebody_waits_for_it(waits):

@@ -56,13 +56,16 @@ class BackgroundWriter:
         niceness: by how much its thread yields to others (Linux); 0: not at all. Beside a busy program a
             thread that yields hardly runs. So it does only until somebody has to wait for it: what is queued
             then, and what comes later, is written by a thread that yields to nobody.
+        look_every_s: how often its thread looks for jobs; None: whoever queues one wakes it. A thread that is
+            woken may take the core, or Python's turn, of the one that wakes it.
 
     Attributes:
         waited_s: seconds that callers have waited for room in the queue, and for the queue to be done.
     """
 
-    def __init__(self, max_bytes: int, *, niceness: int = 0):
+    def __init__(self, max_bytes: int, *, niceness: int = 0, look_every_s: float | None = None):
         self._max_bytes = max_bytes
+        self._look_every_s = look_every_s
         self._niceness = niceness  # of the thread that works now
         self._jobs: deque[_Job] = deque()
         self._pending_bytes = 0
@@ -170,7 +173,8 @@ class BackgroundWriter:
                 self._n_queued += 1
             self._pending_bytes += n_bytes
             self._n_unfinished += len(jobs)
-            self._condition.notify_all()
+            if self._look_every_s is None:
+                self._condition.notify_all()
         return True
 
     def _has_room(self, n_bytes: int) -> bool:
@@ -210,7 +214,8 @@ class BackgroundWriter:
         while True:
             with self._condition:
                 # With another niceness another thread goes on.
-                self._condition.wait_for(lambda: self._jobs or self._closing or self._niceness != niceness)
+                while not (self._jobs or self._closing or self._niceness != niceness):
+                    self._condition.wait(self._look_every_s)
                 if not self._jobs or self._niceness != niceness:
                     return
                 job = self._jobs.popleft()

@@ -42,6 +42,7 @@ GROUP = "rollout"
 _REMEDIES = Remedies("choose another --attention.dir", "--attention.existing=")
 _RECENT = 8  # observations that an inference which has just begun may have been shown
 _NICENESS = 10  # of the writer: the policy and the loop go first
+_LOOK_EVERY_S = 0.005  # the writer looks for jobs: the loop does not wake it
 _PATIENCE_S = 60.0  # how long stores may take once the robot has been let go
 
 
@@ -123,7 +124,9 @@ class RobotRecording(EpisodeSeries):
         cameras: Mapping[str, str],
         task: str,
     ):
-        super().__init__(policy, run_folder, config, fps, names, niceness=_NICENESS)
+        super().__init__(
+            policy, run_folder, config, fps, names, niceness=_NICENESS, look_every_s=_LOOK_EVERY_S
+        )
         self._cameras = dict(cameras)
         self._task = task
         self._lock = threading.RLock()  # inferences may run on a thread of their own

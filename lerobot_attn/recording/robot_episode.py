@@ -237,7 +237,7 @@ class RobotEpisode:
         for camera, name in self._cameras.items():
             picture = shown.get(camera)
             if picture is not None:
-                images[name] = torch.from_numpy(self._kept(camera, _as_uint8(picture)))[None]
+                images[name] = torch.from_numpy(self._kept(camera, _as_uint8(picture))[None])
         return Views(HostCopies(), images) if images else None
 
     def _kept(self, camera: str, picture: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ class EpisodeSeries:
         fps: frames per second of the videos.
         names: names of the state's and the action's dimensions.
         niceness: by how much the writer yields to the loop.
+        look_every_s: how often the writer looks for what is to be written; None: it is woken.
 
     Attributes:
         folder: where the stores go.
@@ -52,6 +53,7 @@ class EpisodeSeries:
         names: DimensionNames,
         *,
         niceness: int = 0,
+        look_every_s: float | None = None,
     ):
         self.folder = run_folder.path
         self._policy = policy
@@ -59,7 +61,9 @@ class EpisodeSeries:
         self._config = config
         self._fps = float(fps)
         self._names = names
-        self._writer = BackgroundWriter(config.queue_mb * 1_000_000, niceness=niceness)
+        self._writer = BackgroundWriter(
+            config.queue_mb * 1_000_000, niceness=niceness, look_every_s=look_every_s
+        )
         self._handles: list[EpisodeHandle] = []
         self._kept: list[EpisodeResult] = []
         self._next: dict[str, int] = {}
