@@ -14,6 +14,7 @@ from lerobot_attn.capture import capture_attention
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import CaptureError, ConfigError
 from lerobot_attn.interventions import BlockAttention, Occlude, intervene
+from lerobot_attn.interventions.blocking import Blocker
 from lerobot_attn.layout import Kind
 from lerobot_attn.masks import SceneMasks, instances_of
 from lerobot_attn.policies import adapter_for
@@ -68,6 +69,10 @@ class Editor:
 
     def fail(self, error):
         raise error
+
+
+def no_map(blocker, site, value):
+    pytest.fail(f"{site}: a map was made for a probe that only masks scores")
 
 
 class Watcher:
@@ -466,8 +471,12 @@ class AdapterContract:
         assert "\n" not in str(caught.value)
         yield None
 
-    def test_what_is_blocked_weighs_nothing_and_its_pixels_do_not_matter(self, policy, batch):
-        """And what acted is recorded; what finds nothing to block changes nothing, and nothing is left."""
+    def test_what_is_blocked_weighs_nothing_and_its_pixels_do_not_matter(self, policy, batch, monkeypatch):
+        """And what acted is recorded; what finds nothing to block changes nothing, and nothing is left.
+
+        Where scores are masked, the policy's own mask does it: no map is made for the blocker, and actions
+        are bit for bit those of scores that are masked right before the softmax.
+        """
         camera = self.first_camera(policy, batch)
         block = BlockAttention({"camera": camera}, passes="both")
         actions, random_state = self.act(policy, batch, 7)
@@ -479,7 +488,14 @@ class AdapterContract:
             config = self.config(layers="all", prefix_layers="all")
             with capture_attention(policy, config) as capture:
                 blocked, blocked_state = self.act(policy, batch, 7)
-            other, _ = self.act(policy, {**batch, camera: 1 - batch[camera]}, 7)
+            with monkeypatch.context() as patch:
+                if self.is_exact:
+                    patch.setattr(Blocker, "at", no_map)
+                other, _ = self.act(policy, {**batch, camera: 1 - batch[camera]}, 7)
+            if self.is_exact:
+                with monkeypatch.context() as patch:
+                    patch.setattr(Blocker, "only_masks", lambda blocker, site: False)
+                    assert torch.equal(self.act(policy, batch, 7)[0], blocked)
         policy.reset()
         assert instance_state(policy) == before
         (record,) = capture.drain()

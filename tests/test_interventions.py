@@ -364,6 +364,8 @@ def test_scores_are_masked_where_they_can_be_and_then_nothing_is_left_to_do():
         blocker.begin(InferenceInputs(spec_layout, torch.zeros(2, 4 - is_left, dtype=torch.int64), keys))
         blocker.denoise_step(1.0)
         bias = blocker.bias(site)
+        assert blocker.only_masks(site) == is_left
+        assert blocker.only_masks(Site("vlm", 0))  # where nothing is blocked, no map is asked for
         if not is_left:  # the state alone, which not every token may read: rows are cut instead
             assert bias is None
             assert not blocker.at(site, value)[:, 1, :, :4].any()
@@ -373,6 +375,8 @@ def test_scores_are_masked_where_they_can_be_and_then_nothing_is_left_to_do():
         assert torch.equal(bias.broadcast_to(expected.shape), expected)
         assert blocker.at(site, value) is None
         assert not blocker.at(site, value)[:, 1, :, 1:4].any()  # its scores were not masked
+        blocker.rank()
+        assert not blocker.only_masks(site)  # for maps rank patches
 
 
 def test_a_row_of_which_nothing_is_left_reads_nothing():

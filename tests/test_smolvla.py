@@ -19,6 +19,7 @@ from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.demo.modeling_smolvla_tiny import SmolVLATinyPolicy  # noqa: E402
 from lerobot_attn.errors import ConfigError  # noqa: E402
+from lerobot_attn.interventions import BlockAttention, intervene  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 
@@ -86,6 +87,15 @@ class SmolVLAContract(AdapterContract):
 
 class TestSmolVLA(SmolVLAContract):
     pass
+
+
+def test_a_block_of_one_head_leaves_the_others_whose_mask_all_heads_share(policy, batch):
+    policy.reset()
+    with intervene(policy, BlockAttention({"camera": IMAGE}, heads=[3])):
+        record = captured(policy, batch)
+    segment = next(one for one in record.layout.segments if one.name == IMAGE)
+    read = np.nan_to_num(record.suffix_attention[..., segment.start : segment.stop]).max((0, 1, 2, 4, 5))
+    assert np.flatnonzero(read == 0).tolist() == [3]
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,10 @@ class Blocker:
                 total = cut.bias if total is None else total + cut.bias
         return total
 
+    def only_masks(self, site: Site) -> bool:
+        """Return whether masked scores do all that is done at a site in the step that runs."""
+        return self._sums is None and all(cut.bias is not None for cut in self._cuts_at(site))
+
     def at(self, site: Site, value: Tensor) -> Tensor | None:
         """Return a site's attention without what is blocked, or None where nothing is left to do."""
         is_masked, self._masked = self._masked == site, None

@@ -242,6 +242,13 @@ class MaskingProbe(Protocol):
             that the layer does not see come last, and are left out.
         """
 
+    def only_masks(self, site: Site) -> bool:
+        """Return whether `bias` is all that the probe does at a site now, so that `at` need not be called.
+
+        Asked before `bias`. An adapter that can mask scores where the policy does itself then makes no map
+        for the probe, which costs more than the mask.
+        """
+
 
 @runtime_checkable
 class NeuronAdapter(Protocol):

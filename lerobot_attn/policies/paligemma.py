@@ -18,7 +18,7 @@ from torch import Tensor
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import PolicyDescription, Probe, Site, SiteInfo, Stream, said_by
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8
-from lerobot_attn.policies.taps import CompiledTap, attention_tap, bias_of, no_attention
+from lerobot_attn.policies.taps import CompiledTap, attention_tap, masking_of, no_attention
 from lerobot_attn.policies.tower import Tower, exchange_at, tap_output
 from lerobot_attn.policies.vision import VisionTower
 
@@ -126,8 +126,8 @@ class PaliGemmaAdapter(PaliGemmaCameras, FlowMatchingAdapter):
                 stack.callback(module.register_forward_hook(graph.hook(site)).remove)
             else:
                 missed = partial(probe.fail, no_attention(site))
-                exchange, bias = partial(probe.at, site), bias_of(probe, site)
-                stack.enter_context(attention_tap(module, exchange, missed, bias))
+                exchange, masking = partial(probe.at, site), masking_of(probe, site)
+                stack.enter_context(attention_tap(module, exchange, missed, masking))
 
     def _tap_residual(
         self, stack: ExitStack, probe: Probe, graph: CompiledTap | None, sites: list[Site]

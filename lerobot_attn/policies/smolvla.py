@@ -16,13 +16,14 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lerobot_attn.layout import Camera, ImageGeometry, TokenLayout, tiled
 from lerobot_attn.policies.base import ParsedPrompt, PolicyDescription, Probe, Site, SiteInfo, Stream, said_by
 from lerobot_attn.policies.flow import FlowMatchingAdapter, as_uint8, newest
 from lerobot_attn.policies.prompts import parse_task_line
-from lerobot_attn.policies.taps import CompiledTap, bias_of, no_attention, replaced_attribute, tapped
+from lerobot_attn.policies.taps import Call, CompiledTap, masking_of, no_attention, replaced_attribute, tapped
 from lerobot_attn.policies.tower import Tower, exchange_at
 from lerobot_attn.policies.vision import VisionTower
 
@@ -136,7 +137,9 @@ class SmolVLAAdapter(FlowMatchingAdapter):
             if graph is not None:
                 return tapped(attend, partial(graph.note, site), partial(graph.note, site, None))
             missed = partial(probe.fail, no_attention(site))
-            return tapped(attend, partial(probe.at, site), missed, bias_of(probe, site))
+            return tapped(
+                attend, partial(probe.at, site), missed, masking_of(probe, site), _with_narrowed_mask
+            )
 
         for name, value in (
             ("forward_attn_layer", entered(towers.forward_attn_layer)),
@@ -229,3 +232,17 @@ class SmolVLAAdapter(FlowMatchingAdapter):
             prefix_len = self.model.prefix_length
         suffix = ("action", "action", self.policy.config.chunk_size)
         return TokenLayout(tiled([*prefix, suffix]), prefix_len, tuple(cameras))
+
+
+def _with_narrowed_mask(bias: Tensor, call: Call) -> Call | None:
+    """Return a call of LeRobot's `eager_attention_forward` whose mask leaves out what a bias masks.
+
+    Args:
+        bias: (batch, 1 or head, 1 or query, key): 0, or -inf.
+        call: its first argument is the mask, (batch, query, key) bool, the same for all heads.
+    """
+    args, kwargs = call
+    mask: Any = args[0] if args else None
+    if not torch.is_tensor(mask) or mask.dtype != torch.bool or bias.shape[1] != 1:
+        return None
+    return (mask & (bias[:, 0, :, : mask.shape[-1]] == 0), *args[1:]), kwargs

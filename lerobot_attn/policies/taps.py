@@ -1,7 +1,9 @@
 """Ways to reach the values inside a policy that families share. Knows no family and no probe's purpose.
 
 Eager: `tapped` and `attention_tap` run a function or an attention module so that its probabilities are handed
-over after the softmax and before they are applied to the values; what is handed back is applied instead.
+over after the softmax and before they are applied to the values; what is handed back is applied instead. A
+probe that only masks scores needs no probabilities: what it masks is added to the mask that the function is
+called with, and the function runs as it always does.
 
 Compiled: `CompiledTap` compiles the policy together with what a probe keeps of its attention, which the graph
 returns as additional outputs. Nothing can be handed back there.
@@ -28,6 +30,8 @@ _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm
 
 Exchange = Callable[[Tensor], Tensor | None]
 Bias = Callable[[], Tensor | None]
+Call = tuple[Sequence[Any], Mapping[str, Any]]  # the arguments of a call, by place and by name
+Masked = Callable[[Tensor, Call], Call | None]
 
 _TRIAL = ContextVar("trial", default=False)
 
@@ -143,11 +147,24 @@ class _BeforeUse(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Masking(NamedTuple):
+    """How a probe masks the scores of one site, see `MaskingProbe`.
+
+    Attributes:
+        bias: returns what is added to the scores; None: nothing.
+        is_all: returns whether the probe does without the probabilities now.
+    """
+
+    bias: Bias
+    is_all: Callable[[], bool]
+
+
 def tapped(
     function: Callable[..., Any],
     exchange: Exchange,
     missed: Callable[[], None],
-    bias: Bias | None = None,
+    masking: Masking | None = None,
+    masked: Masked | None = None,
 ) -> Callable[..., Any]:
     """Return a function that hands its attention probabilities to `exchange` before it applies them.
 
@@ -158,12 +175,20 @@ def tapped(
         function: calls softmax and then multiplies its result with the values.
         exchange: gets (batch, head, query, key); returns None, or what is applied instead.
         missed: called after a call in which no such product came.
-        bias: what is added to the scores, see `MaskingProbe`.
+        masking: what is added to the scores; where that is all, `exchange` is not called.
+        masked: gets a bias and a call of the function; returns the call whose mask has the bias in it, or
+            None if the call has no mask that could hold it.
     """
 
     def tapped_function(*args: Any, **kwargs: Any) -> Any:
+        if masking is not None and masked is not None and masking.is_all():
+            bias = masking.bias()
+            if bias is None:
+                return function(*args, **kwargs)
+            if (call := masked(bias, (args, kwargs))) is not None:
+                return function(*call[0], **call[1])
         # The mode belongs to one call: it is kept per thread, and a real robot infers in a thread of its own.
-        with _BeforeUse(exchange, bias) as mode:
+        with _BeforeUse(exchange, masking.bias if masking else None) as mode:
             output = function(*args, **kwargs)
         if not mode.n_exchanged:
             missed()
@@ -174,16 +199,35 @@ def tapped(
 
 @contextmanager
 def attention_tap(
-    module: nn.Module, exchange: Exchange, missed: Callable[[], None], bias: Bias | None = None
+    module: nn.Module, exchange: Exchange, missed: Callable[[], None], masking: Masking | None = None
 ) -> Iterator[None]:
-    """Tap an attention module's forward pass as `tapped` does, while the context lasts."""
-    with replaced_attribute(module, "forward", tapped(module.forward, exchange, missed, bias)):
+    """Tap an attention module's forward pass as `tapped` does, while the context lasts.
+
+    Args:
+        module: of transformers, called with `attention_mask`, numbers that are added to its scores.
+        exchange: see `tapped`; so the others.
+        missed: see there.
+        masking: see there.
+    """
+    tapped_forward = tapped(module.forward, exchange, missed, masking, _with_added_mask)
+    with replaced_attribute(module, "forward", tapped_forward):
         yield
 
 
-def bias_of(probe: Probe, site: Site) -> Bias | None:
+def _with_added_mask(bias: Tensor, call: Call) -> Call | None:
+    """Return a call of a transformers attention module with a bias added to its mask."""
+    args, kwargs = call
+    mask = kwargs.get("attention_mask")
+    if not torch.is_tensor(mask) or not mask.is_floating_point():
+        return None
+    return args, {**kwargs, "attention_mask": mask + bias[..., : mask.shape[-1]].to(mask.dtype)}
+
+
+def masking_of(probe: Probe, site: Site) -> Masking | None:
     """Return how a probe masks a site's scores; None of one that does not."""
-    return partial(probe.bias, site) if isinstance(probe, MaskingProbe) else None
+    if not isinstance(probe, MaskingProbe):
+        return None
+    return Masking(partial(probe.bias, site), partial(probe.only_masks, site))
 
 
 def no_attention(site: Site) -> CaptureError:
