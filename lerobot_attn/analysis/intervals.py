@@ -164,6 +164,25 @@ def expanded_tail(n: int, confidence: float) -> float:
     return float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2)))
 
 
+def prediction_interval(values: NDArray[np.float64], *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return where one more value like these would lie, if they are normal: mean ± t·s·sqrt(1 + 1/n).
+
+    Args:
+        values: (draw,), no NaN.
+        confidence: of the interval.
+
+    Returns:
+        low and high; NaN with fewer than two values.
+    """
+    n = len(values)
+    if n < 2:
+        return np.nan, np.nan
+    from scipy.special import stdtrit  # takes a while to import
+
+    half = stdtrit(n - 1, (1 + confidence) / 2) * values.std(ddof=1) * math.sqrt(1 + 1 / n)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
 def paired_interval(
     differences: NDArray[np.float64], *, confidence: float = 0.95, n_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:

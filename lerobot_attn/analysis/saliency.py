@@ -365,6 +365,7 @@ class Saliency:
         shares: of the patches, at which the curves were asked for.
         frames: in the order of the episodes and frames.
         facts: what was asked, as plain values: `n_masks`, `hidden_share`, `fill`, `seed`, …
+        shuffled: the same of copies of the policy with shuffled weights, which have learned nothing.
     """
 
     patches: Patches
@@ -374,6 +375,7 @@ class Saliency:
     shares: tuple[float, ...]
     frames: tuple[FrameSaliency, ...]
     facts: Mapping[str, Any]
+    shuffled: tuple[Saliency, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that there is a frame.

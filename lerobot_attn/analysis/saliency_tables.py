@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lerobot_attn.analysis.intervals import interval_of_mean, mean_of
+from lerobot_attn.analysis.intervals import interval_of_mean, mean_of, prediction_interval
 from lerobot_attn.analysis.saliency import (
     Correlation,
     Floats,
@@ -29,6 +29,7 @@ COLUMNS = (
 MEAN, ALL = "mean", "all"
 WAYS = ("deletion", "insertion")
 FEW_FRAMES = 10
+LEARNED = "_learned"  # ends the name of a gain that stands beside that of shuffled weights
 
 
 class Resampling(NamedTuple):
@@ -98,6 +99,9 @@ def saliency_table(found: Saliency, resampling: Resampling | None = None) -> pd.
     - `deletion_area`, `insertion_area`: under the curves; chance is that of random rankings;
     - `deletion_gain`, `insertion_gain`: how much better than random rankings; chance is 0;
     - `deletion_gain_shifted`, `insertion_gain_shifted`: than the same map moved elsewhere; chance is 0;
+    - these four followed by `_learned`, if there are copies with shuffled weights: the same value; chance is
+      the mean of the copies, and one more copy would lie between `chance_low` and `chance_high` (95 %, if
+      copies are normal);
     - `all_hidden`: change of the action with every patch hidden, in the policy's units;
     - `asked_again`: the same with nothing hidden: what is no effect.
 
@@ -117,6 +121,10 @@ def saliency_table(found: Saliency, resampling: Resampling | None = None) -> pd.
         rows += _rows(found, names, halves, resampling, chance=0.0)
     for names, values, chance in _of_curves(found):
         rows += _rows(found, names, values, resampling, chance=chance)
+    for names, values, copies in _of_shuffled(found):
+        low, high = prediction_interval(np.array([mean_of(copy) for copy in copies]))
+        more = {"chance_low": low, "chance_high": high}
+        rows += _rows(found, names, values, resampling, chance=copies.mean(axis=0), **more)
     for metric, attribute in (("all_hidden", "all_hidden"), ("asked_again", "floor")):
         values = np.array([getattr(frame, attribute) for frame in found.frames])
         names = {"camera": ALL, "layer": "", "head": "", "metric": metric}
@@ -144,6 +152,17 @@ def _of_curves(found: Saliency) -> Iterator[tuple[dict[str, str], Floats, Floats
             better = gain(of[ranking], of[chance])
             for number, way in enumerate(WAYS):
                 yield {**names, "metric": f"{way}_gain{suffix}"}, better[:, number], zero
+
+
+def _of_shuffled(found: Saliency) -> Iterator[tuple[dict[str, str], Floats, Floats]]:
+    """Yield each gain of attention beside those of the copies: names, (frame,), (copy, frame)."""
+    if not found.shuffled:
+        return
+    for own, *copies in zip(_of_curves(found), *map(_of_curves, found.shuffled), strict=True):
+        names, values, _ = own
+        if "_gain" in names["metric"] and names["layer"] != "importance":
+            named = {**names, "metric": f"{names['metric']}{LEARNED}"}
+            yield named, values, np.stack([copy[1] for copy in copies])
 
 
 def _rows(

@@ -59,6 +59,13 @@ def saliency(
     task: Annotated[str | None, typer.Option(help="The instruction, instead of the recorded one.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures that the policy is asked about at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of masks, noise and draws.")] = 0,
+    shuffled: Annotated[
+        int,
+        typer.Option(
+            help="Ask the same of so many copies of the policy with shuffled weights, which have learned "
+            "nothing, and compare; 0, or at least 2. Each takes as long as the policy itself."
+        ),
+    ] = 0,
 ) -> None:
     """Ask whether attention predicts what matters: hide patches and see how the action changes.
 
@@ -95,6 +102,7 @@ def saliency(
                 "n_draws": n_draws,
                 "batch_size": batch_size,
                 "seed": seed,
+                "n_shuffled": shuffled,
             },
         )
         with progress_bar("Asking") as progress:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -35,6 +35,7 @@ from lerobot_attn.errors import ConfigError
 from lerobot_attn.plugin.own_options import by_section, rename_map
 from lerobot_attn.plugin.saliency_ask import Asker, Fill, Hide, Place, Scene
 from lerobot_attn.policies import unwrap
+from lerobot_attn.policies.shuffling import shuffled_weights
 from lerobot_attn.recording.dataset import DatasetFrames
 from lerobot_attn.recording.footage import Footage
 from lerobot_attn.recording.replay_inputs import ReplayInputs
@@ -67,6 +68,7 @@ def measure_saliency(
     shares: Sequence[float] = SHARES,
     batch_size: int = 16,
     seed: int = 0,
+    n_shuffled: int = 0,
     progress: Progress | None = None,
 ) -> Saliency:
     """Measure what matters to a policy at recorded frames, and what its attention says beside it.
@@ -103,6 +105,8 @@ def measure_saliency(
         batch_size: pictures that the policy is asked about at once. One of a policy that denoises and takes
             no noise (X-VLA), because it draws its own for a whole batch.
         seed: of masks, noise and draws.
+        n_shuffled: how often the same is asked of the policy with shuffled weights (`policies.shuffling`), as
+            a control that has learned nothing; 0, or at least 2. They are back in their places at the end.
         progress: called with (questions answered, questions in all).
 
     Raises:
@@ -115,6 +119,10 @@ def measure_saliency(
     for name, value in {**given, "seed": seed}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
             raise ConfigError(f"{name}: got {value!r}, expected a whole number of at least {least[name]}")
+    if isinstance(n_shuffled, bool) or not isinstance(n_shuffled, int) or n_shuffled < 0 or n_shuffled == 1:
+        raise ConfigError(
+            f"n_shuffled: got {n_shuffled!r}, expected 0, or at least 2: one copy says not how they differ"
+        )
     if not 0 < hidden_share <= 0.5:
         raise ConfigError(f"hidden_share: got {hidden_share!r}, expected a number above 0, up to 0.5")
     if [*shares] != sorted({share for share in shares if 0 < share < 1}) or not shares:
@@ -130,28 +138,31 @@ def measure_saliency(
         places = _places(footage, episodes, frames, max_frames, capture.policy.n_action_steps)
         asker = Asker(policy, capture, inputs, preprocessor, records, batch_size)
         plan = _Plan(n_masks, hidden_share, fill, n_draws, seed, names, tuple(shares))
-        n_asked = plan.n_questions
-        found: list[FrameSaliency] = []
-        patches: Patches | None = None
-        for number, place in enumerate(places):
-            told = _counted(progress, number * n_asked, n_asked * len(places))
-            scene = asker.scene(footage, place, task, seed)
-            if patches is None:
-                patches = _patches_of(scene.record)
-            elif _patches_of(scene.record).geometries != patches.geometries:
-                raise ConfigError(f"{place}: its cameras' pictures have another size than those before it")
-            keep = number in np.linspace(0, len(places) - 1, _PICTURES).round()
-            found.append(_measure(asker, scene, patches, plan, place, keep, told))
-        assert patches is not None
-        selection = capture.selection
-    return Saliency(
-        patches,
-        selection.mean_layers,
-        selection.heads,
-        tuple(names),
-        plan.shares,
-        tuple(found),
-        {
+        patches: list[Patches] = []
+        total = plan.n_questions * len(places) * (1 + n_shuffled)
+        kept = set(np.linspace(0, len(places) - 1, _PICTURES).round().tolist())
+
+        def asked(copy: int) -> tuple[FrameSaliency, ...]:
+            """Ask about all frames; copy 0 is the policy itself."""
+            found = []
+            for number, place in enumerate(places):
+                before = (copy * len(places) + number) * plan.n_questions
+                scene = asker.scene(footage, place, task, seed)
+                patches.append(_patches_of(scene.record))
+                if patches[-1].geometries != patches[0].geometries:
+                    raise ConfigError(
+                        f"{place}: its cameras' pictures have another size than those before it"
+                    )
+                keep, told = not copy and number in kept, _counted(progress, before, total)
+                found.append(_measure(asker, scene, patches[0], plan, place, keep, told))
+            return tuple(found)
+
+        frames_found, selection = asked(0), capture.selection
+        copies = []
+        for copy in range(1, n_shuffled + 1):
+            with shuffled_weights(unwrap(policy), copy):
+                copies.append(asked(copy))
+        facts = {
             "footage": dict(footage.said),
             "policy_type": capture.policy.policy_type,
             "random_weights": capture.policy.random_weights,
@@ -163,8 +174,30 @@ def measure_saliency(
             "seed": seed,
             "executed_actions": capture.policy.n_action_steps,
             "task": task,
-        },
+        }
+    own = Saliency(
+        patches[0],
+        selection.mean_layers,
+        selection.heads,
+        tuple(names),
+        plan.shares,
+        frames_found,
+        facts,
     )
+    return replace(own, shuffled=tuple(replace(own, frames=frames) for frames in _finite(copies)))
+
+
+def _finite(copies: Sequence[tuple[FrameSaliency, ...]]) -> list[tuple[FrameSaliency, ...]]:
+    """Return the copies whose actions are numbers, if these are enough to compare with; says so if not."""
+    finite = [frames for frames in copies if all(np.isfinite(frame.all_hidden) for frame in frames)]
+    if len(finite) < len(copies):
+        logger.warning(
+            "%d of %d copies with shuffled weights gave actions that are not finite%s",
+            len(copies) - len(finite),
+            len(copies),
+            "; they are left out" if len(finite) > 1 else ", too many to compare with the others",
+        )
+    return finite if len(finite) > 1 else []
 
 
 def _places(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.intervals import interval_of_mean
 from lerobot_attn.analysis.saliency import FrameSaliency, Patches, Saliency
-from lerobot_attn.analysis.saliency_tables import FEW_FRAMES, MEAN, Resampling, saliency_table
+from lerobot_attn.analysis.saliency_tables import FEW_FRAMES, LEARNED, MEAN, Resampling, saliency_table
 from lerobot_attn.analysis.spatial import on_camera_pixels
 from lerobot_attn.errors import RANDOM_WEIGHTS, ConfigError
 from lerobot_attn.figures.canvas import Caption, save_figure
@@ -40,7 +40,8 @@ def write_saliency(found: Saliency, folder: str | Path, resampling: Resampling |
 
     `saliency.npz` holds `episode` and `frame` (frame,), of each camera `importance CAMERA` (frame, grid_y,
     grid_x) float32 and `attention CAMERA` (frame, layer, head, grid_y, grid_x) float16, both NaN on padding,
-    `layer`, `head`, and the curves: `share`, and of each ranking `curves RANKING` (frame, draw, 2, share).
+    `layer`, `head`, and the curves: `share`, of each ranking `curves RANKING` (frame, draw, 2, share), and
+    `shuffled curves RANKING` (copy, frame, draw, 2, share) if copies with shuffled weights were asked.
 
     Args:
         found: of `measure_saliency`.
@@ -98,8 +99,8 @@ _READING = (
     "the ranking finds what matters sooner. The importance's own ranking is what a good map could reach, if "
     "the masks are enough to know it.",
     "Attention decides how much of a patch enters, so its order beats a random one with random weights, too: "
-    "four random pi05_tiny gained 0.17 to 0.23 in deletion. Hold a gain to that of random weights before it "
-    "is read as something that was learned.",
+    "four random pi05_tiny gained 0.17 to 0.23 in deletion. Hold a gain to that of shuffled weights (option "
+    "--shuffled) before it is read as something that was learned.",
     "Intervals are over frames. Frames of one episode resemble each other, so they say how these frames "
     "vary, and are too narrow for other episodes.",
     "A picture with parts hidden is none that the policy was trained on. What is large here changes the "
@@ -114,20 +115,35 @@ def _page(found: Saliency, table: pd.DataFrame) -> Page:
     means = table[table["frame"] == MEAN]
     page.text(_verdict(found, means))
     page.heading("Curves")
-    rows = means[means["metric"].str.contains("_gain")]
+    is_learned = means["metric"].str.endswith(LEARNED)
+    rows = means[means["metric"].str.contains("_gain") & ~is_learned]
     page.table(
         ["ranked by", "curve", "better than", "area between, of the whole change", "95 % interval"],
         [
             [
-                _ranking(row["layer"]),
-                str(row["metric"]).partition("_")[0],
-                "the map moved elsewhere" if str(row["metric"]).endswith("shifted") else "random",
+                *_compared(row),
                 _number(row["value"]),
                 _interval(row),
             ]
             for row in rows.to_dict("records")
         ],
     )
+    if found.shuffled:
+        page.heading("Beside shuffled weights")
+        page.text(_learned(means[is_learned]))
+        columns = ["ranked by", "curve", "better than", "this policy", "shuffled weights, mean"]
+        page.table(
+            [*columns, "one more copy would gain (95 %)"],
+            [
+                [
+                    *_compared(row),
+                    _number(row["value"]),
+                    _number(row["chance"]),
+                    f"{_number(row['chance_low'])} to {_number(row['chance_high'])}",
+                ]
+                for row in means[is_learned].to_dict("records")
+            ],
+        )
     page.heading("Rank correlation with importance")
     short = short_names(found.patches.cameras)
     rows = means[(means["metric"] == "rank_correlation")].sort_values("value", ascending=False)
@@ -211,6 +227,28 @@ def _verdict(found: Saliency, means: pd.DataFrame) -> str:
     return f"{told}: on these frames it is not shown that the map predicts what matters."
 
 
+def _learned(rows: pd.DataFrame) -> str:
+    """Say in a sentence whether shuffled weights would gain as much."""
+    row = rows[rows["metric"] == f"deletion_gain_shifted{LEARNED}"].to_dict("records")[0]
+    told = (
+        f"Against the map moved elsewhere, this policy gains {_number(row['value'])} in deletion; with "
+        f"shuffled weights, which have learned nothing, it is {_number(row['chance'])} on average, and one "
+        f"more such copy would gain {_number(row['chance_low'])} to {_number(row['chance_high'])}"
+    )
+    if row["value"] > row["chance_high"]:
+        return f"{told}: what was learned makes the map predict better."
+    if row["value"] < row["chance_low"]:
+        return f"{told}: what was learned makes the map predict worse."
+    return f"{told}: that the map predicts so well need not have been learned."
+
+
+def _compared(row: Any) -> list[str]:
+    """Return what ranked, along which curve, and what it is compared with."""
+    curve, _, other = str(row["metric"]).removesuffix(LEARNED).partition("_")
+    than = "the map moved elsewhere" if other.endswith("shifted") else "random"
+    return [_ranking(row["layer"]), curve, than]
+
+
 def _ranking(layer: str) -> str:
     if layer == "importance":
         return "importance (ceiling)"
@@ -240,8 +278,15 @@ def _arrays(found: Saliency) -> dict[str, NDArray[Any]]:
         attention = np.stack([frame.attention for frame in frames])
         arrays[f"attention {camera}"] = found.patches.on_grid(attention, camera).astype(np.float16)
     for name in frames[0].curves:
-        arrays[f"curves {name}"] = np.stack([frame.curves[name] for frame in frames]).astype(np.float32)
+        arrays[f"curves {name}"] = _stacked_curves(found, name)
+        if found.shuffled:
+            copies = [_stacked_curves(copy, name) for copy in found.shuffled]
+            arrays[f"shuffled curves {name}"] = np.stack(copies)
     return arrays
+
+
+def _stacked_curves(found: Saliency, name: str) -> NDArray[np.float32]:
+    return np.stack([frame.curves[name] for frame in found.frames]).astype(np.float32)
 
 
 def _caption(found: Saliency, *facts: str) -> Caption:
