@@ -91,6 +91,18 @@ def test_overhead_of_a_rollout(libero_ready, tmp_path, policy, of):
     assert (row["at_most"], row["headline"]) == (1.05, True)
 
 
+@pytest.mark.libero
+def test_what_masks_cost_in_a_rollout(libero_ready, tmp_path):
+    target = tmp_path / "result.json"
+    with start("segmentation", tmp_path, "--quick", "--json", str(target)) as process:
+        assert process.wait(300) == 0, process.log
+    rows, document = read(target)
+    row = the_row(rows, "LIBERO rollout of 11 frames, recorded with masks over without")
+    seconds = document["details"]["rollout_s"]
+    assert row["value"] == seconds["recorded with masks"][0] / seconds["recorded without masks"][0]
+    assert (row["at_most"], row["headline"]) == (1.1, True)
+
+
 def test_actions_must_be_the_same_bits(benchmark):
     same = benchmark("overhead").SameActions()
     actions = torch.ones(2, 3)
