@@ -320,10 +320,9 @@ def test_nothing_of_the_kind_says_what_there_is(many, monkeypatch, capsys):
         open_run(many).where(task="fork")
     status, out, error = run_cli(monkeypatch, capsys, "inspect", many, "--condition", "blind", "--failure")
     assert (status, out) == (1, "")
-    line = error.strip()
-    assert line == (
+    assert error == (
         f"error: {many}: no episode in condition 'blind' that failed; of its 48 episodes there are "
-        "conditions baseline; 32 successes and 16 failures"
+        "conditions baseline; 32 successes and 16 failures\n"
     )
 
 
@@ -469,8 +468,8 @@ def test_what_is_no_run_is_one_line(tmp_path, monkeypatch, capsys):
     for arguments in (["status", tmp_path], ["status", tmp_path / "no", "--watch"], ["gather", tmp_path]):
         status, out, error = run_cli(monkeypatch, capsys, *arguments)
         assert (status, out) == (1, "")
-        assert error.strip().startswith("error: ")
-        assert len(error.strip().splitlines()) == 1
+        assert error.startswith("error: ")
+        assert len(error.splitlines()) == 1
 
 
 # One file for all jobs
@@ -529,7 +528,7 @@ def of_both(evaluated):
 
 def test_the_file_of_two_jobs_is_that_of_one_evaluation(jobs, of_both, monkeypatch, capsys):
     status, out, error = run_cli(monkeypatch, capsys, "gather", jobs)
-    assert (status, error.strip()) == (0, "")
+    assert (status, error) == (0, "")
     assert "6 episodes of 2 tasks from 2 jobs, 50.0 % successful" in out
     info = json.loads((jobs / "eval_info.json").read_text())
     assert numbers_of(info) == of_both

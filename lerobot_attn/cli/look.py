@@ -57,10 +57,11 @@ def inspect(
     from lerobot_attn.store.runs import open_run
 
     run = part_of(open_run(path), task, success, condition)
-    with progress_bar("Reading") as progress:
-        facts = (
-            inspection.describe_episode(run[0]) if run.is_episode else inspection.describe_run(run, progress)
-        )
+    if run.is_episode:
+        facts = inspection.describe_episode(run[0])
+    else:
+        with progress_bar("Reading") as progress:
+            facts = inspection.describe_run(run, progress)
     if as_json:
         print(json.dumps(facts, indent=2))
         return

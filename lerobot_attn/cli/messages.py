@@ -25,7 +25,9 @@ def status(text: str) -> Status:
 def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on stderr, moved by calls of (done, total)."""
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Into a file it would write an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
