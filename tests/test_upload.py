@@ -12,6 +12,8 @@ from servers import serving
 from test_inspection import run_cli
 
 from lerobot_attn.errors import SetupError, StoreError
+from lerobot_attn.report.eval_info import gather
+from lerobot_attn.report.run_status import status_of
 from lerobot_attn.store import bucket, services
 from lerobot_attn.store import upload as uploads
 from lerobot_attn.store.pack import pack
@@ -244,6 +246,22 @@ def test_local_copies_go_and_leave_a_receipt(run, s3):
     assert send(run, keep_local=False) == []
     with pytest.raises(StoreError, match=re.escape(f"s3://{ZIP}")):
         open_run(run)
+
+
+def test_status_and_gather_count_what_was_sent(run, s3, monkeypatch, capsys):
+    before = gather(open_run(run)).info["overall"]
+    n_bytes = sum(episode.stored_bytes() for episode in open_run(run))
+    send(run, keep_local=False)
+    status = status_of(open_run(run))
+    assert (status.n_done, status.n_sent) == (2, 2)
+    assert status.n_bytes == pytest.approx(n_bytes, rel=0.1)  # packed, an episode has other headers
+    assert "2 of the done sent and removed here" in status.line
+    shutil.rmtree(stores_of(run)[2])  # the one that was not sent, because it is incomplete
+    assert json.loads(run_cli(monkeypatch, capsys, "status", run, "--json")[1])["n_sent"] == 2
+    assert run_cli(monkeypatch, capsys, "gather", run, "-o", run / "all.json")[0] == 0
+    found = json.loads((run / "all.json").read_text())["overall"]
+    assert found["n_episodes"] == 2
+    assert found["pc_success"] == before["pc_success"]
 
 
 def test_what_was_changed_since_it_was_sent_stays(run, s3):

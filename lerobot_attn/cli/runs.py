@@ -99,13 +99,13 @@ def _screen(as_json: bool) -> Iterator[Callable[[RunStatus], None]]:
 
 
 def _run_at(path: Place, *, wait: bool) -> Run:
-    """Open a run; where it may be waited for, one without an episode too."""
+    """Open a run; where it may be waited for or was sent to a bucket, one without an episode too."""
     from lerobot_attn.store.runs import Run, open_run
 
     try:
         return open_run(path)
     except StoreError:
-        if wait and isinstance(path, Path) and path.is_dir():
+        if isinstance(path, Path) and path.is_dir() and (wait or Run(path, ()).sent):
             return Run(path, ())
         raise
 
@@ -125,9 +125,8 @@ def gather(
     """
     from lerobot_attn.report.eval_info import EVAL_INFO
     from lerobot_attn.report.eval_info import gather as put_together
-    from lerobot_attn.store.runs import open_run
 
-    run = open_run(path)
+    run = _run_at(path, wait=False)
     with progress_bar("Reading") as progress:
         found = put_together(run, condition=condition, progress=progress)
     file = found.write(output or path / EVAL_INFO)

@@ -116,8 +116,10 @@ def gather(run: Run, *, condition: str | None = None, progress: Progress | None 
     root = on_this_machine(run.path, "a URL is read-only, and jobs' files are not looked for there")
     if run.is_episode:
         raise ConfigError(f"{root}: is an episode, expected the folder that holds an evaluation's jobs")
-    rows = run.rows(progress)
-    rows = rows if condition is None else run.where(condition=condition).rows()
+    rows = [*run.rows(progress), *run.sent]
+    if condition is not None:
+        chosen = [row for row in rows if row.table.condition == condition]
+        rows = chosen or run.where(condition=condition).rows()  # which says what there is
     _refuse_mixture(root, rows)
     notes: list[str] = []
     jobs = _jobs(root, rows, notes, whole=condition is None)

@@ -43,7 +43,8 @@ class TaskStatus:
         n_writing: that are being written.
         n_stopped: that are incomplete, and to which nothing is added any more.
         n_broken: that cannot be read.
-        n_bytes: of all stores that can be read.
+        n_sent: of those that are complete, the ones that were sent to a bucket and removed here.
+        n_bytes: of all stores that can be read, and of those that were sent.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TaskStatus:
     n_writing: int = 0
     n_stopped: int = 0
     n_broken: int = 0
+    n_sent: int = 0
     n_bytes: int = 0
 
     def add(self, other: TaskStatus) -> None:
@@ -62,7 +64,7 @@ class TaskStatus:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-_COUNTS = ("n_done", "n_success", "n_failure", "n_writing", "n_stopped", "n_broken", "n_bytes")
+_COUNTS = ("n_done", "n_success", "n_failure", "n_writing", "n_stopped", "n_broken", "n_sent", "n_bytes")
 
 
 @dataclass
@@ -104,6 +106,7 @@ class RunStatus(TaskStatus):
             (self.n_writing, "being written"),
             (self.n_stopped, "stopped halfway"),
             (self.n_broken, "broken"),
+            (self.n_sent, "of the done sent and removed here"),
         ):
             parts += [f"{count} {what}"] if count else []
         text = f"{self.name}: {', '.join(parts)}; {format_bytes(self.n_bytes)}"
@@ -134,7 +137,9 @@ def status_of(
     def of(name: str, condition: str) -> TaskStatus:
         return tasks.setdefault((name, condition), TaskStatus(name, condition))
 
-    rows = run.rows(progress)
+    rows = [*run.rows(progress), *run.sent]
+    for row in run.sent:
+        of(task_name(row.table), row.table.condition).n_sent += 1
     for row in rows:
         task = of(task_name(row.table), row.table.condition)
         task.n_bytes += row.table.bytes
@@ -190,6 +195,7 @@ def render_status(status: RunStatus) -> RenderableType:
         "being written": "n_writing",
         "stopped": "n_stopped",
         "broken": "n_broken",
+        "sent": "n_sent",
     }
     shown = {title: name for title, name in columns.items() if getattr(status, name) or title == "done"}
     for title in (*shown, "size"):

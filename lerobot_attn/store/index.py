@@ -98,13 +98,16 @@ class IndexRow(NamedTuple):
     has_ended: bool = True
 
     @classmethod
-    def of(cls, place: Place, header: Header, stamp: Stamp | None = None) -> IndexRow:
-        """Return the row of a store; looks at the size of each of its files.
+    def of(
+        cls, place: Place, header: Header, stamp: Stamp | None = None, *, n_bytes: int | None = None
+    ) -> IndexRow:
+        """Return the row of a store.
 
         Args:
             place: the store.
             header: what it says of itself.
             stamp: taken before that was read.
+            n_bytes: of the store; None: looks at the size of each of its files.
 
         Raises:
             OSError: a file cannot be looked at.
@@ -121,7 +124,7 @@ class IndexRow(NamedTuple):
             header.success,
             header.n_frames,
             header.n_inferences,
-            _bytes_of(place),
+            _bytes_of(place) if n_bytes is None else n_bytes,
             header.is_complete,
             str(repository) if repository else None,
             str(place),

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.attributes import HELP, NothingYetError, is_store
-from lerobot_attn.store.index import WORTH, Index, IndexRow, TableRow, home_of, stamp_of_store
+from lerobot_attn.store.index import WORTH, Index, IndexRow, Stamp, TableRow, home_of, stamp_of_store
 from lerobot_attn.store.location import bare_name, files_at, is_episode_name, other_form
 from lerobot_attn.store.reader import Episode, open_episode
-from lerobot_attn.store.receipts import receipt_of, removed_stores
+from lerobot_attn.store.receipts import receipt_of, receipt_path, removed_stores
 from lerobot_attn.store.remote import Remote
 from lerobot_attn.store.schema import EPISODE_SUFFIX, METADATA
 from lerobot_attn.store.url import Place, Url, place_of
@@ -129,6 +129,15 @@ class Run:
             self._rows = self._look(progress)
         return [self._rows[store] for store in self.stores if store in self._rows]
 
+    @cached_property
+    def sent(self) -> tuple[IndexRow, ...]:
+        """Episodes that were sent to a bucket and removed here, as their receipts say; paths are the old ones."""
+        if not isinstance(self.path, Path) or self.is_episode:
+            return ()
+        return tuple(
+            row for store in removed_stores(self.path) if (row := _row_of_receipt(store)) is not None
+        )
+
     def again(self) -> Run:
         """Return the run as it is now; of its episodes those are looked at that are new or have changed.
 
@@ -189,6 +198,19 @@ class Run:
         if index is not None:
             index.keep(rows.values())
         return rows
+
+
+def _row_of_receipt(store: Path) -> IndexRow | None:
+    file = receipt_path(store)
+    try:
+        looked = file.stat()
+    except OSError:  # removed since it was found
+        return None
+    receipt = receipt_of(store)
+    if receipt is None:
+        return None
+    stamp = Stamp(looked.st_mtime_ns, looked.st_size)
+    return IndexRow.of(store, receipt.header, stamp, n_bytes=receipt.n_bytes)
 
 
 def task_name(row: TableRow) -> str:
