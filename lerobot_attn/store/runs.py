@@ -131,7 +131,7 @@ class Run:
 
     @cached_property
     def sent(self) -> tuple[IndexRow, ...]:
-        """Episodes that were sent to a bucket and removed here, as their receipts say; paths are the old ones."""
+        """Episodes that were sent to a bucket and removed here, as receipts say; paths are the old ones."""
         if not isinstance(self.path, Path) or self.is_episode:
             return ()
         return tuple(
