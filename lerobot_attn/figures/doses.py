@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ _FIRED = ("#F0A878", "#E07B39", "#D55E00", "#9C4300", "#5E2800")
 _BASELINE, _RANDOM, _OTHER = "black", "#777777", "#0072B2"
 _PANEL_IN = 2.2
 _LEGEND_ROW_PT = 9.0
+_LABEL_LETTERS = 30  # of a line of the label, as long as the axis is high
 
 
 class HeightLine(NamedTuple):
@@ -94,7 +96,8 @@ def dose_figure(
         place = grid[0, 1] if side_by_side else grid[n_rows - 1, index]
         axes = figure.add_subplot(place, sharey=outcomes[0] if outcomes else None)
         _draw_points(axes, points)
-        axes.set_ylabel(label)
+        lines_of_label = (part for line in label.splitlines() for part in wrap(line, _LABEL_LETTERS))
+        axes.set_ylabel("\n".join(lines_of_label))
         outcomes.append(axes)
         if not has_lines:
             axes.set_title(one_line(name, 40))
