@@ -123,8 +123,10 @@ def work(folder, tell):
     while waiting or running:
         while waiting and len(running) < N_WORKERS:
             task = waiting.pop(0)
-            running[_fork(folder, task, rng.random() < 0.2)] = task
-        if running and rng.random() < 0.05:  # another job is told the same episodes
+            breaks = CUT not in harm or rng.random() < 0.2
+            running[_fork(folder, task, breaks)] = task
+        # Another job is told the same episodes.
+        if running and len(running) < N_WORKERS + 2 and rng.random() < (0.05 if TAKEN in harm else 0.5):
             task = rng.choice(list(running.values()))
             running[_fork(folder, task, False)] = task
         pid, status = os.waitpid(-1, os.WNOHANG)
