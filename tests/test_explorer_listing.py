@@ -1,6 +1,7 @@
 """A part of the run's table: filtered, sorted and paged by the server; and thousands that are looked at."""
 
 import json
+import shutil
 from urllib.parse import quote
 
 import pytest
@@ -15,6 +16,9 @@ from lerobot_attn.explorer.library import Library
 from lerobot_attn.explorer.listing import Listing, Wanted, news, part, wanted_of
 from lerobot_attn.explorer.rounds import Rounds
 from lerobot_attn.explorer.summary import Summary
+from lerobot_attn.store.pack import pack
+from lerobot_attn.store.reader import open_episode
+from lerobot_attn.store.runs import open_run
 
 TASKS = ("pick up the Milk", "pick up the soup")
 
@@ -256,3 +260,115 @@ def test_who_asks_while_another_reads_gets_what_is_known(many):
     known = library.look()
     with library._looking:
         assert library.look(0.01) is known
+
+
+# Rows from the run's index
+
+FILM = {"top": {"path": "episode_00000.mp4"}}
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The stores that the explorer opened, in their order."""
+    found = []
+    monkeypatch.setattr(
+        library_module, "open_episode", lambda store: found.append(store) or open_episode(store)
+    )
+    return found
+
+
+@pytest.fixture
+def indexed(many, tmp_path):
+    """A run of twenty episodes whose stores list videos, mostly none; its index is there."""
+    _, metadata = many
+    said = {
+        0: {"videos": FILM},
+        1: {"videos": {"front": {"path": "episode_00001.mp4"}, **FILM}},  # the first one's file is missing
+        2: {"videos": {"front": {"path": "../episode_00000.mp4"}, **FILM}},
+        3: {"complete": False, "videos": {}},
+        5: {"condition": {"name": "blind", "text": "no  camera", "interventions": [{"kind": "block"}]}},
+        6: {"policy": {"type": "demo", "random_weights": True}},
+        7: {"policy": {"type": "x", "remark": "odd\nmaps"}, "seed": 7},
+        8: {"seed": "eight", "task_id": None},
+        9: {"success": None},
+    }
+    stores = []
+    for number in range(20):
+        own = {"videos": {}, "seed": 1, "task_group": "kitchen", "task_id": 0, **said.get(number, {})}
+        if number == 4:
+            del own["videos"]  # it does not say whether there are any
+        one = {**metadata, "attributes": {**metadata["attributes"], **own}}
+        stores.append(add_store(tmp_path / "run", one, number, "kitchen_0"))
+    for folder in (tmp_path / "run", stores[0].parent):
+        (folder / "episode_00000.mp4").touch()
+    open_run(tmp_path / "run").rows()
+    return stores
+
+
+def test_of_what_the_index_has_no_store_is_opened(indexed, tmp_path, opened):
+    (index,) = (tmp_path / "run").rglob("*.parquet")
+    rows = Library(tmp_path / "run").look()
+    assert opened == indexed[1:5]
+    assert (len(rows.summaries), rows.n_unread) == (20, 0)
+    assert [row.facts["camera"] for row in rows.summaries[:4]] == ["top", "top", "top", None]
+    index.unlink()
+    opened.clear()
+    assert Library(tmp_path / "run").look().summaries == rows.summaries  # as the stores say, versions too
+    assert opened == indexed
+
+
+def test_rows_from_the_index_are_of_the_recordings_that_are_served(indexed, tmp_path):
+    library = Library(tmp_path / "run")
+    for row in library.look().summaries:
+        library.episode(row.id, row.version)
+
+
+def test_a_store_counts_and_not_its_row_in_the_index(indexed, tmp_path, opened):
+    before = Library(tmp_path / "run").look().summaries
+    opened.clear()
+    changed, broken, gone = indexed[10:13]
+    metadata = json.loads((changed / "zarr.json").read_text())
+    metadata["attributes"] |= {"task": "grown"}
+    (changed / "zarr.json").write_text(json.dumps(metadata))
+    (broken / "zarr.json").write_text("{")
+    shutil.rmtree(gone)
+    listing = Library(tmp_path / "run").look()
+    assert opened == [*indexed[1:5], changed, broken]
+    assert [row.facts["task"] for row in listing.summaries if row not in before] == ["grown"]
+    assert len(listing.summaries) == 18
+    assert [str(broken) in problem for problem in listing.problems] == [True]
+
+
+def test_what_changes_later_is_read_anew(indexed, tmp_path, opened):
+    library = Library(tmp_path / "run", rescan_s=0)
+    library.look()
+    opened.clear()
+    metadata = json.loads((indexed[15] / "zarr.json").read_text())
+    metadata["attributes"] |= {"task": "grown"}
+    (indexed[15] / "zarr.json").write_text(json.dumps(metadata))
+    assert library.look().summaries[15].facts["task"] == "grown"
+    assert opened == [indexed[15]]
+
+
+def test_an_episode_in_both_forms_is_refused_whatever_the_index_says(tmp_path, indexed, opened):
+    one = indexed[17]
+    kept = shutil.copytree(one, tmp_path / "kept")
+    (done,) = pack(one)
+    shutil.copytree(kept, one)  # as if packing had been interrupted: the index knows this form
+    listing = Library(tmp_path / "run").look()
+    assert len(listing.summaries) == 19
+    assert ["lies beside it" in problem for problem in listing.problems] == [True]
+    shutil.rmtree(one)
+    open_run(tmp_path / "run").rows()
+    opened.clear()
+    assert Library(tmp_path / "run").look().summaries[17].facts["episode"] == 17
+    assert done.path not in opened
+
+
+def test_index_rows_keep_to_the_time_that_there_is(indexed, tmp_path, opened):
+    library = Library(tmp_path / "run")
+    for n_read in range(1, 21):
+        listing = library.look(0)
+        assert (len(listing.summaries), listing.n_unread) == (n_read, 20 - n_read)
+    assert opened == indexed[1:5]
+    assert library._index is None  # which of many episodes is large

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import scripted
 from test_recording import evaluate, scripted_adapter  # noqa: F401
@@ -154,7 +155,9 @@ def test_a_copy_with_its_times_keeps_its_index(many, tmp_path, opened):
     assert len(opened) == 48
 
 
-@pytest.mark.parametrize("harm", ["garbage", "truncated", "other columns", "a folder", "too large"])
+@pytest.mark.parametrize(
+    "harm", ["garbage", "truncated", "other columns", "other meaning", "a folder", "too large"]
+)
 def test_a_damaged_index_is_passed_over(many, harm, monkeypatch):
     first = open_run(many).table
     file = many / "attention" / INDEX
@@ -165,6 +168,11 @@ def test_a_damaged_index_is_passed_over(many, harm, monkeypatch):
         file.write_bytes(whole[: len(whole) // 2])
     elif harm == "other columns":
         pd.read_parquet(file).assign(bytes=0).drop(columns="seed").to_parquet(file)
+    elif harm == "other meaning":
+        table = pq.read_table(file)
+        column = table.schema.get_field_index("frames")
+        wrong = table.set_column(column, table.schema.field(column), [[99] * 48])
+        pq.write_table(wrong.replace_schema_metadata({index._FORMAT_NAME: "1"}), file)
     elif harm == "too large":
         monkeypatch.setattr(index, "_MAX_BYTES", 100)
     else:
@@ -259,6 +267,14 @@ def test_parts_of_stores_that_are_gone_are_dropped(tmp_path, put):
     put(stores[1], success=False)
     gather_parts(tmp_path)
     assert list(read_index(tmp_path)) == ["kitchen_0/episode_00002.zarr"]
+
+
+def test_a_part_whose_values_mean_something_else_is_passed_over(tmp_path, put):
+    note_episode(put(tmp_path / "kitchen_0" / "episode_00000.zarr"))
+    assert len(read_index(tmp_path)) == 1
+    (part,) = (tmp_path / PARTS).iterdir()
+    part.write_text(json.dumps({**json.loads(part.read_text()), index._FORMAT_NAME: 1}))
+    assert read_index(tmp_path) == {}
 
 
 def test_an_incomplete_episode_leaves_no_row(tmp_path, put):

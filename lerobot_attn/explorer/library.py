@@ -21,13 +21,14 @@ from pathlib import Path, PurePath
 from lerobot_attn.errors import LerobotAttnError, StoreError, first_line
 from lerobot_attn.explorer.listing import Listing
 from lerobot_attn.explorer.rounds import Rounds
-from lerobot_attn.explorer.summary import Summary, summary_of, version_of
+from lerobot_attn.explorer.summary import Summary, summary_from_index, summary_of, version_of
 from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.files import first_link
+from lerobot_attn.store.index import WORTH, Index, Stamp
 from lerobot_attn.store.location import bare_name, is_episode_name, signature_of
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.references import Clip, RemoteVideo, Video, file_of, is_unchanged
-from lerobot_attn.store.runs import open_run
+from lerobot_attn.store.runs import Run, open_run
 from lerobot_attn.store.url import Place, Url, place_of
 
 # ":" separates folders, "%" escapes, and names may hold bytes that are no text.
@@ -67,12 +68,14 @@ class _Scan:
         took_s: seconds.
         stores: id → folder, in the order of the paths.
         problems: of those that are not served, one line each.
+        run: all that was found.
     """
 
     started_at: float = -math.inf
     took_s: float = 0.0
     stores: Mapping[str, Place] = field(default_factory=dict)
     problems: Sequence[str] = ()
+    run: Run | None = None
 
 
 class Library:
@@ -104,6 +107,7 @@ class Library:
         self._rounds = Rounds()
         self._known: dict[str, _Known] = {}
         self._due: dict[str, None] = {}  # ids of stores to read: those that have changed, and unread ones
+        self._index: Index | None = None  # of the run, while many stores are unread
         self._listing: Listing | None = None
         self._has_news = False  # since it was made
         self._open: OrderedDict[str, tuple[_Signature, Episode]] = OrderedDict()
@@ -141,6 +145,8 @@ class Library:
                 if n_read and time.monotonic() > end:
                     break
                 self._update(id_)
+            if not self._due:
+                self._index = None
             if self._has_news or self._listing is None:
                 self._listing, self._has_news = self._listed(), False
             return self._listing
@@ -152,6 +158,9 @@ class Library:
         scan = self._rescan(self._rescan_s * max(1.0, _LISTINGS_APART * self._scan.took_s))
         if scan is not self._looked_over:
             self._looked_over, self._has_news = scan, True
+            n_new = sum(id_ not in self._known and id_ not in self._due for id_ in scan.stores)
+            if scan.run is not None and n_new >= WORTH:
+                self._index = scan.run.index()
             self._rounds.over(scan.stores)
             self._known = {id_: found for id_, found in self._known.items() if id_ in scan.stores}
             self._due = {id_: None for id_ in scan.stores if id_ in self._due or id_ not in self._known}
@@ -175,7 +184,7 @@ class Library:
         if signature is None:
             self._forget(id_)
             return
-        found = self._read(id_, path, signature)
+        found = self._indexed(id_, path, signature) or self._read(id_, path, signature)
         if id_ in self._known:
             self._rounds.note_change(id_)
         self._known[id_], self._has_news = found, True
@@ -296,6 +305,18 @@ class Library:
             raise StoreError(f"{path}: cannot be read: {first_line(error)}") from error
         return episode
 
+    def _indexed(self, id_: str, path: Place, signature: _Signature) -> _Known | None:
+        """Return a store's row as the run's index has it; None where the store has to be read.
+
+        What `_opened` refuses besides is refused when somebody opens the episode.
+        """
+        run = self._looked_over.run
+        if self._index is None or run is None or path in run.unsure:
+            return None
+        row = self._index.row(path, Stamp(*signature[1:])) if isinstance(path, Path) else None
+        summary = None if row is None else summary_from_index(id_, row)
+        return None if summary is None else _Known(signature, summary, None)
+
     def _read(self, id_: str, path: Place, signature: _Signature) -> _Known:
         """Return a store's row, or why it has none: one odd store must not hide the others."""
         retry_at = math.inf
@@ -342,7 +363,8 @@ class Library:
                 return self._scan
             stores: dict[str, Place] = {}
             problems = []
-            for folder, found in groupby(self._find(), lambda store: store.parent):
+            run = self._find()
+            for folder, found in groupby(run.stores, lambda store: store.parent):
                 # Thousands lie in one folder: what is the same for all of them is found out once.
                 is_here, prefix = self._refusal(folder) is None, self._prefix(folder)
                 for store in found:
@@ -352,16 +374,16 @@ class Library:
                         stores[id_alone(store) if self.is_episode else prefix + _own_id(store)] = store
                     else:
                         problems.append(f"{store}: {refusal}")
-            self._scan = _Scan(started_at, time.monotonic() - started_at, stores, problems)
+            self._scan = _Scan(started_at, time.monotonic() - started_at, stores, problems, run)
             return self._scan
 
-    def _find(self) -> tuple[Place, ...]:
+    def _find(self) -> Run:
         if self.is_episode:
-            return (self.path,)
+            return Run(self.path, (self.path,))
         try:
-            return open_run(self.path).stores
+            return open_run(self.path)
         except OSError:  # the folder has become empty, is gone, or cannot be listed
-            return ()
+            return Run(self.path, ())
 
     def _prefix(self, folder: Place) -> str:
         """Return what the ids of a folder's stores begin with.

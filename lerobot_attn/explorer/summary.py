@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lerobot_attn import __version__
 from lerobot_attn.explorer.facts import identity
+from lerobot_attn.explorer.values import plain
+from lerobot_attn.store.index import IndexRow
 from lerobot_attn.store.reader import Episode
 
 OUTCOMES = ("success", "failure", "incomplete", "unknown")
@@ -60,14 +64,59 @@ def summary_of(id_: str, episode: Episode) -> Summary:
     return Summary(id_, version_of(episode), facts)
 
 
+def summary_from_index(id_: str, row: IndexRow) -> Summary | None:
+    """Return the same as `summary_of` from a row of the run's index; opens no store.
+
+    Args:
+        id_: of the episode.
+        row: of a store on this machine.
+
+    Returns:
+        None where only the store itself can tell which camera has a video.
+    """
+    table, camera = row.table, row.camera
+    if camera is None or (camera and not _is_video_beside(table.path, row.video)):
+        return None
+    facts = {
+        "task": table.task,
+        "task_group": plain(table.task_group),
+        "task_id": plain(table.task_id),
+        "episode": plain(table.episode),
+        "success": table.success,
+        "complete": table.complete,
+        "random_weights": row.random_weights,
+        "policy_remark": row.policy_remark,
+        "condition": row.condition_text,
+        "n_frames": table.frames,
+        "n_inferences": table.inferences,
+        "condition_name": table.condition,
+        "stored_bytes": table.bytes,
+        "camera": camera or None,
+    }
+    return Summary(id_, _version(row.created, table.task, row.seed, table.episode), facts)
+
+
 def version_of(episode: Episode) -> str:
     """Return what tells this recording from another one in its place, however far it has grown.
 
     The package's version is in it: what another one answered is not what this one answers.
     """
-    attributes = episode.attributes
-    told = [attributes.get(name) for name in ("created", "task", "seed", "episode_index")]
+    said = episode.header
+    return _version(said.created, said.task, said.seed, said.attributes.get("episode_index"))
+
+
+def _version(*told: Any) -> str:
     return hashlib.sha256(repr([__version__, *told]).encode()).hexdigest()[:12]
+
+
+def _is_video_beside(store: str, name: str | None) -> bool:
+    """Return whether a store's own folder has such a video, and no link in its place."""
+    if name is None or Path(name).suffix != ".mp4":
+        return False
+    try:
+        return stat.S_ISREG(Path(store).with_name(name).lstat().st_mode)
+    except (OSError, ValueError):  # not there; a path rather than a name
+        return False
 
 
 def _stored_bytes(episode: Episode) -> int:

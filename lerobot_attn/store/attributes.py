@@ -88,6 +88,32 @@ class Header:
         return success if isinstance(success, bool) else None
 
     @property
+    def seed(self) -> int | None:
+        """The environment's seed; None if it had none."""
+        seed = self.attributes.get("seed")
+        return seed if type(seed) is int else None
+
+    @property
+    def created(self) -> str | None:
+        """When the recording began, ISO 8601; None where the store does not say it."""
+        created = self.attributes.get("created")
+        return created if isinstance(created, str) else None
+
+    @property
+    def first_video(self) -> tuple[str | None, str | None]:
+        """The first camera of which the store lists a video, and that video's file beside the store.
+
+        The camera is "" where the store lists no video, and None where it has no such list. The file is None
+        where the video is a part of another file. Whether the file exists, nobody has looked.
+        """
+        listed = self.attributes.get("videos")
+        if not isinstance(listed, dict):
+            return None, None
+        camera, video = next(iter(listed.items()), ("", None))
+        path = video.get("path") if isinstance(video, dict) and video.get("reference") is not True else None
+        return camera, path if isinstance(path, str) else None
+
+    @property
     def has_random_weights(self) -> bool:
         """Whether the policy was a demo whose maps mean nothing."""
         return bool(self.attributes.get("policy", {}).get("random_weights"))

@@ -81,6 +81,8 @@ class IndexRow(NamedTuple):
         created: when it began, ISO 8601, as far as it said.
         sum_reward: of its frames; None where the store does not say it in its attributes.
         max_reward: likewise the largest.
+        camera: the first one of which the store lists a video; "" if none, None where it has no such list.
+        video: that video's file, beside the store; None where it is a part of another file.
         has_ended: whether its recording has closed the store, complete or not.
     """
 
@@ -95,6 +97,8 @@ class IndexRow(NamedTuple):
     created: str | None
     sum_reward: float | None
     max_reward: float | None
+    camera: str | None
+    video: str | None
     has_ended: bool = True
 
     @classmethod
@@ -132,15 +136,16 @@ class IndexRow(NamedTuple):
         return cls(
             table,
             stamp,
-            _whole(said.get("seed")),
+            header.seed,
             " ".join(str(policy[name]) for name in ("type", "path") if policy.get(name)),
             condition.text,
             header.has_random_weights,
             header.policy_remark,
             _whole(said.get("n_episodes_expected")),
-            created if isinstance(created := said.get("created"), str) else None,
+            header.created,
             _number(said.get("sum_reward")),
             _number(said.get("max_reward")),
+            *header.first_video,
             header.is_complete or "interrupted_by" in said,
         )
 
@@ -170,7 +175,12 @@ _COLUMNS: dict[str, tuple[type, bool]] = {
     "created": (str, True),
     "sum_reward": (float, True),
     "max_reward": (float, True),
+    "camera": (str, True),
+    "video": (str, True),
 }
+# What the columns mean; another number where that changes, so that rows of another meaning are not believed.
+_FORMAT = 2
+_FORMAT_NAME = "lerobot_attn_index"
 _N_TABLE = len(TableRow._fields) - 1  # all but the path
 type Values = tuple[Any, ...]  # of the columns behind `store`, in their order
 
@@ -243,7 +253,8 @@ def _read_parts(folder: Path) -> dict[str, Values]:
         with suppress(OSError, ValueError, RecursionError):
             if part.stat().st_size <= _MAX_PART_BYTES:
                 values = json.loads(part.read_text(encoding="utf-8"))
-                if isinstance(values, dict) and _is_row(values):
+                is_ours = isinstance(values, dict) and values.pop(_FORMAT_NAME, None) == _FORMAT
+                if is_ours and _is_row(values):
                     held[values["store"]] = tuple(values[name] for name in list(_COLUMNS)[1:])
     return held
 
@@ -324,7 +335,8 @@ def note_episode(store: Path) -> None:
         parts.mkdir(exist_ok=True)
         # Named after the store, so that no two processes write the same one.
         file = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:20]}.json"
-        replace_json(file, dict(zip(_COLUMNS, (name, *values), strict=True)))
+        row = dict(zip(_COLUMNS, (name, *values), strict=True))
+        replace_json(file, {_FORMAT_NAME: _FORMAT, **row})
     except (OSError, ValueError) as error:
         logger.debug("%s: not in the index: %s", store, first_line(error))
 
@@ -395,7 +407,7 @@ def _read_table(path: Path) -> dict[str, Values]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path) as file:
-            if file.metadata.num_rows > _MAX_ROWS or not file.schema_arrow.equals(_schema()):
+            if file.metadata.num_rows > _MAX_ROWS or not _is_ours(file.schema_arrow):
                 return {}
             columns = file.read(use_threads=False).to_pydict()
         names, *others = (columns[name] for name in _COLUMNS)
@@ -419,6 +431,12 @@ def _schema() -> Any:
     import pyarrow as pa
 
     types = {str: pa.string(), int: pa.int64(), bool: pa.bool_(), float: pa.float64()}
-    return pa.schema(
-        [pa.field(name, types[kind], nullable=optional) for name, (kind, optional) in _COLUMNS.items()]
-    )
+    fields = [pa.field(name, types[kind], nullable=optional) for name, (kind, optional) in _COLUMNS.items()]
+    return pa.schema(fields, metadata={_FORMAT_NAME: str(_FORMAT)})
+
+
+def _is_ours(schema: Any) -> bool:
+    """Return whether a table has the columns of this version, and they mean the same."""
+    own = _schema()
+    said = (schema.metadata or {}).get(_FORMAT_NAME.encode())
+    return bool(schema.equals(own)) and said == own.metadata[_FORMAT_NAME.encode()]

@@ -101,6 +101,16 @@ class Run:
         return episode
 
     @property
+    def unsure(self) -> Collection[Place]:
+        """Those of the stores that are there in both forms, packed and not, which opening refuses."""
+        return self._unsure
+
+    def index(self) -> Index:
+        """Return the rows that are on disk, each to be believed as far as `Index.row` does."""
+        here = [store for store in self.stores if isinstance(store, Path)]
+        return Index(home_of(self.path, here) if isinstance(self.path, Path) else None)
+
+    @property
     def begun(self) -> tuple[Place, ...]:
         """Those of the damaged stores whose recording has not committed anything yet."""
         return tuple(store for store, _ in self.damaged if store in self._begun)
@@ -176,7 +186,7 @@ class Run:
         return part
 
     def _look(self, progress: Progress | None) -> dict[Place, IndexRow]:
-        here = [store for store in self.stores if isinstance(store, Path)]
+        n_here = sum(isinstance(store, Path) for store in self.stores)
         index: Index | None = None
         rows: dict[Place, IndexRow] = {}
         for number, store in enumerate(self.stores, start=1):
@@ -184,8 +194,8 @@ class Run:
             row = self._before.get(store)
             if row is None or stamp is None or row.stamp != stamp or not row.table.complete:
                 row = None
-            if row is None and isinstance(store, Path) and isinstance(self.path, Path) and len(here) >= WORTH:
-                index = index or Index(home_of(self.path, here))
+            if row is None and isinstance(store, Path) and isinstance(self.path, Path) and n_here >= WORTH:
+                index = index or self.index()
                 row = index.row(store, stamp) if stamp and store not in self._unsure else None
             if row is not None:
                 self._reasons[store] = None
