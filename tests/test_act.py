@@ -459,7 +459,7 @@ def test_pictures_of_cameras_that_the_policy_does_not_know_are_told(policy, tmp_
             with torch.inference_mode():
                 action = policy.select_action(batch)
             episode.step(seen, action[0])
-    (said,) = [r.getMessage() for r in caplog.records if "pictures" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "has pictures" in r.getMessage()]
     assert said.startswith(
         f"The observation has pictures of observation.images.front, expected some of the "
         f"policy's cameras ({TOP}, {WRIST})"

@@ -187,9 +187,9 @@ def test_the_page_says_it_in_the_table_above_the_maps_and_beside_a_compared_one(
     with pages.serving(folder) as address:
         page = pages.open(address, wait=False)
         table = page.locator("table.episodes")
-        table.get_by_text(TEXT).first.wait_for()
+        table.get_by_text(TEXT).locator("visible=true").first.wait_for()
         assert table.get_by_role("columnheader", name="Condition").count() == 1
-        assert table.get_by_text(TEXT).count() == 2
+        assert table.get_by_text(TEXT).locator("visible=true").count() == 2
         page.get_by_role("searchbox").fill("blocked")
         assert table.locator("tbody tr").count() == 2
         name = "attention:synthetic_0:episode_0000"

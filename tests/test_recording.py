@@ -183,7 +183,7 @@ def test_keep(tmp_path, keep, kept):
     dropped = [entry["episode"] for entry in attention["not_saved"]]
     assert dropped == [i for i in range(3) if i not in kept]
     assert all(f"keep={keep}" in entry["reason"] for entry in attention["not_saved"])
-    left = sorted({path.name.split(".")[0] for path in (tmp_path / "attention" / "group_0").iterdir()})
+    left = sorted({path.name.split(".")[0] for path in (tmp_path / "attention" / "group_0").glob("[!.]*")})
     assert left == [f"episode_{i:05d}" for i in kept]
     assert not run.failures
 

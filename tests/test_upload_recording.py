@@ -243,7 +243,7 @@ def test_ended_while_it_uploads_it_goes_on(run, s3, how):  # noqa: F811
 def test_a_run_goes_on_whose_local_copies_went(run, s3, monkeypatch):  # noqa: F811
     evaluate(run, envs(), upload=URL, keep_local=False)
     check_there(run)
-    left = sorted(file.name for file in (run / "attention" / TASK).iterdir())
+    left = sorted(file.name for file in (run / "attention" / TASK).glob("[!.]*"))
     assert left == [f"episode_0000{n}.uploaded.json" for n in range(3)]
     with pytest.raises(StoreError, match="already holds episodes"):
         evaluate(run, envs(), upload=URL)

@@ -18,6 +18,7 @@ from typing import Any
 from lerobot_attn.config import FLOAT16_MANTISSA_BITS, resolve_indices
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.sizes import folder_bytes
+from lerobot_attn.recording.task_progress import FILE as PROGRESS
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.index import gather_parts
 from lerobot_attn.store.location import bare_name, is_episode_name, present_form, refuse_both_forms
@@ -125,6 +126,8 @@ class RunFolder:
         if self._existing == "overwrite":
             for store in stores:
                 remove_episode(store)
+            for folder in {store.parent for store in stores}:
+                (folder / PROGRESS).unlink(missing_ok=True)
             if stores:
                 logger.info("Removed %d episodes from %s (existing=overwrite)", len(stores), self.path)
             return

@@ -45,8 +45,14 @@ class Episode:
         self.attributes = header.attributes
         self._header = header
 
+    def __copy__(self) -> Episode:
+        """Return a copy that shares what is open already; what it opens itself is its own."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy, or another process, opens the same episode by; nothing that is open."""
+        """Return what another process opens the same episode by; nothing that is open."""
         return {"path": self.path.absolute(), "attributes": self.attributes, "_header": self._header}
 
     def __repr__(self) -> str:
