@@ -17,8 +17,8 @@ from typing import Any
 
 from lerobot_attn.config import FLOAT16_MANTISSA_BITS, resolve_indices
 from lerobot_attn.errors import ConfigError, StoreError
-from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.recording.task_progress import FILE as PROGRESS
+from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.attributes import Header, read_header
 from lerobot_attn.store.index import gather_parts
 from lerobot_attn.store.location import bare_name, is_episode_name, present_form, refuse_both_forms
