@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 
@@ -12,10 +11,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import scripted
+from test_inspection import run_cli
 from test_recording import evaluate, scripted_adapter  # noqa: F401
 from test_store import write_episode
 
-from lerobot_attn import cli
 from lerobot_attn.cli import runs as commands
 from lerobot_attn.errors import ConfigError, SelectionError
 from lerobot_attn.policies import ADAPTERS
@@ -79,15 +78,6 @@ def always(monkeypatch):
     """Use an index for the smallest run, too."""
     monkeypatch.setattr(runs, "WORTH", 1)
     monkeypatch.setattr(index, "WORTH", 1)
-
-
-def run_cli(monkeypatch, capsys, *arguments):
-    """Return (exit status, stdout, stderr) of the command."""
-    monkeypatch.setattr(sys, "argv", ["lerobot-attn", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    captured = capsys.readouterr()
-    return caught.value.code or 0, captured.out, captured.err
 
 
 # What is believed

@@ -14,6 +14,7 @@ from lerobot_attn.cli.messages import progress_bar
 
 if TYPE_CHECKING:
     from lerobot_attn.store.pack import Repacked
+    from lerobot_attn.store.upload import Uploaded
 
 
 @app.command()
@@ -68,28 +69,40 @@ def upload(
     """
     from lerobot_attn.store.upload import upload as send
 
-    found = []
-    with progress_bar("Uploading (bytes of an episode)") as progress:
-        for one in send(path, url, keep_local=not remove_local, overwrite=overwrite, progress=progress):
-            found.append(one)
-            file = sys.stdout if one.refused is None else sys.stderr
-            print(one.line if one.refused is None else f"not uploaded: {one.line}", file=file)
-    if not found:
-        print(f"{path}: nothing to do: every episode was uploaded and removed here before")
-    raise typer.Exit(any(one.refused is not None for one in found))
+    def change(path: Path, progress: _Progress) -> Iterator[Uploaded]:
+        return send(path, url, keep_local=not remove_local, overwrite=overwrite, progress=progress)
+
+    title, done = "Uploading (bytes of an episode)", "was uploaded and removed here before"
+    _each(title, path, change, refused="not uploaded", done=done)
 
 
-type _Change = Callable[[Path, Callable[[int, int], None]], Iterator[Repacked]]
+type _Progress = Callable[[int, int], None]
+type _Change = Callable[[Path, _Progress], Iterator[Repacked | Uploaded]]
 
 
-def _each(title: str, path: Path, change: _Change) -> None:
-    """Change the stores under a path and say what became of each; exit status 1 where one was left alone."""
+def _each(
+    title: str,
+    path: Path,
+    change: _Change,
+    *,
+    refused: str = "left alone",
+    done: str = "has that form already",
+) -> None:
+    """Do something with the stores under a path and say what became of each.
+
+    Args:
+        title: of the progress bar.
+        path: an episode or a run.
+        change: does it.
+        refused: what is said of a store with which nothing was done; then the exit status is 1.
+        done: what is said of every episode where nothing was to do.
+    """
     found = []
     with progress_bar(title) as progress:
         for one in change(path, progress):
             found.append(one)
             file = sys.stdout if one.refused is None else sys.stderr
-            print(one.line if one.refused is None else f"left alone: {one.line}", file=file)
+            print(one.line if one.refused is None else f"{refused}: {one.line}", file=file)
     if not found:
-        print(f"{path}: nothing to do: every episode has that form already")
+        print(f"{path}: nothing to do: every episode {done}")
     raise typer.Exit(any(one.refused is not None for one in found))
