@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+from browser import until
 from test_inspection import run_cli
 
 from lerobot_attn import analysis, open_episode, open_run
@@ -191,7 +192,7 @@ def test_the_page_says_it_in_the_table_above_the_maps_and_beside_a_compared_one(
         assert table.get_by_role("columnheader", name="Condition").count() == 1
         assert table.get_by_text(TEXT).locator("visible=true").count() == 2
         page.get_by_role("searchbox").fill("blocked")
-        assert table.locator("tbody tr").count() == 2
+        until(page, lambda: table.locator("tbody tr").count() == 2, "those that were found are there")
         name = "attention:synthetic_0:episode_0000"
         page = pages.open(f"{address}?episode={name}2")
         assert page.get_by_text(f"condition: {TEXT}", exact=True).count() == 1

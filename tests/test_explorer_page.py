@@ -1196,7 +1196,7 @@ def test_a_store_that_is_deleted_while_it_is_open(pages, tmp_path):
         seek(page, 7)
         page.get_by_role("alert").first.wait_for()
         page.get_by_role("link", name="All episodes").click()
-        assert page.locator(".episodes tbody tr").count() == 1
+        until(page, lambda: page.locator(".episodes tbody tr").count() == 1, "the other one is there")
         page.get_by_role("link", name="episode").click()
         drawn(page, episode="task_0:episode_00001")
         assert page.get_by_role("alert").count() == 0
