@@ -250,8 +250,8 @@ def test_workers_that_do_not_see_a_path(folder, workers, monkeypatch):
     here = Path("/proc/self/cwd")  # which means this folder here, and another one to the workers
     if not (here / "attention").exists():
         pytest.skip("no /proc")
-    # Whichever episode is asked for first.
-    with pytest.raises(SetupError, match=rf"on {socket.gethostname()} sees nothing at {here}/attention/.*zarr, "):
+    one_of_them = rf"on {socket.gethostname()} sees nothing at {here}/attention/.*zarr, "
+    with pytest.raises(SetupError, match=one_of_them):
         summarise_run(list(open_run(here)), scheduler=workers)
 
 

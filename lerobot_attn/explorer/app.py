@@ -43,7 +43,7 @@ from lerobot_attn.store.references import Clip, RemoteVideo, file_of
 from lerobot_attn.store.stills import read_still
 
 POLL_S = 0.1  # seconds between two looks at the library while somebody listens to its events
-GROWING_POLL_S = 0.02  # the same where something has grown of late, and somebody probably watches it grow
+GROWING_POLL_S = 0.01  # the same where something has grown of late, and somebody probably watches it grow
 _OF_LATE_S = 60.0
 _LOOK_S = 0.5  # seconds spent on reading stores before an answer, because thousands of them take minutes
 _KEEP_ALIVE_S = 15.0
@@ -234,14 +234,9 @@ class _Explorer:
         version = video_version(video)
         if frame >= max(1, episode.n_frames):
             raise NotThereError(f"frame {frame} does not exist: the episode has {episode.n_frames}")
-        try:
-            picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
-        except StoreError:  # while it is written, it cannot be read
-            still = episode.still(camera, frame)
-            found = None if still is None else read_still(still)
-            if found is None:
-                raise
-            return _answer(request, found, "image/jpeg", immutable=False)
+        if not episode.is_complete and (found := _still(episode, camera, frame)) is not None:
+            return _answer(request, found, "image/jpeg", immutable=False)  # the video is being written
+        picture = self._pictures.picture(video, frame, episode.image_size_px(camera))
         # A video can be replaced, or grow, while its recording stays the same. It is immutable only if it was
         # the wanted version both before and after it was decoded.
         asked = request.query_params.get("v")
@@ -275,7 +270,7 @@ class _Explorer:
         silent_s, grew_at = 0.0, -math.inf
         while not (request.app.state.is_closing or await request.is_disconnected()):
             started = time.monotonic()
-            found = await run_in_threadpool(self._library.look, _LOOK_S)
+            found, work_s = await run_in_threadpool(self._timed_look)
             if told is None:
                 # Whatever changes after an answer to /api/run that follows this event will be told.
                 yield "event: ready\ndata: {}\n\n"
@@ -289,13 +284,22 @@ class _Explorer:
                 silent_s = 0.0
             told = found
             # Looking at thousands of stores takes long; three quarters of the time are left for answers, or
-            # half of it where there are stores that nobody has read yet.
-            poll_s = GROWING_POLL_S if started - grew_at < _OF_LATE_S else POLL_S
-            pause_s = max(poll_s, (1 if found.n_unread else 3) * (time.monotonic() - started))
+            # half of it where there are stores that nobody has read yet. Beside a busy policy a short look
+            # takes long too, but only by the clock.
+            grows = started - grew_at < _OF_LATE_S
+            pause_s = max(
+                GROWING_POLL_S if grows else max(POLL_S, time.monotonic() - started),
+                (1 if found.n_unread else 3) * work_s,
+            )
             silent_s += pause_s
             while pause_s > 0 and not request.app.state.is_closing:
                 await asyncio.sleep(min(pause_s, POLL_S))
                 pause_s -= POLL_S
+
+    def _timed_look(self) -> tuple[Listing, float]:
+        """Return what is there, and the seconds that this thread had of a core for finding it out."""
+        before = time.thread_time()
+        return self._library.look(_LOOK_S), time.thread_time() - before
 
     def _episode(self, request: Request) -> Episode:
         version = request.path_params["version"]
@@ -336,6 +340,11 @@ def _read[**P, R](episode: Episode, read: Callable[..., R], *args: Any, **where:
         raise
     except Exception as error:
         raise StoreError(f"{episode.path.name}: cannot be read: {first_line(error)}") from error
+
+
+def _still(episode: Episode, camera: str, frame: int) -> bytes | None:
+    still = episode.still(camera, frame)
+    return None if still is None else read_still(still)
 
 
 def _which_means(request: Request) -> dict[str, Any]:

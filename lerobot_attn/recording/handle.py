@@ -7,6 +7,7 @@ Knows no loop and no policy.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from lerobot_attn.recording.plan import DimensionNames, Ending, EpisodePlan, Epi
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 2.0  # how often is said what is still to be written
+_SHOW_EVERY_S = 0.25  # how often who watches sees another frame
 _GRACE_S = 1.0  # what a second Ctrl-C leaves for the write in progress, and for closing the stores
 
 
@@ -79,6 +81,8 @@ class EpisodeHandle:
         self._entries: list[FrameEntry] = []  # frames that are not queued yet
         self._query = 0
         self._told = False
+        self._is_new = False  # no frame of the newest inference was queued yet
+        self._show_at = 0.0  # when frames are queued again for who watches, on the monotonic clock
 
     @property
     def failure(self) -> BaseException | None:
@@ -142,10 +146,12 @@ class EpisodeHandle:
         self.n_frames += 1
         self._query += 1
         is_watched = self._config.view or self._config.rerun
-        if is_watched and len(self._entries) == 1 and self.n_queued:
-            # Somebody watches: an inference is shown as soon as its first frame is in the store, and
-            # not only with the next inference.
+        # Somebody watches: an inference is shown as soon as its first frame is in the store, and not only
+        # with the next inference. The frames behind it wait for each other a little, for each commit makes
+        # the explorer read the store anew.
+        if is_watched and self.n_queued and (self._is_new or time.monotonic() >= self._show_at):
             self._write_frames()
+            self._is_new, self._show_at = False, time.monotonic() + _SHOW_EVERY_S
 
     def finish(
         self,
@@ -219,6 +225,7 @@ class EpisodeHandle:
         self._n_jobs += 1
         self._query = record.layout.query_of_action(0)
         self._entries = []
+        self._is_new = True
 
     def _write_frames(self) -> None:
         """Queue the frames that are not queued yet."""

@@ -342,9 +342,10 @@ export class EpisodeModel {
       });
       if (!isSameInference && this.pointedAt !== null) void this.showWord(this.pointedAt);
       if (request !== this.request) return;
-      // The first view comes first.
-      if (old === null) afterPaint(() => this.prefetch(timeline, frame, step, false));
-      else this.prefetch(timeline, frame, step, frame < old.frame);
+      // What was asked for is drawn first.
+      afterPaint(() => {
+        if (request === this.request) this.prefetch(timeline, frame, step, frame < (old?.frame ?? 0));
+      });
     };
     void this.attempt("frame", load).then((hasWorked) => {
       if (!hasWorked && request === this.request) this.failedFrame.value = frame;
