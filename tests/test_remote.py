@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from changed import without_copies
 from servers import serving
 
 from lerobot_attn import cli, inspection
@@ -71,14 +72,18 @@ def s3(folder, monkeypatch):
         yield server
 
 
-@pytest.fixture(params=["http", "s3"])
-def at(request, folder):
+@pytest.fixture(params=["web", "s3"])
+def server(request):
+    """Each of them in turn; its `at` gives the URL of a path below the folder."""
+    server = request.getfixturevalue(request.param)
+    server.at = f"{server.url}/{{}}".format if request.param == "web" else "s3://{}".format
+    return server
+
+
+@pytest.fixture
+def at(server):
     """Gives the URL of a path below the folder."""
-    if request.param == "http":
-        server = request.getfixturevalue("web")
-        return lambda path: f"{server.url}/{path}"
-    request.getfixturevalue("s3")
-    return lambda path: f"s3://{path}"
+    return server.at
 
 
 def command(monkeypatch, *args):
@@ -193,58 +198,76 @@ def test_commands(folder, s3, monkeypatch, capsys, tmp_path):
 # How often it asks
 
 
-def test_a_heatmap_of_a_packed_episode_takes_a_handful_of_requests(web, monkeypatch):
+def asked_of(server):
+    """What was asked for since the last call, but for videos."""
+    asked = [request for request in server.asked if not request.path.endswith(".mp4")]
+    server.asked.clear()
+    return asked
+
+
+def test_a_heatmap_of_a_folder_asks_for_the_metadata_and_the_map(folder, server, at):
+    episode = open_episode(at(WHERE["plain"]))
+    assert [request.path for request in asked_of(server)] == [f"{WHERE['plain']}/zarr.json"]
+    chosen = {"layer": 3, "denoise_step": 0}
+    found = episode.arrays.suffix_attention.sel(chosen)[1, 0].values
+    here = open_episode(folder / WHERE["plain"]).arrays
+    np.testing.assert_array_equal(found, here.suffix_attention.sel(chosen)[1, 0].values)
+    (asked,) = asked_of(server)
+    assert asked.path.startswith(f"{WHERE['plain']}/suffix_attention/c/1/")
+    first, last = asked.range.removeprefix("bytes=").split("-")
+    assert int(last) - int(first) < here.suffix_attention[0, 0, 0].nbytes  # one map and no more
+    # Where the map belongs, and what its keys are, came with the metadata.
+    for kind, arrays in {
+        "image": ["suffix_attention"],
+        "text": ["suffix_attention", "suffix_attention_mean"],
+    }.items():
+        assert plot(episode, kind).axes
+        paths = [request.path.removeprefix(f"{WHERE['plain']}/") for request in asked_of(server)]
+        assert [path.partition("/c/")[0] for path in paths] == arrays
+
+
+def test_a_heatmap_of_a_packed_episode_takes_a_handful_of_requests(server, at, monkeypatch):
     # As of a large episode, whose maps are not in the part that is read first.
     monkeypatch.setattr(remote, "_TAIL_BYTES", 8000)
-    episode = open_episode(f"{web.url}/{WHERE['packed']}")
+    episode = open_episode(at(WHERE["packed"]))
     values = episode.arrays.suffix_attention[1, -1, -1, 0].values
-    figure = plot(episode, "image")
-    assert figure.axes
     assert values.any()
-    asked = [request for request in web.asked if not request.path.endswith(".mp4")]
-    # Its size, its list of members, the tables, then of the map its shard's index and itself.
-    assert len(asked) <= 7, asked
-    web.asked.clear()
-    assert open_episode(f"{web.url}/{WHERE['packed']}").arrays.suffix_attention[0, 0, 0].values.any()
-    asked = [request for request in web.asked if request.method == "GET"]
-    assert len(asked) <= 4, asked
-    sizes = [
-        int(part.range.split("-")[1]) - int(part.range.split("-")[0].removeprefix("bytes=")) for part in asked
-    ]
-    assert sizes[-2] < 200 < sizes[-1]
-
-
-def test_a_heatmap_of_a_folder_reads_one_map_and_the_tables_that_it_needs_once(web):
-    episode = open_episode(f"{web.url}/{WHERE['plain']}")
-    assert len(web.asked) == 1  # consolidated metadata
-    labels = {
-        name
-        for name, variable in open_episode(f"{web.url}/{WHERE['packed']}").arrays.variables.items()
-        if variable.dims == (name,)
-    }
-    web.asked.clear()
-    assert episode.arrays.suffix_attention.sel(layer=3, denoise_step=0)[1, 0].values.any()
-    # What dimensions are called, then of the map its shard's index and itself.
-    assert len(web.asked) == len(labels) + 2 == 8
-    web.asked.clear()
+    asked = asked_of(server)
+    # Its size, its list of members, the tables and the map.
+    assert len(asked) <= 5, asked
+    assert [request.method for request in asked].count("HEAD") == 1
     assert plot(episode, "image").axes
-    # Where the map belongs, too.
-    assert len([request for request in web.asked if not request.path.endswith(".mp4")]) == 7 + 2
-    asked = [request for request in web.asked if not request.path.endswith(".mp4")]
-    maps = [request for request in asked if "/suffix_attention/c/" in request.path]
-    assert len(maps) == 2
-    assert maps[0].range.startswith("bytes=-")
-    tables = Counter(request.path for request in asked if request not in maps)
-    assert set(tables.values()) == {1}
-    before = len(web.asked)
-    assert plot(episode, "text").axes
-    others = Counter(request.path for request in web.asked[before:] if request.range is None)
-    assert set(others.values()) == {1}
-    assert not others.keys() & tables.keys()
+    assert len(asked_of(server)) == 1
+
+
+def test_a_heatmap_of_an_older_folder_reads_one_map_and_the_tables_that_it_needs_once(folder, tmp_path):
+    store = without_copies(shutil.copytree(folder / WHERE["plain"], tmp_path / "episode_00000.zarr"))
+    labels = {
+        name for name, variable in open_episode(store).arrays.variables.items() if variable.dims == (name,)
+    }
+    with serving(tmp_path) as web:
+        episode = open_episode(f"{web.url}/{store.name}")
+        assert len(asked_of(web)) == 1  # consolidated metadata
+        assert episode.arrays.suffix_attention.sel(layer=3, denoise_step=0)[1, 0].values.any()
+        # What dimensions are called, then of the map its shard's index and itself.
+        assert len(asked_of(web)) == len(labels) + 2 == 8
+        assert plot(episode, "image").axes
+        # Where the map belongs, too.
+        asked = asked_of(web)
+        assert len(asked) == 7 + 2
+        maps = [request for request in asked if "/suffix_attention/c/" in request.path]
+        assert len(maps) == 2
+        assert maps[0].range.startswith("bytes=-")
+        tables = Counter(request.path for request in asked if request not in maps)
+        assert set(tables.values()) == {1}
+        assert plot(episode, "text").axes
+        others = Counter(request.path for request in asked_of(web) if request.range is None)
+        assert set(others.values()) == {1}
+        assert not others.keys() & tables.keys()
 
 
 def test_tables_that_are_not_there_are_asked_for_once_and_errors_are_told(folder, tmp_path, monkeypatch):
-    store = shutil.copytree(folder / WHERE["plain"], tmp_path / "episode_00000.zarr")
+    store = without_copies(shutil.copytree(folder / WHERE["plain"], tmp_path / "episode_00000.zarr"))
     shutil.rmtree(store / "key_row" / "c")
     with serving(tmp_path) as server:
         there = open_episode(f"{server.url}/episode_00000.zarr")

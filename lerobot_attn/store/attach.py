@@ -24,6 +24,7 @@ from zarr.storage import LocalStore
 
 from lerobot_attn.errors import ConfigError, StoreError, first_line
 from lerobot_attn.masks import UNKNOWN, Instance, in_words, instances_of, scaled
+from lerobot_attn.store.copies import COPIES, copies_of
 from lerobot_attn.store.files import first_link, replace_json, unfinished
 from lerobot_attn.store.location import is_packed, on_this_machine
 from lerobot_attn.store.lock import LOCK, claim_folder
@@ -166,7 +167,9 @@ def _write(
             array[...] = rows
             described[name] = json.loads((new / name / METADATA).read_text(encoding="utf-8"))
         document = json.loads((path / METADATA).read_text(encoding="utf-8"))
-        attributes, arrays = document["attributes"], document["consolidated_metadata"]["metadata"]
+        attributes, consolidated = document["attributes"], document["consolidated_metadata"]
+        arrays = consolidated["metadata"]
+        consolidated.pop(COPIES, None)  # some are of arrays that go
         if any(name in arrays for name in _NAMES):
             for name in _NAMES:
                 arrays.pop(name, None)
@@ -180,6 +183,7 @@ def _write(
         arrays |= described
         attributes["segmentation"] = {"source": source}
         attributes["coordinates"] = " ".join(extra_coordinates(arrays))
+        consolidated[COPIES] = copies_of(path, arrays)
         replace_json(path / METADATA, document, durable=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)

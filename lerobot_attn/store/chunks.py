@@ -107,9 +107,13 @@ class StoredArray:
         """Return the file of a shard or of an unsharded chunk, in a store that is a folder."""
         return self.folder / self._key(index)
 
+    def file_name(self, index: Sequence[int]) -> str:
+        """Return the name in the store of the file of a shard or of an unsharded chunk."""
+        return f"{self.name}/{self._key(index)}"
+
     def is_there(self, index: Sequence[int]) -> bool:
         """Return whether there is a file of a shard or of an unsharded chunk."""
-        return self._files.holds(f"{self.name}/{self._key(index)}")
+        return self._files.holds(self.file_name(index))
 
     def open_file(self, index: Sequence[int]) -> BinaryIO:
         """Return the file of a shard or of an unsharded chunk, open for reading.
@@ -117,7 +121,7 @@ class StoredArray:
         Raises:
             OSError: there is none, or it cannot be read.
         """
-        return self._files.open_file(f"{self.name}/{self._key(index)}")
+        return self._files.open_file(self.file_name(index))
 
     def own_metadata(self) -> Any:
         """Return the array's own metadata, of which `metadata` is the group's copy.

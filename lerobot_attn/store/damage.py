@@ -13,6 +13,7 @@ them, are no damage.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import numpy as np
 from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.chunks import Grid, StoredArray, stored_arrays
+from lerobot_attn.store.copies import copies_in
+from lerobot_attn.store.location import files_at
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.schema import BY_NAME, DIMENSIONS, METADATA
 from lerobot_attn.store.url import Place
@@ -31,7 +34,7 @@ REPAIRED = "repaired"  # the attribute that lists what a repair dropped
 # A store whose every map is damaged lists 5040 with all layers of Pi0.5 and 28 inferences.
 _MAX_LISTED = 100_000
 
-Kind = Literal["chunk", "shard", "metadata", "conflict", "unreadable"]
+Kind = Literal["chunk", "shard", "metadata", "conflict", "copy", "unreadable"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Damage:
 
     Attributes:
         kind: "chunk" or "shard" of an array; its "metadata" is not there; a "conflict" of two copies of it;
+            a "copy" of a file in the group's metadata is of something else;
             "unreadable" where the file system refused, which may pass.
         array: its name.
         chunk: the chunk's index along the leading dimensions; those that one chunk covers are left out.
@@ -60,7 +64,7 @@ class Damage:
     @property
     def place(self) -> str:
         """Where in the array, in words."""
-        if self.kind in ("metadata", "conflict"):
+        if self.kind in ("metadata", "conflict", "copy"):
             return METADATA
         words = [
             f"{dim} {label[0]} to {label[1]}" if isinstance(label, tuple) else f"{dim} {label}"
@@ -184,6 +188,8 @@ class _Scan:
         self._path = episode.path
         self._missing = missing_chunks(episode)
         self._labels = _labels(arrays)
+        copies = copies_in(json.loads(files_at(episode.path).read(METADATA)))
+        self._copies = {**copies.files, **copies.ends}
         self._total = sum(array.n_chunks for array in arrays.values())
         self._progress = progress
 
@@ -210,6 +216,7 @@ class _Scan:
         except ValueError as error:
             self._note("shard", array, index[:1], str(error))
         else:
+            n_damaged = len(self.damaged)
             for inside in np.ndindex(array.n_inside):
                 chunk = tuple(i * n + j for i, n, j in zip(index, array.n_inside, inside, strict=True))
                 if entries.holds(inside):
@@ -218,13 +225,26 @@ class _Scan:
                     self._absent(array, "chunk", chunk, "it is missing from its shard")
                 self.n_read += 1
                 self._tick()
+            if n_damaged == len(self.damaged):
+                self._compare(array, index, entries.encoded())
 
     def _read_chunk(self, array: StoredArray, index: Grid) -> None:
         if array.is_there(index):
+            n_damaged = len(self.damaged)
             self._decode(array, index)
+            if n_damaged == len(self.damaged) and array.file_name(index) in self._copies:
+                with array.open_file(index) as file:
+                    self._compare(array, index, file.read())
         elif array.grows_with or array.has_checksums:
             # Of fixed arrays, versions that wrote no checksums left out those of one value.
             self._absent(array, "chunk", index, "its file is missing")
+
+    def _compare(self, array: StoredArray, index: Grid, content: bytes) -> None:
+        """Note where the copy of what a file holds is of something else: readers at a URL would take it."""
+        name = array.file_name(index)
+        if self._copies.get(name, content) != content:
+            reason = f"its copy of {name} is not what the file holds"
+            self.damaged.append(Damage("copy", array.name, array.leading(index), {}, reason))
 
     def _decode(self, array: StoredArray, chunk: Grid) -> None:
         try:

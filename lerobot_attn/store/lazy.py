@@ -16,13 +16,15 @@ import zarr
 from dask.base import tokenize
 from numpy.typing import NDArray
 
+from lerobot_attn.store.copies import copies_in, file_names, n_files
 from lerobot_attn.store.direct import DirectStore
-from lerobot_attn.store.location import files_at
+from lerobot_attn.store.location import Files, files_at
 from lerobot_attn.store.numbers import Allowed, check_when_read
-from lerobot_attn.store.remote import Remote
+from lerobot_attn.store.packed import Packed
+from lerobot_attn.store.remote import Remote, RemoteFile
 from lerobot_attn.store.schema import BY_NAME, METADATA
 from lerobot_attn.store.trust import check_array
-from lerobot_attn.store.url import Place
+from lerobot_attn.store.url import Place, Url
 
 # Of a table that is read together with others from a URL.
 _MAX_VALUES, _MAX_CHUNKS = 1 << 20, 8
@@ -51,9 +53,8 @@ def lazy_dataset(
         Exception: of many kinds, where the metadata is damaged.
     """
     files = files_at(path)
-    if isinstance(files, Remote):
-        for group in _tables(json.loads(files.read(METADATA))):
-            files.read_together(group)
+    if isinstance(path, Url):
+        _expect(files, json.loads(files.read(METADATA)))
     store = DirectStore.open_group(files, consolidated=True, zarr_format=3)
     opened: xr.Dataset = xr.open_dataset(store)
     opened = opened.isel({dim: slice(n) for dim, n in rows.items() if opened.sizes.get(dim, n) > n})
@@ -89,6 +90,25 @@ def single_array(path: Place, name: str, n_rows: int) -> NDArray[Any]:
     return np.asarray(array[:n_rows])
 
 
+def _expect(files: Files, document: Mapping[str, Any]) -> None:
+    """Prepare for few requests to a store at a URL.
+
+    Args:
+        files: of the store.
+        document: the group's metadata.
+    """
+    copies = copies_in(document)
+    if isinstance(files, Remote):
+        files.keep(copies.files, copies.ends)
+        for group in _tables(document):
+            files.read_together(group)
+    elif isinstance(files, Packed) and isinstance(files.source, RemoteFile):
+        for name, end in copies.ends.items():
+            if name in files.members:
+                start, size = files.members[name]
+                files.source.keep(start + size - len(end), end)
+
+
 def _tables(document: Mapping[str, Any]) -> tuple[list[str], ...]:
     """Return the names of a store's small files, in groups that are needed together.
 
@@ -97,14 +117,12 @@ def _tables(document: Mapping[str, Any]) -> tuple[list[str], ...]:
     opening, places, others = list[str](), list[str](), list[str]()
     for name, array in document["consolidated_metadata"]["metadata"].items():
         spec = BY_NAME.get(name)
-        chunks = array["chunk_grid"]["configuration"]["chunk_shape"]
-        counts = [math.ceil(n / size) for n, size in zip(array["shape"], chunks, strict=True)]
         if spec is None or spec.sharded or math.prod(array["shape"]) > _MAX_VALUES:
             continue
-        if math.prod(counts) <= _MAX_CHUNKS:
+        if n_files(array) <= _MAX_CHUNKS:
             group = opening if array.get("dimension_names") == [name] else others
             group = places if name in _PLACES else group
-            group += ["/".join([name, "c", *map(str, index)]) for index in np.ndindex(*counts)]
+            group += file_names(name, array)
     return opening, places, others
 
 

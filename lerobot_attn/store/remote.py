@@ -18,11 +18,11 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zarr.abc.store import ByteRequest, RangeByteRequest, Store
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import WrapperStore
@@ -99,6 +99,7 @@ class Remote(WrapperStore[Store]):
         super().__init__(_store_of(url.root, credentials()))
         self.url = url
         self._kept: dict[str, bytes | None] = {}
+        self._ends: Mapping[str, bytes] = {}
         self._groups: dict[str, tuple[str, ...]] = {}  # file → those that are read together with it
         self._coming: dict[str, asyncio.Task[None]] = {}
 
@@ -143,6 +144,9 @@ class Remote(WrapperStore[Store]):
         if byte_range is None and key in self._kept:
             kept = self._kept[key]
             return None if kept is None else prototype.buffer.from_bytes(kept)
+        end = self._ends.get(key)
+        if end is not None and byte_range == SuffixByteRequest(len(end)):
+            return prototype.buffer.from_bytes(end)
         try:
             return await self._store.get(self._at(key), prototype, byte_range)
         except Exception as error:  # each service has its own kinds
@@ -235,6 +239,11 @@ class Remote(WrapperStore[Store]):
         except Exception as error:
             raise told(self.url / below, error) from error
 
+    def keep(self, files: Mapping[str, bytes], ends: Mapping[str, bytes]) -> None:
+        """Take what files hold, or what they end in, from elsewhere: it is not asked for any more."""
+        self._kept |= files
+        self._ends = ends
+
     def read_together(self, keys: Iterable[str]) -> None:
         """Once one of these small files is read, read all of them at once and keep them.
 
@@ -286,6 +295,7 @@ class RemoteFile:
             raise StoreError(f"{folder.url / name}: no such store; expected a packed episode") from error
         self._kept_from = self.size
         self._kept = b""
+        self._pieces: dict[tuple[int, int], bytes] = {}
         self.keep_from(self.size - _TAIL_BYTES)
 
     def keep_from(self, start: int) -> None:
@@ -295,19 +305,29 @@ class RemoteFile:
             self._kept = self._fetched(start, self._kept_from) + self._kept
             self._kept_from = start
 
+    def keep(self, start: int, piece: bytes) -> None:
+        """Take a piece from elsewhere: it is not asked for any more."""
+        self._pieces[start, start + len(piece)] = piece
+
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from `start` to `stop`."""
-        if start >= self._kept_from:
-            return self._kept[start - self._kept_from : stop - self._kept_from]
-        return self._fetched(start, stop)
+        found = self._there(start, stop)
+        return self._fetched(start, stop) if found is None else found
 
     async def read_async(self, start: int, stop: int) -> bytes:
         """Return the same without holding up an event loop."""
-        if start >= self._kept_from:
-            return self._kept[start - self._kept_from : stop - self._kept_from]
+        there = self._there(start, stop)
+        if there is not None:
+            return there
         part = RangeByteRequest(start, stop)
         found = await self._folder.get(self._name, default_buffer_prototype(), part)
         return b"" if found is None else bytes(found.to_bytes())
+
+    def _there(self, start: int, stop: int) -> bytes | None:
+        """Return bytes that need not be asked for; None of others."""
+        if start >= self._kept_from:
+            return self._kept[start - self._kept_from : stop - self._kept_from]
+        return self._pieces.get((start, stop))
 
     def _fetched(self, start: int, stop: int) -> bytes:
         return self._folder.read(self._name, RangeByteRequest(start, stop)) if stop > start else b""

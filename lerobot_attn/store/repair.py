@@ -34,6 +34,7 @@ from lerobot_attn.errors import StoreError, first_line
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.attributes import is_store
 from lerobot_attn.store.chunks import Grid, StoredArray, stored_arrays
+from lerobot_attn.store.copies import COPIES, copies_of
 from lerobot_attn.store.damage import (
     REPAIRED,
     Damage,
@@ -184,7 +185,9 @@ def _plan(episode: Episode, progress: Progress | None) -> Repair:
     rewritten = [f"{name}/{METADATA}" for name, array in arrays.items() if metadata_of(array).kind == "ahead"]
     for damage in report.damaged:
         array = arrays[damage.array]
-        if damage.kind == "metadata":
+        if damage.kind == "copy":
+            rewritten.append(METADATA)
+        elif damage.kind == "metadata":
             rewritten.append(f"{damage.array}/{METADATA}")
         elif damage.kind in ("conflict", "unreadable") or array.spec is None:
             raise _irreparable(path, damage)
@@ -203,7 +206,7 @@ def _plan(episode: Episode, progress: Progress | None) -> Repair:
         tuple(cut_by),
         (episode.n_inferences, n_inferences),
         (episode.n_frames, n_frames),
-        tuple(rewritten),
+        tuple(dict.fromkeys(rewritten)),
     )
     if not plan.changes_nothing:
         _refuse_links(path)
@@ -242,13 +245,15 @@ def _apply(episode: Episode, plan: Repair) -> None:
     by_file: dict[Path, list[Damage]] = defaultdict(list)
     for damage in plan.missing:
         by_file[arrays[damage.array].file_of(damage.chunk)].append(damage)
+    document = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    if document["consolidated_metadata"].pop(COPIES, None) is not None:
+        replace_json(path / METADATA, document, durable=True)  # no copy outlives its file, whatever comes
     for file, damages in by_file.items():
         array = arrays[damages[0].array]
         if array.is_sharded and damages[0].kind == "chunk":
             _drop_from_shard(array, file, [damage.chunk for damage in damages])
         else:
             file.unlink(missing_ok=True)
-    document = json.loads((path / METADATA).read_text(encoding="utf-8"))
     described = document["consolidated_metadata"]["metadata"]
     _say_so(document["attributes"], plan)
     left = {"inference": plan.n_inferences[1], "frame": plan.n_frames[1]}
@@ -257,6 +262,7 @@ def _apply(episode: Episode, plan: Repair) -> None:
         if array.grows_with and described[name]["shape"][0] != left[array.grows_with]:
             described[name]["shape"][0] = left[array.grows_with]
             stale.add(name)
+    document["consolidated_metadata"][COPIES] = copies_of(path, described)
     replace_json(path / METADATA, document, durable=True)
     for name in stale:
         (path / name).mkdir(exist_ok=True)

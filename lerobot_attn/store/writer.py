@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from lerobot_attn.errors import StoreError
+from lerobot_attn.store.copies import COPIES, copies_of
 from lerobot_attn.store.encoding import ArrayEncoder, n_cores
 from lerobot_attn.store.files import replace_bytes, replace_json
 from lerobot_attn.store.location import present_form
@@ -103,6 +104,7 @@ class EpisodeWriter:
         self.path = path
         self._sizes = dict(sizes)
         self._compression = compression
+        self._is_closing = False
         self._attributes: dict[str, Any] = {
             "schema": SCHEMA_NAME,
             "schema_version": SCHEMA_VERSION,
@@ -207,17 +209,16 @@ class EpisodeWriter:
     def _replace_metadata(self) -> None:
         self._attributes["n_inferences"] = self.n_inferences
         self._attributes["n_frames"] = self.n_frames
+        consolidated = {"kind": "inline", "must_understand": False, "metadata": self._metadata}
+        if self._is_closing:
+            consolidated[COPIES] = copies_of(self.path, self._metadata)
         replace_json(
             self.path / METADATA,
             {
                 "zarr_format": 3,
                 "node_type": "group",
                 "attributes": self._attributes,
-                "consolidated_metadata": {
-                    "kind": "inline",
-                    "must_understand": False,
-                    "metadata": self._metadata,
-                },
+                "consolidated_metadata": consolidated,
             },
         )
 
@@ -225,6 +226,7 @@ class EpisodeWriter:
         """Commit what is there; `complete` is the last thing that the store says of itself."""
         self.update_attributes(attributes or {})
         self._attributes["complete"] = complete
+        self._is_closing = True
         self.commit()
 
     def remove(self) -> None:
