@@ -65,7 +65,8 @@ def upload(
 ) -> None:
     """Send a run's complete episodes to a bucket, packed, with their cameras' videos; only what is missing.
 
-    What a recording with --eval.attention.upload could not send, too. Interrupted, the same command goes on.
+    The evaluation's own videos of them and its eval_info.json go too, and stay here. What a recording with
+    --eval.attention.upload could not send, too. Interrupted, the same command goes on.
     """
     from lerobot_attn.store.upload import upload as send
 

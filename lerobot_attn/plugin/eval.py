@@ -84,6 +84,8 @@ def _make_eval_main(original: Callable[..., Any], namespace: dict[str, Any]) -> 
             if options.first_episode:
                 stack.enter_context(beginning_at(namespace, options.first_episode))
             result = _run_or_end(run_original, cfg, run)
+        if run is not None:
+            run.upload_evaluation(Path(cfg.output_dir))
         if run is not None and run.failures:
             sys.exit(
                 f"error: the evaluation is done, but attention of {len(run.failures)} episodes could not be "

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from lerobot_attn.errors import StoreError
 from lerobot_attn.recording.folder import task_folder
 from lerobot_attn.store.attributes import read_header
+from lerobot_attn.store.evaluation import EVAL_INFO
 from lerobot_attn.store.location import present_form
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
@@ -85,6 +86,6 @@ def _success(store: Path) -> bool | None:
 def _n_tasks(folder: Path) -> int | None:
     """Return how many tasks a finished evaluation had; None of one that did not finish."""
     try:
-        return len(json.loads((folder / "eval_info.json").read_text(encoding="utf-8"))["per_task"])
+        return len(json.loads((folder / EVAL_INFO).read_text(encoding="utf-8"))["per_task"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

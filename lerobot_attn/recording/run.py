@@ -37,7 +37,7 @@ from lerobot_attn.recording.provenance import check_encoder, policy_facts
 from lerobot_attn.recording.rollout import RolloutRecorder
 from lerobot_attn.recording.summary import TaskSummary
 from lerobot_attn.recording.task_progress import Point, Result, TaskProgress
-from lerobot_attn.recording.uploading import Uploads, check_upload, uploading
+from lerobot_attn.recording.uploading import Uploads, check_upload, upload_evaluation, uploading
 from lerobot_attn.sizes import format_bytes
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
@@ -172,6 +172,17 @@ class RunRecorder:
                 self._writer.close(0)
                 if self._task is not None:  # the task raised: say what there is
                     self._report(self._summarise())
+
+    def upload_evaluation(self, output: Path) -> None:
+        """Send the evaluation's own videos and its eval_info.json to where the episodes went.
+
+        The evaluation is over. Where episodes could not be sent, nothing is: what sends them takes these too.
+
+        Args:
+            output: the evaluation's output folder.
+        """
+        if self._uploads is not None and not self._uploads.n_left:
+            upload_evaluation(self.folder, self.config, output)
 
     def announce(self, n_tasks: int, n_episodes: int, first_episode: int = 0) -> None:
         """Let every store say how many episodes the whole evaluation is to leave, if that is known.

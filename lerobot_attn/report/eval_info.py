@@ -20,13 +20,13 @@ import numpy as np
 
 from lerobot_attn.errors import ConfigError, StoreError, first_line
 from lerobot_attn.sizes import Progress
+from lerobot_attn.store.evaluation import EVAL_INFO as EVAL_INFO
 from lerobot_attn.store.files import replace_json
 from lerobot_attn.store.index import IndexRow
 from lerobot_attn.store.location import on_this_machine
 from lerobot_attn.store.reader import open_episode
 from lerobot_attn.store.runs import Run
 
-EVAL_INFO = "eval_info.json"
 _MARK = "gathered"  # what LeRobot's own files do not have
 _MAX_BYTES = 200_000_000
 _LISTS = (

@@ -19,7 +19,7 @@ from lerobot_attn.layout import TokenLayout
 from lerobot_attn.masks import ROLES, Instance, in_words
 from lerobot_attn.store.attributes import Header, RecordedCondition, read_header
 from lerobot_attn.store.location import bare_name, files_at
-from lerobot_attn.store.references import RemoteVideo, Video, referenced
+from lerobot_attn.store.references import RemoteVideo, Video, film_of, referenced
 from lerobot_attn.store.stills import still_of
 from lerobot_attn.store.trust import shortened, shown
 from lerobot_attn.store.url import Place, Url, place_of
@@ -321,20 +321,7 @@ class Episode:
 
         It is looked for in the run's `videos` and in the store's own folder alone, whatever the store says.
         """
-        video = self.attributes.get("eval_video")
-        if not isinstance(video, dict) or not isinstance(video.get("path"), str):
-            return None
-        if isinstance(self.path, Url):
-            return None
-        try:
-            parents = self.path.resolve().parents
-            path = (self.path.parent / video["path"]).resolve()
-            # Three folders up is the run, or, of a store that was moved, anything.
-            folders = [parents[0], *(parent / "videos" for parent in parents[2:3])]
-            inside = any(path.is_relative_to(folder) for folder in folders)
-            return path if inside and path.suffix == ".mp4" and path.is_file() else None
-        except (OSError, RuntimeError, ValueError):  # too long a name, a loop of links, a null byte
-            return None
+        return None if isinstance(self.path, Url) else film_of(self.path, self.attributes)
 
     def stored_bytes(self) -> int:
         """Return the size of the store's files, bytes."""

@@ -30,7 +30,7 @@ class Receipt:
         sha256: of it.
         etag: what the service calls its content.
         stamp: what told the local store, as it was sent, from one that was changed since.
-        videos: name of a video that was sent → its SHA-256.
+        videos: name of a video that was sent → its SHA-256; the evaluation's own is called after the episode.
         removed: whether the local copy was removed, because it had been sent.
         attributes: what the store says of itself.
         shapes: array name → shape.
@@ -78,10 +78,17 @@ def write_receipt(store: Path, receipt: Receipt) -> None:
     replace_json(receipt_path(store), asdict(receipt), durable=True)
 
 
-def removed_stores(folder: Path) -> Iterator[Path]:
-    """Yield where the stores of a folder lay that were sent and removed, at any depth."""
+def sent_stores(folder: Path) -> Iterator[tuple[Path, Receipt]]:
+    """Yield where the stores of a folder lie, or lay, that were sent, at any depth, and their receipts."""
     for path in sorted(folder.rglob(f"episode_*{SUFFIX}")):
         store = path.with_name(path.name.removesuffix(SUFFIX) + EPISODE_SUFFIX)
         receipt = receipt_of(store)
-        if receipt is not None and receipt.removed and present_form(store) is None:
+        if receipt is not None:
+            yield store, receipt
+
+
+def removed_stores(folder: Path) -> Iterator[Path]:
+    """Yield where the stores of a folder lay that were sent and removed, at any depth."""
+    for store, receipt in sent_stores(folder):
+        if receipt.removed and present_form(store) is None:
             yield store

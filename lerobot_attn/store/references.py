@@ -43,6 +43,29 @@ class Clip:
         return f"{self.path}, {self.n_frames} frames from {self.start_s:.2f} s"
 
 
+def film_of(store: Path, attributes: Mapping[str, Any]) -> Path | None:
+    """Return the evaluation's own MP4 of an episode, where the file exists.
+
+    It is looked for in the run's `videos` and in the store's own folder alone, whatever the store says.
+
+    Args:
+        store: where the episode lies.
+        attributes: what its store says of itself.
+    """
+    video = attributes.get("eval_video")
+    if not isinstance(video, dict) or not isinstance(video.get("path"), str):
+        return None
+    try:
+        parents = store.resolve().parents
+        path = (store.parent / video["path"]).resolve()
+        # Three folders up is the run, or, of a store that was moved, anything.
+        folders = [parents[0], *(parent / "videos" for parent in parents[2:3])]
+        inside = any(path.is_relative_to(folder) for folder in folders)
+        return path if inside and path.suffix == _SUFFIX and path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, a loop of links, a null byte
+        return None
+
+
 @dataclass(frozen=True)
 class RemoteVideo:
     """A video at a URL: its file is fetched when it is first asked for.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +61,7 @@ async def send_episode(
         before is not None
         and there is not None
         and _is_of(before, bucket, name, stamp, there)
-        and {*before.videos} == {*videos}
+        and {*before.videos} >= {*videos}
     ):
         return before, False
     content: Content = PlainFile(store) if is_packed(store) else zipped_store(store)
@@ -80,7 +79,7 @@ async def send_episode(
 
     sums, sent = {}, not same
     for video, file in videos.items():
-        sums[video], was_sent = await _placed(bucket, f"{folder}/{video}".strip("/"), file, step)
+        sums[video], was_sent = await place_file(bucket, f"{folder}/{video}".strip("/"), file, step)
         sent |= was_sent
         done += file.size
     # Last: who sees the store sees all that belongs to it.
@@ -104,16 +103,21 @@ async def send_episode(
     return receipt, sent
 
 
-async def _placed(
-    bucket: Bucket, name: str, content: PlainFile, step: Callable[[int, int], None]
+async def place_file(
+    bucket: Bucket, name: str, content: PlainFile, progress: Progress | None = None
 ) -> tuple[str, bool]:
-    """Send a file unless it is there; return its SHA-256 and whether it was sent."""
+    """Send a file unless it is there; return its SHA-256 and whether it was sent.
+
+    Raises:
+        UnreachedError: the bucket does not take it.
+        OSError: it cannot be read.
+    """
     there = await bucket.found(name)
     if there is not None:
         digest = digest_of(content)
         if await bucket.holds(name, there, digest):
             return digest.sha256, False
-    digest, _ = await bucket.put(name, content, step)
+    digest, _ = await bucket.put(name, content, progress)
     return digest.sha256, True
 
 
