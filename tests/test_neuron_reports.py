@@ -122,6 +122,30 @@ def test_probe_reads_what_is_there_and_can_say_no(runs, tmp_path, monkeypatch, c
     assert "R²" in said
 
 
+def test_commands_take_a_part_of_a_run(runs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    few = ("--stream", "vlm", "--layers", "3", "-o", out)
+    sides = ("neurons", "contrast", runs / "a", runs / "b")
+    status, said, err = run_cli(monkeypatch, capsys, *sides, "--success", "--condition", "baseline", *few)
+    # Of both sides, those that succeeded.
+    assert (status, said) == (1, "")
+    assert "the label holds of 4 episodes and not of 2" in err
+    status, _, err = run_cli(monkeypatch, capsys, *sides, "--task", "fly", *few)
+    assert status == 1
+    assert "no episode of task 'fly'; of its 8 episodes there are tasks" in err
+    assert not out.exists()
+
+
+@needs_sklearn
+def test_a_probe_takes_a_part_of_a_run(runs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    options = ("--stream", "vlm", "--layers", "3", "--kind", "neurons", "-o", out)
+    probe = ("neurons", "probe", runs / "a", "--what", "time", "--fit", "regression")
+    status, _, err = run_cli(monkeypatch, capsys, *probe, "--failure", *options)
+    assert status == 0, err
+    assert pd.read_csv(out / "probe.csv").n_episodes.unique().tolist() == [4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -121,7 +121,7 @@ def test_residuals_denoise_steps_and_groups_without_tokens():
         (
             [np.array(["a", "b", "a", "b"], object)] * 6,
             {"task": "regression"},
-            "expected --task classification",
+            "expected task classification",
         ),
         ([np.arange(4.0) + i for i in range(30)], {"task": "classification"}, "classes; expected 20 at most"),
         ([np.arange(4.0)] * 6, {"task": "guess"}, "expected regression or classification"),

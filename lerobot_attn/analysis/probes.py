@@ -257,10 +257,10 @@ def _numbers(
         task = "classification" if are_words or set(levels) <= {0, 1} else "regression"
     if task == "regression":
         if are_words:
-            raise SelectionError("probe: the value is a word; expected --task classification")
+            raise SelectionError("probe: the value is a word; expected task classification")
         return [np.asarray(value, float) for value in values], task, ()
     if len(levels) > 20:
-        raise SelectionError(f"probe: {len(levels)} classes; expected 20 at most, or --task regression")
+        raise SelectionError(f"probe: {len(levels)} classes; expected 20 at most, or task regression")
     place = {level: float(index) for index, level in enumerate(levels)}
     found = [np.array([place.get(v, np.nan) for v in value.tolist()], float) for value in values]
     return found, task, tuple(f"{level:g}" if isinstance(level, float) else str(level) for level in levels)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lerobot_attn.cli.app import app
 from lerobot_attn.cli.messages import progress_bar
-from lerobot_attn.cli.options import EpisodePath, RunPath, SettingsFile
+from lerobot_attn.cli.options import (
+    ConditionName,
+    EpisodePath,
+    RunPath,
+    SettingsFile,
+    Successes,
+    TaskText,
+    part_of,
+)
+
+if TYPE_CHECKING:
+    from lerobot_attn.store.url import Place
 
 NeuronsFile = Annotated[
     Path | None,
@@ -52,8 +63,15 @@ def view(
     ] = False,
     neurons: NeuronsFile = None,
     top: NeuronsTop = None,
+    task: TaskText = None,
+    success: Successes = None,
+    condition: ConditionName = None,
 ) -> None:
-    """Serve recordings to the browser, live while they grow, until Ctrl-C."""
+    """Serve recordings to the browser, live while they grow, until Ctrl-C.
+
+    All of a run is served. With --task, --success, --failure or --condition the page opens with its table
+    filtered so; its address says the filters, and they can be changed and cleared there.
+    """
     from lerobot_attn.explorer.server import serve
 
     serve(
@@ -65,8 +83,35 @@ def view(
         base_path=base_path,
         wait=wait,
         neurons=neurons,
+        filters=_filters(path, task, success, condition, wait=wait),
         **({} if top is None else {"top": top}),
     )
+
+
+def _filters(
+    path: Place, task: str | None, success: bool | None, condition: str | None, *, wait: bool
+) -> dict[str, str]:
+    """Return the same filters as the page's address has them.
+
+    Raises:
+        StoreError: no episode at the path, and nobody waits for one.
+        SelectionError: no episode is so.
+    """
+    from lerobot_attn.store.runs import open_run, task_name
+
+    filters = {} if success is None else {"show": "success" if success else "failure"}
+    filters |= {} if condition is None else {"condition": condition}
+    if task is not None:
+        filters["find"] = task
+    if wait or not filters:  # what fits may be recorded only now
+        return filters
+    rows = part_of(open_run(path), task, success, condition).rows()
+    instructions = {row.table.task for row in rows}
+    # Words of an instruction might find others, too.
+    if task is not None and len(instructions) == 1 and task not in {task_name(row.table) for row in rows}:
+        del filters["find"]
+        filters["task"] = instructions.pop()
+    return filters
 
 
 @app.command()

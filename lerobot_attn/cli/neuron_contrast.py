@@ -10,7 +10,7 @@ import typer
 
 from lerobot_attn.cli.messages import progress_bar
 from lerobot_attn.cli.neurons import neurons
-from lerobot_attn.cli.options import SettingsFile, whole_numbers
+from lerobot_attn.cli.options import ConditionName, SettingsFile, Successes, TaskText, part_of, whole_numbers
 from lerobot_attn.errors import ConfigError
 
 RunPath = Annotated[Path, typer.Argument(help="A run's output folder, or a task's folder; with neurons.")]
@@ -67,6 +67,9 @@ def contrast(
     confidence: Confidence = None,
     seed: Seed = None,
     settings: SettingsFile = None,
+    task: TaskText = None,
+    success: Successes = None,
+    condition: ConditionName = None,
 ) -> None:
     """Say which neurons fire differently in two groups of episodes, or of moments.
 
@@ -94,10 +97,14 @@ def contrast(
         confidence=confidence,
         seed=seed,
     )
+    run, second = (
+        None if one is None else part_of(open_run(one), task, success, condition) for one in (path, other)
+    )
+    assert run is not None
     with progress_bar("Comparing") as progress:
         found, files = write_contrast(
-            open_run(path),
-            None if other is None else open_run(other),
+            run,
+            second,
             by,
             output,
             chosen_settings,
@@ -119,7 +126,7 @@ def probe(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for table, figure and page.")] = Path(
         "probes"
     ),
-    task: Annotated[
+    fit: Annotated[
         str | None, typer.Option(help="regression, classification, or auto (by the values, default).")
     ] = None,
     kind: Annotated[str | None, typer.Option(help="neurons, residual or both (default).")] = None,
@@ -138,6 +145,9 @@ def probe(
     confidence: Confidence = None,
     seed: Seed = None,
     settings: SettingsFile = None,
+    task: TaskText = None,
+    success: Successes = None,
+    condition: ConditionName = None,
 ) -> None:
     """Say what a linear probe can read from which layer, beside shuffled labels.
 
@@ -152,7 +162,7 @@ def probe(
         ProbeSettings,
         settings,
         kind=kind,
-        task=task,
+        task=fit,
         stream=stream,
         layers=_numbers(layers),
         groups=tuple(group) if group else None,
@@ -163,8 +173,9 @@ def probe(
         confidence=confidence,
         seed=seed,
     )
+    run = part_of(open_run(path), task, success, condition)
     with progress_bar("Probing") as progress:
-        found, files = write_probes(open_run(path), what, output, chosen_settings, progress)
+        found, files = write_probes(run, what, output, chosen_settings, progress)
     _say((*found.notes, *found.remarks), sentences(found), files)
 
 

@@ -73,7 +73,8 @@ class Wanted(NamedTuple):
     """Which episodes somebody wants to see, in which order, and which part of them.
 
     Attributes:
-        find: words, each of which must be in what `Summary.words` says.
+        find: words, each of which must be in what `Summary.words` says. One that is a task's group and number
+            (libero_object_3) finds this task alone, and not number 30.
         outcome: one of `OUTCOMES`; None for any.
         task: the instruction; None for any.
         condition: its name; None for any.
@@ -156,13 +157,14 @@ def part(listing: Listing, wanted: Wanted) -> dict[str, Any]:
 
 def _fitting(rows: Sequence[Summary], wanted: Wanted) -> list[Summary]:
     words = wanted.find.casefold().split()
+    names = {row.task_name for row in rows} if words else set()
     return [
         row
         for row in rows
         if (wanted.outcome is None or row.outcome == wanted.outcome)
         and (wanted.task is None or row.facts["task"] == wanted.task)
         and (wanted.condition is None or row.facts["condition_name"] == wanted.condition)
-        and all(word in row.words for word in words)
+        and all(row.task_name == word if word in names else word in row.words for word in words)
     ]
 
 

@@ -7,8 +7,9 @@ import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlencode
 
 import uvicorn
 from starlette.applications import Starlette
@@ -43,6 +44,7 @@ def serve(
     wait: bool = False,
     neurons: str | Path | None = None,
     top: int = DEFAULT_TOP,
+    filters: Mapping[str, str] | None = None,
 ) -> None:
     """Serve the explorer until it is interrupted.
 
@@ -58,6 +60,8 @@ def serve(
         wait: where there is no episode yet, wait until the first one is recorded.
         neurons: table of found neurons, with the columns stream, layer and unit; see `read_found`.
         top: how many units of each set in it, from the first row on.
+        filters: of the run's table when the page opens, as its address has them: `show` (success, failure),
+            `task` (an instruction), `find` (words), `condition`.
 
     Raises:
         StoreError: no episode at the path, and nobody waits for one.
@@ -72,7 +76,7 @@ def serve(
     local = _is_loopback(host)
     bound = listener.getsockname()[1]
     name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{bound}/"
+    url = f"http://{name}:{bound}/" + (f"?{urlencode(filters)}" if filters else "")
     if not local:
         logger.warning(
             "Listening at %s: whoever can reach this machine can see these recordings; there is no password",

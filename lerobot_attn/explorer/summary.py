@@ -45,6 +45,11 @@ class Summary:
         return {True: "success", False: "failure"}.get(self.facts["success"], "unknown")
 
     @cached_property
+    def task_name(self) -> str:
+        """Group and number of the task, in one case."""
+        return f"{self.facts['task_group']}_{self.facts['task_id']}".casefold()
+
+    @cached_property
     def words(self) -> str:
         """What a search looks through, in one case: name, task, condition, id and outcome."""
         names = ("task_group", "task_id", "task", "condition", "condition_name")
