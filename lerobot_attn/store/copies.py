@@ -148,11 +148,13 @@ def _is_sound(array: Mapping[str, Any], content: bytes, end: int) -> bool:
     """Return whether a copy can be read as its file would be, values of the array's shape and dtype."""
     try:
         if array["data_type"] == "string":
-            return _n_texts(array, content) == math.prod(array["chunk_grid"]["configuration"]["chunk_shape"])
+            n_texts: int = math.prod(array["chunk_grid"]["configuration"]["chunk_shape"])
+            return _n_texts(array, content) == n_texts
         decoder = ArrayDecoder(array, np.dtype(array["data_type"]))
         if end:
             return len(content) == end and decoder.places(content) is not None
-        return array["codecs"][-1]["name"] == "crc32c" and decoder.chunk(content) is not None
+        has_checksum: bool = array["codecs"][-1]["name"] == "crc32c"
+        return has_checksum and decoder.chunk(content) is not None
     except Exception:  # of many kinds: what its codecs raise
         return False
 
