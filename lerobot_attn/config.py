@@ -115,9 +115,9 @@ class StorageSettings:
     view: bool = False
     # Send cameras, heatmaps, shares, words and actions to a Rerun viewer while they are recorded.
     rerun: bool = False
-    # Store which object each camera pixel shows at every inference (LIBERO in lerobot-eval).
+    # Store which object each camera pixel shows at every inference (MuJoCo environments in lerobot-eval).
     segmentation: bool = False
-    # Roles of objects in these masks, e.g. {milk_1: target}; default: as the task's goal says.
+    # Roles of objects in these masks, e.g. {milk_1: target}; default: what the environment says.
     roles: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -135,7 +135,7 @@ def test_roles_may_be_given(tmp_path):
         (
             lambda: scripted.make_envs((7,)),
             {},
-            "masks: what is evaluated .* has none, expected LIBERO",
+            "masks: what is evaluated has none .*, expected an environment that simulates with MuJoCo",
         ),
     ],
     ids=["no such instance", "no masks"],
@@ -165,7 +165,7 @@ def test_pictures_that_do_not_tell_how_they_are_turned_fail_the_recording_alone(
 @pytest.mark.parametrize(
     ("env_type", "roles", "message"),
     [
-        ("pusht", {}, "masks: env.type=pusht has none, expected LIBERO"),
+        ("pusht", {}, "masks: env.type=pusht is simulated by pymunk, expected an environment that simulates"),
         ("libero", {"milk_1": "goal"}, "roles, milk_1: got role 'goal', expected one of target"),
     ],
 )

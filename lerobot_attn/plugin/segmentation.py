@@ -8,29 +8,39 @@
         source.forget()                             # the environments step
 
 An environment can be asked for masks if its class has a method `lerobot_attn_masks(environments, cameras)`
-that returns `SceneMasks` of its newest pictures, named and turned as in its own observation. LeRobot's LIBERO
-is given it here (`libero_env.py`); a class of one's own around robosuite makes them with
-`mujoco_scene.RobosuiteScene`. The environments may live in other processes. Knows no recording.
+that returns `SceneMasks` of its newest pictures, named and turned as in its own observation, or `NoMasks`
+with the reason. LeRobot's LIBERO is given it here (`libero_env.py`), and so is every other environment
+(`masked_env.py`): whether MuJoCo simulates it shows at its first pictures. The environments may live in other
+processes. Knows no recording.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from torch import Tensor
 
 from lerobot_attn.errors import CaptureError, ConfigError, first_line
 from lerobot_attn.masks import SceneMasks, check_role, instances_of
 from lerobot_attn.plugin.environments import renamed_by
+from lerobot_attn.plugin.masked_env import METHOD, EnvFactory, NoMasks
 from lerobot_attn.policies.taps import replaced_attribute
 from lerobot_attn.recording.observation import cameras_of
 
-METHOD = "lerobot_attn_masks"
 LIBERO = ("libero", "libero_plus")
+# LeRobot's environments that something else simulates, and what does.
+NOT_MUJOCO = {
+    "pusht": "pymunk",
+    "isaaclab_arena": "Isaac Sim",
+    "robotwin": "SAPIEN",
+    "robomme": "SAPIEN",
+}
 SOURCE = {"source": "mujoco"}  # what a store says of the masks
 _FOLLOWED = "_lerobot_attn_scenes"  # attribute of a vector environment that is followed
 _IMAGES = "observation.images."
@@ -42,29 +52,25 @@ def check_masks(env_type: str, roles: Mapping[str, str]) -> None:
     """Refuse what cannot be drawn before an environment is built.
 
     Args:
-        env_type: LeRobot's name of the environment. Whether one that LeRobot does not bring can be asked for
-            masks shows at its reset.
+        env_type: LeRobot's name of the environment. Whether MuJoCo simulates one that is not refused here
+            shows at its reset.
         roles: instance → role, whose names show at the reset, too.
 
     Raises:
-        ConfigError: it is an environment of LeRobot's that has no masks, or a role does not exist.
+        ConfigError: it is an environment of LeRobot's that is no MuJoCo, or a role does not exist.
     """
-    from lerobot.envs.configs import EnvConfig
-
     for name, role in roles.items():
         check_role(role, where=f"roles, {name}")
-
-    known = EnvConfig.get_known_choices()
-    own = env_type in known and known[env_type].__module__.startswith("lerobot.envs")
-    if own and env_type not in LIBERO:
-        raise ConfigError(_refusal(f"env.type={env_type}"))
+    if env_type in NOT_MUJOCO:
+        raise ConfigError(_refusal(f"env.type={env_type} is simulated by {NOT_MUJOCO[env_type]}"))
 
 
 @contextmanager
 def environments_with_masks(env_type: str) -> Iterator[None]:
     """Let LeRobot's factory build environments that can be asked for masks, as long as this lasts."""
     if env_type not in LIBERO:
-        yield
+        with _batches_of_masked_environments():
+            yield
         return
     import lerobot.envs.libero as module
 
@@ -76,6 +82,25 @@ def environments_with_masks(env_type: str) -> Iterator[None]:
         yield
     finally:
         module.LiberoEnv = original
+
+
+@contextmanager
+def _batches_of_masked_environments() -> Iterator[None]:
+    """Let every vector environment be built of environments that can be asked, as long as this lasts."""
+    with ExitStack() as stack:
+        for kind in (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv):
+            stack.callback(setattr, kind, "__init__", kind.__init__)
+            kind.__init__ = _building_masked(kind.__init__)  # type: ignore[method-assign]
+        yield
+
+
+def _building_masked(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, env_fns: Iterable[Callable[[], Any]], *args: Any, **kwargs: Any) -> None:
+        masked = [EnvFactory(build, number) for number, build in enumerate(env_fns)]
+        original(self, masked, *args, **kwargs)
+
+    return init
 
 
 @contextmanager
@@ -207,9 +232,9 @@ class SceneSource:
             try:
                 found = self._env.call(METHOD, missing, [name.removeprefix(_IMAGES) for name in names])
             except AttributeError as error:
-                raise ConfigError(_refusal(f"what is evaluated ({first_line(error)})")) from error
+                raise ConfigError(_refusal(f"what is evaluated has none ({first_line(error)})")) from error
             for env in missing:
-                self._drawn[env] = self._as_seen(found[env], names)
+                self._drawn[env] = self._as_seen(_checked(found[env]), names)
         return {env: self._drawn[env] for env in environments}
 
     def _env_cameras(self) -> list[str]:
@@ -241,14 +266,28 @@ class SceneSource:
         return replace(scene, instances=instances, masks=masks)
 
 
+def _checked(found: SceneMasks | NoMasks) -> SceneMasks:
+    """Return the masks that an environment gave.
+
+    Raises:
+        ConfigError: it has none.
+        CaptureError: it has none of its newest pictures.
+    """
+    if not isinstance(found, NoMasks):
+        return found
+    if found.for_good:
+        raise ConfigError(_refusal(f"{found.reason}, so what is evaluated has none"))
+    raise CaptureError(f"masks: {found.reason}; leave segmentation out")
+
+
 def _is_turned(before: Tensor, after: Tensor, turn: tuple[int, ...]) -> bool:
     turned = before.flip(turn) if turn else before
     return bool(turned.shape == after.shape and (turned == after.to(turned.device)).all())
 
 
-def _refusal(what: str) -> str:
+def _refusal(why: str) -> str:
     return (
-        f"masks: {what} has none, expected LIBERO, or environments whose class has the method {METHOD} "
-        "(docs/recording.md); leave out segmentation and conditions with roles, or attach masks to what was "
-        "recorded with `lerobot-attn masks`"
+        f"masks: {why}, expected an environment that simulates with MuJoCo, or whose class has the method "
+        f"{METHOD} (docs/recording.md); leave out segmentation and conditions with roles, or attach masks to "
+        "what was recorded with `lerobot-attn masks`"
     )
