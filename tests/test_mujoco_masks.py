@@ -217,6 +217,33 @@ def test_an_episode_that_has_ended_is_not_compared(asked):
     masks_of(env)
 
 
+@pytest.mark.libero
+def test_any_robosuite_environment_is_drawn_as_libero_is():
+    from lerobot.envs.libero import _get_suite
+
+    from lerobot_attn.plugin.libero_env import LiberoEnvWithMasks
+
+    suite = _get_suite("libero_object")
+    libero = LiberoEnvWithMasks(
+        suite, 0, "libero_object", observation_width=64, observation_height=64, num_steps_wait=0
+    )
+    env = EnvWithMasks(libero)
+    env.reset(seed=0)
+    for _ in range(3):
+        expected, found = libero.lerobot_attn_masks(), masks_of(env)
+        assert list(found.masks) == list(expected.masks) == ["image", "image2"]
+        for name, mask in expected.masks.items():
+            np.testing.assert_array_equal(found.masks[name], mask)
+        np.testing.assert_array_equal(found.positions, expected.positions)
+        env.step(np.array([1, 0, -1, 0, 0, 0, 1], np.float32))
+    names = [one.name for one in expected.instances]
+    assert [one.name for one in found.instances] == names
+    robots = [one.name for one in expected.instances if one.role == "robot"]
+    assert [one.name for one in found.instances if one.role == "robot"] == robots
+    assert {view.differs for view in env._views.values()} == {0}
+    env.close()
+
+
 # Roles
 
 

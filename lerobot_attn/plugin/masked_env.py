@@ -143,14 +143,16 @@ class EnvWithMasks(gym.Wrapper[Any, Any, Any, Any]):
 
     def _scene_of(self, parts: list[Any]) -> Any:
         """Return what draws the simulation, the same one as long as the simulation is."""
-        for part in parts:
-            if _is_robosuite(part):
-                if getattr(self._scene, "env", None) is not part:
-                    from lerobot_attn.plugin.mujoco_scene import RobosuiteScene
+        # First, because what is built around robosuite's environment may show its simulation too.
+        robosuite = next((part for part in parts if _is_robosuite(part)), None)
+        if robosuite is not None:
+            if getattr(self._scene, "env", None) is not robosuite:
+                from lerobot_attn.plugin.mujoco_scene import RobosuiteScene
 
-                    self._forget()
-                    return RobosuiteScene(part)
-                return self._scene
+                self._forget()
+                return RobosuiteScene(robosuite)
+            return self._scene
+        for part in parts:
             found = _simulation_of(part)
             if found is None:
                 continue
