@@ -64,8 +64,11 @@ def _metaworld(env: Any, scene: Any) -> tuple[dict[str, Role], Collection[str]]:
     is_moved = not type(env).__name__.startswith(_HAND_ALONE)
     for position, role in reversed([*zip(observed, ("target", "destination"), strict=False)] * is_moved):
         roles[scene.instance_at(position)] = role
-    shown = {scene.instance_of_site(site) for site in goal_sites([env])} - {None}
-    return dict.fromkeys(shown, "destination") | roles, scene.movable
+    for site in goal_sites([env]):
+        shown = scene.instance_of_site(site)
+        if shown is not None:
+            roles.setdefault(shown, "destination")
+    return roles, scene.movable
 
 
 def _aloha(env: Any, scene: Any) -> tuple[Mapping[str, Role], Collection[str]]:
