@@ -265,6 +265,22 @@ def test_means_sums_and_groups_by_hand():
         assert (mean.chunks is None) == (array.chunks is None)
 
 
+@pytest.mark.parametrize("dims", [("row", "step", "key"), ("step", "key", "row"), ("step", "row", "key")])
+def test_groups_that_differ_from_row_to_row(dims):
+    rng = np.random.default_rng(0)
+    array = xr.DataArray(rng.random((3, 4, 20), np.float32), dims=("row", "step", "key"))
+    array[1, 2] = np.nan
+    member = xr.DataArray(rng.integers(0, 2, (3, 20, 5)).astype(np.float32), dims=("row", "key", "group"))
+    expected = np.einsum("rsk,rkg->rsg", array.values.astype(float), member.values.astype(float))
+    found = group_sums(array.transpose(*dims), member, may_lack_keys=False)
+    assert found.dims == (*(dim for dim in dims if dim != "key"), "group")
+    # float32, added in another order than float64: some ten roundings.
+    np.testing.assert_allclose(found.transpose("row", "step", "group"), expected, rtol=1e-6)
+    one = group_sums(array[0], member[0], may_lack_keys=False)
+    np.testing.assert_allclose(one, expected[0], rtol=1e-6)
+    assert group_sums(array[:, :0], member, may_lack_keys=False).shape == (3, 0, 5)
+
+
 def test_a_cut_prompt_is_told_and_its_words_stay_words(episodes):
     data = episodes["truncated prompt"].arrays
     assert analysis.prompt_truncated(data).tolist() == [True, True]
@@ -437,3 +453,11 @@ def test_patches_of_other_geometry_are_not_compared(episodes, tmp_path, change):
     assert analysis.same_geometry([episodes["pi05"], episodes["pi0"]], camera) is True
     shares = compare(episodes["pi05"], other, n_resamples=10)
     assert np.isfinite(shares.difference.sel(modality="task")).all()
+
+
+def test_every_float16_becomes_what_numpy_makes_of_it():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    for values in (every, every[:0x7C00], every[:0x7C00].reshape(31, 1024)[:, ::3].T, every[:0]):
+        found = mean_over(xr.DataArray(values[None], dims=("head", *"abc"[: values.ndim])), "head")
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found.values, values.astype(np.float32))

@@ -5,6 +5,7 @@ import gc
 import pickle
 import shutil
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,15 @@ import pytest
 import xarray as xr
 
 from lerobot_attn import open_episode, open_run
-from lerobot_attn.analysis import attention_entropy, image_heatmap, modality_share, stability, token_attention
+from lerobot_attn.analysis import (
+    attention,
+    attention_entropy,
+    image_heatmap,
+    modality_share,
+    reduce,
+    stability,
+    token_attention,
+)
 from lerobot_attn.analysis import runs as runs_module
 from lerobot_attn.analysis import sources as sources_module
 from lerobot_attn.analysis.runs import (
@@ -26,6 +35,7 @@ from lerobot_attn.analysis.runs import (
 )
 from lerobot_attn.analysis.select import layout_of
 from lerobot_attn.errors import SelectionError
+from lerobot_attn.sizes import n_cores, one_core
 from lerobot_attn.synthetic import SyntheticPlan, planted_shares, write_planted_episode, write_softmax_episode
 
 TASK = "put the cup on the plate"
@@ -223,6 +233,22 @@ def test_a_run_is_one_table_with_its_episodes(run_folder):
     assert isinstance(table.path.dtype, pd.CategoricalDtype)
 
 
+def cores_that_may_be_used(dataset, inference):
+    return xr.DataArray(np.full(len(inference), n_cores()), dims="inference")
+
+
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+def test_episodes_side_by_side_use_a_core_each(run_folder, scheduler, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    found = summarise_run(open_run(run_folder), cores_that_may_be_used, scheduler=scheduler).table
+    assert set(found.value) == ({3} if scheduler == "synchronous" else {1})
+    assert n_cores() == 3
+    with one_core(), ThreadPoolExecutor(1) as pool:
+        assert n_cores() == 1
+        assert pool.submit(n_cores).result() == 3  # of another thread nothing was said
+    assert n_cores() == 3
+
+
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
 def test_schedulers_agree(run_folder, scheduler):
     episodes = open_run(run_folder).episodes[:2]
@@ -267,10 +293,12 @@ def test_episodes_are_let_go_after_their_turn(run_folder):
 
 def peak_bytes(dataset, by):
     chosen = [MEASURES["modality_share"], MEASURES["stability"]]
+    where = {"layer": "all", "denoise_step": "all", "head": "all"}
+    where |= {"query": "all"} if by == "inference" else {}
     gc.collect()
     gc.freeze()  # so that what imports and other tests have left is not looked through for every inference
     tracemalloc.start()
-    for values in measured(dataset, chosen, by, {}):
+    for values in measured(dataset, chosen, by, where):
         del values
         gc.collect()  # zarr's finished tasks are cycles: garbage, but not before somebody looks
     peak = tracemalloc.get_traced_memory()[1]
@@ -298,8 +326,23 @@ def test_memory_does_not_grow_with_the_episode(short_and_long, by, monkeypatch):
     # Of 16 more inferences only the tables of tokens stay, some ten kilobytes each.
     assert growth < slab / 2
     monkeypatch.setattr(runs_module, "_BLOCK_BYTES", 10**9)
+    monkeypatch.setattr(runs_module, "_MOST_INFERENCES", 64)
     whole = peak_bytes(long, by) - peak_bytes(short, by)
     assert whole > 4 * growth
+
+
+def test_maps_are_averaged_without_holding_all_of_them(short_and_long, monkeypatch):
+    maps = short_and_long[1]["suffix_attention"]
+    monkeypatch.setattr(reduce, "_PIECE_BYTES", 0)
+    chosen = {"layer": "all", "denoise_step": "all"}
+    for choice in ({"inference": "all", "query": "mean"}, {"inference": "all", "query": 3}, {"frame": "all"}):
+        attention(short_and_long[0], **choice, **chosen)  # what is imported and cached once
+        tracemalloc.start()
+        result = attention(short_and_long[1], **choice, **chosen)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # An inference's maps in float16 and a piece of them in float32, beside the result and its parts.
+        assert peak < maps.nbytes / 20 * 4 + 3 * result.nbytes, choice
 
 
 def test_one_frame_is_an_episode(tmp_path):

@@ -9,11 +9,12 @@ import xarray as xr
 import zarr
 
 from lerobot_attn import open_episode
-from lerobot_attn.analysis import attention
+from lerobot_attn.analysis import attention, reduce
 from lerobot_attn.analysis.labels import ranges
 from lerobot_attn.analysis.select import executed_queries, frames_of, layout_of, seen_frame, stored_layers
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
+from lerobot_attn.store.direct import _Chunks
 from lerobot_attn.store.writer import Compression, EpisodeWriter
 
 STEPS, HEADS, LAYERS, MEAN_LAYERS = [0, 4, 9], [1, 5], [16, 17], [0, 3, 16, 17]
@@ -437,6 +438,37 @@ def test_dask_and_lazy_arrays_agree(small, choice):
     xr.testing.assert_allclose(lazy.compute(), now, rtol=1e-6)
     assert lazy.attrs == now.attrs
     assert lazy.dims == now.dims
+
+
+@pytest.mark.parametrize("cached", [1, 40])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"frame": "all", "denoise_step": "all", "layer": "all"},
+        {"frame": [7, 0, 0, 3], "query": "mean", "layer": [16, 17]},
+        {"frame": "all", "query": "executed"},
+        {"inference": "all", "denoise_step": "mean", "query": "all"},
+        {"inference": [2, 0, 1], "layer": "mean", "head": "max", "query": "mean"},
+        {"inference": [1, 2], "denoise_step": "all", "head": "all", "query": 3},
+    ],
+    ids=str,
+)
+def test_a_few_maps_at_a_time_give_the_same_numbers(small, monkeypatch, choice, cached):
+    whole, reads, read = attention(small.data, **choice), [], _Chunks.read
+
+    def note(chunks, key):
+        reads.append(key)
+        return read(chunks, key)
+
+    monkeypatch.setattr(reduce, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(reduce, "_CACHED_VALUES", cached)
+    monkeypatch.setattr(_Chunks, "read", note)
+    xr.testing.assert_identical(attention(small.data, **choice), whole)
+    n_inferences = [
+        len(range(3)[key[0]]) if isinstance(key[0], slice) else 1 for key in reads if len(key) > 4
+    ]
+    assert n_inferences == [1] * len(n_inferences)
+    assert len(n_inferences) > 1
 
 
 def damage_all_but(path, inference, step, layer):

@@ -13,6 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lerobot_attn.analysis.labels import denoises, policy_count
+from lerobot_attn.analysis.reduce import in_float32, plain_mean
 from lerobot_attn.errors import SelectionError
 from lerobot_attn.layout import Kind
 
@@ -88,9 +89,10 @@ def mean_of_read(
     Returns:
         (inference, …, key) float32; NaN where a map is missing, and where no token has a row.
     """
-    array = array.isel(query=queries).astype(np.float32)
+    array = array.isel(query=queries)
     if not decodes(dataset):
-        return array.mean("query", skipna=False)
+        return plain_mean(array, "query")
+    array = in_float32(array)
     dims = ("query",) if np.ndim(inferences) == 0 else ("inference", "query")
     exists = xr.DataArray(is_read(dataset, inferences)[..., queries], dims=dims)
     count = exists.sum("query")

@@ -44,8 +44,9 @@ By = Literal["inference", "frame"]
 Rows = Literal["inference", "frame", "episode"]
 
 _MAPS = (RAW, MEANS, "prefix_attention", "vision_attention", "segmentation")
+_TABLE_BYTES = 100_000  # of an inference: what is larger is read where it is asked for
 _BLOCK_BYTES = 8_000_000  # where the maps of an inference are smaller: blocks of a few would be slow
-_MOST_INFERENCES = 64  # of a block: its tables of tokens grow with it, too
+_MOST_INFERENCES = 16  # of a block: its tables of tokens grow with it, too
 _NAMING = ("modality", "token", "camera")
 _LEADING = (
     "inference",
@@ -193,7 +194,8 @@ def measured(
 
     A block is as many inferences as can be looked at in the bytes that the maps of one inference have in the
     store, or in 8 MB if that is more, and one at least: a long episode needs the memory of a short one. Its
-    maps are read once for all measures of attention, and once for each other measure.
+    maps are read once for all measures of attention, and once for each other measure. For measures of
+    attention alone, what is looked at is what `attention` returns, which reads one inference after another.
 
     Args:
         dataset: an episode's.
@@ -209,7 +211,11 @@ def measured(
         raise SelectionError(
             f"the episode holds {n_inferences} inferences and {n_frames} frames: nothing to measure"
         )
-    maps = [name for name in _MAPS if name in dataset]
+    maps = [
+        name
+        for name, array in dataset.data_vars.items()
+        if name in _MAPS or array.nbytes > _TABLE_BYTES * n_inferences
+    ]
     # Tables of a few kilobytes an inference, whose chunks hold many: read once, not for each block.
     dataset = (
         dataset.drop_vars(maps)
@@ -221,7 +227,7 @@ def measured(
         # Decided for the episode as a whole: a block's frames alone may all have a token.
         where = {**where, "query": default_query(dataset, by_frame=True)}
     n_before = max(measure.n_before for measure in measures)
-    length = _block_length(dataset, where)
+    length = _block_length(dataset, measures, by, where)
     for start in range(0, n_inferences, length):
         first, stop = max(0, start - n_before), min(start + length, n_inferences)
         frames = np.flatnonzero((owners >= first) & (owners < stop))
@@ -350,21 +356,27 @@ def check_whole_episode(where: Mapping[str, Any]) -> None:
             raise SelectionError(f"got {name}={where[name]!r}, expected none: every {name} is measured")
 
 
-def _block_length(dataset: xr.Dataset, where: Mapping[str, Any]) -> int:
+def _block_length(dataset: xr.Dataset, measures: Sequence[Measure], by: By, where: Mapping[str, Any]) -> int:
     """Return how many inferences to look at at once."""
     maps = [dataset[name] for name in (RAW, MEANS) if name in dataset]
-    layers = max((array.sizes.get("layer", array.sizes.get("all_layer", 0)) for array in maps), default=1)
-    steps, choices = (
-        dataset.sizes.get("denoise_step", 1),
-        (where.get("layer", -1), where.get("denoise_step", -1)),
-    )
-    chosen = [
-        every if isinstance(choice, str) else np.size(choice)
-        for every, choice in zip((layers, steps), choices, strict=True)
+    sizes = {
+        "layer": max((m.sizes.get("layer", m.sizes.get("all_layer", 0)) for m in maps), default=1),
+        "denoise_step": dataset.sizes.get("denoise_step", 1),
+        "head": dataset.sizes.get("head", 1),
+        "query": dataset.sizes["query"] if RAW in dataset else 1,
+    }
+    chosen = {"head": "mean"} | {dim: where[dim] for dim in sizes if dim in where}
+    rows = dataset.sizes["frame"] / dataset.sizes["inference"] if by == "frame" else 1.0
+    if not all(measure.of_attention for measure in measures):
+        # A function may look at whole maps, whatever it returns.
+        chosen = {dim: "all" if isinstance(choice, str) else choice for dim, choice in chosen.items()}
+        chosen, rows = {**chosen, "head": "all", "query": "all"}, 1.0
+    kept = [
+        (sizes[dim] if choice == "all" else 1) if isinstance(choice, str) else np.size(choice)
+        for dim, choice in chosen.items()
     ]
-    queries = dataset.sizes["query"] if RAW in dataset else 1
     # Looked at in float32, whatever the store holds.
-    looked_at = 4 * math.prod(chosen) * dataset.sizes.get("head", 1) * queries * dataset.sizes["key"]
+    looked_at = int(4 * math.prod(kept) * rows * dataset.sizes["key"])
     stored = sum(array.nbytes for array in maps) // dataset.sizes["inference"]
     return min(max(1, max(stored, _BLOCK_BYTES) // max(1, looked_at)), _MOST_INFERENCES)
 

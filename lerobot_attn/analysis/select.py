@@ -10,7 +10,7 @@ A Dask-backed dataset gives lazy results. Knows neither images nor words; opens 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypedDict
 
@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lerobot_attn.analysis import reduce
 from lerobot_attn.analysis.decoded import ALL_IN_WORDS, check_read, decodes, mean_of_read, token_in_words
 from lerobot_attn.analysis.labels import (
     frame_in_words,
@@ -31,7 +32,6 @@ from lerobot_attn.analysis.labels import (
     ranges,
     stored_labels,
 )
-from lerobot_attn.analysis.reduce import mean_over, over_heads
 from lerobot_attn.analysis.renamed import warn_renamed
 from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.layout import TokenLayout
@@ -225,17 +225,22 @@ def attention(
     heads = stored_labels(dataset, "head", head, "n_heads", ("all", "mean", "max"))
     if not isinstance(head, str):
         array = picked(array, "head", heads)
-    array, query_text = _select_rows(dataset, array, frame, inference, query, source)
-    array = array.astype(np.float32)
-    if array.size == 0:
-        array = array.compute()  # Dask cannot reduce an array that holds nothing
-    if isinstance(denoise_step, str) and denoise_step == "mean":
-        array = array.mean("denoise_step", skipna=False)
-    if isinstance(layer, str) and layer == "mean":
-        array = mean_over(array, "layer", may_lack_keys=bool(blind))
-    array = over_heads(array, head)
+
+    def reduced(rows: xr.DataArray) -> xr.DataArray:
+        if rows.size == 0:
+            rows = rows.compute()  # Dask cannot reduce an array that holds nothing
+        if isinstance(denoise_step, str) and denoise_step == "mean":
+            rows = reduce.plain_mean(rows, "denoise_step")
+        if isinstance(layer, str) and layer == "mean":
+            rows = reduce.mean_over(rows, "layer", may_lack_keys=bool(blind))
+        return reduce.in_float32(reduce.over_heads(rows, head))
+
+    labels = {name: label for name, label in array.coords.items() if "inference" not in label.dims}
+    array = array.drop_vars(labels)  # or they would be compared and copied with every piece that is read
+    array, query_text = _select_rows(dataset, array, frame, inference, query, source, reduced)
+    array = array.assign_coords({n: label for n, label in labels.items() if {*label.dims} <= {*array.dims}})
     if len(exclude):
-        array = _without(array, exclude, may_lack_keys=bool(blind))
+        array = reduce.without(array, exclude, may_lack_keys=bool(blind))
     n_steps, n_left_out = policy_count(dataset, "n_denoise_steps"), len(exclude)
     plural = "s" if n_left_out > 1 else ""
     if "frame" in array.dims:
@@ -368,80 +373,78 @@ def _select_rows(
     inference: Labels | None,
     query: QueryChoice,
     source: str,
+    reduced: Callable[[xr.DataArray], xr.DataArray],
 ) -> tuple[xr.DataArray, str]:
-    """Select along inference or frame, and along query; and say in words which query it is."""
-    layout, mean_text = layout_of(dataset), executed_in_words(dataset)
+    """Select along inference or frame, and along query, reduce that, and say in words which query it is."""
+
+    def read(numbers: Any) -> xr.DataArray:
+        rows = array.isel(inference=numbers)
+        return reduced(rows if source == MEANS else _over_queries(dataset, rows, query, numbers))
+
     if frame is None:
         chosen = positions("inference", "all" if inference is None else inference, dataset.sizes["inference"])
-        array = array.isel(inference=chosen)
+        text = _query_in_words(dataset, query, source, chosen)
         labels = ("inference", np.array(chosen, int)) if isinstance(chosen, list) else chosen
-        array = array.assign_coords(inference=labels)
-        if source == MEANS:
-            return array, mean_text
-        return _reduce_query(dataset, array, query, chosen)
+        return reduce.in_pieces(array, chosen, read).assign_coords(inference=labels), text
     frames = frames_of(dataset, frame)
     wanted, order = np.unique(np.array(frames, int), return_inverse=True)
     inferences = dataset["frame_inference"].values[wanted]
     if source == RAW and query == "frame":
         queries = queries_of_frames(dataset, wanted.tolist())
         if isinstance(frames, int):
-            one = array.isel(inference=int(inferences[0]), query=int(queries[0]))
-            action = layout.action_of_query(int(queries[0]))
+            one = reduced(array.isel(inference=int(inferences[0]), query=int(queries[0])))
+            action = layout_of(dataset).action_of_query(int(queries[0]))
             return one.assign_coords(frame=frames), f"action {action}, {frame_in_words(dataset)} the frame"
         # One inference at a time: its frames share a chunk, and no more than one is ever held.
-        pieces = []
+        pieces, places = [], []
         for value in dict.fromkeys(inferences.tolist()):
-            at = inferences == value
-            piece = (
-                array.isel(inference=value).isel(query=queries[at]).rename(query="frame").astype(np.float32)
-            )
-            pieces.append(piece.assign_coords(frame=wanted[at]))
+            places.append(np.flatnonzero(inferences == value))
+            piece = array.isel(inference=value, query=queries[places[-1]]).rename(query="frame")
+            pieces.append(reduced(piece).transpose("frame", ...))
         if not pieces:
-            none = array.isel(inference=slice(0), query=0).rename(inference="frame")
-            pieces = [none.assign_coords(frame=wanted)]
-        joined = xr.concat(pieces, "frame").sel(frame=wanted[order])
-        return joined.transpose("frame", ...), f"the action {frame_in_words(dataset)} the frame"
-    unique, back = np.unique(inferences, return_inverse=True)
-    array = array.isel(inference=unique)
-    text = mean_text
-    if source == RAW:
-        array, text = _reduce_query(dataset, array, query, unique)
-    if query == "executed" and default_query(dataset, by_frame=True) != "frame":
-        text += "; actions of frames are no tokens of a chunk"
-    if isinstance(frames, int):
-        return array.isel(inference=0).assign_coords(frame=frames), text
-    array = array.isel(inference=xr.DataArray(back[order], dims="frame")).assign_coords(frame=wanted[order])
-    return array.transpose("frame", ...), text
+            pieces = [reduced(array.isel(inference=slice(0), query=0).rename(inference="frame"))]
+            places = [order]
+        array, text = reduce.joined(pieces, "frame"), f"the action {frame_in_words(dataset)} the frame"
+        back = np.argsort(np.concatenate(places))
+    else:
+        unique, back = np.unique(inferences, return_inverse=True)
+        text = _query_in_words(dataset, query, source, unique)
+        if query == "executed" and default_query(dataset, by_frame=True) != "frame":
+            text += "; actions of frames are no tokens of a chunk"
+        array = reduce.in_pieces(array, unique, read)
+        if isinstance(frames, int):
+            return array.isel(inference=0).assign_coords(frame=frames), text
+        array = array.rename(inference="frame").transpose("frame", ...)
+    if not np.array_equal(back[order], np.arange(array.sizes["frame"])):
+        array = array.isel(frame=back[order])
+    return array.assign_coords(frame=wanted[order]), text
 
 
-def _reduce_query(
+def _over_queries(
     dataset: xr.Dataset, array: xr.DataArray, query: QueryChoice, inferences: Any
-) -> tuple[xr.DataArray, str]:
+) -> xr.DataArray:
+    """Select along query, or take the mean over it."""
     layout = layout_of(dataset)
-    actions = layout.action_queries
-    if query == "executed":
-        mean = mean_of_read(dataset, array, inferences, executed_queries(dataset))
-        return mean, executed_in_words(dataset)
-    if query == "mean":
-        text = executed_in_words(dataset) if decodes(dataset) else "mean of all actions"
-        return mean_of_read(dataset, array, inferences, actions), text
+    if query in ("executed", "mean"):
+        over = executed_queries(dataset) if query == "executed" else layout.action_queries
+        return mean_of_read(dataset, array, inferences, over)
     if query == "all":
-        array = array.isel(query=actions)
-        text = "every decoded token" if decodes(dataset) else "every action"
-        return array.assign_coords(query=np.arange(array.sizes["query"])), text
+        array = array.isel(query=layout.action_queries)
+        return array.assign_coords(query=np.arange(array.sizes["query"]))
     assert isinstance(query, int)
-    check_read(dataset, query, inferences)
-    return array.isel(query=layout.query_of_action(query)), token_in_words(dataset, query, inferences)
+    return array.isel(query=layout.query_of_action(query))
 
 
-def _without(array: xr.DataArray, keys: Sequence[int], *, may_lack_keys: bool) -> xr.DataArray:
-    """Set keys to 0 and rescale the others, of those that the layer can see, to sum to 1."""
-    n_keys = array.sizes["key"]
-    bad = [key for key in keys if not 0 <= key < n_keys]
-    if bad:
-        raise SelectionError(f"exclude: key {bad[0]} does not exist, expected 0 to {n_keys - 1}")
-    keep = np.ones(n_keys, np.float32)
-    keep[list(keys)] = 0
-    kept = array * xr.DataArray(keep, dims="key")
-    total = kept.sum("key", skipna=may_lack_keys)
-    return kept / total.where(total != 0, 1)  # nothing left stays 0; a missing map and absent keys stay NaN
+def _query_in_words(dataset: xr.Dataset, query: QueryChoice, source: str, inferences: Any) -> str:
+    """Say which query it is.
+
+    Raises:
+        SelectionError: a decoded token that none of the inferences read.
+    """
+    if source == MEANS or query == "executed" or (query == "mean" and decodes(dataset)):
+        return executed_in_words(dataset)
+    if isinstance(query, int):
+        check_read(dataset, query, inferences)
+        return token_in_words(dataset, query, inferences)
+    every = "every decoded token" if decodes(dataset) else "every action"
+    return "mean of all actions" if query == "mean" else every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from dask.delayed import delayed
 from lerobot_attn.analysis.cluster import Scheduler, run_jobs, workers_of
 from lerobot_attn.analysis.labels import said_of
 from lerobot_attn.errors import SelectionError
-from lerobot_attn.sizes import Progress
+from lerobot_attn.sizes import Progress, one_core
 
 
 class EpisodeLike(Protocol):
@@ -63,7 +64,7 @@ def map_episodes[Result](
         ConfigError: a scheduler and workers, or no workers.
         SetupError: there is no such cluster, or it cannot do this work.
     """
-    jobs = [_Job(function, source) for source in sources]
+    jobs = [_Job(function, source, alone=scheduler == "synchronous") for source in sources]
     with workers_of(scheduler, workers) as chosen:
         if chosen is not None and not isinstance(chosen, str):
             return run_jobs(chosen, jobs, progress)
@@ -118,9 +119,10 @@ def path_of(source: Source) -> str:
 class _Job:
     """One episode's work. No dataclass and no plain argument: Dask would compute a dataset it found there."""
 
-    def __init__(self, function: Callable[[xr.Dataset], Any], source: Source):
+    def __init__(self, function: Callable[[xr.Dataset], Any], source: Source, *, alone: bool = False):
         self.function = function
         self.source = source
+        self.alone = alone  # no other job runs meanwhile: this one may use all cores
 
     @property
     def place(self) -> str:
@@ -132,7 +134,8 @@ class _Job:
         try:
             # What a copy opens goes when the copy goes; the episode itself would keep it.
             source = self.source
-            return self.function(source if isinstance(source, xr.Dataset) else copy.copy(source).arrays)
+            with nullcontext() if self.alone else one_core():
+                return self.function(source if isinstance(source, xr.Dataset) else copy.copy(source).arrays)
         except Exception as error:  # a damaged store raises many kinds, and must not end thousands of others
             return error
 

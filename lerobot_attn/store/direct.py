@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from xarray.backends.zarr import ZarrArrayWrapper, ZarrStore
 from xarray.core import indexing
 
-from lerobot_attn.store.encoding import WORTH_THREADS_BYTES, ArrayDecoder, n_cores
+from lerobot_attn.sizes import n_cores
+from lerobot_attn.store.encoding import WORTH_THREADS_BYTES, ArrayDecoder
 from lerobot_attn.store.location import Folder
 from lerobot_attn.store.packed import LocalFile, Member, Packed, Source
 
@@ -197,6 +198,10 @@ def _pieces(wanted: Any, length: int, size: int) -> Iterator[_Piece]:
     if isinstance(wanted, np.ndarray):
         if wanted.size and (wanted[0] < 0 or wanted[-1] >= length or (np.diff(wanted) < 0).any()):
             raise ValueError("expected ascending numbers inside the array")
+        if wanted.size and wanted[-1] - wanted[0] == wanted.size - 1 and (np.diff(wanted) == 1).all():
+            # A slice is a view of the chunk, numbers would be a copy.
+            yield from _pieces(slice(int(wanted[0]), int(wanted[-1]) + 1), length, size)
+            return
         numbers = wanted // size
         starts = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
         for at, stop in itertools.pairwise([*starts, len(wanted)]):

@@ -81,7 +81,7 @@ class LocalFile:
         Raises:
             StoreError: another file has taken its place.
         """
-        with self.path.open("rb") as file:
+        with self.path.open("rb", buffering=0) as file:  # a chunk is read once, and larger than any buffer
             if stamp_of(os.fstat(file.fileno())) != self.stamp:
                 raise StoreError(f"{self.path}: another file has taken its place; open it again")
             file.seek(start)

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from lerobot_attn.errors import StoreError
+from lerobot_attn.sizes import n_cores
 from lerobot_attn.store.copies import COPIES, copies_of
-from lerobot_attn.store.encoding import ArrayEncoder, n_cores
+from lerobot_attn.store.encoding import ArrayEncoder
 from lerobot_attn.store.files import replace_bytes, replace_json
 from lerobot_attn.store.location import present_form
 from lerobot_attn.store.schema import (
