@@ -7,8 +7,8 @@ Episodes of 145 steps of Pi0.5's sizes are summarised frame by frame: `modality_
 full maps at every denoise step, so that every full map is decompressed. In turns:
 
     decode     the compressor alone over one episode's chunks, in this process, seconds of one core
-    read       one episode's full maps as an array from the store, by Zarr, likewise
-    alone      `summarise_run` of one episode without threads, likewise
+    read       one episode's full maps as an array from the store, on one core, likewise
+    alone      `summarise_run` of one episode on one core, likewise
     workers    `summarise_run` of all episodes on that many worker processes that run already, by the clock
                on the wall; says little on a busy machine
 
@@ -37,6 +37,7 @@ from made_up import MadeUpEpisode
 
 from lerobot_attn import open_episode, open_run
 from lerobot_attn.analysis import local_workers, summarise_run
+from lerobot_attn.sizes import one_core
 from lerobot_attn.synthetic import SyntheticPlan
 
 if TYPE_CHECKING:
@@ -90,8 +91,15 @@ def compressed(store: Path) -> tuple[Callable[[], None], int]:
 
 def read(episode: Episode) -> np.ndarray:
     """Return an episode's full maps."""
-    values: np.ndarray = open_episode(episode.path).arrays["suffix_attention"].values
+    with one_core():
+        values: np.ndarray = open_episode(episode.path).arrays["suffix_attention"].values
     return values
+
+
+def alone(episode: Episode) -> None:
+    """Summarise an episode in this process, as a worker does it."""
+    with one_core():
+        summarised([episode], "synchronous")
 
 
 def start_anew() -> None:
@@ -151,8 +159,7 @@ def main() -> int:
         for _ in range(parsed.runs):
             seconds["decode"].append(timed(decode, time.process_time))
             seconds["read"].append(timed(partial(read, episodes[0]), time.process_time))
-            alone = partial(summarised, episodes[:1], "synchronous")
-            seconds["alone"].append(timed(alone, time.process_time))
+            seconds["alone"].append(timed(partial(alone, episodes[0]), time.process_time))
             seconds["workers"].append(timed(partial(summarised, episodes, client)))
             peaks.append(peaks_mb(episodes, client))
     mb = n_bytes / 1e6
@@ -166,7 +173,12 @@ def main() -> int:
             at_least=0.8,
             headline=True,
         ),
-        ratio(f"{what}: share of {cores} times the speed of Zarr's reading them", seconds["read"], one_share),
+        ratio(
+            "summarising full maps in one process: share of one core's bare decoding speed of the same maps",
+            seconds["decode"],
+            seconds["alone"],
+        ),
+        ratio(f"{what}: share of {cores} times the speed of reading them", seconds["read"], one_share),
         ratio(
             f"{what}: share of {cores} times the speed of one process without a scheduler",
             seconds["alone"],

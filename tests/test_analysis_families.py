@@ -11,7 +11,7 @@ from lerobot_attn import analysis, open_episode
 from lerobot_attn.analysis.compare import Aspect, compare, compare_each
 from lerobot_attn.analysis.labels import policy_of
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout
-from lerobot_attn.analysis.reduce import group_sums, mean_over, row_sum
+from lerobot_attn.analysis.reduce import group_sums, in_float32, mean_over, row_sum
 from lerobot_attn.analysis.renamed import argument_renamed
 from lerobot_attn.analysis.select import executed_actions, executed_queries, layout_of, stored_layers
 from lerobot_attn.errors import SelectionError, StoreError
@@ -458,6 +458,6 @@ def test_patches_of_other_geometry_are_not_compared(episodes, tmp_path, change):
 def test_every_float16_becomes_what_numpy_makes_of_it():
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     for values in (every, every[:0x7C00], every[:0x7C00].reshape(31, 1024)[:, ::3].T, every[:0]):
-        found = mean_over(xr.DataArray(values[None], dims=("head", *"abc"[: values.ndim])), "head")
+        found = in_float32(xr.DataArray(values))
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found.values, values.astype(np.float32))

@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.catalogue import MEASURES, OLD_NAMES, AnyMeasure, Measure, find_measure
 from lerobot_attn.analysis.cluster import Scheduler
+from lerobot_attn.analysis.columns import label_columns, ordered_columns
 from lerobot_attn.analysis.intervals import Group, difference_of, mean_of, stacked
-from lerobot_attn.analysis.runs import check_whole_episode, label_columns, measured, ordered_columns
+from lerobot_attn.analysis.runs import check_whole_episode, measured
 from lerobot_attn.analysis.select import Where
 from lerobot_attn.analysis.sources import Source, attributes_of, map_episodes, path_of, sources_of
 from lerobot_attn.analysis.spatial import by_camera, camera_geometry, camera_names, image_heatmap
@@ -311,7 +312,8 @@ def overall_table(result: xr.Dataset) -> pd.DataFrame:
     Args:
         result: of `compare_each`, for an aspect with axis "whole".
     """
-    columns: dict[str, Any] = label_columns(result["difference"])
+    labels = label_columns(result["difference"])
+    columns: dict[str, Any] = {name: np.asarray(values) for name, values in labels.items()}
     columns["measure"] = result.attrs["measure"]
     columns.setdefault("quantity", result.attrs["quantity"])
     values = ("a", "b", "difference", "low", "high", "n_a", "n_b")

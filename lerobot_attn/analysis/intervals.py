@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lerobot_attn.analysis.catalogue import Measure
-from lerobot_attn.analysis.runs import Labels, token_labels
+from lerobot_attn.analysis.columns import Labels, token_labels
 from lerobot_attn.analysis.tokens import MODALITY_OF
 from lerobot_attn.errors import SelectionError
 

@@ -60,6 +60,9 @@ def joined(pieces: Sequence[xr.DataArray], dim: str) -> xr.DataArray:
     """Put pieces of one array side by side again; their labels are taken from the first, not compared."""
     if len(pieces) == 1:
         return pieces[0]
+    if not pieces[0].coords:  # milliseconds less
+        variables = [piece.variable for piece in pieces]
+        return xr.DataArray(xr.Variable.concat(variables, dim), name=pieces[0].name)
     return xr.concat(pieces, dim, coords="minimal", compat="override", join="override")
 
 
@@ -117,14 +120,17 @@ def plain_mean(array: xr.DataArray, *dims: str) -> xr.DataArray:
         n_outer -= 1
     for piece in np.ndindex(values.shape[:n_outer]):
         np.mean(_float32(values[piece]), axis=axis - n_outer, out=mean[piece])
-    return array.isel({dims[0]: 0}, drop=True).copy(data=mean)
+    coords = {name: coord.variable for name, coord in array.coords.items() if dims[0] not in coord.dims}
+    return xr.DataArray(mean, coords, [dim for dim in array.dims if dim != dims[0]], array.name, array.attrs)
 
 
 def in_float32(array: xr.DataArray) -> xr.DataArray:
     """Return float16 as float32, and anything else as it is."""
-    if array.dtype != np.float16:
+    if array.dtype.kind != "f" or array.dtype.itemsize > 2:
         return array
-    return array.astype(np.float32) if array.chunks is not None else array.copy(data=_float32(array.values))
+    if array.dtype != np.float16 or array.chunks is not None:  # in another order of bytes, or lazy
+        return array.astype(np.float32)
+    return array.copy(data=_float32(array.values))
 
 
 def _float32(values: NDArray[np.float16]) -> NDArray[np.float32]:

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from lerobot_attn.analysis.catalogue import MEASURES, AnyMeasure, Measure, find_measure
 from lerobot_attn.analysis.cluster import Scheduler
+from lerobot_attn.analysis.columns import TEXTS, label_columns, ordered_columns
 from lerobot_attn.analysis.select import MEANS, RAW, Where, attention, default_query
 from lerobot_attn.analysis.sources import (
     Source,
@@ -47,18 +46,6 @@ _MAPS = (RAW, MEANS, "prefix_attention", "vision_attention", "segmentation")
 _TABLE_BYTES = 100_000  # of an inference: what is larger is read where it is asked for
 _BLOCK_BYTES = 8_000_000  # where the maps of an inference are smaller: blocks of a few would be slow
 _MOST_INFERENCES = 16  # of a block: its tables of tokens grow with it, too
-_NAMING = ("modality", "token", "camera")
-_LEADING = (
-    "inference",
-    "frame",
-    "phase",
-    "flow_time",
-    "denoise_step",
-    "layer",
-    "head",
-    "query",
-)
-_TEXT = ("measure", "quantity", "kind", "name")
 
 
 class FailedEpisode(NamedTuple):
@@ -73,13 +60,6 @@ class RunSummary(NamedTuple):
 
     table: pd.DataFrame
     failed: tuple[FailedEpisode, ...]
-
-
-class Labels(NamedTuple):
-    """What tells tokens of different inferences and episodes apart, and the same ones together."""
-
-    kind: str  # "task", "state", "template" or "text"
-    name: str  # the token's text; "the (2)" for the second of its kind and text
 
 
 def summarise(
@@ -119,9 +99,7 @@ def summarise(
     """
     chosen = _measures(measures)
     _check(by, where)
-    if by == "episode":
-        return _means(_episode_table(dataset, chosen, "inference", where), dataset.sizes["inference"])
-    return _episode_table(dataset, chosen, by, where)
+    return _summarised(dataset, chosen, by, where).astype(dict.fromkeys(TEXTS, object))
 
 
 def summarise_run(
@@ -165,7 +143,8 @@ def summarise_run(
     chosen = _measures(measures)
     _check(by, where)
     sources = sources_of(episodes, "episodes")
-    function = functools.partial(_small_table, measures=chosen, by=by, **where)
+    # With texts as categories, which are small to send and to keep.
+    function = functools.partial(_summarised, measures=chosen, by=by, where=where)
     results = map_episodes(function, sources, scheduler=scheduler, workers=workers, progress=progress)
     done = [(s, r) for s, r in zip(sources, results, strict=True) if isinstance(r, pd.DataFrame)]
     failed = tuple(
@@ -220,7 +199,7 @@ def measured(
     dataset = (
         dataset.drop_vars(maps)
         .compute(scheduler="synchronous")
-        .assign({name: dataset[name] for name in maps})
+        .assign({name: dataset.variables[name] for name in maps})
     )
     owners = dataset["frame_inference"].values
     if by == "frame" and where.get("query") is None and default_query(dataset, by_frame=True) != "frame":
@@ -278,58 +257,6 @@ def _of_attention(
     return values.reindex({by: rows}) if measure.n_before else values
 
 
-def token_labels(array: xr.DataArray) -> list[Labels]:
-    """Return each token's kind and name, unique in the array; `array` is (…, token) of `token_attention`."""
-    seen: Counter[tuple[str, str]] = Counter()
-    found = []
-    for kind, label in zip(array["kind"].values.tolist(), array["label"].values.tolist(), strict=True):
-        seen[kind, label] += 1
-        times = seen[kind, label]
-        found.append(Labels(kind, label if times == 1 else f"{label} ({times})"))
-    return found
-
-
-def label_columns(array: xr.DataArray) -> dict[str, NDArray[Any]]:
-    """Return the labels of every value, each a flat column in the order of `array.values.ravel()`.
-
-    The dimension that names things (modality, token or camera) becomes `kind` and `name`; other dimensions
-    and coordinates keep theirs.
-    """
-    naming = next((dim for dim in _NAMING if dim in array.dims), None)
-    labels: dict[str, tuple[Hashable | None, NDArray[Any]]] = {
-        str(dim): (dim, np.arange(size)) for dim, size in array.sizes.items() if dim != naming
-    }
-    for key, coord in array.coords.items():
-        if key == "layer_sees_suffix":  # says why values are NaN, not where they are
-            continue
-        if coord.ndim == 0:
-            labels[str(key)] = (None, coord.values)
-        elif coord.ndim == 1 and coord.dims[0] != naming:
-            labels[str(key)] = (coord.dims[0], coord.values)
-    if naming == "token":
-        tokens = token_labels(array)
-        labels["kind"] = (naming, np.array([token.kind for token in tokens], dtype=object))
-        labels["name"] = (naming, np.array([token.name for token in tokens], dtype=object))
-    else:
-        names = np.array("" if naming is None else array[naming].values, dtype=object)
-        labels["kind"] = (None, np.array(naming or "", dtype=object))
-        labels["name"] = (naming, names)
-    columns: dict[str, NDArray[Any]] = {}
-    for column, (along, values) in labels.items():
-        shape = [-1 if dim == along else 1 for dim in array.dims]
-        values = values.reshape(shape) if along is not None else values
-        columns[column] = np.broadcast_to(values, array.shape).ravel()
-    return columns
-
-
-def ordered_columns(columns: Iterable[str], last: Sequence[str]) -> list[str]:
-    """Return column names in order: where in the episode and the policy, anything else, what, then `last`."""
-    every = list(columns)
-    known = {*_LEADING, *_TEXT, *last}
-    names = [name for name in _LEADING if name in every] + [name for name in every if name not in known]
-    return [*names, *_TEXT, *last]
-
-
 def _measures(measures: AnyMeasure | Sequence[AnyMeasure]) -> tuple[Measure, ...]:
     if isinstance(measures, (str, Measure)) or not isinstance(measures, Iterable):
         return (find_measure(measures),)
@@ -381,40 +308,59 @@ def _block_length(dataset: xr.Dataset, measures: Sequence[Measure], by: By, wher
     return min(max(1, max(stored, _BLOCK_BYTES) // max(1, looked_at)), _MOST_INFERENCES)
 
 
+def _summarised(
+    dataset: xr.Dataset, measures: Sequence[Measure], by: Rows, where: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Return what `summarise` does, with texts as categories."""
+    if by == "episode":
+        return _means(_episode_table(dataset, measures, "inference", where), dataset.sizes["inference"])
+    return _episode_table(dataset, measures, by, where)
+
+
 def _episode_table(
     dataset: xr.Dataset, measures: Sequence[Measure], by: By, where: Mapping[str, Any]
 ) -> pd.DataFrame:
     starts = dataset["inference_frame"].values
     last = max(dataset.sizes["frame"] - 1, int(starts.max(initial=0)), 1)
-    pieces: dict[str, list[dict[str, NDArray[Any]]]] = {}
+    pieces: dict[str, list[dict[str, Any]]] = {}
     for measure, values in measured(dataset, measures, by, where):
-        columns = label_columns(values)
+        columns: dict[str, Any] = label_columns(values)
         frames = columns["frame"] if by == "frame" else starts[columns["inference"]]
         columns["phase"] = frames / last
-        columns["measure"] = np.full(values.size, measure.name, dtype=object)
-        columns.setdefault("quantity", np.full(values.size, measure.quantity, dtype=object))
+        columns["measure"] = _same(measure.name, values.size)
+        columns.setdefault("quantity", _same(measure.quantity, values.size))
         columns["value"] = values.values.ravel()
         pieces.setdefault(measure.name, []).append(columns)
     tables = [
-        pd.DataFrame({name: np.concatenate([p[name] for p in of_measure]) for name in of_measure[0]})
+        pd.DataFrame(
+            {
+                name: np.concatenate([p[name] for p in of_measure])
+                for name in of_measure[0]
+                if name not in TEXTS
+            }
+        )
         for of_measure in pieces.values()
     ]
     table = pd.concat(tables, ignore_index=True)
+    for name in TEXTS:
+        parts = [piece[name] for of_measure in pieces.values() for piece in of_measure]
+        table[name] = union_categoricals(parts, sort_categories=True)
     return table[ordered_columns(table.columns, ["value"])]
+
+
+def _same(text: str, n: int) -> pd.Categorical:
+    return pd.Categorical.from_codes(np.zeros(n, np.int8), [text])
 
 
 def _means(table: pd.DataFrame, n_inferences: int) -> pd.DataFrame:
     """Average a table by inference over the inferences."""
     keys = [name for name in table.columns if name not in ("inference", "phase", "value")]
-    of_each = table.astype({"value": np.float64}).groupby(keys, sort=False, dropna=False)["value"]
+    of_each = table.astype({"value": np.float64}).groupby(keys, sort=False, dropna=False, observed=True)[
+        "value"
+    ]
     means = of_each.agg(["sum", "count", "size"]).reset_index()
     absent = (n_inferences - means["size"]).where(means["quantity"] == "share", 0)
     return means[keys].assign(value=means["sum"] / (means["count"] + absent))
-
-
-def _small_table(dataset: xr.Dataset, **choices: Any) -> pd.DataFrame:
-    """Summarise an episode; texts are categories, which are small to send and to keep."""
-    return summarise(dataset, **choices).astype(dict.fromkeys(_TEXT, "category"))
 
 
 def _run_table(sources: Sequence[Source], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -430,8 +376,8 @@ def _run_table(sources: Sequence[Source], tables: Sequence[pd.DataFrame]) -> pd.
         "complete": [a.get("complete") is True for a in attributes],
         "path": [path_of(source) for source in sources],
     }
-    texts = {name: union_categoricals([table[name] for table in tables]) for name in _TEXT}
-    table = pd.concat([table.drop(columns=list(_TEXT)) for table in tables], ignore_index=True)
+    texts = {name: union_categoricals([table[name] for table in tables]) for name in TEXTS}
+    table = pd.concat([table.drop(columns=list(TEXTS)) for table in tables], ignore_index=True)
     for name, values in texts.items():
         table[name] = values
     table = table[ordered_columns(table.columns, ["value"])]

@@ -233,9 +233,9 @@ def attention(
             rows = reduce.plain_mean(rows, "denoise_step")
         if isinstance(layer, str) and layer == "mean":
             rows = reduce.mean_over(rows, "layer", may_lack_keys=bool(blind))
-        return reduce.in_float32(reduce.over_heads(rows, head))
+        return reduce.in_float32(reduce.over_heads(rows, head)).astype(np.float32, copy=False)
 
-    labels = {name: label for name, label in array.coords.items() if "inference" not in label.dims}
+    labels = {name: label.variable for name, label in array.coords.items() if "inference" not in label.dims}
     array = array.drop_vars(labels)  # or they would be compared and copied with every piece that is read
     array, query_text = _select_rows(dataset, array, frame, inference, query, source, reduced)
     array = array.assign_coords({n: label for n, label in labels.items() if {*label.dims} <= {*array.dims}})
@@ -399,12 +399,12 @@ def _select_rows(
         pieces, places = [], []
         for value in dict.fromkeys(inferences.tolist()):
             places.append(np.flatnonzero(inferences == value))
-            piece = array.isel(inference=value, query=queries[places[-1]]).rename(query="frame")
-            pieces.append(reduced(piece).transpose("frame", ...))
+            pieces.append(reduced(array.isel(inference=value, query=queries[places[-1]])))
         if not pieces:
-            pieces = [reduced(array.isel(inference=slice(0), query=0).rename(inference="frame"))]
+            pieces = [reduced(array.isel(inference=slice(0), query=0).rename(inference="query"))]
             places = [order]
-        array, text = reduce.joined(pieces, "frame"), f"the action {frame_in_words(dataset)} the frame"
+        array = reduce.joined(pieces, "query").rename(query="frame")
+        text = f"the action {frame_in_words(dataset)} the frame"
         back = np.argsort(np.concatenate(places))
     else:
         unique, back = np.unique(inferences, return_inverse=True)
@@ -414,10 +414,10 @@ def _select_rows(
         array = reduce.in_pieces(array, unique, read)
         if isinstance(frames, int):
             return array.isel(inference=0).assign_coords(frame=frames), text
-        array = array.rename(inference="frame").transpose("frame", ...)
+        array = array.rename(inference="frame")
     if not np.array_equal(back[order], np.arange(array.sizes["frame"])):
         array = array.isel(frame=back[order])
-    return array.assign_coords(frame=wanted[order]), text
+    return array.transpose("frame", ...).assign_coords(frame=wanted[order]), text
 
 
 def _over_queries(
