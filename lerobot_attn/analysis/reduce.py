@@ -62,7 +62,8 @@ def joined(pieces: Sequence[xr.DataArray], dim: str) -> xr.DataArray:
         return pieces[0]
     if not pieces[0].coords:  # milliseconds less
         variables = [piece.variable for piece in pieces]
-        return xr.DataArray(xr.Variable.concat(variables, dim), name=pieces[0].name)
+        whole = xr.Variable.concat(variables, dim)  # type: ignore[no-untyped-call]
+        return xr.DataArray(whole, name=pieces[0].name)
     return xr.concat(pieces, dim, coords="minimal", compat="override", join="override")
 
 
