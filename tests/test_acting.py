@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 
 import gymnasium as gym
@@ -16,6 +15,7 @@ pytest.importorskip("lerobot")
 
 import recorded  # noqa: E402
 import scripted  # noqa: E402
+from evaluation import evaluate_all  # noqa: E402
 from lerobot.rollout.strategies import episodic  # noqa: E402
 from recorded import write_dataset  # noqa: E402
 from robots import Scripted  # noqa: E402
@@ -26,7 +26,7 @@ from test_robots import Conductor, Keys, rollout  # noqa: E402, F401
 from test_segmentation import make_envs as masked_envs  # noqa: E402
 from test_segmentation import mask_at, turning  # noqa: E402
 
-from lerobot_attn import AttentionConfig, open_run, plugin, record_dataset, record_episodes  # noqa: E402
+from lerobot_attn import AttentionConfig, open_run, record_dataset, record_episodes  # noqa: E402
 from lerobot_attn.errors import ConfigError, StoreError  # noqa: E402
 from lerobot_attn.interventions import Condition, FixedNoise, Task, intervene  # noqa: E402
 from lerobot_attn.plugin.acting import Acting, acting_in, read_condition  # noqa: E402
@@ -60,35 +60,29 @@ def noisy(n_action_steps=5):
     return policy
 
 
-def evaluate(folder, envs, condition=None, *, policy=None, n_episodes=None, record=True, **settings):
+def evaluate(
+    folder,
+    envs,
+    condition=None,
+    *,
+    policy=None,
+    n_episodes=None,
+    record=True,
+    env_preprocessor=lambda value: value,
+    **settings,
+):
     """Run LeRobot's `eval_policy_all` as the plugin does; return its summary and the policy."""
-    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    policy, same = policy or noisy(), lambda value: value
-    env_preprocessor = settings.pop("env_preprocessor", same)
+    policy = policy or noisy()
+    how = {"env_preprocessor": env_preprocessor}
+    how |= {} if n_episodes is None else {"n_episodes": n_episodes}
     torch.manual_seed(0)
     acting = None if condition is None else Acting(condition)
-    with contextlib.ExitStack() as stack:
-        if record:
-            attributes = {"policy": {"dtype": "float32"}, **said_of(condition)}
-            run = RunRecorder(AttentionConfig(**{**SMALL, **settings}), folder / "attention", attributes)
-            stack.enter_context(plugin.recording(vars(module), run, env_type="scripted", acting=acting))
-        if acting is not None:
-            stack.enter_context(acting_in(vars(module), acting))
-        info = module.eval_policy_all(
-            envs={"group": envs},
-            policy=policy,
-            env_preprocessor=env_preprocessor,
-            env_postprocessor=same,
-            preprocessor=same,
-            postprocessor=same,
-            n_episodes=n_episodes or next(iter(envs.values())).num_envs,
-            max_episodes_rendered=0,
-            videos_dir=None,
-            start_seed=1000,
-        )
-    return info, policy
+    run = None
+    if record:
+        attributes = {"policy": {"dtype": "float32"}, **said_of(condition)}
+        run = RunRecorder(AttentionConfig(**{**SMALL, **settings}), folder / "attention", attributes)
+    wraps = [] if acting is None else [lambda namespace: acting_in(namespace, acting)]
+    return evaluate_all(envs, policy, run, acting=acting, wraps=wraps, **how), policy
 
 
 def actions_of(folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import logging
 import re
@@ -19,9 +18,10 @@ pytest.importorskip("lerobot")
 
 import recorded  # noqa: E402
 import scripted  # noqa: E402
+from evaluation import evaluate_all  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from lerobot_attn import open_run, plugin  # noqa: E402
+from lerobot_attn import open_run  # noqa: E402
 from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import ConfigError  # noqa: E402
@@ -650,24 +650,15 @@ def evaluate(folder, monkeypatch, preprocess, lengths=(4, 3)):
     """Run LeRobot's own evaluation of a scripted policy, recorded; return the actions' sum."""
     monkeypatch.setenv("SLURM_JOB_ID", "0")
     monkeypatch.setitem(ADAPTERS, "scripted", scripted.ADAPTER)
-    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     torch.manual_seed(0)
-    run = RunRecorder(AttentionConfig(), folder, {})
-    same = lambda value: value  # noqa: E731
-    with plugin.recording(vars(module), run, env_type="scripted"):
-        module.eval_policy_all(
-            envs={"group": {0: scripted.make_envs(lengths)}},
-            policy=scripted.ScriptedPolicy(scripted.make_config()),
-            env_preprocessor=same,
-            env_postprocessor=same,
-            preprocessor=preprocess,
-            postprocessor=same,
-            n_episodes=2 * len(lengths),
-            max_episodes_rendered=0,
-            start_seed=0,
-        )
+    evaluate_all(
+        {0: scripted.make_envs(lengths)},
+        scripted.ScriptedPolicy(scripted.make_config()),
+        RunRecorder(AttentionConfig(), folder, {}),
+        preprocessor=preprocess,
+        n_episodes=2 * len(lengths),
+        start_seed=0,
+    )
     return [*open_run(folder)]
 
 

@@ -2,22 +2,24 @@
 
 import importlib
 import json
+from collections import Counter
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import scripted
+from evaluation import evaluate_all
 from lerobot.utils.random_utils import set_seed
 from test_recording import make_policy, scripted_adapter  # noqa: F401
 from test_shards import NumberedEnv
 
-from lerobot_attn import plugin
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import StoreError
 from lerobot_attn.plugin.acting import Acting
 from lerobot_attn.plugin.shards import beginning_at
+from lerobot_attn.recording import folder as run_folder
 from lerobot_attn.recording.run import RunRecorder
-from lerobot_attn.recording.task_progress import FILE
+from lerobot_attn.recording.task_progress import FILE, TaskProgress
 from lerobot_attn.store.reader import open_run
 
 N_ENVS = 2
@@ -52,9 +54,6 @@ def evaluate(
     folder, n_episodes=4, *, end_in=None, seed=1000, first=0, acting=None, videos=1, existing="skip"
 ):
     """Evaluate two tasks; return LeRobot's summary (None: interrupted) and how many rollouts there were."""
-    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     makers = [lambda number=number: NumberedEnv(number, N_ENVS) for number in range(N_ENVS)]
     mode = gym.vector.AutoresetMode.NEXT_STEP
     envs = {task: gym.vector.SyncVectorEnv(makers, autoreset_mode=mode) for task in TASKS}
@@ -64,26 +63,20 @@ def evaluate(
     policy = make_policy()
     counted = Counted(policy, end_in)
     set_seed(seed)
-    same = lambda value: value  # noqa: E731
-    with (
-        plugin.recording(vars(module), run, env_type="scripted", first_episode=first, acting=acting),
-        beginning_at(vars(module), first),
-    ):
-        try:
-            info = module.eval_policy_all(
-                envs={"group": envs},
-                policy=policy,
-                env_preprocessor=same,
-                env_postprocessor=same,
-                preprocessor=same,
-                postprocessor=same,
-                n_episodes=n_episodes,
-                max_episodes_rendered=videos,
-                videos_dir=folder / "videos",
-                start_seed=1000,
-            )
-        except InterruptedRolloutError:
-            info = None
+    try:
+        info = evaluate_all(
+            envs,
+            policy,
+            run,
+            first_episode=first,
+            acting=acting,
+            wraps=[lambda namespace: beginning_at(namespace, first)],
+            n_episodes=n_episodes,
+            max_episodes_rendered=videos,
+            videos_dir=folder / "videos",
+        )
+    except InterruptedRolloutError:
+        info = None
     return info, counted.n_rollouts
 
 
@@ -157,6 +150,40 @@ def test_nothing_is_rolled_out_again_behind_a_whole_run(undisturbed, tmp_path):
     assert counts(info) == counts(first) == undisturbed[0]
     assert info["overall"]["video_paths"] == first["overall"]["video_paths"]
     assert info["overall"]["attention_paths"] == first["overall"]["attention_paths"]
+
+
+def test_what_lies_there_is_read_once(tmp_path, monkeypatch):
+    evaluate(tmp_path)
+    read = Counter()
+
+    def counting(function, key):
+        def counted(*args):
+            read[key(*args)] += 1
+            return function(*args)
+
+        return counted
+
+    monkeypatch.setattr(run_folder, "read_header", counting(run_folder.read_header, str))
+    name = lambda progress: str(progress._file)  # noqa: E731
+    monkeypatch.setattr(TaskProgress, "read", counting(TaskProgress.read, name))
+    info, n_rollouts = evaluate(tmp_path)
+    assert (n_rollouts, len(info["overall"]["attention_paths"])) == (0, 8)
+    assert set(read.values()) == {1}
+    stores = {str(store) for store in open_run(tmp_path).stores}
+    assert {*read} == stores | {str(tmp_path / "attention" / f"group_{task}" / FILE) for task in TASKS}
+
+
+def test_a_store_that_changes_meanwhile_is_read_again(tmp_path):
+    evaluate(tmp_path)
+    store = open_run(tmp_path).stores[0]
+    its = run_folder.RunFolder(tmp_path / "attention", "skip")
+    n_frames = open_run(tmp_path)[0].n_frames
+    assert its.kept(store, 1000).n_frames == its.kept(store, 1000).n_frames == n_frames
+    document = json.loads((store / "zarr.json").read_text())
+    document["attributes"]["seed"] = 5
+    (store / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreError, match="was recorded with seed 5"):
+        its.kept(store, 1000)
 
 
 def test_a_run_is_made_longer(undisturbed, tmp_path):

@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import math
+import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -23,6 +24,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
 import scripted  # noqa: E402
+from evaluation import evaluate_all  # noqa: E402
 
 from lerobot_attn import plugin  # noqa: E402
 from lerobot_attn.capture import HostCopies  # noqa: E402
@@ -63,36 +65,14 @@ def evaluate(
     **settings,
 ):
     """Run LeRobot's `eval_policy_all` over `{task_id: vector environment}`; return its info and the run."""
-    # A fresh copy of the script's globals, whose functions look each other up there.
-    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    policy = policy or scripted.ScriptedPolicy(scripted.make_config())
     run = None
-    same = lambda value: value  # noqa: E731
-
-    def go():
-        first = next(iter(envs.values()))
-        return module.eval_policy_all(
-            envs={group: envs},
-            policy=policy,
-            env_preprocessor=env_preprocessor,
-            env_postprocessor=same,
-            preprocessor=preprocessor,
-            postprocessor=same,
-            n_episodes=n_episodes or first.num_envs,
-            max_episodes_rendered=0 if recording else videos,
-            videos_dir=None if recording else folder / "videos",
-            start_seed=1000,
-            **(recording or {}),
-        )
-
-    if not record:
-        return go(), None
-    run = RunRecorder(AttentionConfig(**settings), folder / "attention", {"policy": {"dtype": "float32"}})
-    with plugin.recording(vars(module), run, env_type="scripted"):
-        info = go()
-    return info, run
+    if record:
+        run = RunRecorder(AttentionConfig(**settings), folder / "attention", {"policy": {"dtype": "float32"}})
+    how = recording or {"max_episodes_rendered": videos, "videos_dir": folder / "videos"}
+    if n_episodes is not None:
+        how = {**how, "n_episodes": n_episodes}
+    processors = {"env_preprocessor": env_preprocessor, "preprocessor": preprocessor}
+    return evaluate_all(envs, policy or make_policy(), run, group=group, **processors, **how), run
 
 
 def make_policy(**settings):
@@ -630,10 +610,10 @@ def test_folders_that_cannot_be_used(tmp_path, what, monkeypatch):
         message = "is a file, expected a folder"
     else:
 
-        def refuse(self, data):
+        def refuse(*args, **kwargs):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(Path, "write_bytes", refuse)
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
         message = r"cannot be written \(Permission denied\)"
     with pytest.raises(StoreError, match=message) as error:
         RunRecorder(AttentionConfig(), folder, {})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,10 +10,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
 import scripted  # noqa: E402
+from evaluation import evaluate_all  # noqa: E402
 from test_plugin import ENV, error_of, run_main  # noqa: E402, F401
 from test_recording import scripted_adapter  # noqa: E402, F401
 
-from lerobot_attn import AttentionConfig, open_run, plugin  # noqa: E402
+from lerobot_attn import AttentionConfig, open_run  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError  # noqa: E402
 from lerobot_attn.plugin.rendering import drawing_at_inferences  # noqa: E402
 from lerobot_attn.recording.run import RunRecorder  # noqa: E402
@@ -69,27 +67,16 @@ class SeeingPolicy(scripted.ScriptedPolicy):
 
 def evaluate(folder, envs, *, sparing, policy=None):
     """Evaluate two batches as the plugin does, with LeRobot's own videos."""
-    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     config = AttentionConfig(layers="none", mean_layers="all", cameras=False)
-    run, same = RunRecorder(config, folder / "attention", {"policy": {}}), lambda value: value
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(plugin.recording(vars(module), run, env_type="scripted"))
-        if sparing:
-            stack.enter_context(drawing_at_inferences(vars(module)))
-        module.eval_policy_all(
-            envs={"group": {0: envs}},
-            policy=policy or SeeingPolicy(scripted.make_config(n_action_steps=5)),
-            env_preprocessor=same,
-            env_postprocessor=same,
-            preprocessor=same,
-            postprocessor=same,
-            n_episodes=2 * envs.num_envs,
-            max_episodes_rendered=10,
-            videos_dir=folder / "videos",
-            start_seed=1000,
-        )
+    evaluate_all(
+        {0: envs},
+        policy or SeeingPolicy(scripted.make_config(n_action_steps=5)),
+        RunRecorder(config, folder / "attention", {"policy": {}}),
+        wraps=[drawing_at_inferences] if sparing else [],
+        n_episodes=2 * envs.num_envs,
+        max_episodes_rendered=10,
+        videos_dir=folder / "videos",
+    )
     return open_run(folder)
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import scripted
@@ -59,6 +60,18 @@ def test_skip_keeps_what_is_complete_and_records_the_rest(recorded):
     attention = info["per_task"][0]["metrics"]["attention"]
     assert (attention["n_saved"], attention["n_kept"], attention["n_not_saved"]) == (3, 1, 0)
     assert info["overall"]["attention_paths"] == [str(store) for store in stores]
+
+
+def test_jobs_that_look_into_a_folder_at_once_do_not_disturb_each_other(tmp_path):
+    """Nobody has claimed it yet: that two are told the same is said by the claim, in its own words."""
+
+    def look(_):
+        for _ in range(100):
+            RunFolder(tmp_path / "attention", "skip")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(look, range(4)))
+    assert list((tmp_path / "attention").iterdir()) == []
 
 
 def test_skip_after_a_whole_run_records_nothing(tmp_path):

@@ -1,15 +1,13 @@
 """A part of a task's episodes, in a job of its own: the same episodes as those of one job for all."""
 
-import importlib
-
 import gymnasium as gym
 import numpy as np
 import pytest
 import scripted
+from evaluation import evaluate_all
 from lerobot.utils.random_utils import set_seed
 from test_recording import make_policy, scripted_adapter  # noqa: F401
 
-from lerobot_attn import plugin
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.plugin.acting import Acting
@@ -51,30 +49,20 @@ class Lazy:
 
 def evaluate_part(folder, first, n_episodes, lazy=False, n_envs=2):
     """Evaluate episodes from `first` on; return what LeRobot says of them."""
-    spec = importlib.util.find_spec(plugin.EVAL_MODULE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     makers = [lambda number=number: NumberedEnv(number, n_envs) for number in range(n_envs)]
     env = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     run = RunRecorder(AttentionConfig(), folder / "attention", {"policy": {"dtype": "float32"}})
     set_seed(1000)
-    same = lambda value: value  # noqa: E731
-    with (
-        plugin.recording(vars(module), run, env_type="scripted", first_episode=first),
-        beginning_at(vars(module), first),
-    ):
-        return module.eval_policy_all(
-            envs={"group": {3: Lazy(env) if lazy else env}},
-            policy=make_policy(),
-            env_preprocessor=same,
-            env_postprocessor=same,
-            preprocessor=same,
-            postprocessor=same,
-            n_episodes=n_episodes,
-            max_episodes_rendered=1,
-            videos_dir=folder / "videos",
-            start_seed=1000,
-        )
+    return evaluate_all(
+        {3: Lazy(env) if lazy else env},
+        make_policy(),
+        run,
+        first_episode=first,
+        wraps=[lambda namespace: beginning_at(namespace, first)],
+        n_episodes=n_episodes,
+        max_episodes_rendered=1,
+        videos_dir=folder / "videos",
+    )
 
 
 @pytest.mark.parametrize("lazy", [False, True])

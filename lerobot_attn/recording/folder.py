@@ -9,22 +9,28 @@ import glob
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lerobot_attn.config import FLOAT16_MANTISSA_BITS, resolve_indices
 from lerobot_attn.errors import ConfigError, StoreError
 from lerobot_attn.recording.task_progress import FILE as PROGRESS
 from lerobot_attn.sizes import folder_bytes
 from lerobot_attn.store.attributes import Header, read_header
-from lerobot_attn.store.index import gather_parts
-from lerobot_attn.store.location import bare_name, is_episode_name, present_form, refuse_both_forms
+from lerobot_attn.store.index import Stamp, gather_parts, stamp_of_store
+from lerobot_attn.store.location import (
+    bare_name,
+    is_episode_name,
+    names_below,
+    present_form,
+    refuse_both_forms,
+)
 from lerobot_attn.store.lock import claim_folder
 from lerobot_attn.store.receipts import receipt_of, receipt_path, removed_stores
-from lerobot_attn.store.schema import EPISODE_SUFFIX
 from lerobot_attn.store.stills import remove_stills
 
 logger = logging.getLogger(__name__)
@@ -62,6 +68,32 @@ class Remedies:
 EVALUATION = Remedies()
 
 
+class KeptEpisode(NamedTuple):
+    """What counts of a complete episode that is kept.
+
+    Attributes:
+        seed: of its environment, as its store says it.
+        eval_video: where the evaluation's own video of it lies; None: it made none.
+        n_frames: frames that it has.
+        n_inferences: inferences that it has.
+        raw_bytes: size of its maps before compression.
+    """
+
+    seed: Any
+    eval_video: Path | None
+    n_frames: int
+    n_inferences: int
+    raw_bytes: int
+
+    @classmethod
+    def of(cls, store: Path, header: Header) -> KeptEpisode:
+        """Return it of what a store says of itself."""
+        path = _part(header.attributes, "eval_video").get("path")
+        video = Path(os.path.normpath(store.parent / path)) if isinstance(path, str) else None
+        sizes = header.n_frames, header.n_inferences, header.raw_bytes()
+        return cls(header.attributes.get("seed"), video, *sizes)
+
+
 class RunFolder:
     """A run's folder of stores, `{path}/{group}_{task_id}/episode_{index:05d}.zarr`.
 
@@ -79,6 +111,8 @@ class RunFolder:
         self.path = path
         self._existing = existing
         self._remedies = remedies
+        # Each store is asked for several times: what it looked like when it was read, and what counts of it.
+        self._known: dict[Path, tuple[Stamp, KeptEpisode]] = {}
         if path.exists() and not path.is_dir():
             raise StoreError(
                 f"{path}: is a file, expected a folder for the attention stores; remove or rename it"
@@ -89,11 +123,11 @@ class RunFolder:
                 f"{path}: already holds episodes (e.g. {found.relative_to(path)}); expected a folder "
                 f"without; {remedies}, or go on with {remedies.existing}skip, or overwrite"
             )
-        probe = path / ".lerobot-attn-probe"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
+            # Under no name, or a random one: nobody has claimed the folder yet, and another job may try the
+            # same at this very moment.
+            tempfile.TemporaryFile(dir=path, prefix=".lerobot-attn-probe-").close()
         except OSError as error:
             raise StoreError(f"{path}: cannot be written ({error.strerror}); {remedies}") from error
 
@@ -133,7 +167,7 @@ class RunFolder:
             return
         for store in stores:
             refuse_both_forms(store)
-            found = _complete(store)
+            found = self._look(store)
             if found is None:
                 continue
             theirs, ours = _part(found.attributes, "policy"), _part(attributes, "policy")
@@ -152,8 +186,8 @@ class RunFolder:
                 if _meant(name, settings, theirs) != _meant(name, capture, ours):
                     raise self._mixture(store, f"capture {name}", settings.get(name), capture.get(name))
 
-    def kept(self, store: Path, seed: int | None) -> Header | None:
-        """Return what the complete episode in an episode's place says; an incomplete one is removed.
+    def kept(self, store: Path, seed: int | None) -> KeptEpisode | None:
+        """Return what counts of the complete episode in an episode's place; an incomplete one is removed.
 
         Raises:
             StoreError: it was recorded with another seed, or cannot be removed.
@@ -164,24 +198,35 @@ class RunFolder:
         if there is not None:
             refuse_both_forms(there)
             store = there
-        found = _complete(store)
+        stamp, found = self._known.get(store, (None, None))
+        if stamp is None or stamp != stamp_of_store(store):
+            header = self._look(store)
+            found = None if header is None else KeptEpisode.of(store, header)
         if found is None and there is None:
             return None
         if found is None:
             logger.info("Recording %s/%s anew: it was incomplete", store.parent.name, store.name)
             remove_episode(store)
             return None
-        if found.attributes.get("seed") != seed:
-            raise self._mixture(store, "seed", found.attributes.get("seed"), seed)
+        if found.seed != seed:
+            raise self._mixture(store, "seed", found.seed, seed)
+        return found
+
+    def _look(self, store: Path) -> Header | None:
+        """Return what a complete store says of itself, and remember what counts of it."""
+        stamp, found = stamp_of_store(store), _complete(store)
+        if found is not None and stamp is not None:  # another one may come into its place
+            self._known[store] = stamp, KeptEpisode.of(store, found)
         return found
 
     def _stores(self) -> list[Path]:
         """Return the stores at any depth: older versions nested a namespaced environment's folders."""
-        found = []
-        for folder, folders, files in os.walk(self.path):
-            stores = [n for n in folders + files if n.startswith("episode_") and is_episode_name(n)]
-            found += [Path(folder, name) for name in stores]
-            folders[:] = [name for name in folders if not name.endswith(EPISODE_SUFFIX)]
+        found = [
+            folder / name
+            for folder, names in names_below(self.path)
+            for name in names
+            if name.startswith("episode_") and is_episode_name(name)
+        ]
         found += removed_stores(self.path)  # which are in a bucket
         return sorted(store for store in found if store.parent != self.path)
 

@@ -209,19 +209,20 @@ class RunRecorder:
         """
         if self.config.existing != "skip":
             return None
-        progress = self._progress_of(task)
+        self._progress = self._progress_of(task)
+        self._progress.read()
         videos: list[Path] = []
         n_whole = 0
         for number in range(task.n_episodes):
             path = self._path_of(task, task.first_episode + number)
             if (found := self._run_folder.kept(path, start_seed + number)) is None:
                 break
-            if said := found.attributes.get("eval_video"):
-                videos.append(Path(os.path.normpath(path.parent / said["path"])))
-                if not videos[-1].exists():
+            if found.eval_video is not None:
+                videos.append(found.eval_video)
+                if not found.eval_video.exists():
                     break
             n_whole += 1
-        point = progress.point(n_whole, task.n_episodes)
+        point = self._progress.point(n_whole, task.n_episodes)
         return None if point is None else replace(point, videos=tuple(videos[: len(point.results)]))
 
     def start_task(self, task: TaskPlan, start_seed: int | None = None) -> None:
@@ -236,7 +237,7 @@ class RunRecorder:
         self._kept = []
         self._next_episode = task.first_episode + task.n_before
         self._waited_before_s = self._open_writer.waited_s
-        self._progress = self._progress_of(task)
+        self._progress = self._progress or self._progress_of(task)  # `whole_before` has read it
         self._progress.go_on_behind(task.n_before)
         for number in range(task.n_before):
             self._plan(task, task.first_episode + number, None if start_seed is None else start_seed + number)
@@ -252,7 +253,7 @@ class RunRecorder:
         write_out(self._open_writer, self._episodes, "Ctrl-C ends the evaluation")
         summary = self._summarise()
         self._report(summary)
-        self._task = None
+        self._task = self._progress = None
         if self.failures and self.config.on_error == "abort":
             raise CaptureError(f"{self.failures[0]}; stopped because of on_error=abort")
         return summary
@@ -314,9 +315,7 @@ class RunRecorder:
         self._progress.add(results, random_state)
 
     def _progress_of(self, task: TaskPlan) -> TaskProgress:
-        progress = TaskProgress(self.folder / task.name, task.first_episode)
-        progress.read()
-        return progress
+        return TaskProgress(self.folder / task.name, task.first_episode)
 
     def _path_of(self, task: TaskPlan, index: int) -> Path:
         return self.folder / task.name / f"episode_{index:05d}{EPISODE_SUFFIX}"
@@ -374,7 +373,7 @@ class RunRecorder:
                     kept=True,
                     n_frames=kept.n_frames,
                     n_inferences=kept.n_inferences,
-                    raw_bytes=kept.raw_bytes(),
+                    raw_bytes=kept.raw_bytes,
                 )
             )
             return None

@@ -122,7 +122,7 @@ class EpisodeSeries:
         if kept is not None:
             if self.uploads is not None:
                 self.uploads.add(path)
-            sizes = (kept.n_frames, kept.n_inferences, kept.raw_bytes())
+            sizes = (kept.n_frames, kept.n_inferences, kept.raw_bytes)
             self._kept.append(EpisodeResult(index, path, None, False, False, True, *sizes))
             return None
         said = {

@@ -6,6 +6,8 @@ chains of file systems. A store is a folder, or packed: one zip file. Knows noth
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -127,6 +129,13 @@ def signature_of(path: Place) -> tuple[int, int, int]:
 def is_episode_name(name: str) -> bool:
     """Return whether a file or folder is named as episodes are, packed or not."""
     return name.endswith((EPISODE_SUFFIX, PACKED_EPISODE_SUFFIX))
+
+
+def names_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder at or below a root and the names in it; none in a store, of hundreds of files."""
+    for folder, folders, files in os.walk(root):
+        yield Path(folder), [*folders, *files]
+        folders[:] = [name for name in folders if not name.endswith(EPISODE_SUFFIX)]
 
 
 def bare_name(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lerobot_attn.store.attributes import Header
 from lerobot_attn.store.files import replace_json
-from lerobot_attn.store.location import bare_name, present_form
+from lerobot_attn.store.location import bare_name, names_below, present_form
 from lerobot_attn.store.schema import EPISODE_SUFFIX
 
 SUFFIX = ".uploaded.json"
@@ -80,7 +80,13 @@ def write_receipt(store: Path, receipt: Receipt) -> None:
 
 def sent_stores(folder: Path) -> Iterator[tuple[Path, Receipt]]:
     """Yield where the stores of a folder lie, or lay, that were sent, at any depth, and their receipts."""
-    for path in sorted(folder.rglob(f"episode_*{SUFFIX}")):
+    found = sorted(
+        at / name
+        for at, names in names_below(folder)
+        for name in names
+        if name.startswith("episode_") and name.endswith(SUFFIX)
+    )
+    for path in found:
         store = path.with_name(path.name.removesuffix(SUFFIX) + EPISODE_SUFFIX)
         receipt = receipt_of(store)
         if receipt is not None:

@@ -18,7 +18,7 @@ from lerobot_attn.errors import SelectionError, StoreError
 from lerobot_attn.sizes import Progress
 from lerobot_attn.store.attributes import HELP, NothingYetError, is_store
 from lerobot_attn.store.index import WORTH, Index, IndexRow, Stamp, TableRow, home_of, stamp_of_store
-from lerobot_attn.store.location import bare_name, files_at, is_episode_name, other_form
+from lerobot_attn.store.location import bare_name, files_at, is_episode_name, names_below, other_form
 from lerobot_attn.store.reader import Episode, open_episode
 from lerobot_attn.store.receipts import receipt_of, receipt_path, removed_stores
 from lerobot_attn.store.remote import Remote
@@ -371,9 +371,8 @@ def _folders_of_attention(root: Path) -> list[Path]:
 
 
 def _folders_below(root: Path) -> Iterator[Path]:
-    for folder, folders, _ in os.walk(root):  # into no store, which has hundreds of files
-        folders[:] = [name for name in folders if not name.endswith(EPISODE_SUFFIX)]
-        yield Path(folder)
+    for folder, _ in names_below(root):
+        yield folder
 
 
 def _names_in(folder: Path, *, folders_only: bool = False) -> list[str]:
