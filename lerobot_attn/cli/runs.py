@@ -95,7 +95,7 @@ def _screen(as_json: bool) -> Iterator[Callable[[RunStatus], None]]:
         yield add
         return
     with Live(console=console, auto_refresh=False) as live:
-        yield lambda found: live.update(render_status(found), refresh=True)
+        yield lambda found: live.update(render_status(found, console.height), refresh=True)
 
 
 def _run_at(path: Place, *, wait: bool) -> Run:

@@ -9,7 +9,7 @@ Knows what stores say of themselves and when they last changed. Knows no job.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,8 @@ from lerobot_attn.store.url import Place
 _QUIET_S = 300  # an episode to which nothing was added for so long is not being written any more
 _WINDOW_S = 1800  # the speed is that of the last half hour
 _MOST_TASKS = 40  # rows of the table; of more tasks a row stands for a whole group
+_MOST_BROKEN = 40  # reasons that are printed
+_AROUND = 6  # lines around the table's rows
 
 
 @dataclass
@@ -174,16 +176,33 @@ def status_of(
     return found
 
 
-def render_status(status: RunStatus) -> RenderableType:
-    """Lay it out for a terminal: the line, and a table by task."""
-    tasks = status.tasks
-    if len(tasks) > _MOST_TASKS:
-        groups: dict[tuple[str, str], TaskStatus] = {}
-        for task in tasks:
-            key = task.name.rpartition("_")[0], task.condition
-            groups.setdefault(key, TaskStatus(*key)).add(task)
-        tasks = list(groups.values())
-    has_conditions = len({task.condition for task in tasks} - {"baseline", "?"}) > 0
+def render_status(status: RunStatus, height: int | None = None) -> RenderableType:
+    """Lay it out for a terminal: the line, a table by task, and why stores cannot be read.
+
+    Args:
+        status: of the run.
+        height: lines that there is room for; the table has fewer rows then, each of a group of tasks.
+    """
+    most_broken = _MOST_BROKEN if height is None else max(1, height // 4)
+    broken = [f"broken: {_printable(reason)}" for reason in status.broken[:most_broken]]
+    if len(status.broken) > most_broken:
+        broken.append(f"and {len(status.broken) - most_broken} more that are broken")
+    most_tasks = _MOST_TASKS if height is None else height - _AROUND - len(broken)
+    has_conditions = len({task.condition for task in status.tasks} - {"baseline", "?"}) > 0
+
+    def together(name_of: Callable[[str], str]) -> list[TaskStatus]:
+        found: dict[tuple[str, str], TaskStatus] = {}
+        for task in status.tasks:
+            key = (
+                name_of(task.name),
+                task.condition if has_conditions else "",
+            )  # nobody knows it of broken ones
+            found.setdefault(key, TaskStatus(*key)).add(task)
+        return list(found.values())
+
+    tasks = together(str)
+    if len(tasks) > most_tasks:
+        tasks = together(lambda name: name.rpartition("_")[0])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
     if has_conditions:
@@ -209,7 +228,7 @@ def render_status(status: RunStatus) -> RenderableType:
         )
     parts: list[RenderableType] = [Text(_printable(status.line), style="bold")]
     parts += [table] if tasks else []
-    parts += [Text(f"broken: {_printable(reason)}", style="red") for reason in status.broken[:_MOST_TASKS]]
+    parts += [Text(reason, style="red") for reason in broken]
     return Group(*parts)
 
 
