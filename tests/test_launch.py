@@ -395,7 +395,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, name):
     check_launcher(["policy.path=a", "hydra/launcher=basic"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=rf"^hydra/launcher={name}: hydra-\w+-launcher is not installed; pip"
+        ConfigError, match=rf"^hydra/launcher={name}: hydra-\w+-launcher is not installed; pip install '\.\["
     ):
         check_launcher(["-m", f"hydra/launcher={name}"])
     assert (ROOT / "configs" / "hydra" / "launcher" / f"{name}.yaml").is_file()

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -441,10 +442,23 @@ def test_the_commands_table_and_json(going, monkeypatch, capsys):
 
 def test_many_tasks_are_shown_by_group(many):
     found = status_of(open_run(many))
-    assert len(found.tasks) == 12
-    found.tasks *= 4
-    table = render_status(found).renderables[1]
+    assert len(found.tasks) == render_status(found).renderables[1].row_count == 12
+    table = render_status(found, height=17).renderables[1]
     assert table.row_count == 1
+    found.tasks = [replace(task, name=f"{task.name}{n}") for n in range(4) for task in found.tasks]
+    assert render_status(found).renderables[1].row_count == 1
+
+
+def test_what_cannot_be_read_is_counted_in_its_tasks_row(many):
+    for store in open_run(many).stores[:3]:
+        (store / "zarr.json").write_text("{")
+    found = status_of(open_run(many))
+    line, table, *broken = render_status(found, height=24).renderables
+    assert "45 episodes done" in line.plain
+    assert table.row_count == 12
+    assert [text.plain.partition(":")[0] for text in broken] == ["broken"] * 3
+    _, _, *broken = render_status(found, height=8).renderables
+    assert broken[-1].plain == "and 1 more that are broken"
 
 
 def test_watching_ends_when_all_is_there(tmp_path, put, monkeypatch, capsys, opened):

@@ -25,12 +25,16 @@ from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
 from lerobot_attn.interventions import Condition
 
-# A launcher of configs/hydra/launcher → its package, and the extra that brings it.
+_CLUSTER = "pip install '.[cluster]' brings it"
+# A launcher of configs/hydra/launcher → its package, and what to do where that is missing.
 _LAUNCHERS = {
-    "submitit_slurm": ("hydra_submitit_launcher", "cluster"),
-    "submitit_local": ("hydra_submitit_launcher", "cluster"),
-    "joblib": ("hydra_joblib_launcher", "cluster"),
-    "ray": ("hydra_ray_launcher", "ray"),
+    "submitit_slurm": ("hydra_submitit_launcher", _CLUSTER),
+    "submitit_local": ("hydra_submitit_launcher", _CLUSTER),
+    "joblib": ("hydra_joblib_launcher", _CLUSTER),
+    "ray": (
+        "hydra_ray_launcher",
+        "pip install '.[ray]' && pip install --no-deps hydra-ray-launcher==1.2.2 bring it",
+    ),
 }
 _SECTIONS = ("policy", "env", "eval", "capture", "intervention")
 # LeRobot looks these options up on the command line before it parses it, so they are never quoted.
@@ -89,11 +93,10 @@ def check_launcher(arguments: Sequence[str]) -> None:
         ConfigError: it is not.
     """
     for name in (argument.removeprefix("hydra/launcher=") for argument in arguments):
-        package, extra = _LAUNCHERS.get(name, ("", ""))
+        package, remedy = _LAUNCHERS.get(name, ("", ""))
         if package and f"hydra/launcher={name}" in arguments and not _is_installed(package):
             raise ConfigError(
-                f"hydra/launcher={name}: {package.replace('_', '-')} is not installed; pip install "
-                f"'.[{extra}]' brings it"
+                f"hydra/launcher={name}: {package.replace('_', '-')} is not installed; {remedy}"
             )
 
 

@@ -193,10 +193,8 @@ def render_status(status: RunStatus, height: int | None = None) -> RenderableTyp
     def together(name_of: Callable[[str], str]) -> list[TaskStatus]:
         found: dict[tuple[str, str], TaskStatus] = {}
         for task in status.tasks:
-            key = (
-                name_of(task.name),
-                task.condition if has_conditions else "",
-            )  # nobody knows it of broken ones
+            # Of one that cannot be read nobody knows the condition.
+            key = name_of(task.name), task.condition if has_conditions else ""
             found.setdefault(key, TaskStatus(*key)).add(task)
         return list(found.values())
 
