@@ -102,6 +102,7 @@ def test_the_recipes_sweep_runs_and_a_preempted_job_goes_on(cluster, tmp_path, m
         job = psutil.Process(int((tmp_path / "bin" / f"pid.{slurm.JOB_ID}_0").read_text()))
         for each in (job, *job.children(recursive=True)):  # as SLURM does
             each.send_signal(signal.SIGUSR2)
+        job.send_signal(signal.SIGTERM)  # which is not the one that submitit waits for
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
     finally:
         with contextlib.suppress(ProcessLookupError):

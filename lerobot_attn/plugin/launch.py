@@ -135,8 +135,9 @@ def launch_eval(arguments: list[str]) -> int:
                 break
             except KeyboardInterrupt:  # a terminal sends it to both
                 continue
-    if status and passing.number is not None:
-        os.kill(os.getpid(), passing.number)
+    if status:
+        for number in passing.numbers:  # all: SLURM may send SIGTERM besides the one that submitit waits for
+            os.kill(os.getpid(), number)
     return status if status >= 0 else 128 - status
 
 
@@ -144,16 +145,16 @@ class _PassingOn:
     """Passes signals on to a process, also one that came before the process was there."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.numbers: dict[int, None] = {}  # each once, in the order in which they came
         self._process: subprocess.Popen[bytes] | None = None
 
     def to(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
-        if self.number is not None:
-            process.send_signal(self.number)
+        for number in self.numbers:
+            process.send_signal(number)
 
     def take(self, number: int, frame: Any) -> None:
-        self.number = number
+        self.numbers[number] = None
         if self._process is not None:
             self._process.send_signal(number)
 
