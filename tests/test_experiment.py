@@ -480,8 +480,11 @@ def test_the_command_says_what_it_would_run(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     status, printed, error = run_cli(monkeypatch, capsys, "experiment", file, "-o", out, "--dry-run")
     assert status == 0, error
-    *commands, total = printed.splitlines()
-    assert [command.split()[0] for command in commands] == ["lerobot-eval"] * 3
+    *lines, total = printed.splitlines()
+    assert [command.split()[0] for command in lines[1::2]] == ["lerobot-eval"] * 3
+    names = [condition["name"] for condition in VALUES["conditions"]]
+    assert [line.split(":")[0] for line in lines[::2]] == [f"# {name}" for name in ("baseline", *names)]
+    assert lines[4].endswith(f"; control of {names[0]}")
     assert total == "3 conditions × 2 tasks × 2 = 12 episodes"
     assert not out.exists()
     status, _, error = run_cli(monkeypatch, capsys, "experiment", file, "-o", out, "--policy.path=")

@@ -25,7 +25,10 @@ def experiment(
         bool, typer.Option("--no-control", help="Let conditions pass that have no control.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print the commands and the number of episodes.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Only print the conditions, their commands and the number of episodes."
+        ),
     ] = False,
 ) -> None:
     """Evaluate a policy in several conditions, from the same initial states and with the same noise.

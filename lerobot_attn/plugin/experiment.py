@@ -34,7 +34,7 @@ def run_experiment(
     Args:
         plan: what to do.
         out: the experiment's folder; it is made.
-        dry_run: only say the commands and how many episodes they are.
+        dry_run: only say what each condition does, the commands and how many episodes they are.
         say: gets lines for people.
 
     Returns:
@@ -55,8 +55,8 @@ def run_experiment(
         each = f"{n_tasks} tasks × {plan.n_episodes}" if n_tasks else f"all tasks × {plan.n_episodes}"
         total = f" = {len(planned) * n_tasks * (plan.n_episodes or 0)} episodes" if n_tasks else " episodes"
         for one in planned:
-            if plan.outcome is not None:
-                say(f"# {one.condition.text}")
+            control = f"; control of {one.control_of}" if one.control_of else ""
+            say(f"# {one.condition.text}{control}")
             say(eval_command(arguments_of(plan, one, out)))
         say(f"{len(planned)} conditions × {each}{total}")
         return 0
