@@ -128,6 +128,36 @@ def test_what_was_learned_gains_more_than_shuffled_weights(learned, table_top): 
         off = mean_row(table, f"{metric}_learned", "1")  # of this layer's map nothing was learned
         assert abs(off["value"] - off["chance"]) < 0.15 < row["value"] - row["chance"], metric
 
+    names = {"layer": "0", "camera": CAMERA}
+    row = mean_row(table, "rank_correlation_learned", **names)
+    plain = mean_row(table, "rank_correlation", head="mean", **names)
+    assert row["value"] == pytest.approx(plain["value"])
+    assert row["chance_low"] < row["chance"] < row["chance_high"] < row["value"]
+    off = mean_row(table, "rank_correlation_learned", "1")
+    assert off["chance_low"] < off["value"] < off["chance_high"]
+
+
+def test_random_weights_are_held_by_the_interval_of_shuffled_ones(learned, table_top):  # noqa: F811
+    """Weights drawn at random are one more shuffled copy, so they lie in the interval as often as it says."""
+    settings = {
+        **FEW,
+        "n_masks": 16,
+        "frames": [0],
+        "episodes": [0],
+        "curve_layers": [0],
+        "shares": (0.1, 0.3),
+    }
+    inside: dict[str, list[bool]] = {}
+    for seed in range(8):
+        order = torch.randperm(GRID * GRID, generator=torch.Generator().manual_seed(seed))
+        learned.where.data = learned.where.data[order]
+        table = saliency_table(measure_saliency(learned, table_top, **settings, n_shuffled=4))
+        for metric in (*GAINS, "rank_correlation"):
+            row = mean_row(table, f"{metric}_learned", "0")
+            assert row["chance_low"] < row["chance_high"]
+            inside.setdefault(metric, []).append(row["chance_low"] < row["value"] < row["chance_high"])
+    assert min(sum(found) for found in inside.values()) >= 7, inside
+
 
 def test_the_command_has_it_in_its_report(learned, table_top, tmp_path, monkeypatch, capsys):  # noqa: F811
     options = ("--n-masks=8", "--hidden-share=0.5", "--n-draws=3", "--frames=2", "--curve-layers=0")
@@ -139,6 +169,7 @@ def test_the_command_has_it_in_its_report(learned, table_top, tmp_path, monkeypa
     text = (tmp_path / "report" / "report.md").read_text()
     assert "## Beside shuffled weights" in text
     assert "what was learned makes the map predict better" in text
+    assert "| rank correlation, this policy | shuffled weights, mean |" in text
     arrays = np.load(tmp_path / "report" / "saliency.npz")
     curves = arrays["curves attention 0"]
     assert arrays["shuffled curves attention 0"].shape == (6, *curves.shape)

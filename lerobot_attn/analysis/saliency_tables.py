@@ -29,7 +29,8 @@ COLUMNS = (
 MEAN, ALL = "mean", "all"
 WAYS = ("deletion", "insertion")
 FEW_FRAMES = 10
-LEARNED = "_learned"  # ends the name of a gain that stands beside that of shuffled weights
+CORRELATION = "rank_correlation"
+LEARNED = "_learned"  # ends the name of what stands beside the same of shuffled weights
 
 
 class Resampling(NamedTuple):
@@ -99,9 +100,9 @@ def saliency_table(found: Saliency, resampling: Resampling | None = None) -> pd.
     - `deletion_area`, `insertion_area`: under the curves; chance is that of random rankings;
     - `deletion_gain`, `insertion_gain`: how much better than random rankings; chance is 0;
     - `deletion_gain_shifted`, `insertion_gain_shifted`: than the same map moved elsewhere; chance is 0;
-    - these four followed by `_learned`, if there are copies with shuffled weights: the same value; chance is
-      the mean of the copies, and one more copy would lie between `chance_low` and `chance_high` (95 %, if
-      copies are normal);
+    - these four followed by `_learned`, and `rank_correlation_learned` of the maps that rank, if there are
+      copies with shuffled weights: the same value; chance is the mean of the copies, and one more copy would
+      lie between `chance_low` and `chance_high` (95 %, if copies are normal);
     - `all_hidden`: change of the action with every patch hidden, in the policy's units;
     - `asked_again`: the same with nothing hidden: what is no effect.
 
@@ -113,7 +114,7 @@ def saliency_table(found: Saliency, resampling: Resampling | None = None) -> pd.
     rows: list[dict[str, Any]] = []
     for camera, (each, against) in correlations(found, resampling.seed).items():
         for number, (layer, head) in enumerate(found.map_names):
-            names = {"camera": camera, "layer": layer, "head": head, "metric": "rank_correlation"}
+            names = {"camera": camera, "layer": layer, "head": head, "metric": CORRELATION}
             more = {name: getattr(against, name)[number] for name in ("chance", *_OF_CHANCE)}
             rows += _rows(found, names, each[:, number], resampling, chance=more.pop("chance"), **more)
     for camera, halves in split_halves(found).items():
@@ -155,7 +156,7 @@ def _of_curves(found: Saliency) -> Iterator[tuple[dict[str, str], Floats, Floats
 
 
 def _of_shuffled(found: Saliency) -> Iterator[tuple[dict[str, str], Floats, Floats]]:
-    """Yield each gain of attention beside those of the copies: names, (frame,), (copy, frame)."""
+    """Yield gains and correlations of attention beside those of copies: names, (frame,), (copy, frame)."""
     if not found.shuffled:
         return
     for own, *copies in zip(_of_curves(found), *map(_of_curves, found.shuffled), strict=True):
@@ -163,6 +164,21 @@ def _of_shuffled(found: Saliency) -> Iterator[tuple[dict[str, str], Floats, Floa
         if "_gain" in names["metric"] and names["layer"] != "importance":
             named = {**names, "metric": f"{names['metric']}{LEARNED}"}
             yield named, values, np.stack([copy[1] for copy in copies])
+    for camera in found.patches.cameras:
+        ours, *theirs = (_correlations_of_rankings(one, camera) for one in (found, *found.shuffled))
+        for number, layer in enumerate(found.curve_layers):
+            named = {"camera": camera, "layer": layer, "head": MEAN, "metric": f"{CORRELATION}{LEARNED}"}
+            yield named, ours[:, number], np.stack([copy[:, number] for copy in theirs])
+
+
+def _correlations_of_rankings(found: Saliency, camera: str) -> Floats:
+    """Return the rank correlations of the maps that rank patches for the curves, (frame, curve layer)."""
+    pairs = [
+        (frame.importance, np.stack([found.attention(frame, layer) for layer in found.curve_layers]))
+        for frame in found.frames
+    ]
+    one = found.patches.rectangle
+    return np.stack([shifted_correlations(one(ours, camera), one(maps, camera))[0] for ours, maps in pairs])
 
 
 def _rows(

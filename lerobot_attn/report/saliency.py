@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from lerobot_attn.analysis.intervals import interval_of_mean
 from lerobot_attn.analysis.saliency import FrameSaliency, Patches, Saliency
-from lerobot_attn.analysis.saliency_tables import FEW_FRAMES, LEARNED, MEAN, Resampling, saliency_table
+from lerobot_attn.analysis.saliency_tables import (
+    CORRELATION,
+    FEW_FRAMES,
+    LEARNED,
+    MEAN,
+    Resampling,
+    saliency_table,
+)
 from lerobot_attn.analysis.spatial import on_camera_pixels
 from lerobot_attn.errors import RANDOM_WEIGHTS, ConfigError
 from lerobot_attn.figures.canvas import Caption, save_figure
@@ -111,12 +118,13 @@ _READING = (
 def _page(found: Saliency, table: pd.DataFrame) -> Page:
     facts = found.facts
     page = Page("Saliency: does attention predict what matters?")
+    short = short_names(found.patches.cameras)
     page.points(_said(found))
     means = table[table["frame"] == MEAN]
     page.text(_verdict(found, means))
     page.heading("Curves")
-    is_learned = means["metric"].str.endswith(LEARNED)
-    rows = means[means["metric"].str.contains("_gain") & ~is_learned]
+    is_learned, is_gain = means["metric"].str.endswith(LEARNED), means["metric"].str.contains("_gain")
+    rows = means[is_gain & ~is_learned]
     page.table(
         ["ranked by", "curve", "better than", "area between, of the whole change", "95 % interval"],
         [
@@ -141,12 +149,25 @@ def _page(found: Saliency, table: pd.DataFrame) -> Page:
                     _number(row["chance"]),
                     f"{_number(row['chance_low'])} to {_number(row['chance_high'])}",
                 ]
-                for row in means[is_learned].to_dict("records")
+                for row in means[is_learned & is_gain].to_dict("records")
+            ],
+        )
+        columns = ["camera", "map", "rank correlation, this policy", "shuffled weights, mean"]
+        page.table(
+            [*columns, "one more copy would have (95 %)"],
+            [
+                [
+                    short[row["camera"]],
+                    _ranking(row["layer"]),
+                    _number(row["value"]),
+                    _number(row["chance"]),
+                    f"{_number(row['chance_low'])} to {_number(row['chance_high'])}",
+                ]
+                for row in means[means["metric"] == f"{CORRELATION}{LEARNED}"].to_dict("records")
             ],
         )
     page.heading("Rank correlation with importance")
-    short = short_names(found.patches.cameras)
-    rows = means[(means["metric"] == "rank_correlation")].sort_values("value", ascending=False)
+    rows = means[(means["metric"] == CORRELATION)].sort_values("value", ascending=False)
     page.table(
         ["camera", "layer", "head", "correlation", "interval over frames", "by chance, 95 %", "p"],
         [
