@@ -2,6 +2,7 @@
 """Draw the README's pictures of the explorer anew from a recorded run.
 
     python scripts/explorer_images.py OUT
+    python scripts/explorer_images.py OUT --neurons   # a baseline and an episode that fires neurons
 
 Needs the built page (scripts/build_explorer.sh) and Debian's Chromium; writes into docs/images.
 """
@@ -65,6 +66,9 @@ def main() -> int:
     """Take them all, and say how large they are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument(
+        "--neurons", action="store_true", help="only the neurons panel: two episodes side by side, same phase"
+    )
     arguments = parser.parse_args()
     episodes = [found.id for found in Library(arguments.run).look().summaries]
     views = {
@@ -72,6 +76,8 @@ def main() -> int:
         "explorer-compare": f"?episode={episodes[0]}&compare={episodes[-1]}&lock=phase&frame=10&norm=image",
         "explorer-tour": f"?episode={episodes[0]}&tour=7",
     }
+    if arguments.neurons:
+        views = {"explorer-neurons": f"?episode={episodes[0]}&compare={episodes[-1]}&lock=phase&frame=40"}
     with served(arguments.run) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--force-color-profile=srgb"]
@@ -81,12 +87,13 @@ def main() -> int:
             page.goto(address + query)
             settle(page)
             save(page, name)
-        page.goto(address)
-        page.wait_for_selector("table.episodes img")
-        page.wait_for_load_state("load")
-        page.wait_for_timeout(1000)
-        page.set_viewport_size({"width": 1000, "height": 420})
-        save(page, "explorer-run")
+        if not arguments.neurons:
+            page.goto(address)
+            page.wait_for_selector("table.episodes img")
+            page.wait_for_load_state("load")
+            page.wait_for_timeout(1000)
+            page.set_viewport_size({"width": 1000, "height": 420})
+            save(page, "explorer-run")
         browser.close()
     for path in sorted(FOLDER.glob("explorer*")):
         print(f"{path.stat().st_size / 1000:8.0f} kB  {path.relative_to(FOLDER.parent.parent)}")

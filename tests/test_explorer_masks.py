@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zarr
-from browser import drawn, pixels, require, until
+from browser import canvas, drawn, pixels, require, until
 from PIL import Image
 from test_explorer import client_of
 from test_explorer_export import Document
 from test_explorer_page import AXE
+from test_store import frame_rows, inference_rows, make_writer
 
 from lerobot_attn import analysis, open_episode
 from lerobot_attn.errors import SelectionError
@@ -20,6 +21,7 @@ from lerobot_attn.explorer.facts import facts
 from lerobot_attn.explorer.scene import masks, role_shares
 from lerobot_attn.explorer.tables import chosen_means
 from lerobot_attn.figures.outlines import ROLE_LOOKS
+from lerobot_attn.store.stills import write_still
 from lerobot_attn.synthetic import SyntheticPlan, write_planted_episode, write_softmax_episode
 from lerobot_attn.synthetic.scene import planted_box
 
@@ -509,6 +511,101 @@ def test_the_png_holds_the_outlines(pages, url):
     assert columns.min() == pytest.approx(360 * box.left, abs=6)
     assert columns.max() == pytest.approx(360 * box.right, abs=6)
     assert saved["on"].shape[0] > saved["off"].shape[0], "a line of the caption says what the outlines are"
+
+
+GROWN = {"layer": 2, "denoise_step": 9, "head": 1}
+
+
+def seen_while_it_grows(inference):
+    """Return the masks of one camera, (1, 4, 5): the target comes into view and moves, the robot stays."""
+    mask = np.zeros((1, 4, 5), np.int16)
+    mask[0, 3] = 2
+    if inference:
+        mask[0, 1:3, inference - 1 : inference + 1] = 1
+    return mask
+
+
+def columns_of(shown, role):
+    """Return the first and the last column of a canvas in which a role's colour is, if there is one."""
+    lit = (np.abs(shown[..., :3].astype(int) - rgb(role)).max(axis=-1) <= 6) & (shown[..., 3] > 250)
+    found = np.flatnonzero(lit.any(axis=0))
+    return tuple(found[[0, -1]].tolist()) if len(found) else ()
+
+
+@pytest.mark.browser
+def test_outlines_and_numbers_appear_while_it_is_recorded(pages, tmp_path):
+    path, rng = tmp_path / "task_0" / "episode_00000.zarr", np.random.default_rng(0)
+    writer = make_writer(path, created="now", videos={"cam": {"path": "episode_00000.cam.mp4", "fps": 20}})
+    video = path.with_name("episode_00000.cam.mp4")
+    video.write_bytes(b"cannot be read before it is finished")
+    with pages.serving(tmp_path) as address:
+        asked = "?episode=task_0:episode_00000&layer=2&step=9&head=1&opacity=0"
+        page = pages.open(f"{address}{asked}", wait=False)
+        page.get_by_text("Nothing is recorded yet.").wait_for()
+        assert page.locator("table.objects").count() == 0
+        for inference in range(4):
+            writer.append_inference(
+                inference_rows(rng, inference) | {"segmentation": seen_while_it_grows(inference)}
+            )
+            writer.append_frames(frame_rows(rng, inference))
+            write_still(video, 2 * inference, np.full((8, 8, 3), 60 + 40 * inference, np.uint8))
+            writer.commit()
+            n = 2 * (inference + 1)
+            page.get_by_text(re.compile(f"frame [0-9]+ of {n - 1} ")).wait_for()
+            page.keyboard.press("End")
+            drawn(page, frame=n - 1)
+            painted(page, inference)
+            # Frame n - 1 has no picture yet, but the one that the policy saw is there, and says so.
+            page.get_by_text(f"picture of frame {n - 2}, when the policy was asked").wait_for()
+            np.testing.assert_allclose(canvas(page, "cam", "overlay")[..., :3], 60 + 40 * inference, atol=2)
+            for over in ("overlay", "raw"):
+                shown = outlines(page, "cam", over)
+                scale = shown.shape[1] // 5
+                left = inference - 1
+                expected = ((left * scale, (left + 2) * scale - 1)) if inference else ()
+                assert columns_of(shown, "target") == pytest.approx(expected, abs=1), inference
+            now = open_episode(path)
+            found = role_shares(now, 0, "cam", chosen_means(now, 0, **GROWN))
+            assert found["roles"] == ["target", "robot"]
+            for role, share, chance in zip(
+                found["roles"], found["share"][-1], found["chance"][-1], strict=True
+            ):
+                ((texts),) = [rest for first, rest in table_of(page).items() if first.startswith(role)]
+                if share is None:
+                    assert texts == ["not in view"]
+                    continue
+                assert percent_of(texts[0]) == pytest.approx(share, rel=0.06)
+                assert percent_of(texts[1]) == pytest.approx(chance, rel=0.06)
+            assert_line_spans(page, "robot", 0, n)
+            if inference:
+                assert_line_spans(page, "target", 2, n)
+        page.locator(".badge.live").wait_for()
+        video.unlink()
+        writer.close(complete=True, attributes={"success": True})
+        page.locator(".badge.live").wait_for(state="detached")
+        painted(page, 3)
+
+
+def assert_line_spans(page, role, first, n_frames):
+    """Check that a role's line in the timeline begins at a frame and ends at the last one."""
+
+    def where():
+        found = page.locator(".plot.roles canvas")
+        if not found.count():
+            return ()
+        over, outer = page.locator(".plot.roles .u-over").bounding_box(), found.bounding_box()
+        shown = pixels(found)
+        ratio = shown.shape[1] / outer["width"]
+        return tuple(
+            (column / ratio - over["x"] + outer["x"]) / over["width"] for column in columns_of(shown, role)
+        )
+
+    expected = ((first + 0.5) / n_frames, (n_frames - 0.5) / n_frames)
+    until(
+        page,
+        lambda: where() == pytest.approx(expected, abs=0.01),
+        f"{role}'s line is at {expected}, not {where()}",
+    )
 
 
 @pytest.mark.browser

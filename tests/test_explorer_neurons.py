@@ -400,8 +400,9 @@ def keys_of(page, side=0):
     return page.locator(".neuron-keys").nth(side).locator("output").all_inner_texts()
 
 
-def assert_keys(page, expected, height, inference, side=0):
-    wanted = [short(expected["mean"][inference]), short(expected["expected"][inference]), short(height)]
+def assert_keys(page, expected, beside, inference, side=0, unit=" m"):
+    activation, chance = (short(expected[name][inference]) for name in ("mean", "expected"))
+    wanted = [activation, chance, f"{short(beside)}{unit}"]
     until(page, lambda: keys_of(page, side) == wanted, f"the legend says {wanted}, not {keys_of(page, side)}")
 
 
@@ -426,10 +427,10 @@ def test_the_panel_shows_the_found_set_beside_the_height(pages, url, episode):
     assert_keys(page, activations(episode, 0, "vlm", units, **asked), height[9], 4)
     choose(page, "beside", "joint_1")
     state = episode.arrays["state"].values[9, 1].tolist()
-    assert_keys(page, activations(episode, 0, "vlm", units, **asked), state, 4)
+    assert_keys(page, activations(episode, 0, "vlm", units, **asked), state, 4, unit="")
     choose(page, "Neurons", "found:expert")
     asked = {"group": "actions", "reduction": "max", "denoise_step": 0}
-    assert_keys(page, activations(episode, 0, "expert", [(3, 6)], **asked), state, 4)
+    assert_keys(page, activations(episode, 0, "expert", [(3, 6)], **asked), state, 4, unit="")
     assert "denoise step 0" in panel.inner_text()
     # One neuron of one's own choice.
     choose(page, "Neurons", "unit:expert:3:6")
@@ -441,7 +442,7 @@ def test_the_panel_shows_the_found_set_beside_the_height(pages, url, episode):
     page.get_by_role("slider", name="Frame").fill("3")  # an inference without tokens of the state
     state = episode.arrays["state"].values[3, 1].tolist()
     none = {"mean": [None] * 6, "expected": [None] * 6}
-    assert_keys(page, none, state, 1)
+    assert_keys(page, none, state, 1, unit="")
     until(page, lambda: "neurons=unit:vlm:2:9" in page.url, "the address says which")
     choose(page, "Neurons", "off")
     page.locator(".plot.neurons").wait_for(state="detached")
@@ -495,6 +496,11 @@ def test_two_sides_show_the_same_neurons(pages, run, episode, steered):
             assert_keys(page, found, height, 2, side)
             assert "the other episode" in page.locator(".neuron-keys").nth(side).inner_text()
         assert "condition: steer_up: fires neurons" in page.locator(".side").nth(1).inner_text()
+        # Of several conditions, episodes that begin from the same scene have the same name.
+        offered = page.get_by_role("combobox", name=re.compile("^Compare"))
+        named = "synthetic 0 · episode 1 (steer_up, success)"
+        until(page, lambda: named in offered.inner_text(), "the condition is in its name")
+        assert "hand's height, eef_z: " in page.locator(".neuron-keys").first.inner_text()
         # Both strips have the same scales.
         until(page, lambda: page.locator(".plot.neurons canvas").count() == 2, "both are drawn")
         page.wait_for_timeout(100)

@@ -36,6 +36,7 @@ def identity(episode: Episode) -> dict[str, Any]:
         "random_weights": episode.has_random_weights,
         "policy_remark": episode.policy_remark,
         "condition": episode.condition.text,
+        "condition_name": str(episode.condition.name),
         "n_frames": episode.n_frames,
         "n_inferences": episode.n_inferences,
     }
@@ -93,6 +94,7 @@ def _cameras(episode: Episode) -> list[dict[str, Any]]:
     for camera in episode.layout.cameras:
         video = episode.videos.get(camera.name)
         version = None if video is None else video_version(video)
+        still = None if version is None else _still(episode, camera.name)
         found.append(
             {
                 "name": camera.name,
@@ -101,9 +103,19 @@ def _cameras(episode: Episode) -> list[dict[str, Any]]:
                 "has_video": version is not None,
                 "has_file": version is not None and isinstance(video, Path),
                 "video_version": version,
+                "still": still,
             }
         )
     return found
+
+
+def _still(episode: Episode, camera: str) -> int | None:
+    """Return the frame of which there is a picture while the video is written; None where there is none."""
+    if episode.is_complete or not episode.n_inferences:
+        return None
+    frame = int(episode.arrays["inference_frame"].values[-1])
+    path = episode.still(camera, frame)
+    return frame if path is not None and path.is_file() else None
 
 
 def _video_errors(attributes: Mapping[str, Any]) -> dict[str, str]:

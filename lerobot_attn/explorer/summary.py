@@ -62,7 +62,6 @@ def summary_of(id_: str, episode: Episode) -> Summary:
     """Return an episode's row in the run's table; looks at the size of each of its files."""
     facts = {
         **identity(episode),
-        "condition_name": str(episode.condition.name),
         "stored_bytes": _stored_bytes(episode),
         "camera": next(iter(episode.videos), None),
     }

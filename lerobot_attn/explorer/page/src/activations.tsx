@@ -4,6 +4,7 @@ import type { Facts } from "./api";
 import { modalityColour } from "./layout";
 import type { EpisodeModel } from "./model";
 import {
+  besideInWords,
   besideOf,
   chosenOf,
   groupLabel,
@@ -147,8 +148,9 @@ export function NeuronsPanel({ model, other }: { model: EpisodeModel; other: Epi
           {beside !== null && (
             <Choice
               label="beside"
+              wide
               value={beside}
-              options={facts.state_dims.map((value) => ({ value, name: value }))}
+              options={facts.state_dims.map((value) => ({ value, name: besideInWords(value).name }))}
               onChange={(value) => (state.beside.value = value)}
             />
           )}
@@ -172,6 +174,7 @@ export function NeuronKeys({ model, other }: { model: EpisodeModel; other: Episo
   const inference = shown?.inference ?? 0;
   const beside = besideOf(facts, state.beside.value);
   const height = stateOver(facts, timeline, beside)?.[shown?.frame ?? 0];
+  const told = besideInWords(beside ?? "");
   return (
     <div class="timeline-keys neuron-keys">
       {!found ? (
@@ -199,8 +202,8 @@ export function NeuronKeys({ model, other }: { model: EpisodeModel; other: Episo
       )}
       {height !== undefined && (
         <span>
-          <i class="line" style={{ borderColor: besideColour(facts) }} /> {beside}:{" "}
-          <output>{short(height)}</output>
+          <i class="line" style={{ borderColor: besideColour(facts) }} /> {told.name}:{" "}
+          <output>{`${short(height)} ${told.unit}`.trim()}</output>
         </span>
       )}
     </div>

@@ -26,6 +26,8 @@ export interface Camera {
   /** null for an empty camera, whose tokens are masked. */
   geometry: Geometry | null;
   has_video: boolean;
+  /** While the video is written: the only frame of which there is a picture. */
+  still?: number | null;
   /** Whether the video is a file of its own, which can be handed out; otherwise it is a part of a data set's. */
   has_file: boolean;
   /** Changes with the video's file. */
@@ -210,6 +212,8 @@ export interface Facts {
   policy_remark: string;
   /** What was done to the policy, a line; "" where nothing was. */
   condition: string;
+  /** Of the condition; "baseline" where nothing was done. */
+  condition_name: string;
   policy: string | null;
   n_frames: number;
   n_inferences: number;

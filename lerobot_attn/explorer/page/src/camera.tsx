@@ -4,7 +4,7 @@ import { useSignal, useSignalEffect, type ReadonlySignal } from "@preact/signals
 import { useRef } from "preact/hooks";
 import { isMissing, percent, sum } from "./heat";
 import { pixelMap, visiblePatches, type CameraView } from "./layout";
-import type { EpisodeModel, Heat } from "./model";
+import { isFinished, type EpisodeModel, type Heat } from "./model";
 import { objectInWords } from "./objects";
 import { paintOutlines } from "./outlines";
 import { paintHeat } from "./paint";
@@ -107,7 +107,9 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
     state.camera.value = view.camera.label;
   };
 
-  const what = `attention on camera ${view.camera.label}, frame ${model.shown.value?.frame ?? 0}`;
+  const shown = model.shown.value;
+  const what = `attention on camera ${view.camera.label}, frame ${shown?.frame ?? 0}`;
+  const isOlder = shown !== null && shown.pictures.has(name) && shown.pictureFrame !== shown.frame;
   return (
     <figure class={`camera ${isChosen ? "chosen" : ""}`}>
       <div class="pictures">
@@ -153,8 +155,9 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
       </div>
       <figcaption>
         <strong>{view.camera.label}</strong> <span>{shareText(model, heat)}</span>
+        {isOlder && ` · picture of frame ${shown.pictureFrame}, when the policy was asked`}
         {view.camera.has_video
-          ? view.camera.has_file && <VideoLink model={model} camera={name} />
+          ? view.camera.has_file && isFinished(view.camera) && <VideoLink model={model} camera={name} />
           : videoError
             ? ` · its video could not be written: ${videoError}`
             : " · recorded without video"}

@@ -165,8 +165,13 @@ export function EpisodePage(props: {
         </span>
       </header>
       {facts?.random_weights && <RandomWeights />}
-      {!second && facts?.condition && <p class="note condition">condition: {facts.condition}</p>}
-      {facts?.policy_remark && <p class="note">{facts.policy_remark}</p>}
+      {facts && (facts.policy_remark || (!second && facts.condition)) && (
+        <p class="note">
+          {!second && facts.condition && <span class="condition">condition: {facts.condition}</span>}
+          {!second && facts.condition && facts.policy_remark && " · "}
+          {facts.policy_remark}
+        </p>
+      )}
       {facts?.excerpt && <p class="note">{facts.excerpt}</p>}
       {both.map(
         (model) =>
@@ -263,10 +268,19 @@ function CompareWith(props: {
       part.dispose();
     };
   }, []);
-  const name = (
-    row: Pick<EpisodeRow & Facts, "task_group" | "task_id" | "episode" | "success" | "complete">,
-  ) => (outcome(row) === "unknown" ? episodeName(row) : `${episodeName(row)} (${outcome(row)})`);
   const run = part.run.value;
+  // Episodes of several conditions have the same names, because they begin from the same scenes.
+  const isOfSeveral = (run?.conditions.length ?? 0) > 1;
+  const name = (
+    row: Pick<
+      EpisodeRow & Facts,
+      "task_group" | "task_id" | "episode" | "success" | "complete" | "condition_name"
+    >,
+  ) => {
+    const told = [isOfSeveral && row.condition_name, outcome(row) !== "unknown" && outcome(row)];
+    const more = told.filter(Boolean).join(", ");
+    return more ? `${episodeName(row)} (${more})` : episodeName(row);
+  };
   const others = run?.episodes.filter((row) => row.id !== own) ?? [];
   const offered = others.slice(0, MOST_OFFERED).map((row) => ({ id: row.id, name: name(row) }));
   const chosen = state.compared.value;

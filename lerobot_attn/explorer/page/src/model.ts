@@ -4,6 +4,7 @@ import { batch, computed, effect, signal, untracked, type ReadonlySignal } from 
 import {
   ApiError,
   type ActionChunk,
+  type Camera,
   type Choice,
   type HeadChoice,
   type EpisodeRow,
@@ -42,6 +43,8 @@ export interface Shown {
   masks: Masks | null;
   /** Full name of a camera → its picture, if there is a video. */
   pictures: Map<string, ImageBitmap>;
+  /** What they show: the frame, or, while it is recorded, the one at which the policy was asked. */
+  pictureFrame: number;
 }
 
 /** What is loaded by itself, and can fail by itself. */
@@ -319,7 +322,9 @@ export class EpisodeModel {
       old && (["version", "frame", "inference", "step"] as const).every((name) => old[name] === wanted[name]);
     // A video may be finished after its frame was shown.
     const lacksPicture = this.views.value.some(
-      ({ camera }) => camera.has_video && !old?.pictures.has(camera.name),
+      ({ camera }) =>
+        camera.has_video &&
+        (!old?.pictures.has(camera.name) || (isFinished(camera) && old.pictureFrame !== frame)),
     );
     if (isShown && !lacksPicture && !old.row && layer === null) return;
     const request = ++this.request;
@@ -330,7 +335,7 @@ export class EpisodeModel {
         this.source.tokens(this.key, inference),
         this.source.actions(this.key, inference),
         this.loadMasks(facts, inference),
-        this.loadPictures(frame),
+        this.loadPictures(frame, timeline.inference_frame[inference]),
       ]);
       if (request < this.delivered || this.isDisposed) return; // a later one was faster
       this.delivered = request;
@@ -338,7 +343,7 @@ export class EpisodeModel {
       batch(() => {
         if (!isSameInference) this.word.value = null;
         this.failedFrame.value = null;
-        this.shown.value = { ...wanted, means, row, tokens, chunk, masks, pictures };
+        this.shown.value = { ...wanted, means, row, tokens, chunk, masks, ...pictures };
       });
       if (!isSameInference && this.pointedAt !== null) void this.showWord(this.pointedAt);
       if (request !== this.request) return;
@@ -387,20 +392,28 @@ export class EpisodeModel {
     }
   }
 
-  private async loadPictures(frame: number): Promise<Map<string, ImageBitmap>> {
-    const found = new Map<string, ImageBitmap>();
+  private async loadPictures(
+    frame: number,
+    askedAt: number | null | undefined,
+  ): Promise<Pick<Shown, "pictures" | "pictureFrame">> {
+    const pictures = new Map<string, ImageBitmap>();
+    let pictureFrame = frame;
     await Promise.all(
       untracked(() => this.views.value).map(async ({ camera }) => {
         if (!camera.has_video) return;
+        // While it is recorded, there is only what the policy saw when it was asked last.
+        if (!isFinished(camera) && camera.still !== askedAt) return;
         try {
-          found.set(camera.name, await this.source.picture(this.key, camera, frame));
+          const shown = camera.still ?? frame;
+          pictures.set(camera.name, await this.source.picture(this.key, camera, shown));
+          pictureFrame = shown;
         } catch (error) {
           // Attention is shown without its picture: while it is recorded, a video has no frames yet.
           if (!(error instanceof ApiError) || error.status === 0) throw error;
         }
       }),
     );
-    return found;
+    return { pictures, pictureFrame };
   }
 
   /** Ask for what a person is likely to look at next. */
@@ -417,7 +430,9 @@ export class EpisodeModel {
     const frames = this.frames.value;
     const place = frames.placeOf(frame);
     for (const { camera } of this.views.value) {
-      for (let ahead = 1; camera.has_video && ahead <= PREFETCH_FRAMES; ahead++) {
+      // Where this frame's picture cannot be had, because it is recorded yet, the next ones cannot either.
+      const isReadable = isFinished(camera) && this.shown.value?.pictures.has(camera.name);
+      for (let ahead = 1; isReadable && ahead <= PREFETCH_FRAMES; ahead++) {
         for (const next of [place + ahead, place - ahead]) {
           if (next < 0 || next >= frames.length || (next < place !== isBackwards && ahead > 3)) continue;
           this.source.picture(this.key, camera, frames.at(next)).catch(ignore);
@@ -523,6 +538,9 @@ export class EpisodeModel {
     return problem === null;
   }
 }
+
+/** Whether a camera's video can be read, as far as is known. */
+export const isFinished = ({ still }: Pick<Camera, "still">) => still === null || still === undefined;
 
 /** Where the colour range of episodes that are shown together ends. */
 export function sharedEnd(models: EpisodeModel[], normalisation: Normalisation): number {

@@ -117,6 +117,14 @@ export function besideOf({ state_dims }: Pick<Facts, "state_dims">, chosen: stri
   return [chosen, "eef_z"].find((name) => state_dims.includes(name)) ?? state_dims[0] ?? null;
 }
 
+/** A number of the state for people, and its unit where it is known: `eef_…` is the hand's place in metres. */
+export function besideInWords(name: string): { name: string; unit: string } {
+  return {
+    name: name === "eef_z" ? "hand's height, eef_z" : name,
+    unit: /^eef_[xyz]$/.test(name) ? "m" : "",
+  };
+}
+
 /** A token group's name for people: a camera's is its short one. */
 export function groupLabel(facts: Pick<Facts, "cameras">, group: string): string {
   return facts.cameras.find(({ name }) => name === group)?.label ?? group;

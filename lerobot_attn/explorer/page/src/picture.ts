@@ -43,6 +43,9 @@ export function caption(model: EpisodeModel): string[] {
     ...(state.outlines.value === "on" && facts.scene && model.masks.value
       ? [`outlines${asAt(model)}: ${outlinesInWords(facts.scene)}`]
       : []),
+    ...(shown.pictures.size && shown.pictureFrame !== shown.frame
+      ? [`pictures of frame ${shown.pictureFrame}, when the policy was asked`]
+      : []),
     ...(facts.random_weights ? ["random weights: the maps mean nothing"] : []),
     ...(facts.condition ? [`condition: ${facts.condition}`] : []),
     ...(facts.policy_remark ? [facts.policy_remark] : []),

@@ -238,9 +238,9 @@ function neuronsPlan(colour: Ink, model: EpisodeModel, other: EpisodeModel | nul
     data,
     scales: { activation: { range: ofActivation }, state: { range: ofState } },
     axes: [
-      { scale: "activation", space: 20, values },
+      { scale: "activation", space: 14, values },
       ...(height
-        ? [{ scale: "state", side: 1 as const, space: 20, values, stroke: besideColour(facts) }]
+        ? [{ scale: "state", side: 1 as const, space: 14, values, stroke: besideColour(facts) }]
         : []),
     ],
     numbered: false,

@@ -32,11 +32,13 @@ class Server {
   /** What all maps of inference 0 hold; of the next 10 more. */
   value = 1;
   hasPictures = true;
+  still: number | null = null;
   hasMasks = false;
   hasDamagedMasks = false;
   broken: (what: string) => void = () => {};
   delayMs: (what: string) => number = () => 0;
   asked: string[] = [];
+  n_refused = 0;
 
   private async answer<T>(what: string, value: T): Promise<T> {
     this.asked.push(what);
@@ -73,7 +75,7 @@ class Server {
         { kind: "image", name: CAMERA.name, start: 0, stop: 4 },
         { kind: "language", name: "language", start: 4, stop: 6 },
       ],
-      cameras: [CAMERA],
+      cameras: [{ ...CAMERA, still: this.still }],
       scene: this.hasMasks ? { instances: [], cameras: [CAMERA.name], height_px: 2, width_px: 2 } : null,
       kinds: { image: 1, task: 2 },
     } as unknown as Facts;
@@ -102,7 +104,10 @@ class Server {
         this.answer("tokens", { key_kind: [1, 1, 1, 1, 2, 2], group_of_key: [-1, -1, -1, -1, 0, 1] }),
       actions: () => this.answer("actions", { action: [] }),
       picture: (_: unknown, __: unknown, frame: number) => {
-        if (!this.hasPictures) return Promise.reject(new ApiError(422, "no such frame"));
+        if (!this.hasPictures) {
+          this.n_refused++;
+          return Promise.reject(new ApiError(422, "no such frame"));
+        }
         return this.answer(`picture ${frame}`, {} as ImageBitmap);
       },
       shares: (_: unknown, first: number, where: Where) =>
@@ -258,6 +263,30 @@ describe("an episode that changes", () => {
     await model.follow(server.row);
     await pass();
     expect(model.shown.value!.pictures.size).toBe(1);
+  });
+
+  it("shows what the policy saw last while the video is written, and asks for no other picture", async () => {
+    const pictures = () => server.asked.filter((what) => what.startsWith("picture"));
+    server.still = 1; // inference 1 was asked there, and governs frames 2 and 3
+    await opened();
+    expect(model.shown.value!.pictures.size).toBe(0);
+    state.frame.value = 2;
+    await pass();
+    expect(model.shown.value).toMatchObject({ frame: 2, pictureFrame: 1 });
+    expect(model.shown.value!.pictures.size).toBe(1);
+    expect(pictures()).toEqual(["picture 1"]);
+    server.still = null;
+    server.nInferences = 3;
+    await model.follow(server.row);
+    await pass();
+    expect(model.shown.value).toMatchObject({ frame: 2, pictureFrame: 2 });
+  });
+
+  it("asks for no further pictures where one cannot be had", async () => {
+    server.hasPictures = false;
+    await opened();
+    await pass(500);
+    expect(server.n_refused).toBe(1);
   });
 
   it("asks for nothing when the table says what is known", async () => {

@@ -3,6 +3,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { Activations, Facts, Neurons, Timeline } from "../src/api";
 import {
   askOf,
+  besideInWords,
   besideOf,
   chosenOf,
   EpisodeNeurons,
@@ -176,6 +177,13 @@ describe("what is drawn beside", () => {
     expect(stateOver(facts(), timeline, "eef_z")).toEqual([1, null]);
     expect(stateOver(facts(), timeline, null)).toBeNull();
     expect(stateOver(facts(), { state: null } as unknown as Timeline, "eef_z")).toBeNull();
+  });
+
+  it("has a unit where it is known", () => {
+    expect(besideInWords("eef_z")).toEqual({ name: "hand's height, eef_z", unit: "m" });
+    expect(besideInWords("eef_x")).toEqual({ name: "eef_x", unit: "m" });
+    expect(besideInWords("eef_rx").unit).toBe("");
+    expect(besideInWords("joint_1")).toEqual({ name: "joint_1", unit: "" });
   });
 
   it("has scales that hold all numbers", () => {
