@@ -90,7 +90,7 @@ def _batches_of_masked_environments() -> Iterator[None]:
     with ExitStack() as stack:
         for kind in (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv):
             stack.callback(setattr, kind, "__init__", kind.__init__)
-            kind.__init__ = _building_masked(kind.__init__)  # type: ignore[method-assign]
+            kind.__init__ = _building_masked(kind.__init__)
         yield
 
 
