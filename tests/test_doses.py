@@ -233,10 +233,11 @@ def steered(tmp_path_factory):
 
 
 def test_the_command_writes_doses(steered, tmp_path, monkeypatch, capsys):
-    drawn = []
+    drawn, captions = [], []
 
     def noting(columns, caption, **options):
         drawn.extend(columns)
+        captions.append(caption)
         return dose_figure(columns, caption, **options)
 
     monkeypatch.setattr(figures, "dose_figure", noting)
@@ -259,6 +260,7 @@ def test_the_command_writes_doses(steered, tmp_path, monkeypatch, capsys):
     assert "doses.png" in report
     assert "| high_dose2 | random_dose2_draw1 | " in report  # each draw by itself, in the outcome
     assert "against random_dose2_draw1" not in report
+    assert captions[0].facts[-1].endswith(", 2 pairs")
     ((name, label, heights, points),) = drawn
     assert (name, label.endswith(", cm")) == ("high", True)
     lines = {line.name: line for line in heights}

@@ -315,10 +315,11 @@ def write_effects(
     if found.doses is not None:
         files += [folder / "doses.csv", folder / "doses.png"]
         dose_table(found.doses.effects).to_csv(files[3], index=False)
+        outcomes = {doses.outcome_of(part) for _, part in found.episodes.table.groupby("experiment")}
         steered = doses.steering_figure(
             found.episodes.table,
             found.doses,
-            _caption(table, found, settings, _DOSES_READ),
+            _caption(table[table["metric"].isin(outcomes)], found, settings, _DOSES_READ),
             confidence=settings.confidence,
             seed=settings.seed,
             width_in=settings.width,
