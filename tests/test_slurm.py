@@ -126,6 +126,8 @@ def test_the_recipes_sweep_runs_and_a_preempted_job_goes_on(cluster, tmp_path, m
     monkeypatch.chdir(tmp_path)
     outputs = {}
     for words in commands("lerobot-attn"):
+        if words[0] == "view":  # serves until it is ended; tests/test_readme.py tries its options
+            continue
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
         outputs[words[0]] = done.output
