@@ -301,13 +301,15 @@ def test_an_environment_of_lerobots_without_masks_is_refused_before_it_is_built(
     condition = f"--eval.interventions={json.dumps(BLOCKED.to_dict())}"
     error = error_of(run_main, capsys, "--env.type=pusht", f"--output_dir={tmp_path / 'out'}", condition)
     assert "env.type=pusht" in error
-    assert "expected LIBERO" in error
+    assert "expected an environment that simulates with MuJoCo" in error
     assert "\n" not in error.strip()
 
 
 def test_environments_without_masks_end_the_run_before_the_first_action(tmp_path):
     policy = noisy()
-    with pytest.raises(ConfigError, match=r"masks: what is evaluated .* has none, expected LIBERO"):
+    with pytest.raises(
+        ConfigError, match=r"masks: what is evaluated has none .*, expected .* MuJoCo, or whose class"
+    ):
         evaluate(tmp_path, {0: scripted.make_envs((4,))}, BLOCKED, policy=policy, record=False)
     assert not policy.told
 
