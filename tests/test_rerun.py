@@ -246,7 +246,7 @@ def test_a_disk_that_becomes_full_is_one_line_and_leaves_no_file(tmp_path, episo
         "from lerobot_attn.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "export-rerun", episode.path, "-o", tmp_path / "episode.rrd"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "cannot write the recording" in error
