@@ -564,6 +564,22 @@ def test_who_watches_gets_each_inference_by_itself(tmp_path, monkeypatch):
     assert len(commits) < 50
 
 
+def test_who_watches_gets_an_inferences_first_frame_at_once_and_the_others_together(tmp_path, monkeypatch):
+    commit, n_frames = EpisodeWriter.commit, set()
+
+    def noted(self):
+        commit(self)
+        n_frames.add(self.n_frames)
+
+    monkeypatch.setattr(EpisodeWriter, "commit", noted)
+    monkeypatch.setattr("lerobot_attn.recording.run.viewers_beside", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("lerobot_attn.recording.handle._SHOW_EVERY_S", 1000)
+    envs = {0: scripted.make_envs((30,))}
+    evaluate(tmp_path, envs, policy=make_policy(n_action_steps=10), view=True)
+    # The others come with the next inference, which may wait for its own first frame.
+    assert {1, 11, 21, 30} <= n_frames <= {0, 1, 10, 11, 20, 21, 30}
+
+
 @pytest.mark.parametrize(
     ("lengths", "n_action_steps", "size"),
     [((3, 3, 3, 40), 1, 8), ((5, 25, 45, 60), 50, 96)],
