@@ -81,8 +81,7 @@ class EpisodeHandle:
         self._entries: list[FrameEntry] = []  # frames that are not queued yet
         self._query = 0
         self._told = False
-        self._is_new = False  # no frame of the newest inference was queued yet
-        self._show_at = 0.0  # when frames are queued again for who watches, on the monotonic clock
+        self._show_at = 0.0  # when who watches gets frames again, on the monotonic clock; 0: at once
 
     @property
     def failure(self) -> BaseException | None:
@@ -149,9 +148,9 @@ class EpisodeHandle:
         # Somebody watches: an inference is shown as soon as its first frame is in the store, and not only
         # with the next inference. The frames behind it wait for each other a little, for each commit makes
         # the explorer read the store anew.
-        if is_watched and self.n_queued and (self._is_new or time.monotonic() >= self._show_at):
+        if is_watched and self.n_queued and time.monotonic() >= self._show_at:
             self._write_frames()
-            self._is_new, self._show_at = False, time.monotonic() + _SHOW_EVERY_S
+            self._show_at = time.monotonic() + _SHOW_EVERY_S
 
     def finish(
         self,
@@ -225,7 +224,7 @@ class EpisodeHandle:
         self._n_jobs += 1
         self._query = record.layout.query_of_action(0)
         self._entries = []
-        self._is_new = True
+        self._show_at = 0.0
 
     def _write_frames(self) -> None:
         """Queue the frames that are not queued yet."""

@@ -97,6 +97,7 @@ def upload(
     stores = [] if removed and not _holds_stores(local) else open_run(local).stores
     here = [on_this_machine(store, "a URL is sent from nowhere") for store in stores]
     root, n_done = _root_of(local, [*removed, *here]), 0
+    episodes = set(here)
     jobs: list[tuple[Path, _Send]] = []
     for store in here:
         inside = _inside(store.parent, root)
@@ -122,12 +123,12 @@ def upload(
                 done = asyncio.run(_tried(send))
             except UnreachedError as error:
                 raise StoreError(
-                    f"{error}; {n_done} of {len(here)} episodes are there, the same call goes on"
+                    f"{error}; {n_done} of {len(episodes)} episodes are there, the same call goes on"
                 ) from error
             except OSError as error:
                 yield Uploaded(path, refused=first_line(error))
                 continue
-            n_done += path in here
+            n_done += path in episodes
             yield done
 
 
