@@ -109,8 +109,8 @@ def test_a_failure_does_not_keep_what_its_job_held(writer):
 def test_what_large_jobs_freed_goes_back_to_the_system(monkeypatch):
     trimmed = []
     monkeypatch.setattr(background, "_trim", lambda: trimmed.append(len(done)))
-    writer, done = BackgroundWriter(10_000_000), []
-    for n_bytes in (10, 2_000_000, 10, 3_000_000):
+    writer, done = BackgroundWriter(100_000_000), []
+    for n_bytes in (10, 20_000_000, 10, 30_000_000):
         writer.submit("a", lambda n_bytes=n_bytes: done.append(n_bytes), n_bytes)
         writer.flush()
     assert trimmed == [2, 4]

@@ -32,29 +32,65 @@ def test_wrong_frame_is_refused(tmp_path):
     writer.close()
 
 
-INTERRUPTED_FORK = """
+INTERRUPTED = """
 import os, signal, sys
 import numpy as np
 from lerobot_attn.store.video import VideoWriter
 
-os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
+os.setpgid(0, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 writer = VideoWriter(sys.argv[1], fps=10, size_px=(64, 64))
-for _ in range(12):
+encoder = writer._process.pid
+assert os.getpgid(encoder) == encoder, "a terminal's Ctrl-C reaches the encoder"
+for number in range(12):
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(encoder, ending)  # a cluster's signals go to all processes of a job
     writer.write(np.zeros((64, 64, 3), np.uint8))
 writer.close()
-os.kill(os.getpid(), signal.SIGINT)  # is heard again
+os.killpg(0, signal.SIGINT)  # is heard again
 """
 
 
-def test_ctrl_c_while_the_encoder_is_started(tmp_path):
+def test_the_encoder_lets_pass_what_ends_a_recording(tmp_path):
     path = tmp_path / "video.mp4"
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_FORK, path], capture_output=True, text=True, check=False
+        [sys.executable, "-c", INTERRUPTED, path], capture_output=True, text=True, check=False
     )
     assert count_frames(path) == 12
     assert done.stderr.count("KeyboardInterrupt") == 1, done.stderr
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_the_encoder_is_started_without_a_copy_of_this_process(tmp_path):
+    """What is called at a fork is not called: a process with a policy in it takes long to copy."""
+    code = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from lerobot_attn.store.video import VideoWriter, find_encoder
+
+find_encoder()
+os.register_at_fork(before=lambda: sys.exit("forked"))
+writer = VideoWriter(Path(sys.argv[1]), fps=10, size_px=(64, 64))
+writer.write(np.zeros((64, 64, 3), np.uint8))
+writer.close()
+"""
+    path = tmp_path / "video.mp4"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert count_frames(path) == 1
+
+
+def test_an_encoder_that_died_is_said(tmp_path):
+    writer = VideoWriter(tmp_path / "video.mp4", fps=10, size_px=(256, 256))
+    writer._process.kill()
+    writer._process.wait()
+    with pytest.raises(StoreError, match="the video encoder stopped"):
+        writer.write(np.zeros((256, 256, 3), np.uint8))
+    writer.close()
+    writer.close()
+    with pytest.raises(StoreError, match="the video encoder stopped"):
+        writer.write(np.zeros((256, 256, 3), np.uint8))
 
 
 def test_missing_video(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class HostCopies:
     def copy_into(self, target: Tensor, source: Tensor) -> Tensor:
         """Start copying into a part of an allocated tensor, converted to its dtype before it travels."""
         source = source.detach()
+        if source.device.type == "cpu" and source.dtype == target.dtype == torch.uint8:
+            # Pictures come at each frame: see `policies.flow.as_uint8`.
+            np.copyto(target.numpy(), source.numpy())
+            return target
         if source.device.type != "cpu":
             source = source.to(target.dtype)
         return target.copy_(source, non_blocking=_has_events(source.device))

@@ -21,7 +21,7 @@ from typing import Literal
 # What to do with a job that does not fit: wait until it does; drop it; or take it nevertheless.
 WhenFull = Literal["wait", "drop", "take"]
 
-_TRIM_BYTES = 1_000_000  # while nothing is queued
+_TRIM_BYTES = 16_000_000  # while nothing is queued
 _TRIM_BUSY_BYTES = 64_000_000  # otherwise
 _TURN_S = 0.0005
 
@@ -35,7 +35,7 @@ def _find_trim() -> Callable[[], None]:
 
 
 # glibc keeps what threads free for itself, in pieces: without this a process that records for a minute holds
-# several times the memory that it uses. It takes about a millisecond.
+# several times the memory that it uses. It takes milliseconds, in which other threads may wait for memory.
 _trim = _find_trim()
 
 

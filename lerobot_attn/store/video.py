@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +42,9 @@ def _signals_kept_away() -> Iterator[None]:
     """Keep what ends a recording, and is sent to all of its processes, from those that are started here.
 
     That is a terminal's Ctrl-C and a cluster's SIGTERM, SIGUSR1 and SIGUSR2: an encoder that ended then would
-    leave out what is still queued. imageio-ffmpeg moves its processes out of the terminal's reach by Python
-    code that they run first: a Ctrl-C that comes then would end them.
+    leave out what is still queued.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, where it uses other means
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where processes of a group of their own get none
         yield
         return
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -51,6 +53,21 @@ def _signals_kept_away() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a process that reads its input from here, out of a terminal's reach.
+
+    It is started without a copy of this process (no `preexec_fn`): while a process with a policy in it is
+    copied nothing else runs, and afterwards each of its pages has to be claimed again.
+    """
+    group: dict[str, Any] = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+        if sys.platform == "win32"
+        else {"process_group": 0}
+    )
+    with _signals_kept_away():
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, **group)
 
 
 class VideoWriter:
@@ -64,7 +81,7 @@ class VideoWriter:
         path: the MP4.
         fps: frames per second.
         size_px: (height, width) of the frames.
-        fast: spend a third less time, for larger files of somewhat less quality: for what is only looked at.
+        fast: be done as soon as can be, with somewhat less quality: for what is only looked at.
 
     Raises:
         StoreError: there is no encoder.
@@ -76,22 +93,22 @@ class VideoWriter:
         self.n_frames = 0
         self._pad = (size_px[0] % 2, size_px[1] % 2)
         find_encoder()
-        self._process: Any = imageio_ffmpeg.write_frames(
-            _url(path),
-            (size_px[1] + self._pad[1], size_px[0] + self._pad[0]),
-            fps=fps,
-            codec="libx264",
-            pix_fmt_out="yuv420p",
-            macro_block_size=1,
-            ffmpeg_log_level="error",
-            output_params=[
-                *("-crf", "20" if fast else "16"),
-                *("-preset", "superfast" if fast else "veryfast"),
-                *("-movflags", "+faststart"),
-            ],
+        height, width = (size + pad for size, pad in zip(size_px, self._pad, strict=True))
+        self._process = _start(
+            [
+                imageio_ffmpeg.get_ffmpeg_exe(),
+                *("-y", "-v", "error"),
+                *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"),
+                *("-r", str(Fraction(fps).limit_denominator()), "-i", "-"),
+                *("-c:v", "libx264", "-pix_fmt", "yuv420p"),
+                # A fast preset makes larger files, which is little beside maps, and leaves the cores to the
+                # policy and the renderer. So does a single thread, where nobody waits for the file.
+                *("-preset", "superfast", *(("-crf", "20") if fast else ("-crf", "18", "-threads", "1"))),
+                *("-movflags", "+faststart", _url(path)),
+            ]
         )
-        with _signals_kept_away():
-            self._process.send(None)
+        assert self._process.stdin is not None
+        self._input = self._process.stdin
 
     def write(self, frame: Frame) -> None:
         """Append a frame.
@@ -110,14 +127,23 @@ class VideoWriter:
         if any(self._pad):
             frame = np.pad(frame, ((0, self._pad[0]), (0, self._pad[1]), (0, 0)), mode="edge")
         try:
-            self._process.send(np.ascontiguousarray(frame))
-        except (OSError, StopIteration) as error:
+            self._input.write(np.ascontiguousarray(frame).data)
+        except (OSError, ValueError) as error:  # ValueError: its input was closed
             raise StoreError(f"{self.path}: the video encoder stopped: {error}") from error
         self.n_frames += 1
 
     def close(self) -> None:
-        """Finish the file."""
-        self._process.close()
+        """Finish the file; a second call does nothing.
+
+        What became of it the file says: an encoder that died leaves none, or one that cannot be read.
+        """
+        with suppress(OSError):  # of an encoder that died
+            self._input.close()
+        try:
+            self._process.wait()
+        except BaseException:  # e.g. a second Ctrl-C
+            self._process.kill()
+            raise
 
 
 def read_frames(
