@@ -215,6 +215,14 @@ def xvla_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
     return functools.partial(make_policy, save_tokenizer(tmp_path_factory.mktemp("xvla") / "tokenizer"))
 
 
+@pytest.fixture(scope="session")
+def eo1_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Any, Any]]:
+    """Make a small EO-1 without the Hub: settings → (policy, preprocessor, postprocessor)."""
+    from eo1_policy import make_policy, save_processor
+
+    return functools.partial(make_policy, save_processor(tmp_path_factory.mktemp("eo1") / "processor"))
+
+
 def _random_checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_type: str) -> Path:
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 

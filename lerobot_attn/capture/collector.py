@@ -297,9 +297,10 @@ class Collector:
             if self._prefix is None:
                 shape = (len(self._prefix_slot), *chosen.maps.shape)
                 self._prefix = self._copies.allocate(shape, torch.float16, chosen.maps.device)
-            # A padding query attends to no key, so its softmax is uniform noise: its row is set to 0.
-            is_query = self._inputs.key_mask[:, None, : chosen.maps.shape[-1], None]
-            self._copies.copy_into(self._prefix[self._prefix_slot[site.layer]], chosen.maps * is_query)
+            # A padding query attends to no key, so its row is uniform noise or no number: it is set to 0.
+            is_padding = ~self._inputs.key_mask[:, None, : chosen.maps.shape[-1], None].bool()
+            maps = chosen.maps.masked_fill(is_padding, 0)
+            self._copies.copy_into(self._prefix[self._prefix_slot[site.layer]], maps)
             return
         step = len(self._flow_times) - 1
         self._note(site, f"denoise step {step}")

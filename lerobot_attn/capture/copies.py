@@ -35,7 +35,7 @@ class HostCopies:
     def copy_into(self, target: Tensor, source: Tensor) -> Tensor:
         """Start copying into a part of an allocated tensor, converted to its dtype before it travels."""
         source = source.detach()
-        if source.device.type == "cpu" and source.dtype == target.dtype == torch.uint8:
+        if target.dtype == torch.uint8 and source.device.type == "cpu" and source.dtype == target.dtype:
             # Pictures come at each frame: see `policies.flow.as_uint8`.
             np.copyto(target.numpy(), source.numpy())
             return target

@@ -51,9 +51,13 @@ _BLOCKED = ("act", "pi0", "pi05", "smolvla")
 _FIRED = ("pi0", "pi05", "smolvla")
 _NOT_FIRED = {
     "act": "of ACT attention alone is reached, and it has no language model whose neurons stand for words",
+    "eo1": "of EO-1 attention alone is reached",
     "pi0_fast": "of Pi0-FAST attention alone is reached, whose passes hold one decoded token each",
     "xvla": "of X-VLA attention alone is reached",
 }
+_WITHOUT_INSTRUCTION = ("act",)
+# Families whose preprocessor cuts pictures into patches: of the policy's batch nobody reads them.
+_CUT_BEFORE = ("eo1",)
 _NEEDS_WORDS = ("task", "template")  # segments that only a tokenizer can tell
 _ACTING: WeakKeyDictionary[Any, list[Intervener]] = WeakKeyDictionary()  # by policy
 
@@ -173,12 +177,17 @@ class Intervener:
                 f"fixed_noise: {kind} takes no noise as an argument, expected a policy that does; seed this "
                 "one before each inference instead"
             )
-        if self._tasks and not hasattr(config, "tokenizer_max_length"):
+        family = adapter_type(config)
+        if self._tasks and family in _WITHOUT_INSTRUCTION:
             raise ConfigError(f"task: {kind} is given no instruction, expected a policy that is")
+        if self._occluder is not None and family in _CUT_BEFORE:
+            raise ConfigError(
+                f"occlude: {kind}'s preprocessor cuts pictures into patches before the policy gets them, "
+                "expected a policy that reads its cameras itself; paint over what the preprocessor is given"
+            )
         if not self._blocks and not self._firings:
             return
         does = (self._blocks or self._firings)[0].kind
-        family = adapter_type(config)
         if self._blocks and family not in _BLOCKED:
             raise ConfigError(
                 f"block_attention: got a policy of type {kind}, expected one of {', '.join(_BLOCKED)}: what "

@@ -35,6 +35,7 @@ _VLA = "the action expert's, the language model's and the vision tower's attenti
 # Of those with an adapter.
 FAMILIES: dict[str, Family] = {
     "act": Family("the decoder's cross-attention, the encoder's self-attention", True, False),
+    "eo1": Family("Qwen2.5-VL's attention, over the prefix and over the actions", True, False),
     "pi0": Family(_VLA, True, True),
     "pi05": Family(_VLA, True, True),
     "pi0_fast": Family("each decoded token's attention, and that among the prefix", True, False),
@@ -42,23 +43,23 @@ FAMILIES: dict[str, Family] = {
     "xvla": Family("the soft-prompted transformer's and Florence-2's encoder's attention", True, False),
 }
 
-_HUB = "needs {} from the Hub to be built, so that no adapter could be tested"
+_NOT_YET = "no adapter yet; it is built around {} from the Hub"
 
 # Of LeRobot's other types, found by building them or by reading their code (LeRobot 0.6.1).
 WHY_NOT: dict[str, str] = {
     "diffusion": "no attention over images: a U-Net over pooled features (its softmax makes keypoints)",
-    "eo1": _HUB.format("Qwen2.5-VL"),
-    "evo1": _HUB.format("InternVL3"),
-    "fastwam": _HUB.format("Wan 2.2"),
+    "evo1": _NOT_YET.format("InternVL3"),
+    "fastwam": _NOT_YET.format("Wan 2.2"),
     "gaussian_actor": "no attention: a convolutional encoder and MLPs",
-    "groot": _HUB.format("Qwen3-VL"),
-    "lingbot_va": _HUB.format("Wan's autoencoder and text encoder"),
-    "molmoact2": _HUB.format("its model and configuration"),
+    "groot": _NOT_YET.format("Qwen3-VL") + ", and needs diffusers, which lerobot-attn does not install",
+    "lingbot_va": _NOT_YET.format("Wan's autoencoder and text encoder"),
+    "molmoact2": _NOT_YET.format("its model and configuration"),
     "multi_task_dit": "no map of an image: each image enters as one vector (CLIP's, from the Hub)",
     "tdmpc": "no attention: convolutions and MLPs",
-    "vla_jepa": _HUB.format("Qwen3-VL and V-JEPA"),
+    "vla_jepa": _NOT_YET.format("Qwen3-VL and V-JEPA"),
     "vqbet": "no map of an image: each image enters as one vector",
-    "wall_x": _HUB.format("its Qwen2.5-VL with experts"),
+    "wall_x": _NOT_YET.format("its Qwen2.5-VL with experts")
+    + ", and needs torchdiffeq and qwen-vl-utils, which lerobot-attn does not install",
 }
 
 

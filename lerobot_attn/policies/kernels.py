@@ -32,7 +32,12 @@ _KERNEL = nn.functional.scaled_dot_product_attention
 
 
 @contextmanager
-def kernel_tap(module: nn.Module, exchange: Exchange, missed: Callable[[], None]) -> Iterator[None]:
+def kernel_tap(
+    module: nn.Module,
+    exchange: Exchange,
+    missed: Callable[[], None],
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
     """Hand an attention module's probabilities to `exchange` each time the module is called.
 
     Nothing that the policy computes changes, and no random number is drawn. Where `exchange` returns a
@@ -44,6 +49,7 @@ def kernel_tap(module: nn.Module, exchange: Exchange, missed: Callable[[], None]
         exchange: gets (batch, head, query, key), rows sum to 1, in the dtype that was applied; returns None,
             or what is applied instead.
         missed: called after a call in which no attention came.
+        is_wanted: asked before each call; where nobody wants its attention the module runs as it always does.
 
     Raises:
         CaptureError: the module has several `nn.MultiheadAttention` below it.
@@ -58,6 +64,8 @@ def kernel_tap(module: nn.Module, exchange: Exchange, missed: Callable[[], None]
     forward: Callable[..., Any] = owner.forward
 
     def tapped_forward(*args: Any, **kwargs: Any) -> Any:
+        if not is_wanted():
+            return forward(*args, **kwargs)
         if inner:
             return _multihead(forward, exchange, args, kwargs)
         with _BesideKernel(exchange) as mode:

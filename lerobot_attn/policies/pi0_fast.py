@@ -168,10 +168,11 @@ class Pi0FastAdapter(PaliGemmaCameras):
                 stack.enter_context(replaced_attribute(owner, name, value))
             for layer in sorted({site.layer for site in wanted}):
                 module: Any = self._layers[layer].self_attn
-                plain = module.forward
-                stack.enter_context(kernel_tap(module, partial(exchange, layer), partial(missed, layer)))
-                chosen = partial(_either, partial(is_wanted, layer), module.forward, plain)
-                stack.enter_context(replaced_attribute(module, "forward", chosen))
+                stack.enter_context(
+                    kernel_tap(
+                        module, partial(exchange, layer), partial(missed, layer), partial(is_wanted, layer)
+                    )
+                )
             yield
 
     def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
@@ -242,14 +243,3 @@ class _Run:
 
     def stop(self) -> None:
         self.batch, self.inputs, self.stream = None, None, None
-
-
-def _either(
-    is_wanted: Callable[[], bool],
-    tapped: Callable[..., Any],
-    plain: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Run an attention module, tapped only where its attention is asked for."""
-    return (tapped if is_wanted() else plain)(*args, **kwargs)
