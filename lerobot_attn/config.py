@@ -312,6 +312,10 @@ def resolve_indices(name: str, selection: Selection, count: int) -> tuple[int, .
     if selection == "none":
         return ()
     for index in selection:
+        if not count:
+            raise ConfigError(
+                f"{name} {index} does not exist: of this policy none can be recorded; expected none"
+            )
         if not isinstance(index, int) or not -count <= index < count:
             raise ConfigError(
                 f"{name} {index} does not exist: this policy has {count}, expected 0 to {count - 1} "

@@ -210,7 +210,10 @@ class AdapterContract:
         assert record.suffix_attention.shape == (steps, sizes.n_layers, 2, sizes.n_heads, queries, keys)
         assert record.suffix_attention_mean.shape == (steps, sizes.n_layers, 2, sizes.n_heads, keys)
         prefix = layout.prefix_len
-        assert record.prefix_attention.shape == (sizes.n_prefix_layers, 2, sizes.n_heads, prefix, prefix)
+        if sizes.n_prefix_layers:
+            assert record.prefix_attention.shape == (sizes.n_prefix_layers, 2, sizes.n_heads, prefix, prefix)
+        else:
+            assert record.prefix_attention is None
         assert record.suffix_attention.dtype == np.float16
         assert len(layout.actions) == (sizes.n_decode_steps or sizes.chunk_size)
         assert record.action_chunk.shape[:2] == (2, sizes.chunk_size)
@@ -218,7 +221,7 @@ class AdapterContract:
         n_executed = sizes.n_decode_steps or sizes.n_action_steps
         assert record.executed_queries == slice(first, first + n_executed)
         maps = record.suffix_attention.nbytes + record.suffix_attention_mean.nbytes
-        maps += record.prefix_attention.nbytes
+        maps += record.prefix_attention.nbytes if sizes.n_prefix_layers else 0
         if sizes.n_vision_layers:
             cameras = [camera.name for camera in layout.cameras if not camera.is_empty]
             assert record.vision_cameras == cameras
@@ -249,7 +252,8 @@ class AdapterContract:
 
     def test_sizes_are_each_inferences_own(self, policy, batch, longer):
         """One capture spans prompts of different lengths."""
-        with capture_attention(policy, self.config(layers="all", prefix_layers=[0])) as capture:
+        prefix_layers = [0] if adapter_for(policy).describe().n_prefix_layers else "none"
+        with capture_attention(policy, self.config(layers="all", prefix_layers=prefix_layers)) as capture:
             self.act(policy, batch, 0)
             with longer() as other:
                 self.act(policy, other, 0)
@@ -261,7 +265,8 @@ class AdapterContract:
             keys, prefix = record.layout.n_keys, record.layout.prefix_len
             assert record.suffix_attention.shape[-2:] == (record.layout.n_queries, keys)
             assert record.suffix_attention_mean.shape[-1] == keys
-            assert record.prefix_attention.shape[-2:] == (prefix, prefix)
+            if record.prefix_attention is not None:
+                assert record.prefix_attention.shape[-2:] == (prefix, prefix)
             assert record.key_mask.shape == (2, keys)
             assert record.key_kind.shape == (2, keys)
         np.testing.assert_array_equal(first.suffix_attention, third.suffix_attention)
@@ -298,7 +303,9 @@ class AdapterContract:
         assert np.nan_to_num(before.suffix_attention[..., 0]).any()
         assert not np.nan_to_num(after.suffix_attention[..., 0]).any()
         assert not after.suffix_attention_mean[..., 0].any()
-        assert not after.prefix_attention[..., 0].any()
+        if before.prefix_attention is not None:
+            assert before.prefix_attention[..., 0].any()
+            assert not after.prefix_attention[..., 0].any()
         if before.vision_attention is not None:
             assert before.vision_attention[..., 0].any()
             assert not after.vision_attention[..., 0].any()
@@ -447,7 +454,9 @@ class AdapterContract:
             with torch.enable_grad():
                 policy.predict_action_chunk(batch)
         (record,) = capture.drain()
-        for name in ("suffix_attention", "suffix_attention_mean", "prefix_attention"):
+        names = ["suffix_attention", "suffix_attention_mean"]
+        names += ["prefix_attention"] if adapter_for(policy).describe().n_prefix_layers else []
+        for name in names:
             assert np.isfinite(getattr(record, name)).any(), name
         assert np.isfinite(record.action_chunk).all()
         assert not [
@@ -578,6 +587,8 @@ class AdapterContract:
         is_padding = record.key_kind == Kind.PADDING
         for env in range(2):
             assert not record.suffix_attention[:, :, env, :, is_read[env]][..., is_padding[env]].any()
+            if record.prefix_attention is None:
+                continue
             prefix = record.prefix_attention[:, env].astype(np.float32)
             padding = is_padding[env, : record.layout.prefix_len]
             assert not prefix[..., padding].any()
@@ -653,13 +664,13 @@ class AdapterContract:
         with capture_attention(policy, self.everything(policy)) as capture:
             self.act(policy, batch, 3)
         (whole,) = capture.drain()
-        has_tower = whole.vision_attention is not None
+        has_tower, has_prefix = whole.vision_attention is not None, whole.prefix_attention is not None
         config = self.config(
             layers=[-1],
             mean_layers=[0, 2],
             heads=[1],
             denoise_steps=[0, -1],
-            prefix_layers=[-2],
+            prefix_layers=[-2] if has_prefix else "none",
             vision_layers=[-1] if has_tower else "none",
         )
         with capture_attention(policy, config) as capture:
@@ -669,7 +680,8 @@ class AdapterContract:
         np.testing.assert_array_equal(part.suffix_attention, whole.suffix_attention[steps][:, -1:, :, 1:2])
         mean = whole.suffix_attention_mean[steps][:, [0, 2]][:, :, :, 1:2]
         np.testing.assert_array_equal(part.suffix_attention_mean, mean)
-        np.testing.assert_array_equal(part.prefix_attention, whole.prefix_attention[-2:-1, :, 1:2])
+        if has_prefix:
+            np.testing.assert_array_equal(part.prefix_attention, whole.prefix_attention[-2:-1, :, 1:2])
         np.testing.assert_array_equal(part.flow_time, whole.flow_time[steps])
         if has_tower:  # all heads of its own, whatever heads were chosen of the other towers
             np.testing.assert_array_equal(part.vision_attention, whole.vision_attention[:, -1:])

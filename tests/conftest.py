@@ -223,6 +223,14 @@ def eo1_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[
     return functools.partial(make_policy, save_processor(tmp_path_factory.mktemp("eo1") / "processor"))
 
 
+@pytest.fixture(scope="session")
+def evo1_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Any, Any]]:
+    """Make a small EVO-1 without the Hub: settings → (policy, preprocessor, postprocessor)."""
+    from evo1_policy import make_policy, save_language_model
+
+    return functools.partial(make_policy, save_language_model(tmp_path_factory.mktemp("evo1") / "internvl"))
+
+
 def _random_checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_type: str) -> Path:
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 

@@ -22,7 +22,7 @@ from lerobot_attn.capture.collector import Collector
 from lerobot_attn.capture.record import InferenceRecord, Selection
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.policies import adapter_for
-from lerobot_attn.policies.base import PolicyAdapter, Probe, Site
+from lerobot_attn.policies.base import PolicyAdapter, Probe, Site, own_tokenizer
 from lerobot_attn.policies.chain import ProbeChain
 from lerobot_attn.prompt import PieceDecoder, Tokenizer
 
@@ -65,7 +65,7 @@ class AttentionCapture:
             self.policy,
             sites,
             self.selection,
-            decoder=PieceDecoder(tokenizer),
+            decoder=PieceDecoder(tokenizer or own_tokenizer(adapter)),
             parse_prompt=adapter.parse_prompt,
             on_record=on_record or self.records.append,
             on_failure=on_failure,
@@ -114,7 +114,7 @@ def capture_attention(
             here. `mean_layers="auto"` (the default) means the layers that `layers` asks for: what nobody
             asked for costs nothing.
         tokenizer: the one whose ids the policy gets, so that words and state digits can be told apart.
-            Without it language tokens are labelled `Kind.TEXT`.
+            Without it language tokens are labelled `Kind.TEXT`, unless the policy has one of its own (EVO-1).
         on_record: called with each record as soon as the inference ends, instead of keeping it in
             `capture.records`.
         on_failure: called when an inference could not be captured, which then goes on unwatched. Without it

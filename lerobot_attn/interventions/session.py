@@ -38,7 +38,7 @@ from lerobot_attn.interventions.spec import (
 )
 from lerobot_attn.masks import SceneMasks
 from lerobot_attn.policies import adapter_for, adapter_type, unwrap
-from lerobot_attn.policies.base import PolicyAdapter
+from lerobot_attn.policies.base import PolicyAdapter, own_tokenizer
 from lerobot_attn.policies.taps import in_trial_pass, is_watched, replaced_attribute, trial_pass
 from lerobot_attn.prompt import Tokenizer, find_tokenizer
 
@@ -52,6 +52,7 @@ _FIRED = ("pi0", "pi05", "smolvla")
 _NOT_FIRED = {
     "act": "of ACT attention alone is reached, and it has no language model whose neurons stand for words",
     "eo1": "of EO-1 attention alone is reached",
+    "evo1": "of EVO-1 attention alone is reached",
     "pi0_fast": "of Pi0-FAST attention alone is reached, whose passes hold one decoded token each",
     "xvla": "of X-VLA attention alone is reached",
 }
@@ -85,7 +86,7 @@ class Intervener:
         self._adapter = adapter
         self._policy = adapter.describe()
         self._draws = self._policy.noise_shape is not None
-        self._prompts = PromptLabels(tokenizer, adapter.parse_prompt)
+        self._prompts = PromptLabels(tokenizer or own_tokenizer(adapter), adapter.parse_prompt)
         parts = condition.interventions
         self._tasks = [one for one in parts if isinstance(one, Task)]
         self._blocks = [one for one in parts if isinstance(one, BlockAttention)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 from lerobot_attn.layout import TokenLayout
-from lerobot_attn.prompt import TextSpan
+from lerobot_attn.prompt import TextSpan, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -248,6 +248,12 @@ class MaskingProbe(Protocol):
         Asked before `bias`. An adapter that can mask scores where the policy does itself then makes no map
         for the probe, which costs more than the mask.
         """
+
+
+def own_tokenizer(adapter: PolicyAdapter) -> Tokenizer | None:
+    """Return the tokenizer of a policy that writes its prompts itself; None where its preprocessor does."""
+    found: Tokenizer | None = getattr(adapter, "tokenizer", None)
+    return found
 
 
 @runtime_checkable

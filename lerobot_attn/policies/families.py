@@ -36,6 +36,7 @@ _VLA = "the action expert's, the language model's and the vision tower's attenti
 FAMILIES: dict[str, Family] = {
     "act": Family("the decoder's cross-attention, the encoder's self-attention", True, False),
     "eo1": Family("Qwen2.5-VL's attention, over the prefix and over the actions", True, False),
+    "evo1": Family("the action head's cross-attention", True, False),
     "pi0": Family(_VLA, True, True),
     "pi05": Family(_VLA, True, True),
     "pi0_fast": Family("each decoded token's attention, and that among the prefix", True, False),
@@ -48,7 +49,6 @@ _NOT_YET = "no adapter yet; it is built around {} from the Hub"
 # Of LeRobot's other types, found by building them or by reading their code (LeRobot 0.6.1).
 WHY_NOT: dict[str, str] = {
     "diffusion": "no attention over images: a U-Net over pooled features (its softmax makes keypoints)",
-    "evo1": _NOT_YET.format("InternVL3"),
     "fastwam": _NOT_YET.format("Wan 2.2"),
     "gaussian_actor": "no attention: a convolutional encoder and MLPs",
     "groot": _NOT_YET.format("Qwen3-VL") + ", and needs diffusers, which lerobot-attn does not install",

@@ -45,7 +45,7 @@ class Frame:
     """One environment step of the whole batch, on its way to the host."""
 
     copies: HostCopies
-    policy_action: Tensor | None  # (batch, action_dim) as the policy returned it; None where nobody knows
+    policy_action: Tensor | None  # (batch, action_dim or padded) from the policy; None where nobody knows
     state: np.ndarray | None  # (batch, state_dim)
     action: np.ndarray | None = None  # (batch, action_dim) as the environment got it
     reward: np.ndarray | None = None  # (batch,); None in a loop without rewards
@@ -358,7 +358,7 @@ class EpisodeJob:
             return Origin(newest, NO_TOKEN if self._is_decoded else entry.query)
         if entry.query == NO_TOKEN or entry.frame.policy_action is None:
             return Origin(newest, NO_TOKEN)
-        action = entry.frame.policy_action[self.env].numpy()
+        action = entry.frame.policy_action[self.env].numpy()[: self._chunk.shape[1]]
         token = min(entry.query - self._layout.first_action_query, len(self._chunk))
         if token < len(self._chunk) and np.array_equal(action, self._chunk[token], equal_nan=True):
             return Origin(newest, self._query_of(token))
