@@ -167,6 +167,14 @@ def test_a_state_that_the_policy_pads_may_have_any_size_that_nothing_speaks_agai
     assert CHECKS["state size"]("state size", facts).status == "ok"
 
 
+@pytest.mark.parametrize(("beyond", "status"), [(0.0, "ok"), (0.3, "failed")])
+def test_a_state_may_come_padded_with_zeros(beyond, status):
+    padded = np.array([*FED.state, *[beyond] * 4])
+    facts = changed("expected", statistics={}, most_dims=len(padded))
+    facts = facts._replace(fed=dataclasses.replace(FED, state=padded))
+    assert CHECKS["state size"]("state size", facts).status == status
+
+
 # A row a planted fault: the check that finds it, how, and a part of what it and its remedy say.
 FAULTS = {
     "no statistics": ("normalisation", "failed", scaled(**{STATE: {}}), "no q01 and no q99", "stats"),

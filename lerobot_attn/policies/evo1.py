@@ -62,7 +62,7 @@ class EVO1Adapter:
     def __init__(self, policy: Any):
         if policy.config.return_cls_only:
             raise UnsupportedPolicyError(
-                "evo1 with return_cls_only=true: the actions attend to a pooled token, so no image has a map, "
+                "evo1 with return_cls_only=true: the actions attend to one pooled token, and to no image, "
                 "expected return_cls_only=false"
             )
         self.policy = policy
