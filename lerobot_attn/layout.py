@@ -88,6 +88,19 @@ class ImageGeometry:
             grid_columns=grid[1],
         )
 
+    @classmethod
+    def stretched(
+        cls, image_px: tuple[int, int], input_px: tuple[int, int], grid: tuple[int, int]
+    ) -> ImageGeometry:
+        """Compute the geometry of an image whose height and width are resized to fit, each by its own factor.
+
+        Args:
+            image_px: (height, width) of the camera's image.
+            input_px: (height, width) of the vision tower's input, which the image fills.
+            grid: (rows, columns) of patches.
+        """
+        return cls(*image_px, *input_px, 0, 0, *input_px, *grid)
+
     def patch_at(self, y_px: float, x_px: float) -> tuple[int, int]:
         """Return the (row, column) of the patch that shows the image's point (y, x), both in pixels."""
         y_input = self.pad_top_px + y_px * self.resized_height_px / self.height_px

@@ -218,19 +218,8 @@ class EO1Adapter:
         cameras = []
         for name, (_, rows, columns) in zip(self._present_cameras(batch), grids.tolist(), strict=True):
             height, width = newest(batch[name]).shape[-2:]
-            input_px = (rows * patch_px, columns * patch_px)
-            geometry = ImageGeometry(
-                height_px=height,
-                width_px=width,
-                resized_height_px=input_px[0],
-                resized_width_px=input_px[1],
-                pad_top_px=0,
-                pad_left_px=0,
-                input_height_px=input_px[0],
-                input_width_px=input_px[1],
-                grid_rows=rows // merged,
-                grid_columns=columns // merged,
-            )
+            grid = (rows // merged, columns // merged)
+            geometry = ImageGeometry.stretched((height, width), (rows * patch_px, columns * patch_px), grid)
             cameras.append(Camera(name, geometry))
         return cameras
 

@@ -212,18 +212,7 @@ class EVO1Adapter:
 
     def _geometry(self, image_px: torch.Size, n_cells: int) -> ImageGeometry:
         side_px, side = int(self.policy.config.image_resolution[0]), math.isqrt(n_cells)
-        return ImageGeometry(
-            height_px=image_px[0],
-            width_px=image_px[1],
-            resized_height_px=side_px,
-            resized_width_px=side_px,
-            pad_top_px=0,
-            pad_left_px=0,
-            input_height_px=side_px,
-            input_width_px=side_px,
-            grid_rows=side,
-            grid_columns=side,
-        )
+        return ImageGeometry.stretched((image_px[0], image_px[1]), (side_px, side_px), (side, side))
 
 
 class _Run:
