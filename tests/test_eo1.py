@@ -444,6 +444,18 @@ def test_a_conversation_without_actions_is_lerobots_error(policy, batch):
     assert len(capture.records) == 1
 
 
+def test_without_their_pictures_cells_have_no_place(policy, batch):
+    """Nobody can tell then how large they were. The attention is the same."""
+    cut = {key: value for key, value in batch.items() if key != WRIST}
+    whole, found = captured(policy, batch), captured(policy, cut)
+    assert [(one.kind, one.name, len(one)) for one in found.layout.segments[:2]] == [
+        *(("special", f"image {number}", 15) for number in (1, 2))
+    ]
+    assert found.layout.cameras == ()
+    assert (found.key_kind[:, :30] == Kind.SPECIAL).all()
+    np.testing.assert_array_equal(found.suffix_attention, whole.suffix_attention)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_any_batch_size(policy, preprocessor, n):
     record = captured(policy, preprocessor(raw_observation(n)))

@@ -178,14 +178,14 @@ class EO1Adapter:
         is_state = prefix == given["state_token_id"]
         # Cameras, words, state; each in the conversation's order.
         run.order = (1 - is_image.int() + is_state.int()).argsort(dim=1, stable=True)
-        cameras = self._cameras(
-            run.batch, given["image_grid_thw"][: len(given["image_grid_thw"]) // len(ids)]
-        )
+        grids: Tensor = given["image_grid_thw"]
+        grids = grids[: len(grids) // len(ids)]  # of each row, whose images are alike
+        cameras = self._cameras(run.batch, grids)
         n_words = prefix_len - int(is_image[0].sum()) - int(is_state[0].sum())
-        parts = [
-            ("image", camera.name, geometry.grid_rows * geometry.grid_columns)
-            for camera in cameras
-            if (geometry := camera.geometry) is not None
+        n_cells = (grids.prod(dim=1) // self._vlm.config.vision_config.spatial_merge_size**2).tolist()
+        # Where nobody can tell how large the images were, a cell has no place on them.
+        parts = [("image", camera.name, n) for camera, n in zip(cameras, n_cells, strict=False)] or [
+            ("special", f"image {number}", n) for number, n in enumerate(n_cells, start=1)
         ]
         layout = TokenLayout(
             tiled(
@@ -207,7 +207,7 @@ class EO1Adapter:
         return InferenceInputs(layout, token_id, torch.cat([is_there, actions], dim=1))
 
     def _cameras(self, batch: dict[str, Any], grids: Tensor) -> list[Camera]:
-        """Return the cameras of one row of the batch.
+        """Return the cameras of one row of the batch; none where not each image's picture is in it.
 
         Args:
             batch: the policy's, with the pictures.
@@ -215,8 +215,10 @@ class EO1Adapter:
         """
         vision = self._vlm.config.vision_config
         merged, patch_px = vision.spatial_merge_size, vision.patch_size
-        cameras = []
-        for name, (_, rows, columns) in zip(self._present_cameras(batch), grids.tolist(), strict=True):
+        cameras, names = [], self._present_cameras(batch)
+        if len(names) != len(grids):
+            return []
+        for name, (_, rows, columns) in zip(names, grids.tolist(), strict=True):
             height, width = newest(batch[name]).shape[-2:]
             grid = (rows // merged, columns // merged)
             geometry = ImageGeometry.stretched((height, width), (rows * patch_px, columns * patch_px), grid)
