@@ -84,6 +84,11 @@ class LayerStack:
                 f"{what} needs an expert whose layer l reads layer l of the language model, but the policy's "
                 f"have {n_layers} and {policy['n_prefix_layers']} layers"
             )
+        if "layer_sees_suffix" in dataset.coords and not dataset["layer_sees_suffix"].values.any():
+            raise SelectionError(
+                f"{what} needs what the suffix's tokens attend to among themselves, which is not recorded of "
+                f"{policy.get('type')}: none of the stored layers sees the suffix"
+            )
         lacking = {
             "full maps": [value for value in range(top + 1) if value not in full],
             "prefix maps": [value for value in range(top) if value not in in_prefix],
