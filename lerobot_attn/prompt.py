@@ -26,8 +26,9 @@ def find_tokenizer(preprocessor: Any) -> Tokenizer | None:
     """Return the tokenizer of a LeRobot preprocessor pipeline, or None if it has none."""
     for step in getattr(preprocessor, "steps", ()):
         tokenizer: Tokenizer | None = getattr(step, "input_tokenizer", None)
-        if tokenizer is None:  # EO-1's stands inside a processor of transformers
-            tokenizer = getattr(getattr(step, "_processor", None), "tokenizer", None)
+        for name in ("_processor", "processor"):  # EO-1's and MolmoAct2's stand inside a processor
+            if tokenizer is None:
+                tokenizer = getattr(getattr(step, name, None), "tokenizer", None)
         if tokenizer is not None:
             return tokenizer
     return None

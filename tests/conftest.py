@@ -231,6 +231,14 @@ def evo1_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
     return functools.partial(make_policy, save_language_model(tmp_path_factory.mktemp("evo1") / "internvl"))
 
 
+@pytest.fixture(scope="session")
+def molmoact2_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Any, Any]]:
+    """Make a small MolmoAct2 without the Hub: settings → (policy, preprocessor, postprocessor)."""
+    from molmoact2_policy import make_policy
+
+    return functools.partial(make_policy, tmp_path_factory.mktemp("molmoact2"))
+
+
 def _random_checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_type: str) -> Path:
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 
