@@ -182,14 +182,15 @@ class TestMolmoAct2WithLeRobotsLora(MolmoAct2Contract):
 
 
 def in_the_layouts_order(policy, batch):
-    """Where in the prompt the layout's prefix stands, (batch, prefix), by the kinds of its tokens."""
+    """Where in the prompt the layout's prefix stands, (batch, prefix): images, crops, marks, words."""
     ids, config = batch["input_ids"].numpy(), policy._backbone().config
-    marks = [config.image_start_token_id, config.image_end_token_id, config.image_col_id]
-    is_patch, is_mark = ids == config.image_patch_id, np.isin(ids, marks)
-    parts = (is_patch, is_mark, ~is_patch & ~is_mark)
-    return np.stack(
-        [np.concatenate([np.flatnonzero(part[row]) for part in parts]) for row in range(len(ids))]
-    )
+    low_res = ids == config.low_res_image_start_token_id
+    is_start = low_res | (ids == config.image_start_token_id)
+    is_mark = is_start | np.isin(ids, [config.image_end_token_id, config.image_col_id])
+    block = is_start.cumsum(1)  # of an image with crops the whole is one, the crops are the next
+    place = np.where(block % 2 == 1, block, 100 + block) if low_res.any() else block
+    place = np.where(ids == config.image_patch_id, place, np.where(is_mark, 1000, 1001))
+    return place.argsort(axis=1, kind="stable")
 
 
 def softmax(scores, may_see):
@@ -229,9 +230,15 @@ def noted_queries_and_keys(policy, monkeypatch):
             handle.remove()
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_stored_softmax_equals_an_independent_one(policy, preprocessor, monkeypatch, side):
+@pytest.fixture(scope="module")
+def with_crops(molmoact2_policy):
+    return molmoact2_policy(crops=True, input_px=(84, 84), max_sequence_length=1024)
+
+
+@pytest.mark.parametrize(("side", "images"), [("right", "whole"), ("left", "whole"), ("left", "crops")])
+def test_stored_softmax_equals_an_independent_one(loaded, with_crops, monkeypatch, side, images):
     """Queries and keys of the very pass, softmaxed in float64 by numpy, against the captured maps."""
+    policy, preprocessor, _ = with_crops if images == "crops" else loaded
     batch = padded_on(side, preprocessor)
     with noted_queries_and_keys(policy, monkeypatch) as (pairs, crossed):
         record = captured(policy, batch)
@@ -350,7 +357,8 @@ def test_a_planted_object_lands_in_the_right_patch(molmoact2_policy, camera, siz
     for block in policy._backbone().vision_backbone.image_vit.transformer.resblocks:
         block.attention.forward = torch.zeros_like
     side = max(3, max(size) // 20)
-    for y, x in ((2, 2), (size[0] // 2, size[1] // 3), (size[0] - side - 2, size[1] - side - 2)):
+    inside = (int(size[0] * 28 / 70) - side - 1, int(size[1] * 28 / 98) - side - 1)  # the first cell's corner
+    for y, x in ((2, 2), inside, (size[0] // 2, size[1] // 3), (size[0] - side - 2, size[1] - side - 2)):
         raw = raw_observation(2, size=size)
         for name in (TOP, WRIST):
             raw[name].fill_(0.2)
@@ -384,6 +392,13 @@ def test_cameras_stand_in_the_prompts_order(molmoact2_policy):
     assert np.flatnonzero(changed[in_the_layouts_order(policy, batch)[0]]).tolist() == [*range(12)]
 
 
+def test_pictures_of_other_names_stand_in_the_order_of_their_names(policy, preprocessor):
+    raw = raw_observation()
+    raw["observation.images.b"], raw["observation.images.a"] = raw.pop(TOP), raw.pop(WRIST)
+    layout = captured(policy, preprocessor(raw)).layout
+    assert [camera.name for camera in layout.cameras] == ["observation.images.a", "observation.images.b"]
+
+
 def test_another_order_in_the_checkpoints_statistics_is_refused(molmoact2_policy, batch, tmp_path):
     policy, *_ = molmoact2_policy()
     metadata = {"metadata_by_tag": {"arm": {"camera_keys": [WRIST, TOP]}}}
@@ -398,30 +413,23 @@ def test_another_order_in_the_checkpoints_statistics_is_refused(molmoact2_policy
     captured(policy, batch)
 
 
-def test_crops_of_an_image_are_special(molmoact2_policy):
+def test_crops_of_an_image_are_special(with_crops):
     """Of an image that is cut besides being resized, the whole is the camera's grid."""
-    policy, preprocessor, _ = molmoact2_policy(crops=True, input_px=(84, 84), max_sequence_length=1024)
+    policy, preprocessor, _ = with_crops
     raw = raw_observation()
     batch = preprocessor(raw)
-    record = captured(policy, batch)
-    parts = [(segment.kind, segment.name) for segment in record.layout.segments]
+    layout = captured(policy, batch).layout
+    parts = [(segment.kind, segment.name) for segment in layout.segments]
     crops = [("special", f"crops of {name}") for name in (TOP, WRIST)]
     assert parts[:5] == [("image", TOP), ("image", WRIST), *crops, ("special", "marks of images")]
-    assert len(record.layout.segments[0]) == 9 < len(record.layout.segments[2])
-    order = in_the_layouts_order(policy, batch)[0]  # of patches in the prompt's order: whole, crops, …
-    n_whole, n_cropped = 9, len(record.layout.segments[2])
+    whole, cropped = layout.segments[1], layout.segments[3]
+    assert len(whole) == 9 < len(cropped)
+    order = in_the_layouts_order(policy, batch)[0]
     with given_to(policy) as given:
         act(policy, batch, 0)
         act(policy, preprocessor({**raw, WRIST: raw[WRIST] * 0.5}), 0)
     changed = np.flatnonzero((given[1] - given[0]).abs().amax(dim=2).numpy()[0, order] > 0)
-    assert changed.tolist() == [*range(n_whole + n_cropped, 2 * (n_whole + n_cropped))]
-    ids = batch["input_ids"][0].numpy()
-    config = policy._backbone().config
-    patches = np.flatnonzero(ids == config.image_patch_id)
-    after_low = [ids[:patch].tolist()[::-1] for patch in patches]
-    starts = (config.low_res_image_start_token_id, config.image_start_token_id)
-    is_low = [next(one for one in before if one in starts) == starts[0] for before in after_low]
-    assert is_low == ([True] * n_whole + [False] * n_cropped) * 2
+    assert changed.tolist() == [*range(whole.start, whole.stop), *range(cropped.start, cropped.stop)]
 
 
 def test_pictures_that_the_batch_lacks_are_refused(policy, batch):
@@ -573,6 +581,12 @@ def test_decoding_actions_as_tokens_is_refused(molmoact2_policy, batch):
         capture_attention(policy, EVERYTHING),
     ):
         pass
+
+
+def test_a_policy_without_an_action_expert_is_refused(policy, monkeypatch):
+    monkeypatch.setitem(policy._backbone()._modules, "action_expert", None)
+    with pytest.raises(ConfigError, match=r"^inference_action_mode: got 'discrete'"):
+        adapter_for(policy)
 
 
 def test_a_graph_that_was_captured_before_is_not_run(policy, batch, monkeypatch):

@@ -296,7 +296,6 @@ class MolmoAct2Adapter:
         )
         mask = given.get("attention_mask")
         is_there = (torch.ones_like(ids) if mask is None else mask).bool().gather(1, run.order)
-        run.is_padding = ~is_there
         words = layout.language
         return InferenceInputs(
             layout,
@@ -362,7 +361,6 @@ class _Run:
     Attributes:
         batch: the policy's; None between inferences, and in training.
         order: (batch, prefix): where in the prompt the layout's tokens stand.
-        is_padding: (batch, prefix) bool, in the layout's order.
         times: of the steps that are to come, as LeRobot counts: (batch,) each.
         trajectory: (batch, chunk, action_dim) that was denoised, padded dimensions included.
     """
@@ -371,14 +369,10 @@ class _Run:
         self.batch: dict[str, Any] | None = None
         self.times: list[Tensor] = []
         self.order: Tensor
-        self.is_padding: Tensor
         self.trajectory: Tensor
 
     def exchanged(self, probe: Probe, site: Site, value: Tensor) -> Tensor | None:
-        """Hand a map over in the layout's order, and return what came back in the policy's.
-
-        What padding attends to stays as it is: divided by a sum of 0 such rows would be no numbers.
-        """
+        """Hand a map over in the layout's order, and return what came back in the policy's."""
         keys = self.order[:, None, None].expand(value.shape)
         rows = self.order[:, None, :, None].expand(value.shape) if site.stream == "vlm" else None
         turned = value.gather(-1, keys)
@@ -388,7 +382,6 @@ class _Run:
         if given is None or given.shape != value.shape:
             return given  # what is wrong with it is said where it is applied
         if rows is not None:
-            given = torch.where(self.is_padding[:, None, :, None], turned, given)
             given = torch.empty_like(given).scatter_(-2, rows, given)
         return torch.empty_like(given).scatter_(-1, keys, given)
 
