@@ -42,7 +42,13 @@ from lerobot_attn.policies.base import (
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute, watched_method
+from lerobot_attn.policies.taps import (
+    check_sites,
+    exchanged_in_order,
+    no_attention,
+    replaced_attribute,
+    watched_method,
+)
 
 _PROMPT = re.compile(r"<\|state_end\|>(?P<task>.*?)(?P<end><\|vla\|>|\Z)", re.DOTALL)
 
@@ -132,7 +138,15 @@ class EO1Adapter:
 
         def exchange(layer: int, value: Tensor) -> Tensor | None:
             assert run.stream is not None
-            return run.exchanged(value, partial(probe.at, Site(run.stream, layer)))
+            is_prefix = run.stream == "vlm"
+            return exchanged_in_order(
+                value,
+                run.order,
+                partial(probe.at, Site(run.stream, layer)),
+                is_square=is_prefix,
+                # Padding's rows may be 0, and divided by their sum no numbers.
+                kept=run.is_padding if is_prefix else None,
+            )
 
         def missed(layer: int) -> None:
             probe.fail(no_attention(Site(run.stream or "vlm", layer)))
@@ -241,26 +255,3 @@ class _Run:
         self.stream: Stream | None = None
         self.order: Tensor
         self.is_padding: Tensor
-
-    def exchanged(self, value: Tensor, at: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Hand a map over in the layout's order, and return what came back in the policy's.
-
-        What padding attends to stays as it is: such rows may be 0, and divided by their sum no numbers.
-        """
-        order = self.order
-        rest = torch.arange(order.shape[1], value.shape[-1], device=order.device)
-        keys = torch.cat([order, rest.expand(len(order), -1)], dim=1)[:, None, None].expand(value.shape)
-        turned = value.gather(-1, keys)
-        is_prefix = self.stream == "vlm"
-        rows = order[:, None, :, None].expand(value.shape) if is_prefix else None
-        if rows is not None:
-            turned = turned.gather(-2, rows)
-        given = at(turned)
-        if given is None:
-            return None
-        if given.shape != value.shape:
-            return given  # what is wrong with it is said where it is applied
-        if rows is not None:
-            given = torch.where(self.is_padding[:, None, :, None], turned, given)
-            given = torch.empty_like(given).scatter_(-2, rows, given)
-        return torch.empty_like(given).scatter_(-1, keys, given)

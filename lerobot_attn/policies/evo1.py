@@ -40,7 +40,7 @@ from lerobot_attn.policies.base import (
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import check_sites, no_attention, watched_method
+from lerobot_attn.policies.taps import check_sites, exchanged_in_order, no_attention, watched_method
 
 # Marks of each image, then the task; padded behind.
 _PROMPT = re.compile(r"(?:.*</img>)?\n?(?P<task>.*?)(?P<after>(?:<pad>|<\|endoftext\|>)*)\Z", re.DOTALL)
@@ -125,11 +125,7 @@ class EVO1Adapter:
 
         def exchange(site: Site, value: Tensor) -> Tensor | None:
             assert run.order is not None
-            keys = run.order[:, None, None].expand(value.shape)
-            given = probe.at(site, value.gather(-1, keys))
-            if given is None or given.shape != value.shape:
-                return given
-            return torch.empty_like(given).scatter_(-1, keys, given)
+            return exchanged_in_order(value, run.order, partial(probe.at, site))
 
         with ExitStack() as stack:
             stack.enter_context(watched_method(policy, self.predicts, observed_predict))

@@ -45,7 +45,13 @@ from lerobot_attn.policies.base import (
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute, watched_method
+from lerobot_attn.policies.taps import (
+    check_sites,
+    exchanged_in_order,
+    no_attention,
+    replaced_attribute,
+    watched_method,
+)
 
 _PROMPT = re.compile(
     r"The task is to (?P<task>.*)\. The setup is .*?"
@@ -155,6 +161,10 @@ class MolmoAct2Adapter:
                 probe.denoise_step(1 - run.times.pop(0))
             return forward_with_context(*args, **given)
 
+        def exchange(site: Site, value: Tensor) -> Tensor | None:
+            at = partial(probe.at, site)
+            return exchanged_in_order(value, run.order, at, is_square=site.stream == "vlm")
+
         with ExitStack() as stack:
             stack.enter_context(watched_method(policy, self.predicts, observed_predict))
             for owner, name in (
@@ -175,7 +185,7 @@ class MolmoAct2Adapter:
                 stack.enter_context(
                     kernel_tap(
                         self._layers[site.stream][site.layer],
-                        partial(run.exchanged, probe, site),
+                        partial(exchange, site),
                         partial(probe.fail, no_attention(site)),
                         lambda: run.batch is not None,  # training runs the modules without an inference
                     )
@@ -370,20 +380,6 @@ class _Run:
         self.times: list[Tensor] = []
         self.order: Tensor
         self.trajectory: Tensor
-
-    def exchanged(self, probe: Probe, site: Site, value: Tensor) -> Tensor | None:
-        """Hand a map over in the layout's order, and return what came back in the policy's."""
-        keys = self.order[:, None, None].expand(value.shape)
-        rows = self.order[:, None, :, None].expand(value.shape) if site.stream == "vlm" else None
-        turned = value.gather(-1, keys)
-        if rows is not None:
-            turned = turned.gather(-2, rows)
-        given = probe.at(site, turned)
-        if given is None or given.shape != value.shape:
-            return given  # what is wrong with it is said where it is applied
-        if rows is not None:
-            given = torch.empty_like(given).scatter_(-2, rows, given)
-        return torch.empty_like(given).scatter_(-1, keys, given)
 
 
 def _check_mode(mode: str | None) -> None:

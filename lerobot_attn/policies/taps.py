@@ -112,6 +112,38 @@ def replacement(site: Site, value: Tensor, given: Tensor | None) -> Tensor:
     return given
 
 
+def exchanged_in_order(
+    value: Tensor, order: Tensor, at: Exchange, *, is_square: bool = False, kept: Tensor | None = None
+) -> Tensor | None:
+    """Hand a map over with its tokens in another order, and return what came back in the policy's own.
+
+    Args:
+        value: attention probabilities (batch, head, query, key).
+        order: (batch, token): where in the policy's order the tokens stand. Keys behind them stay there.
+        at: gets the map in that order; returns None, or what is applied instead.
+        is_square: whether the queries are the same tokens, and put in order, too.
+        kept: (batch, token) bool, in that order: queries whose rows stay as they are, whatever `at` returns.
+
+    Returns:
+        None, or what `at` returned, in the policy's order. What has another shape is returned as it is: what
+        is wrong with it is said where it is applied.
+    """
+    rest = torch.arange(order.shape[1], value.shape[-1], device=order.device)
+    keys = torch.cat([order, rest.expand(len(order), -1)], dim=1)[:, None, None].expand(value.shape)
+    rows = order[:, None, :, None].expand(value.shape) if is_square else None
+    turned = value.gather(-1, keys)
+    if rows is not None:
+        turned = turned.gather(-2, rows)
+    given = at(turned)
+    if given is None or given.shape != value.shape:
+        return given
+    if kept is not None:
+        given = torch.where(kept[:, None, :, None], turned, given)
+    if rows is not None:
+        given = torch.empty_like(given).scatter_(-2, rows, given)
+    return torch.empty_like(given).scatter_(-1, keys, given)
+
+
 class _BeforeUse(TorchFunctionMode):
     """Exchanges the left factor of the first matrix product after a softmax: attention as it is applied.
 
