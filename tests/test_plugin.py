@@ -20,6 +20,7 @@ from lerobot.configs.default import EvalConfig
 from lerobot_attn import plugin
 from lerobot_attn.config import AttentionConfig
 from lerobot_attn.errors import ConfigError
+from lerobot_attn.policies.families import FAMILIES
 
 ENV = ["--env.type=libero", "--env.task=libero_object", "--env.task_ids=[0]"]
 
@@ -135,7 +136,7 @@ def test_unsupported_policy_before_any_environment(run_main, capsys, tmp_path):
     error = error_of(run_main, capsys, *arguments, policy=tmp_path / "other")
     assert error.startswith(
         "error: attention capture does not support the policy type 'tdmpc' (no attention: convolutions and "
-        "MLPs); supported: act, pi"
+        f"MLPs); supported: {', '.join(sorted(FAMILIES))} and policies derived from them; "
     )
     assert not (tmp_path / "out").exists()
 
