@@ -160,7 +160,7 @@ def computed_beside(policy, sites):
 
 class AdapterContract:
     """Fixtures to provide: `policy`; `batch`, of two; `longer`, a context in which the policy gets a prompt
-    of another length (it yields the batch to give it); `break_policy`, a context that makes it raise.
+    of another length (it yields the batch to give it). A method to provide: `breaks_at`.
 
     Attributes:
         settings: capture settings that every test has besides its own.
@@ -195,6 +195,27 @@ class AdapterContract:
         """The settings that capture all there is, the vision tower's maps too where there is one."""
         has_tower = adapter_for(policy).describe().n_vision_layers > 0
         return self.config(layers="all", prefix_layers="all", vision_layers="all" if has_tower else "none")
+
+    def breaks_at(self, base):
+        """Return a module of the unwrapped policy that every inference calls after some attention."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def break_policy(self, policy):
+        """A context in which the policy raises in the middle of an inference."""
+
+        def fail(*args):
+            raise RuntimeError("the policy broke")
+
+        @contextmanager
+        def broken():
+            handle = self.breaks_at(adapter_for(policy).policy).register_forward_pre_hook(fail)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+        return broken
 
     def test_is_an_adapter(self, policy):
         assert isinstance(adapter_for(policy), PolicyAdapter)

@@ -20,6 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 allocator.keep()  # a test of resident memory says give_back()
 
+# What is compared is told there, too, when an assertion fails.
+pytest.register_assert_rewrite("adapter_contract", "small_policies")
+
 REQUIRE_LIBERO = "LEROBOT_ATTN_REQUIRE_LIBERO"
 
 
@@ -28,6 +31,7 @@ LONGEST_FIRST = (
     *("test_libero.py", "test_demo_trained.py", "test_explorer_page.py", "test_benchmarks_overhead.py"),
     *("test_benchmarks.py", "test_replay.py", "test_robots.py", "test_interruptions.py", "test_act.py"),
     *("test_smolvla.py", "test_xvla.py", "test_pi0_fast.py", "test_pi05.py", "test_pi0.py"),
+    *("test_molmoact2.py", "test_eo1.py", "test_evo1.py"),
     *("test_legal_paths.py", "test_untrusted.py", "test_vision.py", "test_verify.py"),
 )
 

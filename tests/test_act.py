@@ -123,21 +123,8 @@ class ACTContract(AdapterContract):
 
         return with_wider_images
 
-    @pytest.fixture
-    def break_policy(self, policy):
-        @contextmanager
-        def broken():
-            def fail(*args):
-                raise RuntimeError("the policy broke")
-
-            base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-            handle = base.model.decoder.layers[-1].linear1.register_forward_pre_hook(fail)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return broken
+    def breaks_at(self, base):
+        return base.model.decoder.layers[-1].linear1
 
 
 class TestACT(ACTContract):

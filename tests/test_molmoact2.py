@@ -11,68 +11,39 @@ pytest.importorskip("lerobot")
 
 from adapter_contract import AdapterContract, act  # noqa: E402
 from lerobot.policies.molmoact2.molmoact2_hf_model import modeling_molmoact2 as hf  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
-from test_explorer import client_of, values  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+from small_policies import (  # noqa: E402
+    EVERYTHING,
+    SIZE,
+    TASKS,
+    TOP,
+    WRIST,
+    captured,
+    commands_take,
+    explorer_serves,
+    family_fixtures,
+    plot_is_drawn,
+    raw_observation,
+    record_own_loop,
+    training_goes_on_unrecorded,
+)
 
-from lerobot_attn import open_run, record_episodes  # noqa: E402
+from lerobot_attn import open_run  # noqa: E402
 from lerobot_attn.analysis import attention, image_heatmap, modality_share  # noqa: E402
 from lerobot_attn.analysis.prefix import text_to_image  # noqa: E402
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
-from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
 from lerobot_attn.interventions import Occlude, Task, intervene  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
-from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 from lerobot_attn.verify import verify_episode  # noqa: E402
 
-TOP, WRIST = "observation.images.top", "observation.images.wrist"
-SIZE, GRID = (96, 128), (3, 4)
+GRID = (3, 4)
 CHUNK, N_LAYERS, N_HEADS, N_STEPS = 10, 3, 4, 4
-TASKS = ("put the bowl on the plate", "open the drawer")
-EVERYTHING = AttentionConfig(layers="all", prefix_layers="all")
 
-
-def raw_observation(n=2, seed=0, size=SIZE, tasks=TASKS):
-    """What the preprocessor gets: images in [0, 1]."""
-    noise = torch.Generator().manual_seed(seed)
-    raw = {name: torch.rand(n, 3, *size, generator=noise) for name in (TOP, WRIST)}
-    raw["observation.state"] = torch.rand(n, 6, generator=noise)
-    return {**raw, "task": [tasks[i % len(tasks)] for i in range(n)]}
-
-
-@pytest.fixture(scope="module")
-def loaded(molmoact2_policy):
-    return molmoact2_policy()
-
-
-@pytest.fixture(scope="module")
-def preprocessor(loaded):
-    return loaded[1]
-
-
-@pytest.fixture
-def policy(loaded):
-    loaded[0].reset()
-    return loaded[0]
-
-
-@pytest.fixture(scope="module")
-def batch(preprocessor):
-    return preprocessor(raw_observation())
-
-
-def captured(policy, batch, config=EVERYTHING, **options):
-    """Return the record of one inference."""
-    policy.reset()
-    with capture_attention(policy, config, **options) as capture:
-        act(policy, batch, 0)
-    (record,) = capture.drain()
-    return record
+loaded, preprocessor, policy, batch = family_fixtures("molmoact2_policy")
 
 
 class MolmoAct2Contract(AdapterContract):
@@ -86,21 +57,8 @@ class MolmoAct2Contract(AdapterContract):
 
         return with_longer_tasks
 
-    @pytest.fixture
-    def break_policy(self, policy):
-        @contextmanager
-        def broken():
-            def fail(*args):
-                raise RuntimeError("the policy broke")
-
-            expert = adapter_for(policy).policy._action_expert()
-            handle = expert.final_layer.register_forward_pre_hook(fail)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return broken
+    def breaks_at(self, base):
+        return base._action_expert().final_layer
 
     def test_a_camera_that_is_painted_over_is_not_seen(self, policy, batch):
         """Its pictures were cut into patches before: painting over them would change nothing."""
@@ -602,11 +560,7 @@ def test_a_graph_that_was_captured_before_is_not_run(policy, batch, monkeypatch)
 
 def test_training_goes_on_unrecorded(policy, preprocessor, batch):
     target = preprocessor({**raw_observation(), "action": torch.zeros(2, CHUNK, 6)})
-    with capture_attention(policy, EVERYTHING) as capture:
-        policy.forward(target)
-        assert not capture.records
-        act(policy, batch, 0)
-    assert len(capture.records) == 1
+    training_goes_on_unrecorded(policy, batch, target)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -617,24 +571,7 @@ def test_any_batch_size(policy, preprocessor, n):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, molmoact2_policy):
-    """Two episodes of one's own loop: a square that moves, in both cameras."""
-    folder = tmp_path_factory.mktemp("molmoact2_run")
-    policy, preprocessor, postprocessor = molmoact2_policy()
-    with record_episodes(policy, folder, EVERYTHING, fps=10, preprocessor=preprocessor) as recording:
-        for number in range(2):
-            with recording.episode(task=TASKS[number]) as episode:
-                policy.reset()
-                for t in range(8):
-                    raw = raw_observation(1, tasks=TASKS[number:])
-                    for name in (TOP, WRIST):
-                        raw[name].fill_(0.2)
-                        raw[name][..., 20 + 3 * t : 32 + 3 * t, 30:42] = 1
-                    with torch.inference_mode():
-                        action = postprocessor(policy.select_action(preprocessor(raw)))
-                    pictures = {name: raw[name][0] for name in (TOP, WRIST, "observation.state")}
-                    episode.step(pictures, action[0])
-                episode.success = True
-    return folder
+    return record_own_loop(tmp_path_factory.mktemp("molmoact2_run"), *molmoact2_policy())
 
 
 def test_a_recording_says_what_the_policy_attends_to(run):
@@ -661,40 +598,14 @@ def test_attention_is_not_followed_without_the_actions_own(run, function):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_plot_is_drawn(run, kind):
-    if kind == "vision":
-        with pytest.raises(SelectionError, match="vision attention was not captured"):
-            plot(open_run(run)[0], kind)
-        return
-    if kind == "actions":
-        with pytest.raises(SelectionError, match="no action attends to another"):
-            plot(open_run(run)[0], kind)
-        return
-    figure = plot(open_run(run)[0], kind)
-    assert "nan" not in " ".join(text.get_text() for text in figure.findobj(Text))
+    plot_is_drawn(run, kind, {"actions": "no action attends to another"})
 
 
 def test_commands_take_the_recording(run, tmp_path):
-    store, film = str(open_run(run)[0].path), str(tmp_path / "film.mp4")
-    for command in (
-        ["inspect", store],
-        ["verify", store, "-o", str(tmp_path / "sheet.png")],
-        ["overlay", store, "-o", film, "--camera", "wrist"],
-        ["overlay", store, "-o", str(tmp_path / "word.mp4"), "--prefix-query", "bowl"],
-    ):
-        done = CliRunner().invoke(app, command)
-        assert done.exit_code == 0, (command, done.output)
-        if command[0] == "inspect":
-            assert "float32, 3 layers, 4 heads, 4 denoise steps" in " ".join(done.output.split())
+    commands_take(
+        run, tmp_path, {"inspect": "molmoact2, attention in float32, 3 layers, 4 heads, 4 denoise steps"}
+    )
 
 
 def test_the_explorer_serves_the_recording(run):
-    with client_of(run) as client:
-        first = client.get("/api/run").json()["episodes"][0]
-        facts = client.get(f"/api/episodes/{first['id']}").json()
-        base = f"/api/episodes/{first['id']}/{first['version']}"
-        prefix_len, n_keys = facts["prefix_len"], facts["n_keys"]
-        assert values(client.get(f"{base}/inferences/0/prefix/1/14")).shape == (N_HEADS, prefix_len)
-        maps = values(client.get(f"{base}/inferences/0/maps/0/2"))
-        assert maps.shape == (N_HEADS, n_keys - prefix_len, n_keys)
-        for address in ("shares", "timeline", "ranges/0", f"cameras/{WRIST}/frames/4.jpg"):
-            assert client.get(f"{base}/{address}").status_code == 200, address
+    explorer_serves(run, N_HEADS)

@@ -73,22 +73,8 @@ class Pi05Contract(AdapterContract):
 
         return with_fewer_slots
 
-    @pytest.fixture
-    def break_policy(self, policy):
-        @contextmanager
-        def broken():
-            def fail(*args):
-                raise RuntimeError("the policy broke")
-
-            base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-            layers = base.model.paligemma_with_expert.gemma_expert.model.layers
-            handle = layers[-1].mlp.register_forward_pre_hook(fail)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return broken
+    def breaks_at(self, base):
+        return base.model.paligemma_with_expert.gemma_expert.model.layers[-1].mlp
 
 
 class TestPi05(Pi05Contract):

@@ -85,22 +85,8 @@ class Pi0FastContract(AdapterContract):
 
         return with_fewer_slots
 
-    @pytest.fixture
-    def break_policy(self, policy):
-        @contextmanager
-        def broken():
-            def fail(*args):
-                raise RuntimeError("the policy broke")
-
-            base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-            layers = base.model.paligemma_with_expert.paligemma.model.language_model.layers
-            handle = layers[-1].mlp.register_forward_pre_hook(fail)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return broken
+    def breaks_at(self, base):
+        return base.model.paligemma_with_expert.paligemma.model.language_model.layers[-1].mlp
 
     def test_an_edit_of_one_site_leaves_the_others(self, policy, batch):
         """Of the last layer: the first token's rows below it may not change; later tokens are others."""

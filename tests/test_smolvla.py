@@ -68,21 +68,8 @@ class SmolVLAContract(AdapterContract):
 
         return with_a_longer_prompt
 
-    @pytest.fixture
-    def break_policy(self, policy):
-        @contextmanager
-        def broken():
-            def fail(*args):
-                raise RuntimeError("the policy broke")
-
-            base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-            handle = base.model.vlm_with_expert.lm_expert.layers[-1].mlp.register_forward_pre_hook(fail)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return broken
+    def breaks_at(self, base):
+        return base.model.vlm_with_expert.lm_expert.layers[-1].mlp
 
 
 class TestSmolVLA(SmolVLAContract):

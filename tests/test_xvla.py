@@ -9,8 +9,21 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
 from adapter_contract import AdapterContract, act  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
-from test_explorer import client_of, values  # noqa: E402
+from small_policies import (  # noqa: E402
+    EVERYTHING,
+    SIZE,
+    TASKS,
+    TOP,
+    WRIST,
+    captured,
+    commands_take,
+    explorer_serves,
+    family_fixtures,
+    plot_is_drawn,
+    raw_observation,
+    record_own_loop,
+    training_goes_on_unrecorded,
+)
 from typer.testing import CliRunner  # noqa: E402
 
 from lerobot_attn import open_run, record_episodes  # noqa: E402
@@ -22,56 +35,15 @@ from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import ConfigError, SelectionError  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
-from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 from lerobot_attn.policies.base import Site  # noqa: E402
 from lerobot_attn.store.video import read_frames  # noqa: E402
 from lerobot_attn.verify import verify_episode  # noqa: E402
 
-TOP, WRIST = "observation.images.top", "observation.images.wrist"
-SIZE = (96, 128)
 CHUNK, SOFT = 10, 5
-TASKS = ("put the bowl on the plate", "open the drawer")
-EVERYTHING = AttentionConfig(layers="all", prefix_layers="all")
 
-
-def raw_observation(n=2, seed=0, size=SIZE, tasks=TASKS, cameras=(TOP, WRIST)):
-    """What the preprocessor gets: images in [0, 1]."""
-    noise = torch.Generator().manual_seed(seed)
-    raw = {name: torch.rand(n, 3, *size, generator=noise) for name in cameras}
-    raw["observation.state"] = torch.rand(n, 6, generator=noise)
-    return {**raw, "task": [tasks[i % len(tasks)] for i in range(n)]}
-
-
-@pytest.fixture(scope="module")
-def loaded(xvla_policy):
-    return xvla_policy()
-
-
-@pytest.fixture(scope="module")
-def preprocessor(loaded):
-    return loaded[1]
-
-
-@pytest.fixture
-def policy(loaded):
-    loaded[0].reset()
-    return loaded[0]
-
-
-@pytest.fixture(scope="module")
-def batch(preprocessor):
-    return preprocessor(raw_observation())
-
-
-def captured(policy, batch, config=EVERYTHING, **options):
-    """Return the record of one inference."""
-    policy.reset()
-    with capture_attention(policy, config, **options) as capture:
-        act(policy, batch, 0)
-    (record,) = capture.drain()
-    return record
+loaded, preprocessor, policy, batch = family_fixtures("xvla_policy")
 
 
 def denormalised(image):
@@ -95,21 +67,8 @@ class XVLAContract(AdapterContract):
 
         return with_more_slots
 
-    @pytest.fixture
-    def break_policy(self, policy):
-        @contextmanager
-        def broken():
-            def fail(*args):
-                raise RuntimeError("the policy broke")
-
-            base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-            handle = base.model.transformer.blocks[-1].mlp.register_forward_pre_hook(fail)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return broken
+    def breaks_at(self, base):
+        return base.model.transformer.blocks[-1].mlp
 
 
 class TestXVLA(XVLAContract):
@@ -542,11 +501,7 @@ def test_compiled_is_refused(policy):
 
 def test_training_goes_on_unrecorded(policy, batch):
     target = {**batch, "action": torch.zeros(2, CHUNK, 6)}
-    with capture_attention(policy, EVERYTHING) as capture:
-        policy.forward(target)
-        assert not capture.records
-        act(policy, batch, 0)
-    assert len(capture.records) == 1
+    training_goes_on_unrecorded(policy, batch, target)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -557,24 +512,7 @@ def test_any_batch_size(policy, preprocessor, n):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, xvla_policy):
-    """Two episodes of one's own loop: a square that moves, in both cameras."""
-    folder = tmp_path_factory.mktemp("xvla")
-    policy, preprocessor, postprocessor = xvla_policy()
-    with record_episodes(policy, folder, EVERYTHING, fps=10, preprocessor=preprocessor) as recording:
-        for number in range(2):
-            with recording.episode(task=TASKS[number]) as episode:
-                policy.reset()
-                for t in range(8):
-                    raw = raw_observation(1, tasks=TASKS[number:])
-                    for name in (TOP, WRIST):
-                        raw[name].fill_(0.2)
-                        raw[name][..., 20 + 3 * t : 32 + 3 * t, 30:42] = 1
-                    with torch.inference_mode():
-                        action = postprocessor(policy.select_action(preprocessor(raw)))
-                    pictures = {name: raw[name][0] for name in (TOP, WRIST, "observation.state")}
-                    episode.step(pictures, action[0])
-                episode.success = True
-    return folder
+    return record_own_loop(tmp_path_factory.mktemp("xvla"), *xvla_policy())
 
 
 def test_a_recording_says_what_the_policy_attends_to(run):
@@ -607,15 +545,9 @@ def test_a_recorded_action_is_that_of_its_query(run):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_plot_is_drawn(run, kind):
-    if kind == "vision":
-        with pytest.raises(SelectionError, match="vision attention was not captured"):
-            plot(open_run(run)[0], kind)
-        return
-    figure = plot(open_run(run)[0], kind)
-    said = " ".join(text.get_text() for text in figure.findobj(Text))
-    assert "nan" not in said
+    said = plot_is_drawn(run, kind)
     # The language model has seen the first camera alone.
-    assert ("wrist" in said) == (kind not in ("actions", "cross-modal", "text"))
+    assert ("wrist" in said) == (kind not in ("actions", "cross-modal", "text", "vision"))
 
 
 @pytest.mark.parametrize("of_prefix", [text_to_image, image_to_text])
@@ -633,20 +565,12 @@ def test_attention_is_not_followed_through_layers_that_do_not_meet(run, function
 
 
 def test_commands_take_the_recording(run, tmp_path):
+    says = {
+        "inspect": "xvla, float32, 3 layers, 4 heads, 4 denoise steps",
+        "verify": "8 checks passed, 0 failed",
+    }
+    commands_take(run, tmp_path, says)
     store, film = str(open_run(run)[0].path), str(tmp_path / "film.mp4")
-    for command in (
-        ["inspect", store],
-        ["verify", store, "-o", str(tmp_path / "sheet.png")],
-        ["overlay", store, "-o", film, "--camera", "wrist"],
-        ["overlay", store, "-o", str(tmp_path / "word.mp4"), "--prefix-query", "bowl"],
-    ):
-        done = CliRunner().invoke(app, command)
-        assert done.exit_code == 0, (command, done.output)
-        said = " ".join(done.output.split())
-        if command[0] == "inspect":
-            assert "xvla, float32, 3 layers, 4 heads, 4 denoise steps" in said
-        if command[0] == "verify":
-            assert "8 checks passed, 0 failed" in said
     for query, why in (("state", "this policy's prefix holds no state"), ("bowl", "has no prefix attention")):
         done = CliRunner().invoke(
             app, ["overlay", store, "-o", film, "--camera", "wrist", "--prefix-query", query]
@@ -671,16 +595,6 @@ def test_verify_takes_letterboxed_cells_that_reach_half_a_stride_out(xvla_policy
 
 
 def test_the_explorer_serves_the_recording(run):
-    with client_of(run) as client:
-        first = client.get("/api/run").json()["episodes"][0]
-        facts = client.get(f"/api/episodes/{first['id']}").json()
-        base = f"/api/episodes/{first['id']}/{first['version']}"
-        prefix_len, n_keys = facts["prefix_len"], facts["n_keys"]
-        (wrist,) = [s for s in facts["segments"] if s["name"] == WRIST]
-        assert prefix_len < wrist["start"] < wrist["stop"] < n_keys
-        slab = values(client.get(f"{base}/inferences/0/prefix/1/14"))
-        assert slab.shape == (4, prefix_len)
-        maps = values(client.get(f"{base}/inferences/0/maps/0/2"))
-        assert maps.shape == (4, n_keys - prefix_len, n_keys)
-        for address in ("shares", "timeline", "ranges/0", f"cameras/{WRIST}/frames/4.jpg"):
-            assert client.get(f"{base}/{address}").status_code == 200, address
+    facts = explorer_serves(run, n_heads=4)
+    (wrist,) = [s for s in facts["segments"] if s["name"] == WRIST]
+    assert facts["prefix_len"] < wrist["start"] < wrist["stop"] < facts["n_keys"]
