@@ -18,7 +18,7 @@ from lerobot_attn.interventions.blocking import Blocker
 from lerobot_attn.layout import Kind
 from lerobot_attn.masks import SceneMasks, instances_of
 from lerobot_attn.policies import adapter_for
-from lerobot_attn.policies.base import PolicyAdapter, Site
+from lerobot_attn.policies.base import InferenceInputs, PolicyAdapter, Site
 
 
 def instance_state(policy):
@@ -70,6 +70,8 @@ class Editor:
     def fail(self, error):
         raise error
 
+    refuse = fail
+
 
 def no_map(blocker, site, value):
     pytest.fail(f"{site}: a map was made for a probe that only masks scores")
@@ -102,6 +104,8 @@ class Watcher:
 
     def fail(self, error):
         raise error
+
+    refuse = fail
 
 
 def attention_sites(policy):
@@ -680,6 +684,29 @@ class AdapterContract:
                 self.act(policy, batch, 0)
             self.act(policy, batch, 0)
         assert len(capture.records) == 1
+
+    def test_an_inference_whose_tokens_cannot_be_told_is_let_pass(self, policy, batch, monkeypatch):
+        """It is reported, and acts as if nobody watched; the next one is captured."""
+        actions, random_state = self.act(policy, batch, 0)
+        failures = []
+
+        def unknown(*args, **kwargs):
+            raise CaptureError("nobody knows these tokens")
+
+        with capture_attention(policy, self.everything(policy), on_failure=failures.append) as capture:
+            with monkeypatch.context() as patch:
+                patch.setattr(InferenceInputs, "__init__", unknown)
+                watched, watched_state = self.act(policy, batch, 0)
+            assert [str(failure) for failure in failures] == ["nobody knows these tokens"]
+            assert not capture.records
+            self.act(policy, batch, 0)
+        assert torch.equal(actions, watched)
+        assert torch.equal(random_state, watched_state)
+        assert (len(capture.records), len(failures)) == (1, 1)
+        with monkeypatch.context() as patch, capture_attention(policy, self.config()) as capture:
+            patch.setattr(InferenceInputs, "__init__", unknown)
+            with pytest.raises(CaptureError, match="nobody knows these tokens"):
+                self.act(policy, batch, 0)
 
     def test_chosen_parts_are_the_same_as_of_everything(self, policy, batch):
         with capture_attention(policy, self.everything(policy)) as capture:

@@ -19,7 +19,7 @@ from lerobot.policies import PreTrainedPolicy
 
 from lerobot_attn.layout import Camera, ImageGeometry, Segment, TokenLayout
 from lerobot_attn.policies.base import InferenceInputs, PolicyDescription, Site, SiteInfo
-from lerobot_attn.policies.taps import check_sites, replaced_attribute, replacement
+from lerobot_attn.policies.taps import begun, check_sites, replaced_attribute, replacement
 
 N_PATCHES, N_TEXT, CHUNK, HEADS, LAYERS, STEPS = 4, 3, 50, 2, 4, 3
 PREFIX = N_PATCHES + N_TEXT
@@ -181,7 +181,7 @@ class ScriptedAdapter:
                 (Camera(CAMERA, geometry),),
             )
             mask = torch.ones(n, layout.n_keys, dtype=torch.bool)
-            probe.begin(InferenceInputs(layout, torch.arange(n_text).expand(n, -1), mask))
+            begun(probe, lambda: InferenceInputs(layout, torch.arange(n_text).expand(n, -1), mask))
             try:
                 actions = predict(batch, **kwargs)
             except BaseException:

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # What the attention of each tower is called.
 _PARTS: dict[Stream, str] = {"vision": "vision", "vlm": "prefix", "expert": "suffix"}
+_UNLIKE = "the policy's forward pass is not the one that its adapter knows"
 _PREFIX_PASS = "the prefix pass"
 
 
@@ -228,12 +229,14 @@ class Collector:
         Raises:
             Exception: the error, where nobody takes failures.
         """
-        if self._inputs is None:
-            return
+        if self._inputs is not None:
+            self._report(error)
+
+    def refuse(self, error: Exception) -> None:
+        """Report, as `fail` does, an inference whose tokens cannot be told, unless it is let pass."""
         self.abandon()
-        if self._on_failure is None:
-            raise error
-        self._on_failure(error)
+        if self.enabled and not in_trial_pass():
+            self._report(error)
 
     def close(self) -> None:
         """The watching ends: an inference that was begun and never ended is reported."""
@@ -245,10 +248,13 @@ class Collector:
         try:
             yield
         except Exception as error:
-            self.abandon()
-            if self._on_failure is None:
-                raise
-            self._on_failure(error)
+            self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        self.abandon()
+        if self._on_failure is None:
+            raise error
+        self._on_failure(error)
 
     def _take_activations(self, site: Site, value: Tensor) -> None:
         """Keep what was chosen of a layer's neurons or residual stream: (batch, token, unit)."""
@@ -379,17 +385,13 @@ class Collector:
             why = "cameras of several image sizes have no patches in common, or " if is_vision else ""
             raise CaptureError(
                 f"{_in_words(site)} has shape {tuple(weights.shape)}, "
-                f"expected (batch, {n_heads} heads, {n_queries} queries, {n_keys} keys); {why}the policy's "
-                "forward pass is not the one that its adapter knows"
+                f"expected (batch, {n_heads} heads, {n_queries} queries, {n_keys} keys); {why}{_UNLIKE}"
             )
 
     def _note(self, site: Site, when: str) -> None:
         """Take note that a site's value came, once in a denoise step or for a camera."""
         if (site, when) in self._seen:
-            raise CaptureError(
-                f"{_in_words(site)} came twice in {when}, expected once; "
-                "the policy's forward pass is not the one that its adapter knows"
-            )
+            raise CaptureError(f"{_in_words(site)} came twice in {when}, expected once; {_UNLIKE}")
         self._seen.add((site, when))
 
     def _check_complete(self) -> None:
@@ -417,8 +419,7 @@ class Collector:
             site, when = missing[0]
             raise CaptureError(
                 f"{len(missing)} of {len(expected)} values never came, the first of them the "
-                f"{_in_words(site)} in {when}; the policy's forward pass is not the one that its adapter "
-                "knows"
+                f"{_in_words(site)} in {when}; {_UNLIKE}"
             )
 
     def _label(self, token_ids: np.ndarray, mask: np.ndarray) -> LabelledPrompt:

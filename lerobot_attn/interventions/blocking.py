@@ -190,12 +190,14 @@ class Blocker:
         self._sums = None
 
     def fail(self, error: Exception) -> None:
-        """A site could not be reached, so nothing can be blocked there.
+        """A site cannot be reached, or an inference's tokens not be told: nothing can be blocked there.
 
         Raises:
             Exception: the error.
         """
         raise error
+
+    refuse = fail
 
     def _cuts_at(self, site: Site) -> Iterator[_Cut]:
         """Yield what is blocked at a site in the step that runs."""

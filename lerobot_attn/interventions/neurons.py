@@ -281,12 +281,14 @@ class Firer:
         self._is_wrong = []
 
     def fail(self, error: Exception) -> None:
-        """A site could not be reached, so nothing can be changed there.
+        """A site cannot be reached, or an inference's tokens not be told: nothing can be changed there.
 
         Raises:
             Exception: the error.
         """
         raise error
+
+    refuse = fail
 
     def _changed(self, site: Site, value: Tensor, change: _Change) -> Tensor:
         tokens = self._tokens[id(change.spec)]

@@ -33,7 +33,7 @@ from lerobot_attn.policies.base import (
     said_by,
 )
 from lerobot_attn.policies.kernels import kernel_tap
-from lerobot_attn.policies.taps import check_sites, no_attention, watched_method
+from lerobot_attn.policies.taps import begun, check_sites, no_attention, watched_method
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class ACTAdapter:
 
         def on_encoder(module: nn.Module, args: Any) -> None:
             if batches:
-                probe.begin(self._inputs(batches[0], grids, args[0]))
+                begun(probe, partial(self._inputs, batches[0], grids, args[0]))
                 grids.clear()  # the same batch may be asked about twice
 
         def on_decoder(module: nn.Module, args: Any) -> None:

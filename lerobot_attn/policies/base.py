@@ -173,7 +173,8 @@ class Probe(Protocol):
 
     `begin`; for each camera `camera` and `at`, of a probe that wants sites of the vision tower; `at` for the
     sites of the prefix pass; then for each denoise step `denoise_step` and `at`; then `end`. If the policy
-    raises, `abandon` comes instead of `end`.
+    raises, `abandon` comes instead of `end`. If the adapter cannot tell what the tokens are, `refuse` comes
+    instead of `begin`.
 
     An autoregressive policy has a single step, in which `at` comes once for each token that is read: one
     query, and the keys of the prefix, of the tokens before it and of itself.
@@ -185,6 +186,15 @@ class Probe(Protocol):
 
     def begin(self, inputs: InferenceInputs) -> None:
         """An inference starts."""
+
+    def refuse(self, error: Exception) -> None:
+        """An inference starts, but what its tokens are cannot be told: comes instead of `begin`.
+
+        The policy goes on; calls that may follow are of no inference.
+
+        Raises:
+            Exception: the error, of a probe that cannot go without; it is raised through the policy's call.
+        """
 
     def camera(self, name: str) -> None:
         """The vision tower starts on a camera's image: what comes from "vision" sites is of this camera.

@@ -41,6 +41,11 @@ class ProbeChain:
         for probe in self._probes:
             probe.begin(inputs)
 
+    def refuse(self, error: Exception) -> None:
+        """Tell every probe."""
+        for probe in self._probes:
+            probe.refuse(error)
+
     def camera(self, name: str) -> None:
         """Tell every probe that wants sites of the vision tower."""
         for probe in self._seeing_images:

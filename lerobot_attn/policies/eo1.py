@@ -43,6 +43,7 @@ from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
+    begun,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -123,8 +124,7 @@ class EO1Adapter:
         def observed_sample_actions(**given: Any) -> Tensor:
             # Without actions in the conversation LeRobot says what is wrong.
             if run.batch is not None and (given["input_ids"] == given["action_token_id"]).any():
-                probe.begin(self._begun(run, given))
-                run.stream = "vlm"
+                run.stream = "vlm" if begun(probe, partial(self._begun, run, given)) else None
             return sample_actions(**given)
 
         def observed_embed_suffix(timestep: Tensor, noisy_actions: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from lerobot_attn.policies.base import (
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import check_sites, exchanged_in_order, no_attention, watched_method
+from lerobot_attn.policies.taps import begun, check_sites, exchanged_in_order, no_attention, watched_method
 
 # Marks of each image, then the task; padded behind.
 _PROMPT = re.compile(r"(?:.*</img>)?\n?(?P<task>.*?)(?P<after>(?:<pad>|<\|endoftext\|>)*)\Z", re.DOTALL)
@@ -116,7 +116,9 @@ class EVO1Adapter:
 
         def on_language_model(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if run.batch is not None:
-                probe.begin(self._begun(run, kwargs["input_ids"], kwargs["attention_mask"]))
+                described = partial(self._begun, run, kwargs["input_ids"], kwargs["attention_mask"])
+                if not begun(probe, described):
+                    run.order = None
 
         def on_first_block(module: nn.Module, args: Any) -> None:
             if run.order is not None:

@@ -27,7 +27,7 @@ from lerobot_attn.policies.base import (
     SiteInfo,
     Stream,
 )
-from lerobot_attn.policies.taps import CompiledTap, check_sites, replaced_attribute, watched_method
+from lerobot_attn.policies.taps import CompiledTap, begun, check_sites, replaced_attribute, watched_method
 from lerobot_attn.policies.tower import Tower
 from lerobot_attn.policies.vision import VisionTower
 
@@ -101,15 +101,17 @@ class FlowMatchingAdapter(ABC):
         sites = check_sites(sites, self.sites())
         predict: Callable[..., Tensor] = getattr(policy, self.predicts)
         sample_actions: Callable[..., Tensor] = model.sample_actions
+        unwatched = sample_actions
         denoise_step: Callable[..., Tensor] = model.denoise_step
         graph: CompiledTap | None = None
         if "sample_actions" in vars(model) and getattr(policy.config, "compile_model", False):
             # torch.compile put its wrapper on the instance; the class still has the plain function.
-            sample_actions = MethodType(type(model).sample_actions, model)
+            plain = MethodType(type(model).sample_actions, model)
             if compiled:
-                graph = CompiledTap(probe, sample_actions, policy.config.compile_mode)
+                graph = CompiledTap(probe, plain, policy.config.compile_mode)
                 sample_actions = graph.run
             else:
+                sample_actions = unwatched = plain
                 logger.warning(
                     "compile_model=true: while attention is captured the policy runs uncompiled; "
                     "--eval.attention.compiled=true keeps it compiled"
@@ -138,12 +140,15 @@ class FlowMatchingAdapter(ABC):
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
-            layout = self._layout(cameras, tokens.shape[1])
+            def described() -> InferenceInputs:
+                layout = self._layout(cameras, tokens.shape[1])
+                mask = key_mask(layout, img_masks, masks)
+                return InferenceInputs(layout, tokens, mask, vision_grid=self.vision.grid(images))
+
             started.clear()
-            grid = self.vision.grid(images)
-            mask = key_mask(layout, img_masks, masks)
-            probe.begin(InferenceInputs(layout, tokens, mask, vision_grid=grid))
-            return sample_actions(images, img_masks, tokens, masks, *args, **kwargs)
+            # A graph that returns attention is made for the tokens of an inference that has begun.
+            sample = sample_actions if begun(probe, described) else unwatched
+            return sample(images, img_masks, tokens, masks, *args, **kwargs)
 
         def observed_denoise_step(*args: Any, **kwargs: Any) -> Tensor:
             stepping.denoise_step(kwargs["timestep"] if "timestep" in kwargs else args[-1])

@@ -46,6 +46,7 @@ from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
+    begun,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -150,7 +151,9 @@ class MolmoAct2Adapter:
 
         def on_backbone(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
             if run.batch is not None:
-                probe.begin(self._begun(run, run.batch, given, order))
+                described = partial(self._begun, run, run.batch, given, order)
+                if not begun(probe, described):
+                    run.batch = None
 
         def observed_modulation(timesteps: list[Tensor], **given: Any) -> Any:
             run.times = list(timesteps)

@@ -42,7 +42,7 @@ from lerobot_attn.policies.flow import key_mask
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.paligemma import PaliGemmaCameras
 from lerobot_attn.policies.prompts import TaskAndState
-from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute, watched_method
+from lerobot_attn.policies.taps import begun, check_sites, no_attention, replaced_attribute, watched_method
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,14 @@ class Pi0FastAdapter(PaliGemmaCameras):
             images: Any, img_masks: Any, tokens: Tensor, masks: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
             if run.batch is not None:
-                layout = self._layout(run.batch, tokens.shape[1])
-                run.inputs = InferenceInputs(layout, tokens, key_mask(layout, img_masks, masks))
-                probe.begin(run.inputs)
+                batch = run.batch
+
+                def described() -> InferenceInputs:
+                    layout = self._layout(batch, tokens.shape[1])
+                    run.inputs = InferenceInputs(layout, tokens, key_mask(layout, img_masks, masks))
+                    return run.inputs
+
+                begun(probe, described)
             return embed(images, img_masks, tokens, masks, *args, **kwargs)
 
         def observed_pass(*args: Any, **kwargs: Any) -> Any:

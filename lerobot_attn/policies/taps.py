@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lerobot_attn.errors import CaptureError, ConfigError
-from lerobot_attn.policies.base import MaskingProbe, Probe, Site, SiteInfo
+from lerobot_attn.policies.base import InferenceInputs, MaskingProbe, Probe, Site, SiteInfo
 
 _ABSENT = object()
 _SOFTMAX = frozenset({nn.functional.softmax, torch.softmax, Tensor.softmax})
@@ -260,6 +260,24 @@ def masking_of(probe: Probe, site: Site) -> Masking | None:
     if not isinstance(probe, MaskingProbe):
         return None
     return Masking(partial(probe.bias, site), partial(probe.only_masks, site))
+
+
+def begun(probe: Probe, describe: Callable[[], InferenceInputs]) -> bool:
+    """Begin an inference for a probe; return False if what its tokens are cannot be told.
+
+    The probe learns why. The policy goes on unobserved, unless the probe raises what it is told.
+
+    Args:
+        probe: what is called.
+        describe: returns what the policy got.
+    """
+    try:
+        inputs = describe()
+    except Exception as error:
+        probe.refuse(error)
+        return False
+    probe.begin(inputs)
+    return True
 
 
 def no_attention(site: Site) -> CaptureError:

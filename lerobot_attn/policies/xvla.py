@@ -47,7 +47,7 @@ from lerobot_attn.policies.base import (
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import check_sites, no_attention, replaced_attribute, watched_method
+from lerobot_attn.policies.taps import begun, check_sites, no_attention, replaced_attribute, watched_method
 
 # As BART's tokenizer writes it; padded on either side.
 _PROMPT = re.compile(
@@ -133,10 +133,9 @@ class XVLAAdapter:
 
         def on_encoder(module: nn.Module, args: Any) -> None:
             if running.batch is not None:
-                token_id, layout = running.token_id, self._layout(running, running.batch)
-                key_mask = token_id.new_ones((len(token_id), layout.n_keys), dtype=torch.bool)
-                running.layout = layout
-                probe.begin(InferenceInputs(layout, token_id, key_mask))
+                described = partial(self._begun, running, running.batch)
+                if not begun(probe, described):
+                    running.batch = None
 
         def on_transformer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if running.batch is not None:
@@ -206,6 +205,12 @@ class XVLAAdapter:
 
     def _present_cameras(self, batch: dict[str, Any]) -> list[str]:
         return [name for name in self.policy.config.image_features if name in batch]
+
+    def _begun(self, running: _Inference, batch: dict[str, Any]) -> InferenceInputs:
+        """Return what the policy got, and note the layout."""
+        running.layout = layout = self._layout(running, batch)
+        key_mask = running.token_id.new_ones((len(running.token_id), layout.n_keys), dtype=torch.bool)
+        return InferenceInputs(layout, running.token_id, key_mask)
 
     def _layout(self, running: _Inference, batch: dict[str, Any]) -> TokenLayout:
         rows, columns = running.grid
