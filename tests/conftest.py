@@ -243,6 +243,14 @@ def molmoact2_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     return functools.partial(make_policy, tmp_path_factory.mktemp("molmoact2"))
 
 
+@pytest.fixture(scope="session")
+def wall_x_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Any, Any]]:
+    """Make a small Wall-X without the Hub: settings → (policy, preprocessor, postprocessor)."""
+    from wall_x_policy import make_policy, save_model
+
+    return functools.partial(make_policy, save_model(tmp_path_factory.mktemp("wall_x") / "qwen"))
+
+
 def _random_checkpoint(tmp_path_factory: pytest.TempPathFactory, policy_type: str) -> Path:
     from lerobot_attn.demo.checkpoint import make_demo_checkpoint
 

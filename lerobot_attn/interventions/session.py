@@ -55,6 +55,7 @@ _NOT_FIRED = {
     "evo1": "of EVO-1 attention alone is reached",
     "molmoact2": "of MolmoAct2 attention alone is reached",
     "pi0_fast": "of Pi0-FAST attention alone is reached, whose passes hold one decoded token each",
+    "wall_x": "of Wall-X attention alone is reached",
     "xvla": "of X-VLA attention alone is reached",
 }
 _WITHOUT_INSTRUCTION = ("act",)

@@ -22,6 +22,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "pi05": ("lerobot_attn.policies.pi05", "Pi05Adapter"),
     "pi0_fast": ("lerobot_attn.policies.pi0_fast", "Pi0FastAdapter"),
     "smolvla": ("lerobot_attn.policies.smolvla", "SmolVLAAdapter"),
+    "wall_x": ("lerobot_attn.policies.wall_x", "WallXAdapter"),
     "xvla": ("lerobot_attn.policies.xvla", "XVLAAdapter"),
 }
 

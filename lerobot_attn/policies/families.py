@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "pi05": Family(_VLA, True, True),
     "pi0_fast": Family("each decoded token's attention, and that among the prefix", True, False),
     "smolvla": Family(_VLA, True, True),
+    "wall_x": Family("Qwen2.5-VL's attention, over the prefix and over the actions", True, False),
     "xvla": Family("the soft-prompted transformer's and Florence-2's encoder's attention", True, False),
 }
 
@@ -58,8 +59,6 @@ WHY_NOT: dict[str, str] = {
     "tdmpc": "no attention: convolutions and MLPs",
     "vla_jepa": _NOT_YET.format("Qwen3-VL and V-JEPA"),
     "vqbet": "no map of an image: each image enters as one vector",
-    "wall_x": _NOT_YET.format("its Qwen2.5-VL with experts")
-    + ", and needs torchdiffeq and qwen-vl-utils, which lerobot-attn does not install",
 }
 
 
