@@ -178,6 +178,9 @@ class Probe(Protocol):
 
     An autoregressive policy has a single step, in which `at` comes once for each token that is read: one
     query, and the keys of the prefix, of the tokens before it and of itself.
+
+    A policy that reads its prefix anew in every denoise step, and each time alike, hands over the sites of
+    the prefix pass in the first one, between those of the suffix. What `at` returns for them holds for all.
     """
 
     @property

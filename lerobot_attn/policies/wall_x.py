@@ -1,24 +1,24 @@
 """Wall-X (WALL-OSS): images, words, a state token and the actions, all through one Qwen2.5-VL with experts.
 
-The prefix is what stands before the actions in the conversation that the policy writes: the system's sentence,
-each camera between two marks, the task, the state, and what opens the answer. The suffix holds the actions. Both
-go through the same attention modules; the experts are feed-forward networks, one for the actions and one for the
-rest. Everything but the actions is causal, so the prefix sees no action.
+The prefix is what stands before the actions in the conversation that the policy writes: the system's
+sentence, each camera between two marks, the task, the state, and what opens the answer. The suffix holds the
+actions. Both go through the same attention; the experts are feed-forward networks, one of them the actions'.
+All but the actions is causal, so the prefix sees no action.
 
-LeRobot keeps no keys and values of the prefix: every denoise step runs all tokens through all layers. As the
-prefix sees no action, its rows are the same in every step. So the "vlm" stream is the prefix's rows, which are
-handed over once, in the first denoise step, each layer's right before its "expert" rows, those of the actions.
-What a probe returns for the prefix is used in every step of the inference.
+LeRobot keeps no keys and values of the prefix: each denoise step runs all tokens through all layers. As the
+prefix sees no action, its rows are the same in every step. So the "vlm" stream is the prefix's rows of the
+first denoise step. They come after its `denoise_step`, in each layer before the actions' rows, which are the
+"expert" stream. What a probe returns for the prefix is used in every step of the inference.
 
-- Padding stands before the conversation or behind the actions, as the tokenizer has it, and shifts the tokens of
-  a row, whereas a store has one layout. So rows and keys are put in another order: the cameras, the words with
-  their padding, the state, the actions.
-- The words and cameras see what stands before them in the conversation; each action sees all of it, and all
+- Padding stands before the conversation or behind the actions, as the tokenizer has it, and shifts the tokens
+  of a row, whereas a store has one layout. So rows and keys are put in another order: the cameras, the words
+  with their padding, the state, the actions.
+- The words and cameras see what stands before them in the conversation; an action sees all of it, and all
   actions. What a token cannot see is 0 in its row.
-- Patches are merged two by two. An image is resized by one factor for its height and another for its width, so
-  that both are whole numbers of such cells; nothing is padded.
+- Patches are merged two by two. An image is resized by one factor for its height and another for its width,
+  so that both are whole numbers of such cells; nothing is padded.
 - LeRobot's time runs from 0, noise, to 1, the actions. A store's runs the other way, and is 1 minus it.
-- LeRobot writes what the state becomes in bfloat16, so other weights than bfloat16's cannot run.
+- LeRobot puts the state into the conversation in bfloat16, so weights of another type than that cannot run.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class WallXAdapter:
     def __init__(self, policy: Any):
         if policy.config.prediction_mode != "diffusion":
             raise UnsupportedPolicyError(
-                f"wall_x with prediction_mode={policy.config.prediction_mode!r}: it decodes actions as tokens, "
-                "which are not captured, expected prediction_mode='diffusion'"
+                f"wall_x with prediction_mode={policy.config.prediction_mode!r}: actions that are decoded as "
+                "tokens are not captured, expected prediction_mode='diffusion'"
             )
         self.policy = policy
         self.model = policy.model
@@ -123,8 +123,8 @@ class WallXAdapter:
         wanted = frozenset(check_sites(sites, self.sites()))
         if compiled:
             raise ConfigError(
-                "compiled=true: LeRobot does not compile wall_x, so there is no compiled policy to read; leave "
-                "compiled out"
+                "compiled=true: LeRobot does not compile wall_x, so there is no compiled policy to read; "
+                "leave compiled out"
             )
         run = _Run()
         predict: Callable[..., Tensor] = policy.predict_action_chunk
