@@ -61,7 +61,7 @@ class TorchWith:
 
 class WallXContract(AdapterContract):
     is_bfloat16 = True
-    can_block = False
+    is_exact = False
 
     @pytest.fixture
     def longer(self, preprocessor):
@@ -98,7 +98,7 @@ def wrapped(wall_x_policy):
     peft = pytest.importorskip("peft")
     targets = r"model\.model\.layers.*\.(q_proj|v_proj)"
     config = peft.LoraConfig(r=2, target_modules=targets)
-    return peft.get_peft_model(wall_x_policy()[0], config, autocast_adapter_dtype=False).eval()
+    return peft.get_peft_model(wall_x_policy()[0], config).eval()
 
 
 class TestWallXWithLora(WallXContract):

@@ -46,7 +46,7 @@ MasksNow = Callable[[], Sequence[SceneMasks]]
 
 # Families whose attention is blocked. The others' kernels give probabilities that are computed beside what
 # acts, and a recording around them could not tell what acted.
-_BLOCKED = ("act", "pi0", "pi05", "smolvla")
+_BLOCKED = ("act", "pi0", "pi05", "smolvla", "wall_x")
 # Families whose neurons and residuals have sites, and why the others have none.
 _FIRED = ("pi0", "pi05", "smolvla")
 _NOT_FIRED = {
