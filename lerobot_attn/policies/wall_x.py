@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lerobot_attn.errors import ConfigError, UnsupportedPolicyError
+from lerobot_attn.errors import CaptureError, ConfigError, UnsupportedPolicyError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, TokenLayout, tiled
 from lerobot_attn.policies.base import (
     InferenceInputs,
@@ -49,6 +49,7 @@ from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
+    begun,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -143,8 +144,10 @@ class WallXAdapter:
             return actions
 
         def on_model(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
-            if run.batch is not None and (inputs := self._begun(run, given)) is not None:
-                probe.begin(inputs)
+            if run.batch is None or self._is_cut(given["input_ids"]):
+                return
+            if not begun(probe, partial(self._begun, run, run.batch, given)):
+                run.start(None)
 
         def observed_embed_actions(timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if run.order is not None:
@@ -215,25 +218,40 @@ class WallXAdapter:
     def _present_cameras(self, batch: dict[str, Any]) -> list[str]:
         return [name for name in self.policy.config.image_features if name in batch]
 
-    def _begun(self, run: _Run, given: Mapping[str, Any]) -> InferenceInputs | None:
+    def _kinds(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which tokens are a camera's, the state, an action; (batch, token) bool, as `ids` are."""
+        special = self.model.action_token_id_set
+        is_image = ids == self.model.config.image_token_id
+        return is_image, ids == special["propri_token_id"], ids == special["action_token_id"]
+
+    def _is_cut(self, ids: Tensor) -> bool:
+        """Return whether actions are missing in a row, because it was too long; LeRobot says so then."""
+        _, _, is_action = self._kinds(ids)
+        return bool((is_action.sum(dim=1) != self.policy.config.chunk_size).any())
+
+    def _begun(self, run: _Run, batch: dict[str, Any], given: Mapping[str, Any]) -> InferenceInputs:
         """Return what the policy got, and note in which order its tokens stand in the layout.
 
-        None where rows have unlike numbers of a kind of tokens, or not one token for each action, because the
-        conversation was cut: LeRobot says what is wrong.
+        Args:
+            run: gets the order.
+            batch: the policy's, with the pictures.
+            given: what the model is called with.
+
+        Raises:
+            CaptureError: rows have unlike numbers of a kind of tokens.
         """
-        assert run.batch is not None
-        ids, special = given["input_ids"], self.model.action_token_id_set
-        is_image = ids == self.model.config.image_token_id
-        is_state = ids == special["propri_token_id"]
-        is_action = ids == special["action_token_id"]
-        counts = torch.stack([kind.sum(dim=1) for kind in (is_image, is_state, is_action)], dim=1)
+        ids = given["input_ids"]
+        is_image, is_state, is_action = kinds = self._kinds(ids)
+        counts = torch.stack([kind.sum(dim=1) for kind in kinds], dim=1)
+        if bool((counts != counts[0]).any()):
+            raise CaptureError(
+                "wall_x: a batch's rows have unlike numbers of tokens of cameras and state, expected the same"
+            )
         n_images, n_states, n_actions = counts[0].tolist()
-        if n_actions != self.policy.config.chunk_size or bool((counts != counts[0]).any()):
-            return None
         # Cameras, words, state, actions; each in the conversation's order.
         place = 1 - is_image.int() + is_state.int() + 2 * is_action.int()
         order = place.argsort(dim=1, stable=True)
-        cameras = self._cameras(run.batch, given["image_grid_thw"])
+        cameras = self._cameras(batch, given["image_grid_thw"])
         parts = [("image", camera.name, _n_cells(camera)) for camera in cameras]
         n_tokens = ids.shape[1]
         parts.append(("language", "language", n_tokens - n_images - n_states - n_actions))
@@ -282,6 +300,7 @@ class _Run:
 
     def __init__(self) -> None:
         self.is_padding: Tensor
+        self.order: Tensor | None
         self.prefix_len: int
         self.start(None)
 
