@@ -26,7 +26,7 @@ def find_tokenizer(preprocessor: Any) -> Tokenizer | None:
     """Return the tokenizer of a LeRobot preprocessor pipeline, or None if it has none."""
     for step in getattr(preprocessor, "steps", ()):
         tokenizer: Tokenizer | None = getattr(step, "input_tokenizer", None)
-        for name in ("_processor", "processor"):  # EO-1's and MolmoAct2's stand inside a processor
+        for name in ("_processor", "processor", "proc"):  # EO-1's, MolmoAct2's, GR00T's: inside a processor
             if tokenizer is None:
                 tokenizer = getattr(getattr(step, name, None), "tokenizer", None)
         if tokenizer is not None:

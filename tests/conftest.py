@@ -236,6 +236,14 @@ def evo1_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
 
 
 @pytest.fixture(scope="session")
+def groot_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Any, Any]]:
+    """Make a small GR00T N1.7 without the Hub: settings → (policy, preprocessor, postprocessor)."""
+    from groot_policy import make_policy, save_backbone
+
+    return functools.partial(make_policy, save_backbone(tmp_path_factory.mktemp("groot") / "qwen"))
+
+
+@pytest.fixture(scope="session")
 def molmoact2_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Any, Any]]:
     """Make a small MolmoAct2 without the Hub: settings → (policy, preprocessor, postprocessor)."""
     from molmoact2_policy import make_policy

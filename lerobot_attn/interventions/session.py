@@ -53,6 +53,7 @@ _NOT_FIRED = {
     "act": "of ACT attention alone is reached, and it has no language model whose neurons stand for words",
     "eo1": "of EO-1 attention alone is reached",
     "evo1": "of EVO-1 attention alone is reached",
+    "groot": "of GR00T attention alone is reached",
     "molmoact2": "of MolmoAct2 attention alone is reached",
     "pi0_fast": "of Pi0-FAST attention alone is reached, whose passes hold one decoded token each",
     "wall_x": "of Wall-X attention alone is reached",
@@ -60,7 +61,7 @@ _NOT_FIRED = {
 }
 _WITHOUT_INSTRUCTION = ("act",)
 # Families whose preprocessor cuts pictures into patches: of the policy's batch nobody reads them.
-_CUT_BEFORE = ("eo1", "molmoact2")
+_CUT_BEFORE = ("eo1", "groot", "molmoact2")
 _NEEDS_WORDS = ("task", "template")  # segments that only a tokenizer can tell
 _ACTING: WeakKeyDictionary[Any, list[Intervener]] = WeakKeyDictionary()  # by policy
 

@@ -17,6 +17,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "act": ("lerobot_attn.policies.act", "ACTAdapter"),
     "eo1": ("lerobot_attn.policies.eo1", "EO1Adapter"),
     "evo1": ("lerobot_attn.policies.evo1", "EVO1Adapter"),
+    "groot": ("lerobot_attn.policies.groot", "GrootAdapter"),
     "molmoact2": ("lerobot_attn.policies.molmoact2", "MolmoAct2Adapter"),
     "pi0": ("lerobot_attn.policies.pi0", "Pi0Adapter"),
     "pi05": ("lerobot_attn.policies.pi05", "Pi05Adapter"),

@@ -59,6 +59,7 @@ class RolloutRecorder:
             for env, plan in enumerate(plans)
             if plan is not None
         ]
+        self._n_envs = len(plans)
         self._record: InferenceRecord | None = None
         self._state: np.ndarray | None = None
         self._observation: Mapping[str, Any] | None = None
@@ -196,12 +197,15 @@ class RolloutRecorder:
         """Return camera → what it showed, (batch, height, width, 3) uint8.
 
         From the policy's batch, and what that does not show from the observation before it was preprocessed;
-        the other way round where the preprocessor normalises images.
+        the other way round where the preprocessor normalises images. A preprocessor may leave no picture at
+        all (GR00T's): then the observation's are what was shown.
         """
         present = [name for name in self._cameras.names if name in batch]
+        if not present:
+            return self._camera_views(pictures_of(self._observation, self._cameras.names, self._n_envs))
 
         def pictures() -> dict[str, Any]:
-            found = pictures_of(self._observation, present, len(batch[present[0]])) if present else {}
+            found = pictures_of(self._observation, present, len(batch[present[0]]))
             # An image that the preprocessor resized is another one.
             return {name: image for name, image in found.items() if image.shape == batch[name].shape}
 

@@ -204,10 +204,12 @@ def _layout(episode: Episode) -> Check:
         half = geometry.input_height_px / geometry.grid_rows / 2
         if is_resized and min(geometry.pad_top_px, geometry.pad_left_px) < int(half):
             half = 0
-        if (
-            geometry.pad_top_px + geometry.resized_height_px > geometry.input_height_px + half
-            or geometry.pad_left_px + geometry.resized_width_px > geometry.input_width_px + half
-        ):
+        axes = (
+            (geometry.pad_top_px, geometry.resized_height_px, geometry.input_height_px),
+            (geometry.pad_left_px, geometry.resized_width_px, geometry.input_width_px),
+        )
+        # What lies before the input was cut off, and then may lie behind it too.
+        if any(pad >= 0 and pad + resized > whole + half for pad, resized, whole in axes):
             wrong.append(f"{short[camera.name]}'s image reaches beyond the policy's input")
         video = episode.attributes.get("videos", {}).get(camera.name)
         if isinstance(video, dict):
