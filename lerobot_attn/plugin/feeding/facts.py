@@ -98,6 +98,7 @@ class Fed:
         task: the instruction that was given; None: unknown.
         is_cut: whether the prompt's end is missing.
         digits: the numbers that stand for the state in the prompt, 0 to 255; -1 is below the lowest.
+        has_patches: whether the preprocessor has put patches of pictures in their place, as GR00T's does.
     """
 
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -106,6 +107,7 @@ class Fed:
     task: str | None = None
     is_cut: bool = False
     digits: Sequence[int] = ()
+    has_patches: bool = False
 
 
 @dataclass(frozen=True)

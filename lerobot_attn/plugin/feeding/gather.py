@@ -17,6 +17,7 @@ from lerobot_attn.plugin.feeding.facts import ACTION, STATE, Expected, Fed, Worl
 from lerobot_attn.policies.given_prompt import PromptReader
 
 _IMAGES = "observation.image"
+_PATCHES = "pixel_values"
 _TOKENS, _MASK = "observation.language.tokens", "observation.language.attention_mask"
 
 
@@ -113,6 +114,7 @@ class FedReader:
             prompt=None if prompt is None else prompt.text,
             is_cut=prompt is not None and prompt.is_cut,
             digits=() if prompt is None else prompt.digits,
+            has_patches=not pictures and _PATCHES in batch,
         )
 
 
