@@ -38,8 +38,8 @@ class ImageGeometry:
     """How a camera's image became the square input of the vision tower, and its grid of patches.
 
     The image is resized by one factor to fit, then padded. All sizes in pixels; a point (y, x) of the image
-    lies at `(pad_top_px + y * resized_height_px / height_px, …)` of the input. Where the policy sees a part of
-    the image alone, the others lie beyond the input: above and left of it where the padding is below 0.
+    lies at `(pad_top_px + y * resized_height_px / height_px, …)` of the input. Where the policy sees a part
+    of the image alone, the others lie beyond the input: above and left of it where the padding is below 0.
     """
 
     height_px: int
@@ -403,8 +403,8 @@ def _segment(values: dict[str, Any]) -> Segment:
 def _geometry(values: dict[str, Any]) -> ImageGeometry:
     geometry = ImageGeometry(**values)
     for name, value in values.items():
-        # What is padded away entirely has no pixel left, and what is cut off lies before the input; the others
-        # are divided by.
+        # What is padded away entirely has no pixel left, and what is cut off lies before the input; the
+        # others are divided by.
         least = -_MAX_PX if name.startswith("pad_") else 0 if name.startswith("resized_") else 1
         _whole(value, name, _MAX_PX, least=least)
     return geometry

@@ -48,7 +48,8 @@ def save_backbone(folder: Path) -> str:
     fast.save_pretrained(folder)
     sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
     edges = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 32 * 32}
-    Qwen2VLImageProcessor(size=edges, image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes).save_pretrained(folder)
+    image_processor = Qwen2VLImageProcessor(size=edges, image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes)
+    image_processor.save_pretrained(folder)
     Qwen3VLVideoProcessor().save_pretrained(folder)
     ids = {name: number for number, name in enumerate(_SPECIAL)}
     Qwen3VLConfig(
@@ -149,7 +150,7 @@ def _base(
                 weight.normal_().mul_(weight.shape[-2] ** -0.5)
             elif "language_model" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.normal_().mul_(0.3 * weight.shape[-1] ** -0.5)
-            elif "embed_tokens" in name or "merger" in name and weight.ndim == 2:
+            elif "embed_tokens" in name or ("merger" in name and weight.ndim == 2):
                 weight.normal_().mul_(0.3)
     folder = Path(tempfile.mkdtemp(prefix="gr00t-", dir=Path(backbone).parent))
     model.save_pretrained(folder)
@@ -183,8 +184,8 @@ def make_policy(
         reading_heads: heads of these.
         is_alternate: whether the layers over the prompt see words and images in turns.
         horizon: actions that the model makes, of which the config may take fewer.
-        pictures: what the preprocessor does with pictures, as `processor_config.json` says it; by default they
-            are resized to a square of 96 px, of which 86 are stretched over 3 by 4 cells.
+        pictures: what the preprocessor does with pictures, as `processor_config.json` says it; by default
+            they are resized to a square of 96 px, of which 86 are stretched over 3 by 4 cells.
         settings: of the policy's config.
     """
     import torch

@@ -230,6 +230,8 @@ def test_stored_softmax_equals_an_independent_one(groot_policy, is_alternate):
             np.testing.assert_allclose(found[..., :n_prefix], true[..., order[row]], **close)
             assert np.isnan(found[..., n_prefix:]).all()
     assert record.layers_seeing_suffix == set(AMONG)
+    seen = "2" if is_alternate else "0, 2, 4"
+    assert adapter_for(policy).describe().remark == f"images are seen by layers {seen} alone"
 
 
 def test_maps_differ_so_that_a_mixed_up_index_shows(policy, batch):
@@ -491,7 +493,9 @@ def test_a_layer_without_keys_of_the_prompt_cannot_be_made_to_see_it(policy, bat
     editor = Editor(lambda value: value.flip(-1), sites=[site])
     with (
         capture_attention(policy, AttentionConfig(), probes=[(editor, [site])]),
-        pytest.raises(CaptureError, match=r"^expert\.1\.attention: a probe lets actions attend to the") as said,
+        pytest.raises(
+            CaptureError, match=r"^expert\.1\.attention: a probe lets actions attend to the"
+        ) as said,
     ):
         act(policy, batch, 0)
     assert "\n" not in str(said.value)
@@ -577,7 +581,10 @@ def test_the_tokenizer_of_a_preprocessor_that_has_not_run_is_found(groot_policy)
     ("prompt", "task"),
     [
         ("<|im_start|>user\n<|vision_start|><|vision_end|>open it<|im_end|>\n", "open it"),
-        ("<|endoftext|><|im_start|>user\n<|vision_end|><|vision_start|><|vision_end|>a\nb<|im_end|>\n", "a\nb"),
+        (
+            "<|endoftext|><|im_start|>user\n<|vision_end|><|vision_start|><|vision_end|>a\nb<|im_end|>\n",
+            "a\nb",
+        ),
         ("<|im_start|>user\n<|vision_start|><|vision_end|><|im_end|>", ""),
         ("<|im_start|>user\nopen it<|im_end|>\n", None),
         ("open it", None),
@@ -652,9 +659,7 @@ def test_a_recording_says_what_the_policy_attends_to(run):
         shares = modality_share(data, frame=0).compute()
         assert shares.modality.values.tolist() == [TOP, WRIST, "task", "state", "template", "actions"]
         assert shares.sum() == pytest.approx(1, abs=1e-3)
-        by_layer = {
-            layer: modality_share(data, frame=0, layer=layer).compute() for layer in range(N_LAYERS)
-        }
+        by_layer = {layer: modality_share(data, frame=0, layer=layer).compute() for layer in range(N_LAYERS)}
         for layer, share in by_layer.items():
             parts = dict(zip(share.modality.values.tolist(), np.nan_to_num(share.values), strict=True))
             seen = parts[TOP] + parts[WRIST], parts["task"] + parts["template"], parts["actions"]

@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {
     "act": Family("the decoder's cross-attention, the encoder's self-attention", True, False),
     "eo1": Family("Qwen2.5-VL's attention, over the prefix and over the actions", True, False),
     "evo1": Family("the action head's cross-attention", True, False),
-    "groot": Family("the action head's attention: to words, to images, among actions, over the prompt", True, False),
+    "groot": Family("the action head's attention, to and over the prompt and among actions", True, False),
     "molmoact2": Family("the action expert's cross-, the language model's self-attention", True, False),
     "pi0": Family(_VLA, True, True),
     "pi05": Family(_VLA, True, True),

@@ -1,16 +1,16 @@
 """GR00T N1.7: Qwen3-VL reads images and words, and an action head reads what comes of them.
 
 The prefix is the whole prompt. Qwen3-VL reads it once an inference, and then the action head's own
-self-attention over the prompt: this is the "vlm" stream. The suffix holds a token of the robot's state and the
-actions. In every denoise step their layers (the "expert" stream) look to one side only, in turns: at the words
-and no image, at each other, at the images and no word, at each other. So most of a layer's row is 0, and which
-part says what the layer is for.
+self-attention over the prompt: this is the "vlm" stream. The suffix holds a token of the robot's state and
+the actions. In every denoise step their layers (the "expert" stream) look to one side only, in turns: at the
+words and no image, at each other, at the images and no word, at each other. What a layer does not look at is
+0 in its rows.
 
 - Qwen3-VL's own attention is not recorded: a store has one stream over the prefix, and one number of heads,
-  which Qwen3-VL does not share (16 in NVIDIA's checkpoints, where the action head has 32). Where the action
-  head's self-attention over the prompt has other heads than its layers, or is missing, no prefix is recorded.
-- That self-attention masks nothing: tokens of images and words see all others, and also what pads a row to the
-  longest prompt of its batch. So padding is none here: its `key_mask` is true. The actions do not see it.
+  which Qwen3-VL does not share (LeRobot's configs have 16, and the action head's 32). Where the action head's
+  self-attention over the prompt is missing, or has other heads than its layers, no prefix is recorded.
+- That self-attention masks nothing: tokens of images and words see all others, and also what pads a row to
+  the longest prompt of its batch. So padding is none here: its `key_mask` is true. The actions do not see it.
 - Keys are put in another order than the prompt's: the cameras, then all else, padding first.
 - LeRobot's preprocessor takes the pictures out of the batch. It resizes them, cuts off their borders and cuts
   the rest into patches, of which two by two are a token. What it did is noted while it runs in the context;
@@ -74,17 +74,21 @@ class GrootAdapter:
             "expert": [block.attn1 for block in self._head.model.transformer_blocks],
         }
         self._n_heads: int = self._layers["expert"][0].heads
-        is_alternate = bool(self._model.config.use_alternate_vl_dit)
-        self._reads_padding = bool(self._layers["vlm"]) or not is_alternate
+        self._is_alternate = bool(self._model.config.use_alternate_vl_dit)
+        self._reads_padding = bool(self._layers["vlm"]) or not self._is_alternate
         if any(module.heads != self._n_heads for module in self._layers["vlm"]):
             self._layers["vlm"] = []  # a store has one number of heads for both
 
     def describe(self) -> PolicyDescription:
         """Return the sizes of the live policy; its chunk is the model's, of which LeRobot may return less."""
         n_actions = int(self._head.action_horizon)
-        n_executed = min(self.policy._action_queue_steps, self.policy.config.chunk_size, n_actions)
+        said = said_by(self.policy.config)
+        said["n_action_steps"] = min(self.policy._action_queue_steps, n_actions)
+        # By default the last layer is shown, whose map of an image would be empty and look broken.
+        layers = [layer for layer in range(len(self._layers["expert"])) if self._sees_images(layer)]
+        said["remark"] = said["remark"] or f"images are seen by layers {', '.join(map(str, layers))} alone"
         return PolicyDescription(
-            **{**said_by(self.policy.config), "n_action_steps": n_executed},
+            **said,
             n_layers=len(self._layers["expert"]),
             n_prefix_layers=len(self._layers["vlm"]),
             n_heads=self._n_heads,
@@ -94,8 +98,9 @@ class GrootAdapter:
         )
 
     def sites(self) -> Mapping[Site, SiteInfo]:
-        """Return the layers over the prompt, and those over state and actions: of these every other one
-        sees the prompt alone, and the ones between see only each other, so 0 of the prompt.
+        """Return the layers over the prompt, and those of state and actions.
+
+        Of these every other one sees the prompt alone; the ones between see no prompt, and are 0 there.
         """
         return {
             Site(stream, layer): SiteInfo(
@@ -119,8 +124,8 @@ class GrootAdapter:
         sites = check_sites(sites, self.sites())
         if compiled:
             raise ConfigError(
-                "compiled=true: LeRobot does not compile groot, so there is no compiled policy to read; leave "
-                "compiled out"
+                "compiled=true: LeRobot does not compile groot, so there is no compiled policy to read; "
+                "leave compiled out"
             )
         run = _Run()
         n_steps = int(head.num_inference_timesteps)
@@ -200,6 +205,11 @@ class GrootAdapter:
     def _sees_suffix(self, layer: int) -> bool:
         """Whether a layer of the action head is among state and actions; it then sees no prompt."""
         return layer % 2 == 1 and bool(self._head.model.config.interleave_self_attention)
+
+    def _sees_images(self, layer: int) -> bool:
+        if self._is_alternate and layer % (2 * self._head.model.attend_text_every_n_blocks) == 0:
+            return False
+        return not self._sees_suffix(layer)
 
     def _begun(self, run: _Run, batch: Mapping[str, Any], given: Mapping[str, Any]) -> InferenceInputs:
         """Return what the policy got, and note in which order the prompt's tokens stand in the layout.
@@ -311,8 +321,8 @@ def _exchanged_behind(
         return given
     if given[..., :n_prefix].any():
         raise CaptureError(
-            f"{site}: a probe lets actions attend to the prompt, expected 0 there: this layer has no keys of it; "
-            "edit a layer that sees the prompt"
+            f"{site}: a probe lets actions attend to the prompt, expected 0 there: this layer has no keys of "
+            "it; edit a layer that sees the prompt"
         )
     return given[..., n_prefix:]
 
