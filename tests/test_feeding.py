@@ -420,6 +420,12 @@ def test_normalisation_is_undone_as_lerobot_does_it(mode, low, high):
     np.testing.assert_allclose(theirs * scale.half + scale.centre, VALUES, atol=1e-5)
 
 
+def test_cameras_whose_pictures_were_cut_into_patches_are_not_judged():
+    check = CHECKS["cameras"]("cameras", changed("fed", pictures={}, has_patches=True))
+    assert (check.status, check.detail[:34]) == ("skipped", "the preprocessor leaves patches, a")
+    assert CHECKS["cameras"]("cameras", changed("fed", pictures={})).status == "failed"
+
+
 def test_pictures_that_are_normalised_are_judged_as_they_were_before():
     modes = {**EXPECTED.modes, IMAGE: "MEAN_STD"}
     mean, std = np.full((3, 1, 1), 0.45), np.full((3, 1, 1), 0.22)

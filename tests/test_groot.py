@@ -21,10 +21,11 @@ from typer.testing import CliRunner  # noqa: E402
 from lerobot_attn import open_run, record_episodes  # noqa: E402
 from lerobot_attn.analysis import attention, image_heatmap, modality_share  # noqa: E402
 from lerobot_attn.analysis.prefix import text_to_image  # noqa: E402
+from lerobot_attn.analysis.propagation import attention_flow, attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
 from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
-from lerobot_attn.errors import CaptureError, ConfigError  # noqa: E402
+from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
 from lerobot_attn.interventions import Occlude, Task, intervene  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot import plot  # noqa: E402
@@ -231,7 +232,7 @@ def test_stored_softmax_equals_an_independent_one(groot_policy, is_alternate):
             assert np.isnan(found[..., n_prefix:]).all()
     assert record.layers_seeing_suffix == set(AMONG)
     seen = "2" if is_alternate else "0, 2, 4"
-    assert adapter_for(policy).describe().remark == f"images are seen by layers {seen} alone"
+    assert adapter_for(policy).describe().remark == f"layers that see images: {seen}"
 
 
 def test_maps_differ_so_that_a_mixed_up_index_shows(policy, batch):
@@ -675,11 +676,18 @@ def test_a_recording_says_what_the_policy_attends_to(run):
         assert "failed" not in fed.values()
 
 
+def test_rollout_and_flow_are_refused(run):
+    data = open_run(run)[0].dataset
+    for of in (attention_rollout, attention_flow):
+        with pytest.raises(SelectionError, match="all layers of groot come after the last prefix layer"):
+            of(data, frame=0)
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_plot_is_drawn_or_refused_in_one_line(run, kind):
     episode = open_run(run)[0]
     if kind == "vision":
-        with pytest.raises(Exception, match="vision attention was not captured"):
+        with pytest.raises(SelectionError, match="vision attention was not captured"):
             plot(episode, kind)
         return
     figure = plot(episode, kind)

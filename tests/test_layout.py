@@ -1,5 +1,7 @@
 """Which token is what: geometry against LeRobot's own resizing, labels against known prompts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -75,10 +77,24 @@ def test_layout_numbers():
     assert rows[12:].tolist() == [-1] * 8
 
 
-def test_layout_survives_json():
+CROPPED = ImageGeometry(96, 128, 96, 96, -5, -6, 86, 84, 3, 4)
+
+
+def test_what_is_cut_off_lies_beyond_the_first_and_last_patches():
+    assert CROPPED.patch_at(0, 0) == (0, 0)
+    assert CROPPED.patch_at(95, 127) == (2, 3)
+    # The patch's edge: 5 px are cut off, and 86 / 3 px are a row.
+    assert [CROPPED.patch_at(y, 64)[0] for y in (33, 34, 62, 63)] == [0, 1, 1, 2]
+    assert [CROPPED.patch_at(48, x)[1] for x in (35, 37, 63, 65)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("cropped", [False, True])
+def test_layout_survives_json(cropped):
     import json
 
     layout = make_layout()
+    if cropped:
+        layout = replace(layout, cameras=(Camera("front", CROPPED), Camera("empty", None)))
     assert TokenLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
 
 

@@ -38,6 +38,19 @@ def test_coverage_is_the_area_that_each_patch_shows_of_the_mask(padding, mask_px
     assert found.sum() / whole.sum() == pytest.approx(mask.mean())
 
 
+def test_of_an_image_that_was_cropped_only_the_rest_is_covered():
+    geometry = ImageGeometry(48, 64, 60, 80, -6, -10, 48, 60, 3, 4)
+    rng = np.random.default_rng(0)
+    mask = rng.random((48, 64)) < 0.3
+    np.testing.assert_allclose(patch_coverage(mask, geometry), by_matrices(mask, geometry), atol=1e-12)
+    np.testing.assert_allclose(patch_coverage(np.ones((48, 64), bool), geometry), 1)
+    border = np.ones((48, 64), bool)
+    border[5:43, 8:56] = False  # of 60 px 6 are cut off above, so 4.8 of the image's 48
+    found = patch_coverage(border, geometry)
+    assert found[0].max() < 0.02
+    assert not found[1, 1:3].any()
+
+
 def by_matrices(mask, g):
     """The coverage as two products of matrices: how long each pixel's overlap with each patch is."""
 

@@ -463,6 +463,34 @@ def test_without_cameras_no_encoder_is_needed(tmp_path, monkeypatch, what):
     assert "video_errors" not in episode.attributes
 
 
+class CutPolicy(scripted.ScriptedPolicy):
+    """Its preprocessor puts something else in the pictures' place."""
+
+    def select_action(self, batch, **kwargs):
+        assert scripted.CAMERA not in batch
+        return super().select_action({**batch, scripted.CAMERA: batch["patches"]})
+
+
+class CutAdapter(scripted.ScriptedAdapter):
+    def camera_views(self, batch):
+        return super().camera_views(batch) if scripted.CAMERA in batch else {}
+
+
+def test_where_the_preprocessor_leaves_no_picture_the_observations_are_filmed(tmp_path, monkeypatch):
+    monkeypatch.setattr(scripted, "ScriptedAdapter", CutAdapter)
+
+    def cut(batch):
+        return {"patches" if name == scripted.CAMERA else name: value for name, value in batch.items()}
+
+    policy = CutPolicy(scripted.make_config())
+    _, run = evaluate(tmp_path, {0: scripted.make_envs((5, 9))}, policy=policy, preprocessor=cut, videos=0)
+    assert not run.failures
+    for episode, length in zip(open_run(tmp_path), (5, 9), strict=True):
+        assert list(episode.videos) == [scripted.CAMERA]
+        shown = [frame.mean() for frame in read_frames(episode.videos[scripted.CAMERA])]
+        np.testing.assert_allclose(shown, 4 * np.arange(length), atol=3)
+
+
 def test_a_video_that_fails_does_not_cost_an_evaluations_maps(tmp_path, monkeypatch):
     def broken(self, picture):
         raise StoreError("the encoder stopped")

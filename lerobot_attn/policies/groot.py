@@ -85,8 +85,8 @@ class GrootAdapter:
         said = said_by(self.policy.config)
         said["n_action_steps"] = min(self.policy._action_queue_steps, n_actions)
         # By default the last layer is shown, whose map of an image would be empty and look broken.
-        layers = [layer for layer in range(len(self._layers["expert"])) if self._sees_images(layer)]
-        said["remark"] = said["remark"] or f"images are seen by layers {', '.join(map(str, layers))} alone"
+        layers = [str(layer) for layer in range(len(self._layers["expert"])) if self._sees_images(layer)]
+        said["remark"] = said["remark"] or f"layers that see images: {', '.join(layers) or 'none'}"
         return PolicyDescription(
             **said,
             n_layers=len(self._layers["expert"]),

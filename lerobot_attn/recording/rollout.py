@@ -197,23 +197,26 @@ class RolloutRecorder:
         """Return camera → what it showed, (batch, height, width, 3) uint8.
 
         From the policy's batch, and what that does not show from the observation before it was preprocessed;
-        the other way round where the preprocessor normalises images. A preprocessor may leave no picture at
-        all (GR00T's): then the observation's are what was shown.
+        the other way round where the preprocessor normalises images. Of a preprocessor that leaves no picture
+        in the batch (GR00T's) the observation's are what it was given.
         """
         present = [name for name in self._cameras.names if name in batch]
-        if not present:
-            return self._camera_views(pictures_of(self._observation, self._cameras.names, self._n_envs))
+        wanted = present or self._cameras.names
 
         def pictures() -> dict[str, Any]:
-            found = pictures_of(self._observation, present, len(batch[present[0]]))
+            found = pictures_of(self._observation, wanted, self._n_envs)
             # An image that the preprocessor resized is another one.
-            return {name: image for name, image in found.items() if image.shape == batch[name].shape}
+            return {
+                name: image
+                for name, image in found.items()
+                if name not in batch or image.shape == batch[name].shape
+            }
 
         first, second = (lambda: batch), pictures
         if self._cameras.are_normalised:
             first, second = second, first
         shown = self._camera_views(first())
-        return shown if shown.keys() >= set(present) else {**self._camera_views(second()), **shown}
+        return shown if shown.keys() >= set(wanted) else {**self._camera_views(second()), **shown}
 
     @property
     def _active(self) -> list[EpisodeHandle]:
