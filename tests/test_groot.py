@@ -14,70 +14,41 @@ from lerobot.policies.groot.processor_groot import (  # noqa: E402
     GrootN17PackInputsStep,
     GrootN17VLMEncodeStep,
 )
-from matplotlib.text import Text  # noqa: E402
-from test_explorer import client_of, values  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+from small_policies import (  # noqa: E402
+    EVERYTHING,
+    SIZE,
+    TASKS,
+    TOP,
+    WRIST,
+    captured,
+    commands_take,
+    explorer_serves,
+    family_fixtures,
+    plot_is_drawn,
+    raw_observation,
+    record_own_loop,
+    training_goes_on_unrecorded,
+)
 
-from lerobot_attn import open_run, record_episodes  # noqa: E402
+from lerobot_attn import open_run  # noqa: E402
 from lerobot_attn.analysis import attention, image_heatmap, modality_share  # noqa: E402
 from lerobot_attn.analysis.prefix import text_to_image  # noqa: E402
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
-from lerobot_attn.cli import app  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
 from lerobot_attn.interventions import Occlude, Task, intervene  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
-from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 from lerobot_attn.policies.base import Site  # noqa: E402
 from lerobot_attn.verify import verify_episode  # noqa: E402
 
-TOP, WRIST = "observation.images.top", "observation.images.wrist"
-SIZE, GRID = (96, 128), (3, 4)
+GRID = (3, 4)
 CHUNK, N_LAYERS, N_READING, N_HEADS, N_STEPS = 10, 5, 2, 4, 4
 WORDS, AMONG, IMAGES = (0, 4), (1, 3), (2,)  # what the layers of the action head see
-TASKS = ("put the bowl on the plate", "open the drawer")
-EVERYTHING = AttentionConfig(layers="all", prefix_layers="all")
 
-
-def raw_observation(n=2, seed=0, size=SIZE, tasks=TASKS):
-    """What the preprocessor gets: images in [0, 1]."""
-    noise = torch.Generator().manual_seed(seed)
-    raw = {name: torch.rand(n, 3, *size, generator=noise) for name in (TOP, WRIST)}
-    raw["observation.state"] = torch.rand(n, 6, generator=noise)
-    return {**raw, "task": [tasks[i % len(tasks)] for i in range(n)]}
-
-
-@pytest.fixture(scope="module")
-def loaded(groot_policy):
-    return groot_policy()
-
-
-@pytest.fixture(scope="module")
-def preprocessor(loaded):
-    return loaded[1]
-
-
-@pytest.fixture
-def policy(loaded):
-    loaded[0].reset()
-    return loaded[0]
-
-
-@pytest.fixture(scope="module")
-def batch(preprocessor):
-    return preprocessor(raw_observation())
-
-
-def captured(policy, batch, config=EVERYTHING, **options):
-    """Return the record of one inference."""
-    policy.reset()
-    with capture_attention(policy, config, **options) as capture:
-        act(policy, batch, 0)
-    (record,) = capture.drain()
-    return record
+loaded, preprocessor, policy, batch = family_fixtures("groot_policy")
 
 
 def model_of(policy):
@@ -98,21 +69,8 @@ class GrootContract(AdapterContract):
 
         return with_longer_tasks
 
-    @pytest.fixture
-    def break_policy(self, policy):
-        @contextmanager
-        def broken():
-            def fail(*args):
-                raise RuntimeError("the policy broke")
-
-            decoder = model_of(policy).action_head.action_decoder
-            handle = decoder.register_forward_pre_hook(fail)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return broken
+    def breaks_at(self, base):
+        return base._groot_model.action_head.action_decoder
 
     def test_a_camera_that_is_painted_over_is_not_seen(self, policy, batch):
         """Its pictures were cut into patches before: painting over them would change nothing."""
@@ -551,11 +509,7 @@ def test_real_time_chunking_is_recorded(policy, batch):
 
 def test_training_goes_on_unrecorded(policy, batch):
     target = {**batch, "action": torch.zeros(2, CHUNK, 8), "action_mask": torch.ones(2, CHUNK, 8)}
-    with capture_attention(policy, EVERYTHING) as capture:
-        policy.forward(target)
-        assert not capture.records
-        act(policy, batch, 0)
-    assert len(capture.records) == 1
+    training_goes_on_unrecorded(policy, batch, target)
 
 
 def test_words_are_labelled(policy, preprocessor, batch):
@@ -631,24 +585,7 @@ def test_any_batch_size(policy, preprocessor, n):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, groot_policy):
-    """Two episodes of one's own loop: a square that moves, in both cameras."""
-    folder = tmp_path_factory.mktemp("groot")
-    policy, preprocessor, postprocessor = groot_policy()
-    with record_episodes(policy, folder, EVERYTHING, fps=10, preprocessor=preprocessor) as recording:
-        for number in range(2):
-            with recording.episode(task=TASKS[number]) as episode:
-                policy.reset()
-                for t in range(8):
-                    raw = raw_observation(1, tasks=TASKS[number:])
-                    for name in (TOP, WRIST):
-                        raw[name].fill_(0.2)
-                        raw[name][..., 20 + 3 * t : 32 + 3 * t, 30:42] = 1
-                    with torch.inference_mode():
-                        action = postprocessor(policy.select_action(preprocessor(raw)))
-                    pictures = {name: raw[name][0] for name in (TOP, WRIST, "observation.state")}
-                    episode.step(pictures, action[0])
-                episode.success = True
-    return folder
+    return record_own_loop(tmp_path_factory.mktemp("groot_run"), *groot_policy())
 
 
 def test_a_recording_says_what_the_policy_attends_to(run):
@@ -671,9 +608,7 @@ def test_a_recording_says_what_the_policy_attends_to(run):
         assert text_to_image(data, camera="wrist", inference=0).sizes["grid_y"] == GRID[0]
         assert episode.task == TASKS[number]
         assert not [check for check in verify_episode(episode).checks if check.status == "failed"]
-        fed = {check["name"]: check["status"] for check in episode.attributes["input_checks"]}
-        assert "state" in fed
-        assert "failed" not in fed.values()
+        assert episode.attributes["input_checks"] == [], "none failed"
 
 
 def test_rollout_and_flow_are_refused(run):
@@ -684,38 +619,14 @@ def test_rollout_and_flow_are_refused(run):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_every_plot_is_drawn_or_refused_in_one_line(run, kind):
-    episode = open_run(run)[0]
-    if kind == "vision":
-        with pytest.raises(SelectionError, match="vision attention was not captured"):
-            plot(episode, kind)
-        return
-    figure = plot(episode, kind)
-    assert "nan" not in " ".join(text.get_text() for text in figure.findobj(Text))
+def test_every_plot_is_drawn(run, kind):
+    plot_is_drawn(run, kind)
 
 
 def test_commands_take_the_recording(run, tmp_path):
-    store, film = str(open_run(run)[0].path), str(tmp_path / "film.mp4")
-    for command in (
-        ["inspect", store],
-        ["verify", store, "-o", str(tmp_path / "sheet.png")],
-        ["overlay", store, "-o", film, "--camera", "wrist"],
-        ["overlay", store, "-o", str(tmp_path / "word.mp4"), "--prefix-query", "bowl"],
-    ):
-        done = CliRunner().invoke(app, command)
-        assert done.exit_code == 0, (command, done.output)
-        if command[0] == "inspect":
-            assert "float32, 5 layers, 4 heads, 4 denoise steps" in " ".join(done.output.split())
+    facts = "groot, attention in float32, 5 layers, 4 heads, 4 denoise steps"
+    commands_take(run, tmp_path, {"inspect": facts, "overlay": "Wrote"})
 
 
 def test_the_explorer_serves_the_recording(run):
-    with client_of(run) as client:
-        first = client.get("/api/run").json()["episodes"][0]
-        facts = client.get(f"/api/episodes/{first['id']}").json()
-        base = f"/api/episodes/{first['id']}/{first['version']}"
-        prefix_len, n_keys = facts["prefix_len"], facts["n_keys"]
-        assert values(client.get(f"{base}/inferences/0/prefix/1/14")).shape == (N_HEADS, prefix_len)
-        maps = values(client.get(f"{base}/inferences/0/maps/0/2"))
-        assert maps.shape == (N_HEADS, n_keys - prefix_len, n_keys)
-        for address in ("shares", "timeline", "ranges/0", f"cameras/{WRIST}/frames/4.jpg"):
-            assert client.get(f"{base}/{address}").status_code == 200, address
+    assert explorer_serves(run, N_HEADS)["policy_remark"] == "layers that see images: 2"
