@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 pytest.importorskip("diffusers")
 
-from adapter_contract import AdapterContract, Editor, act  # noqa: E402
+from adapter_contract import AdapterContract, Editor, Watcher, act, attention_sites  # noqa: E402
 from lerobot.policies.groot.processor_groot import (  # noqa: E402
     GrootN17PackInputsStep,
     GrootN17VLMEncodeStep,
@@ -510,6 +510,13 @@ def test_real_time_chunking_is_recorded(policy, batch):
 def test_training_goes_on_unrecorded(policy, batch):
     target = {**batch, "action": torch.zeros(2, CHUNK, 8), "action_mask": torch.ones(2, CHUNK, 8)}
     training_goes_on_unrecorded(policy, batch, target)
+    watcher, told = Watcher(), []
+    watcher.denoise_step = told.append
+    with adapter_for(policy).observe(watcher, attention_sites(policy), compiled=False):
+        policy.forward(target)
+        assert (told, watcher.values) == ([], {})
+        act(policy, batch, 0)
+    assert told == [1, 0.75, 0.5, 0.25]
 
 
 def test_words_are_labelled(policy, preprocessor, batch):

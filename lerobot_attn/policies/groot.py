@@ -48,6 +48,7 @@ from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
+    begun,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -116,8 +117,7 @@ class GrootAdapter:
         """Tap the attention modules; an inference begins when Qwen3-VL is given the prompt.
 
         Raises:
-            CaptureError: in the policy, where a probe lets an action attend to what its layer cannot see; or
-                where a batch's rows have unlike images.
+            CaptureError: in the policy, where a probe lets an action attend to what its layer cannot see.
             ConfigError: as `PolicyAdapter.observe`.
         """
         policy, head = self.policy, self._head
@@ -151,8 +151,8 @@ class GrootAdapter:
             return output
 
         def on_backbone(module: nn.Module, args: Any) -> None:
-            if run.batch is not None:
-                probe.begin(self._begun(run, run.batch, args[0]))
+            if run.batch is not None and not begun(probe, partial(self._begun, run, run.batch, args[0])):
+                run.order = None
 
         def on_head(module: nn.Module, args: Any, kwargs: Any) -> None:
             if run.order is not None:  # not in training
