@@ -38,7 +38,7 @@ from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
 from lerobot_attn.interventions import Occlude, Task, intervene  # noqa: E402
-from lerobot_attn.layout import Kind  # noqa: E402
+from lerobot_attn.layout import ImageGeometry, Kind  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 from lerobot_attn.policies.base import Site  # noqa: E402
@@ -347,6 +347,13 @@ def test_what_is_cut_off_is_not_seen(policy, preprocessor, batch):
     assert torch.equal(act(policy, preprocessor(raw), 0)[0], act(policy, batch, 0)[0])
     geometry = captured(policy, batch).layout.cameras[0].geometry
     assert (geometry.pad_top_px, geometry.resized_height_px, geometry.input_height_px) == (-5, 96, 86)
+
+
+def test_opencvs_way_keeps_the_pictures_shape(groot_policy):
+    size, pictures = GEOMETRIES["by OpenCV"]
+    policy, preprocessor, _ = groot_policy(size=size, pictures=pictures)
+    geometry = captured(policy, preprocessor(raw_observation(size=size))).layout.cameras[0].geometry
+    assert geometry == ImageGeometry(90, 150, 100, 167, -10, -17, 80, 133, 3, 5)
 
 
 def test_pictures_of_another_size_than_the_configs_are_noted(policy, preprocessor):
