@@ -173,6 +173,7 @@ class AdapterContract:
         n_blocked: so many keys, from the first, are blocked in order to change actions.
         can_block: whether interventions may block attention.
         sees: whether its actions depend on the pictures.
+        cuts_pictures: whether its preprocessor cuts pictures into patches, which nobody can paint over.
         is_exact: whether what is blocked is blocked before the softmax, so that no rounding is left of it.
     """
 
@@ -182,6 +183,7 @@ class AdapterContract:
     n_blocked = 1
     can_block = True
     sees = True
+    cuts_pictures = False
     is_exact = True
 
     def act(self, policy, batch, seed, n=1):
@@ -638,6 +640,15 @@ class AdapterContract:
         if self.is_bfloat16 or not self.can_edit or adapter_for(policy).policy is not policy:
             return
         camera = self.first_camera(policy, batch)
+        if self.cuts_pictures:
+            with (
+                pytest.raises(
+                    ConfigError, match=r"^occlude: \w+'s preprocessor cuts pictures .* expected a pol"
+                ),
+                intervene(policy, Occlude({"camera": camera})),
+            ):
+                pass
+            return
         actions, _ = self.act(policy, batch, 0)
         with intervene(policy, Occlude({"camera": camera})) as acting:
             painted, _ = self.act(policy, batch, 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_contract import act
+from adapter_contract import AdapterContract, act
 from matplotlib.text import Text
 from test_explorer import client_of, values
 from typer.testing import CliRunner
@@ -64,6 +66,20 @@ def family_fixtures(builder: str) -> tuple[Any, Any, Any, Any]:
         return preprocessor(raw_observation())
 
     return loaded, preprocessor, policy, batch
+
+
+class SmallPolicyContract(AdapterContract):
+    """The contract of a policy that is told its task, with the fixtures that `family_fixtures` makes."""
+
+    @pytest.fixture
+    def longer(self, preprocessor: Any) -> Any:
+        """A context that yields a batch with longer tasks."""
+
+        @contextmanager
+        def with_longer_tasks() -> Iterator[Any]:
+            yield preprocessor(raw_observation(tasks=tuple(task * 2 for task in TASKS)))
+
+        return with_longer_tasks
 
 
 def captured(policy: Any, batch: Any, config: AttentionConfig = EVERYTHING, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from lerobot_attn.analysis import (
     image_heatmap,
     on_camera_pixels,
     padding_share,
+    patch_of_pixels,
 )
 from lerobot_attn.analysis.spatial import NORMALISATIONS, by_camera, colour_range, episode_ranges
 from lerobot_attn.errors import SelectionError
@@ -136,6 +137,41 @@ def test_linear_interpolation_is_exact_at_patch_centres_and_even_between(padding
     y, x = (row + 1) * 60 - 3 * geometry.pad_top_px, column * 60 + 30 - 3 * geometry.pad_left_px
     at_edge = found[y - 1 : y + 1, x - 1 : x + 1].mean()
     np.testing.assert_allclose(at_edge, values[row : row + 2, column].mean(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "linear"])
+@pytest.mark.parametrize("size", [(100, 120), (50, 60)], ids=str)
+def test_what_was_cut_off_shows_nothing(interpolation, size):
+    """Of 100 x 120 px ten are cut off on each side, but above and below alone those that lie beyond."""
+    values = np.random.default_rng(0).random((4, 5), dtype=np.float32) + 1
+    for top, inside in ((-10, slice(10, 90)), (0, slice(0, 100))):
+        geometry = ImageGeometry(100, 120, 100, 120, top, -10, 80 if top else 100, 100, 4, 5)
+        found = on_camera_pixels(values, geometry, size_px=size, interpolation=interpolation)
+        scale = 100 // size[0]
+        seen = np.zeros(size, bool)
+        seen[inside.start // scale : inside.stop // scale, 10 // scale : 110 // scale] = True
+        np.testing.assert_array_equal(np.isfinite(found), seen)
+        whole = ImageGeometry(
+            inside.stop - inside.start,
+            100,
+            inside.stop - inside.start,
+            100,
+            0,
+            0,
+            *(80 if top else 100, 100),
+            4,
+            5,
+        )
+        alone = on_camera_pixels(
+            values,
+            whole,
+            size_px=((inside.stop - inside.start) // scale, 100 // scale),
+            interpolation=interpolation,
+        )
+        np.testing.assert_allclose(found[seen].reshape(alone.shape), alone, rtol=1e-6)
+        rows, columns = patch_of_pixels(geometry, size)
+        assert (rows == 4).tolist() == (~seen.any(1)).tolist()
+        assert (columns == 5).tolist() == (~seen.any(0)).tolist()
 
 
 def test_a_list_as_size_and_an_unknown_interpolation():

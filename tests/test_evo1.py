@@ -8,13 +8,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
-from adapter_contract import AdapterContract, act  # noqa: E402
+from adapter_contract import act  # noqa: E402
 from small_policies import (  # noqa: E402
     EVERYTHING,
     SIZE,
     TASKS,
     TOP,
     WRIST,
+    SmallPolicyContract,
     captured,
     commands_take,
     explorer_serves,
@@ -41,16 +42,8 @@ CHUNK, N_LAYERS, N_HEADS, N_STEPS, N_CELLS = 10, 3, 4, 4, 9
 loaded, preprocessor, policy, batch = family_fixtures("evo1_policy")
 
 
-class EVO1Contract(AdapterContract):
+class EVO1Contract(SmallPolicyContract):
     can_block = False
-
-    @pytest.fixture
-    def longer(self, preprocessor):
-        @contextmanager
-        def with_longer_tasks():
-            yield preprocessor(raw_observation(tasks=tuple(task * 2 for task in TASKS)))
-
-        return with_longer_tasks
 
     def breaks_at(self, base):
         return base.model.action_head.norm_out

@@ -1388,6 +1388,9 @@ GEOMETRIES = [
     ImageGeometry.letterbox((97, 61), (224, 224), (16, 16), padding="left_top"),
     ImageGeometry.letterbox((60, 60), (512, 512), (8, 8), padding="centred"),
     ImageGeometry.letterbox((30, 200), (224, 224), (4, 7), padding="centred"),
+    # Borders that were cut off, of both sides and of one.
+    ImageGeometry(40, 48, 128, 128, -6, -6, 116, 116, 3, 4),
+    ImageGeometry(40, 60, 72, 128, 22, -6, 116, 116, 4, 4),
 ]
 
 
@@ -1396,7 +1399,7 @@ def test_the_pages_tests_compare_with_these_pixel_maps():
     expected = []
     for geometry in GEOMETRIES:
         patches = np.mgrid[: geometry.grid_rows, : geometry.grid_columns]
-        rows, columns = analysis.on_camera_pixels(patches, geometry).astype(int)
+        rows, columns = analysis.patch_of_pixels(geometry, (geometry.height_px, geometry.width_px))
         hidden = [
             analysis.padding_share(xr.DataArray(one, dims=("grid_y", "grid_x")), geometry).item()
             for one in np.eye(patches[0].size).reshape(-1, *patches[0].shape)
@@ -1404,8 +1407,8 @@ def test_the_pages_tests_compare_with_these_pixel_maps():
         expected.append(
             {
                 "geometry": vars(geometry),
-                "rows": rows[:, 0].tolist(),
-                "columns": columns[0].tolist(),
+                "rows": rows.tolist(),
+                "columns": columns.tolist(),
                 "visible": [int(share == 0) for share in hidden],
             }
         )

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 pytest.importorskip("diffusers")
 
-from adapter_contract import AdapterContract, Editor, Watcher, act, attention_sites  # noqa: E402
+from adapter_contract import Editor, Watcher, act, attention_sites  # noqa: E402
 from lerobot.policies.groot.processor_groot import (  # noqa: E402
     GrootN17PackInputsStep,
     GrootN17VLMEncodeStep,
@@ -20,6 +20,7 @@ from small_policies import (  # noqa: E402
     TASKS,
     TOP,
     WRIST,
+    SmallPolicyContract,
     captured,
     commands_take,
     explorer_serves,
@@ -37,7 +38,7 @@ from lerobot_attn.analysis.propagation import attention_flow, attention_rollout 
 from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
-from lerobot_attn.interventions import Occlude, Task, intervene  # noqa: E402
+from lerobot_attn.interventions import Task, intervene  # noqa: E402
 from lerobot_attn.layout import ImageGeometry, Kind  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
@@ -55,32 +56,15 @@ def model_of(policy):
     return adapter_for(policy).policy._groot_model
 
 
-class GrootContract(AdapterContract):
+class GrootContract(SmallPolicyContract):
+    cuts_pictures = True
     can_block = False
 
     def first_camera(self, policy, batch):
         return TOP
 
-    @pytest.fixture
-    def longer(self, preprocessor):
-        @contextmanager
-        def with_longer_tasks():
-            yield preprocessor(raw_observation(tasks=tuple(task * 2 for task in TASKS)))
-
-        return with_longer_tasks
-
     def breaks_at(self, base):
         return base._groot_model.action_head.action_decoder
-
-    def test_a_camera_that_is_painted_over_is_not_seen(self, policy, batch):
-        """Its pictures were cut into patches before: painting over them would change nothing."""
-        with (
-            pytest.raises(
-                ConfigError, match=r"^occlude: groot's preprocessor cuts pictures .* expected a policy"
-            ),
-            intervene(policy, Occlude({"camera": TOP})),
-        ):
-            pass
 
 
 class TestGroot(GrootContract):

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("lerobot")
 
-from adapter_contract import AdapterContract, act  # noqa: E402
+from adapter_contract import act  # noqa: E402
 from lerobot.policies.molmoact2.molmoact2_hf_model import modeling_molmoact2 as hf  # noqa: E402
 from small_policies import (  # noqa: E402
     EVERYTHING,
@@ -17,6 +17,7 @@ from small_policies import (  # noqa: E402
     TASKS,
     TOP,
     WRIST,
+    SmallPolicyContract,
     captured,
     commands_take,
     explorer_serves,
@@ -34,7 +35,7 @@ from lerobot_attn.analysis.propagation import attention_flow, attention_rollout 
 from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
-from lerobot_attn.interventions import Occlude, Task, intervene  # noqa: E402
+from lerobot_attn.interventions import Task, intervene  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
@@ -46,29 +47,12 @@ CHUNK, N_LAYERS, N_HEADS, N_STEPS = 10, 3, 4, 4
 loaded, preprocessor, policy, batch = family_fixtures("molmoact2_policy")
 
 
-class MolmoAct2Contract(AdapterContract):
+class MolmoAct2Contract(SmallPolicyContract):
+    cuts_pictures = True
     can_block = False
-
-    @pytest.fixture
-    def longer(self, preprocessor):
-        @contextmanager
-        def with_longer_tasks():
-            yield preprocessor(raw_observation(tasks=tuple(task * 2 for task in TASKS)))
-
-        return with_longer_tasks
 
     def breaks_at(self, base):
         return base._action_expert().final_layer
-
-    def test_a_camera_that_is_painted_over_is_not_seen(self, policy, batch):
-        """Its pictures were cut into patches before: painting over them would change nothing."""
-        with (
-            pytest.raises(
-                ConfigError, match=r"^occlude: molmoact2's preprocessor cuts pictures .* expected a policy"
-            ),
-            intervene(policy, Occlude({"camera": TOP})),
-        ):
-            pass
 
 
 class TestMolmoAct2(MolmoAct2Contract):

@@ -10,7 +10,7 @@ pytest.importorskip("lerobot")
 pytest.importorskip("torchdiffeq")
 pytest.importorskip("qwen_vl_utils")
 
-from adapter_contract import AdapterContract, Editor, act  # noqa: E402
+from adapter_contract import Editor, act  # noqa: E402
 from lerobot.policies.wall_x import modeling_wall_x  # noqa: E402
 from small_policies import (  # noqa: E402
     EVERYTHING,
@@ -18,6 +18,7 @@ from small_policies import (  # noqa: E402
     TASKS,
     TOP,
     WRIST,
+    SmallPolicyContract,
     captured,
     commands_take,
     explorer_serves,
@@ -59,17 +60,9 @@ class TorchWith:
         return self._replaced.get(name) or getattr(torch, name)
 
 
-class WallXContract(AdapterContract):
+class WallXContract(SmallPolicyContract):
     is_bfloat16 = True
     is_exact = False
-
-    @pytest.fixture
-    def longer(self, preprocessor):
-        @contextmanager
-        def with_longer_tasks():
-            yield preprocessor(raw_observation(tasks=tuple(task * 2 for task in TASKS)))
-
-        return with_longer_tasks
 
     def breaks_at(self, base):
         return base.model.model.norm

@@ -58,6 +58,7 @@ from lerobot_attn.analysis.spatial import (
     on_camera_pixels,
     on_grid,
     padding_share,
+    patch_of_pixels,
 )
 from lerobot_attn.analysis.tokens import (
     action_self_attention,
@@ -124,6 +125,7 @@ __all__ = [
     "on_grid",
     "padding_share",
     "paired_effects",
+    "patch_of_pixels",
     "path_length",
     "prefix_attention",
     "prefix_only_layers",

@@ -280,14 +280,33 @@ def on_camera_pixels(
 
     Returns:
         (…, height, width) float32. Values are those of patches, not divided by their number of pixels.
-        Patches that lie wholly on padding do not show; see `padding_share`.
+        Patches that lie wholly on padding do not show; see `padding_share`. NaN where the policy saw nothing,
+        because its preprocessor has cut off the image's borders.
     """
     height, width = size_px or (geometry.height_px, geometry.width_px)
     rows, columns = _weights(geometry, (int(height), int(width)), interpolation)
     values = np.asarray(heatmap, np.float32)
     if interpolation == "nearest":
-        return values[..., rows.argmax(axis=1), :][..., columns.argmax(axis=1)]
-    return (rows @ values @ columns.T).astype(np.float32)
+        pixels = values[..., rows.argmax(axis=1), :][..., columns.argmax(axis=1)]
+    else:
+        pixels = (rows @ values @ columns.T).astype(np.float32)
+    if geometry.pad_top_px < 0 or geometry.pad_left_px < 0:
+        pixels[..., ~rows.any(axis=1), :] = np.nan
+        pixels[..., ~columns.any(axis=1)] = np.nan
+    return pixels
+
+
+def patch_of_pixels(
+    geometry: ImageGeometry, size_px: tuple[int, int]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return which row of patches shows in each row of pixels, (height,), and likewise for columns, (width,).
+
+    Where the policy saw nothing it is one behind the last; see `on_camera_pixels`.
+    """
+    found = []
+    for weights in _weights(geometry, size_px, "nearest"):
+        found.append(np.where(weights.any(axis=1), weights.argmax(axis=1), weights.shape[1]))
+    return found[0], found[1]
 
 
 def padding_share(heatmap: xr.DataArray, geometry: ImageGeometry) -> xr.DataArray:
@@ -351,7 +370,10 @@ def visible_patches(geometry: ImageGeometry) -> tuple[NDArray[np.bool_], NDArray
 def _weights(
     geometry: ImageGeometry, size_px: tuple[int, int], interpolation: Interpolation
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the weights of patch rows per pixel row (height, grid_y), and likewise (width, grid_x)."""
+    """Return the weights of patch rows per pixel row (height, grid_y), and likewise (width, grid_x).
+
+    They are 0 where the policy saw nothing: beyond the input, on a side where padding is below 0.
+    """
     if interpolation not in ("nearest", "linear"):
         raise SelectionError(f"interpolation {interpolation!r}: expected 'nearest' or 'linear'")
 
@@ -359,8 +381,10 @@ def _weights(
         # Centres of the pixels, in units of patches of the policy's input.
         centre = (pad + (np.arange(pixels) + 0.5) * resized / pixels) * patches / whole
         weights = np.zeros((pixels, patches), np.float32)
+        is_cut = (centre < 0) | (centre >= patches) if pad < 0 else np.zeros(pixels, bool)
         if interpolation == "nearest":
             weights[np.arange(pixels), np.clip(centre.astype(int), 0, patches - 1)] = 1
+            weights[is_cut] = 0
             return weights
         position = np.clip(centre - 0.5, 0, patches - 1)
         low = np.minimum(position.astype(int), max(patches - 2, 0))
@@ -368,6 +392,7 @@ def _weights(
         part = (position - low).astype(np.float32)
         np.add.at(weights, (np.arange(pixels), low), 1 - part)
         np.add.at(weights, (np.arange(pixels), high), part)
+        weights[is_cut] = 0
         return weights
 
     g = geometry

@@ -57,6 +57,12 @@ class _View(NamedTuple):
     columns: NDArray[np.intp]  # (width,): likewise
     outlines: dict[int, Painted]  # by the inference; empty: none
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the policy did not see all of the image."""
+        g = self.geometry
+        return bool(self.rows.max() == g.grid_rows or self.columns.max() == g.grid_columns)
+
 
 class _Place(NamedTuple):
     """Where a view's two pictures lie on the canvas, pixels."""
@@ -133,7 +139,7 @@ class Film:
             _, geometry, _ = analysis.camera_geometry(data, name)
             size = _size_of(geometry, settings.size, max_size_px)
             crop = episode.image_size_px(name)
-            rows, columns = _patches_of(geometry, size)
+            rows, columns = analysis.patch_of_pixels(geometry, size)
             outlines = {number: painted_outlines(mask, size) for number, mask in masks[name].items()}
             self._views.append(
                 _View(name, videos[name], crop, geometry, size, maps.heat[name], rows, columns, outlines)
@@ -176,6 +182,8 @@ class Film:
             def spread[T: np.generic](patches: NDArray[T]) -> NDArray[T]:
                 return patches.take(view.columns, axis=1, mode="clip").take(view.rows, axis=0, mode="clip")
 
+            if view.is_cut:  # what the policy did not see shows no colour
+                heat = np.pad(heat, ((0, 1), (0, 1)), constant_values=np.nan)
             rest, weighted = self.scale.weights(heat)
             return blend(image, spread(rest), spread(weighted)), spread(self.scale.colours(heat))
         pixels = analysis.on_camera_pixels(
@@ -302,15 +310,6 @@ class Film:
 def _size_of(geometry: ImageGeometry, size: int | None, largest: int | None) -> tuple[int, int]:
     height = int(size or min(geometry.height_px, largest or geometry.height_px))
     return height, max(1, round(geometry.width_px * height / geometry.height_px))
-
-
-def _patches_of(
-    geometry: ImageGeometry, size_px: tuple[int, int]
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return which row and which column of patches each pixel's row and column show."""
-    rows, columns = np.mgrid[: geometry.grid_rows, : geometry.grid_columns]
-    row, column = analysis.on_camera_pixels(np.stack([rows, columns]), geometry, size_px=size_px)
-    return row[:, 0].astype(int), column[0].astype(int)
 
 
 def resized(image: Frame, size_px: tuple[int, int]) -> Frame:

@@ -101,8 +101,9 @@ function CameraFigure(props: { model: EpisodeModel; view: CameraView; end: Reado
   const pickPatch = (event: MouseEvent) => {
     const place = placeOf(event);
     const [x, y] = [Math.floor(place.x * map.width), Math.floor(place.y * map.height)];
-    const row = map.rows[Math.min(Math.max(y, 0), map.height - 1)];
-    const column = map.columns[Math.min(Math.max(x, 0), map.width - 1)];
+    const row = map.rows[Math.min(Math.max(y, 0), map.height - 1)]!;
+    const column = map.columns[Math.min(Math.max(x, 0), map.width - 1)]!;
+    if (row >= view.geometry.grid_rows || column >= view.geometry.grid_columns) return; // not seen: cut off
     state.patch.value = `${view.camera.label}:${row}:${column}`;
     state.camera.value = view.camera.label;
   };

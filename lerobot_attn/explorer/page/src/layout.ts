@@ -32,7 +32,8 @@ function patchesOfAxis(
   const found = new Uint16Array(pixels);
   for (let pixel = 0; pixel < pixels; pixel++) {
     const position = ((pad + ((pixel + 0.5) * resized) / pixels) * patches) / whole;
-    found[pixel] = Math.min(Math.max(Math.trunc(position), 0), patches - 1);
+    const isCut = pad < 0 && (position < 0 || position >= patches);
+    found[pixel] = isCut ? patches : Math.min(Math.max(Math.trunc(position), 0), patches - 1);
   }
   return found;
 }
@@ -48,7 +49,7 @@ export interface PixelMap {
 
 const maps = new WeakMap<Geometry, PixelMap>();
 
-/** Where each pixel of the camera's image finds its patch. */
+/** Where each pixel of the camera's image finds its patch: one behind the last where the policy saw nothing. */
 export function pixelMap(geometry: Geometry): PixelMap {
   let map = maps.get(geometry);
   if (!map) {

@@ -50,6 +50,7 @@ export function paintHeat(
     colours[i] = table[Number.isNaN(values[i]!) ? 256 : colourIndex(values[i]!, end)]!;
   }
   const out = new Uint32Array(target.data.buffer);
+  const [unseen, nRows] = [table[256]!, values.length / nColumns];
   let previous = -1;
   for (let y = 0; y < map.height; y++) {
     const row = map.rows[y]!;
@@ -59,7 +60,10 @@ export function paintHeat(
       continue;
     }
     previous = row;
-    for (let x = 0; x < map.width; x++) out[start + x] = colours[row * nColumns + map.columns[x]!]!;
+    for (let x = 0; x < map.width; x++) {
+      const column = map.columns[x]!;
+      out[start + x] = row < nRows && column < nColumns ? colours[row * nColumns + column]! : unseen;
+    }
   }
 }
 

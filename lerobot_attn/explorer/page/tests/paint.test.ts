@@ -29,12 +29,13 @@ describe("paintHeat", () => {
       paintHeat(target, values, pixelMap(geometry), grid_columns, 0.5, "inferno", "opaque");
       const [row, column] = [Math.floor(patch / grid_columns), patch % grid_columns];
       const words = new Uint32Array(target.data.buffer);
-      const [lit, dark] = [brightest!, darkest!].map(
+      const [lit, dark, grey] = [brightest!, darkest!, [96, 96, 96]].map(
         (rgb) => new Uint32Array(new Uint8Array([...rgb, 255]).buffer)[0],
       );
       const wrong = rows.flatMap((r, y) =>
         columns.flatMap((c, x) => {
-          const expected = r === row && c === column ? lit : dark;
+          const isSeen = r < grid_rows && c < grid_columns;
+          const expected = !isSeen ? grey : r === row && c === column ? lit : dark;
           return words[y * geometry.width_px + x] === expected ? [] : [[x, y]];
         }),
       );
@@ -55,6 +56,20 @@ describe("paintHeat", () => {
     expect(pixel(target, 1, 0)[3]).toBe(0);
     expect(pixel(target, 2, 0)).toEqual([64, 64, 64, Math.round(255 * 0.5 * Math.sqrt(64 / 255))]);
     expect(pixel(target, 3, 0)).toEqual([255, 255, 255, 128]);
+  });
+
+  it("shows nothing where the policy saw nothing, because it was cut off", () => {
+    const cut = fromPython.filter(({ geometry }) => geometry.pad_left_px < 0);
+    expect(cut.length).toBe(2);
+    for (const { geometry, columns } of cut) {
+      const target = image(geometry.width_px, geometry.height_px);
+      const values = new Float32Array(geometry.grid_rows * geometry.grid_columns).fill(1);
+      paintHeat(target, values, pixelMap(geometry), geometry.grid_columns, 1, "inferno", 0.5);
+      const middle = geometry.height_px >> 1;
+      const shown = columns.map((_, x) => pixel(target, x, middle)[3]! > 0);
+      expect(shown).toEqual(columns.map((column) => column < geometry.grid_columns));
+      expect([shown[0], shown[geometry.width_px >> 1], shown.at(-1)]).toEqual([false, true, false]);
+    }
   });
 
   it("paints over all that was there", () => {
