@@ -29,13 +29,14 @@ describe("paintHeat", () => {
       paintHeat(target, values, pixelMap(geometry), grid_columns, 0.5, "inferno", "opaque");
       const [row, column] = [Math.floor(patch / grid_columns), patch % grid_columns];
       const words = new Uint32Array(target.data.buffer);
-      const [lit, dark, grey] = [brightest!, darkest!, [96, 96, 96]].map(
+      const [lit, dark] = [brightest!, darkest!].map(
         (rgb) => new Uint32Array(new Uint8Array([...rgb, 255]).buffer)[0],
       );
+      const unseen = 0; // transparent
       const wrong = rows.flatMap((r, y) =>
         columns.flatMap((c, x) => {
           const isSeen = r < grid_rows && c < grid_columns;
-          const expected = !isSeen ? grey : r === row && c === column ? lit : dark;
+          const expected = !isSeen ? unseen : r === row && c === column ? lit : dark;
           return words[y * geometry.width_px + x] === expected ? [] : [[x, y]];
         }),
       );
