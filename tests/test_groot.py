@@ -14,6 +14,7 @@ from lerobot.policies.groot.processor_groot import (  # noqa: E402
     GrootN17PackInputsStep,
     GrootN17VLMEncodeStep,
 )
+from matplotlib.text import Text  # noqa: E402
 from small_policies import (  # noqa: E402
     EVERYTHING,
     SIZE,
@@ -40,6 +41,8 @@ from lerobot_attn.config import AttentionConfig  # noqa: E402
 from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
 from lerobot_attn.interventions import Task, intervene  # noqa: E402
 from lerobot_attn.layout import ImageGeometry, Kind  # noqa: E402
+from lerobot_attn.overlay import OverlaySettings, overlay_frames  # noqa: E402
+from lerobot_attn.plot import plot  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
 from lerobot_attn.policies.base import Site  # noqa: E402
@@ -601,7 +604,12 @@ def test_a_recording_says_what_the_policy_attends_to(run):
             seen = parts[TOP] + parts[WRIST], parts["task"] + parts["template"], parts["actions"]
             expected = 0 if layer in IMAGES else 1 if layer in WORDS else 2
             assert np.delete(seen, expected).max() == 0 < seen[expected]
-        assert image_heatmap(data, "wrist", frame=3).shape == GRID
+        # Unless another layer is chosen, the last that sees images.
+        shown, last = (image_heatmap(data, "wrist", frame=3, **which) for which in ({}, {"layer": -1}))
+        assert shown.shape == last.shape == GRID
+        assert shown.max() > 0 == last.max()
+        assert attention(data, frame=3).attrs["layer"].startswith("layer 2")
+        assert attention(data, frame=3, query=3, layer=None).attrs["layer"].startswith("layer 2")
         assert attention(data, frame=1).attrs["query"] == "action 1, executed at the frame"
         assert text_to_image(data, camera="wrist", inference=0).sizes["grid_y"] == GRID[0]
         assert episode.task == TASKS[number]
@@ -627,4 +635,15 @@ def test_commands_take_the_recording(run, tmp_path):
 
 
 def test_the_explorer_serves_the_recording(run):
-    assert explorer_serves(run, N_HEADS)["policy_remark"] == "layers that see images: 2"
+    facts = explorer_serves(run, N_HEADS)
+    assert (facts["policy_remark"], facts["shown_layer"]) == ("layers that see images: 2", 2)
+
+
+def test_pictures_show_the_last_layer_that_sees_images(run, tmp_path):
+    episode = open_run(run)[0]
+    for kind in ("image", "combined"):
+        said = " ".join(text.get_text() for text in plot(episode, kind).findobj(Text))
+        assert "layer 2" in said, kind
+    frames = list(overlay_frames(episode, OverlaySettings(frames=[0])))
+    plain = list(overlay_frames(episode, OverlaySettings(frames=[0], layer=2)))
+    np.testing.assert_array_equal(frames, plain)

@@ -133,6 +133,12 @@ def policy_count(dataset: xr.Dataset, name: str) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def default_layer(dataset: xr.Dataset, labels: Sequence[int]) -> int:
+    """Return which of some layers is shown unless another is asked for: the policy's own, or the last."""
+    shown = policy_count(dataset, "shown_layer")
+    return shown if shown is not None and shown in labels else max(labels)
+
+
 def denoises(dataset: xr.Dataset) -> bool:
     """Return whether the policy denoises; the single step of one that does not stands for its one pass."""
     return policy_count(dataset, "n_denoise_steps") != 0

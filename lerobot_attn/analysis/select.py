@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from lerobot_attn.analysis import reduce
 from lerobot_attn.analysis.decoded import ALL_IN_WORDS, check_read, decodes, mean_of_read, token_in_words
 from lerobot_attn.analysis.labels import (
+    default_layer,
     frame_in_words,
     frame_labels,
     from_end,
@@ -56,8 +57,8 @@ class Where(TypedDict, total=False):
     Keys:
         frame: frame number(s), or "all".
         inference: inference number(s), or "all"; the default where no frame is given.
-        layer: labels, negative from the policy's last; by default the last stored one; "all" for every
-            stored one.
+        layer: labels, negative from the policy's last; by default the last stored one, or the one that the
+            policy has for it (GR00T: the last that sees images); "all" for every stored one.
         denoise_step: labels likewise; by default the last stored one, mostly the step that yields the action.
         head: labels, "all", "mean" (default) or "max", which is taken last, of the other means.
         query: an action token's number in the chunk, from 0 also where a state token opens the suffix;
@@ -149,9 +150,8 @@ def prefix_only_layers(dataset: xr.Dataset) -> list[int]:
 def default_query(dataset: xr.Dataset, *, by_frame: bool) -> QueryChoice:
     """Return the query that is looked at unless another is asked for.
 
-    With frames it is the token whose action was executed. Where the action of some frame is no token of a
-    chunk (RTC, temporal ensembling, relative actions) it is the mean over the executed ones for the whole
-    episode, so that its frames compare.
+    With frames the token whose action was executed; or the mean over the executed ones, for the whole
+    episode, where the action of some frame is no token (RTC, temporal ensembling, relative actions).
     """
     return "frame" if by_frame and bool((dataset["frame_query"].values >= 0).all()) else "executed"
 
@@ -334,7 +334,7 @@ def _source(dataset: xr.Dataset, layer: LayerChoice, query: QueryChoice) -> tupl
         prefer_means = len(means) >= len(full)
     labels: int | list[int]
     if layer is None:
-        labels = max([*full, *means]) if covered or not full else max(full)
+        labels = default_layer(dataset, [*full, *means] if covered or not full else full)
     elif isinstance(layer, str):
         if layer not in ("all", "mean"):
             raise SelectionError(f"layer {layer!r}: expected a number, a list, 'all' or 'mean'")

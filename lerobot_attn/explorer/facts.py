@@ -66,6 +66,7 @@ def facts(episode: Episode, found: Sequence[FoundSet] = ()) -> dict[str, Any]:
         "action_queries": [actions.start, actions.stop],
         "replay": "replay" in attributes,
         "executed_queries": attributes.get("executed_queries"),
+        "shown_layer": plain(policy.get("shown_layer")),
         "mean_layers": mean_layers(data),
         "layers": labels(data, "layer", RAW),
         "prefix_layers": labels(data, "prefix_layer", PREFIX),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lerobot_attn import analysis, figures
 from lerobot_attn.analysis.decoded import check_steps, of_read_tokens
-from lerobot_attn.analysis.labels import denoises, frame_in_words, policy_count
+from lerobot_attn.analysis.labels import default_layer, denoises, frame_in_words
 from lerobot_attn.analysis.prefix import PrefixWhere, cross_modal, prefix_cameras, text_to_image
 from lerobot_attn.analysis.select import (
     Where,
@@ -303,7 +303,7 @@ def _where(episode: Episode, settings: PlotSettings, **changes: Unpack[Where]) -
     data = episode.arrays
     where: Where = {
         "frame": chosen_frames(episode, settings),
-        "layer": _last_layer(data, settings) if settings.layers is None else settings.layers,
+        "layer": _default_layer(data, settings) if settings.layers is None else settings.layers,
         "denoise_step": _last_step(data) if settings.denoise_steps is None else settings.denoise_steps,
         "head": "mean" if settings.heads is None else settings.heads,
         "query": default_query(data, by_frame=True) if settings.query is None else settings.query,
@@ -342,19 +342,18 @@ def _layers(episode: Episode, settings: PlotSettings) -> Any:
 
 
 def _one_layer(data: xr.Dataset, settings: PlotSettings) -> Any:
-    return _single(settings.layers, _last_layer(data, settings))
+    return _single(settings.layers, _default_layer(data, settings))
 
 
-def _last_layer(data: xr.Dataset, settings: PlotSettings) -> int:
-    """Return the policy's last layer, or the last one that the store has for such a query.
+def _default_layer(data: xr.Dataset, settings: PlotSettings) -> int:
+    """Return the layer to be shown, mostly the last, of those that the store has for such a query.
 
     Means are over the executed actions, so for another query the layer needs full maps.
     """
     full, means = stored_layers(data)
     of_means = settings.query in (None, "frame", "executed") or not full
     held = {*full, *(means if of_means else [])}
-    last = (policy_count(data, "n_layers") or 0) - 1
-    return last if last in held else max(held, default=-1)
+    return default_layer(data, [*held]) if held else -1
 
 
 def _last_step(data: xr.Dataset) -> int:

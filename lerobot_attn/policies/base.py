@@ -86,6 +86,7 @@ class PolicyDescription:
     n_decode_steps: int = 0
     n_vision_layers: int = 0  # layers of the vision tower; 0 of a policy without a vision transformer
     n_vision_heads: int = 0  # its attention heads, of which the other towers may have more or fewer
+    shown_layer: int | None = None  # looked at unless another is chosen; None: the last
 
     @property
     def draws_own_noise(self) -> bool:

@@ -85,9 +85,9 @@ class GrootAdapter:
         n_actions = int(self._head.action_horizon)
         said = said_by(self.policy.config)
         said["n_action_steps"] = min(self.policy._action_queue_steps, n_actions)
-        # By default the last layer is shown, whose map of an image would be empty and look broken.
-        layers = [str(layer) for layer in range(len(self._layers["expert"])) if self._sees_images(layer)]
-        said["remark"] = said["remark"] or f"layers that see images: {', '.join(layers) or 'none'}"
+        layers = [layer for layer in range(len(self._layers["expert"])) if self._sees_images(layer)]
+        seeing = ", ".join(map(str, layers)) or "none"
+        said["remark"] = said["remark"] or f"layers that see images: {seeing}"
         return PolicyDescription(
             **said,
             n_layers=len(self._layers["expert"]),
@@ -96,6 +96,8 @@ class GrootAdapter:
             n_denoise_steps=int(self._head.num_inference_timesteps),
             chunk_size=n_actions,
             reads_last_prefix_layer=True,
+            # The last layer's map of an image would be empty and look broken.
+            shown_layer=max(layers, default=None),
         )
 
     def sites(self) -> Mapping[Site, SiteInfo]:

@@ -46,6 +46,7 @@ def policy_facts(sizes: PolicyDescription) -> dict[str, Any]:
         "random_weights": sizes.random_weights,
         "remark": sizes.remark,
         **({"reads_last_prefix_layer": True} if sizes.reads_last_prefix_layer else {}),
+        **({} if sizes.shown_layer is None else {"shown_layer": sizes.shown_layer}),
         **({"n_decode_steps": sizes.n_decode_steps} if sizes.n_decode_steps else {}),
         **(
             {"n_vision_layers": sizes.n_vision_layers, "n_vision_heads": sizes.n_vision_heads}

@@ -234,6 +234,8 @@ export interface Facts {
   executed_queries: [number, number] | null;
   /** Layers whose means over the executed actions can be shown: stored ones, and those of full maps. */
   mean_layers: number[];
+  /** Layer that is shown unless another is chosen; null: the last. */
+  shown_layer: number | null;
   /** Layers whose full maps are stored. */
   layers: number[];
   prefix_layers: number[];

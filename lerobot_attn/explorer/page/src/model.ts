@@ -99,11 +99,12 @@ export class EpisodeModel {
   });
   readonly lastFrame = computed(() => this.frames.value.last);
   readonly step = computed(() => nearestLabel(this.facts.value?.denoise_steps ?? [], state.step.value));
-  readonly layer = computed<Choice>(() =>
-    state.layer.value === "mean"
-      ? "mean"
-      : nearestLabel(this.facts.value?.mean_layers ?? [], state.layer.value),
-  );
+  readonly layer = computed<Choice>(() => {
+    const [facts, chosen] = [this.facts.value, state.layer.value];
+    if (chosen === "mean") return "mean";
+    const wanted = chosen === state.UNCHOSEN ? (facts?.shown_layer ?? chosen) : chosen;
+    return nearestLabel(facts?.mean_layers ?? [], wanted);
+  });
   readonly head = computed(() =>
     typeof state.head.value === "string"
       ? state.head.value

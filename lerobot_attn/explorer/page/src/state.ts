@@ -46,8 +46,9 @@ export const frame = field("frame", 0, (value) => {
   const number = whole(value);
   return number === undefined ? undefined : Math.max(0, number);
 });
-/** Labels; -1 is the last that was recorded. */
-export const layer = field<Choice>("layer", -1, either<Choice>(whole, oneOf("mean")));
+/** Labels; -1 is the last that was recorded, of layers the one that the policy is to be shown by, if it names one. */
+export const UNCHOSEN = -1;
+export const layer = field<Choice>("layer", UNCHOSEN, either<Choice>(whole, oneOf("mean")));
 export const step = field("step", -1, whole);
 export const head = field<HeadChoice>("head", "mean", either<HeadChoice>(whole, oneOf("mean", "max")));
 export const query = field<Query>("query", "executed", either<Query>(whole, oneOf("executed", "frame")));

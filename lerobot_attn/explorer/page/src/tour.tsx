@@ -30,7 +30,7 @@ function stateInWords({ segments, state_dims }: Facts): string {
 function overview(facts: Facts): void {
   batch(() => {
     state.frame.value = part(facts, 0.25);
-    state.layer.value = facts.mean_layers.at(-1) ?? -1;
+    state.layer.value = facts.shown_layer ?? facts.mean_layers.at(-1) ?? state.UNCHOSEN;
     state.step.value = facts.denoise_steps.at(-1) ?? -1;
     state.head.value = "mean";
     state.query.value = "executed";

@@ -31,6 +31,7 @@ async function embedded(change: (bits: Uint16Array) => void = () => {}): Promise
       mean_layers: [3, 7],
       heads: [2],
       prefix_only_layers: [],
+      shown_layer: null,
       denoise_steps: [0, 9],
       segments: [
         { kind: "image", name: "images.front", start: 0, stop: 2 },

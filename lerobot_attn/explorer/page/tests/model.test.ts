@@ -31,6 +31,7 @@ class Server {
   nTimeline: number | null = null;
   /** What all maps of inference 0 hold; of the next 10 more. */
   value = 1;
+  shownLayer: number | null = null;
   hasPictures = true;
   still: number | null = null;
   hasMasks = false;
@@ -70,6 +71,7 @@ class Server {
       prefix_len: 6,
       action_queries: [0, 4],
       prefix_only_layers: [],
+      shown_layer: this.shownLayer,
       video_errors: {},
       segments: [
         { kind: "image", name: CAMERA.name, start: 0, stop: 4 },
@@ -168,6 +170,23 @@ afterEach(() => {
   model.dispose();
   vi.unstubAllGlobals();
   vi.useRealTimers();
+});
+
+describe("the layer", () => {
+  it.each([
+    { shownLayer: null, chosen: -1, shown: 1 },
+    { shownLayer: 0, chosen: -1, shown: 0 },
+    { shownLayer: 0, chosen: 1, shown: 1 },
+    { shownLayer: 0, chosen: "mean" as const, shown: "mean" },
+  ])(
+    "is the policy's own, or the last, unless another is chosen: $shown",
+    async ({ shownLayer, chosen, shown }) => {
+      server.shownLayer = shownLayer;
+      state.layer.value = chosen;
+      await opened();
+      expect(model.layer.value).toBe(shown);
+    },
+  );
 });
 
 describe("an episode that changes", () => {
