@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from small_tokenizers import byte_level_bpe
+
 _SPECIAL = ("<pad>", "<unk>", "<IMG_CONTEXT>", "<img>", "</img>")
 _SIDE_PX, _PATCH_PX = 84, 14  # a grid of 3 x 3 cells, of 2 x 2 patches each
 
@@ -15,18 +17,9 @@ _SIDE_PX, _PATCH_PX = 84, 14  # a grid of 3 x 3 cells, of 2 x 2 patches each
 def save_language_model(folder: Path) -> str:
     """Save InternVL with random weights, and a tokenizer, as LeRobot loads them; return the folder."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import InternVLConfig, InternVLModel, PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    words = ["Image-1: put the bowl on the plate", "open the drawer and turn on the stove"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(_SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(words, trainer)
+    tokenizer = byte_level_bpe(_SPECIAL, more=["Image-1:"], unknown="<unk>")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

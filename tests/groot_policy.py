@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from small_tokenizers import byte_level_bpe
+
 _SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|image_pad|>", "<|video_pad|>"),
@@ -26,7 +28,6 @@ _TEMPLATE = (
 
 def save_backbone(folder: Path) -> str:
     """Save tokenizer, processor and config of Qwen3-VL as LeRobot loads them, and return the folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
         PreTrainedTokenizerFast,
         Qwen2VLImageProcessor,
@@ -34,15 +35,7 @@ def save_backbone(folder: Path) -> str:
         Qwen3VLVideoProcessor,
     )
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    words = ["put the bowl on the plate", "open the drawer and turn on the stove"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(_SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(words, trainer)
+    tokenizer = byte_level_bpe(_SPECIAL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_SPECIAL[0], eos_token=_SPECIAL[2])
     fast.chat_template = _TEMPLATE
     fast.save_pretrained(folder)

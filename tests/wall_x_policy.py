@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from small_tokenizers import byte_level_bpe
+
 _SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|image_pad|>", "<|video_pad|>", "<|propri|>", "<|action|>", "<|action_fast|>"),
@@ -26,25 +28,16 @@ def save_model(folder: Path, *, padding_side: str = "right") -> str:
     from lerobot.policies.wall_x.modeling_wall_x import Qwen2_5_VLMoEForAction
     from lerobot.policies.wall_x.qwen_model import Qwen2_5_VLConfig
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    words = [
-        "put the bowl on the plate",
-        "open the drawer and turn on the stove",
-        "You are a helpful assistant. Observation: Instruction: Predict the next action in robot action.",
-    ]
-    trainer = trainers.BpeTrainer(
-        vocab_size=380,
-        special_tokens=list(_SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    tokenizer = byte_level_bpe(
+        _SPECIAL,
+        more=[
+            "You are a helpful assistant. Observation: Instruction: Predict the next action in robot action."
+        ],
+        size=380,
     )
-    tokenizer.train_from_iterator(words, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=_SPECIAL[0],

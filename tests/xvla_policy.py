@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from small_tokenizers import byte_level_bpe
+
 _BART = ("<s>", "<pad>", "</s>", "<unk>")  # BART's ids 0 to 3
 
 
@@ -109,17 +111,9 @@ def make_policy(
 
 def _bart_tokenizer() -> Any:
     """A tokenizer in BART's manner: pieces with their leading blank, `<s>` before and `</s>` after."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
 
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words = ["put the bowl on the plate", "open the drawer and turn on the stove"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(_BART), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(words, trainer)
+    tokenizer = byte_level_bpe(_BART, unknown="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
