@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -303,9 +304,10 @@ def test_a_second_interrupt_closes_the_store_without_what_was_queued(tmp_path, m
 
         return call
 
-    envs.step = interrupted(step, lambda: envs.envs[0].unwrapped._t == 20)
+    has_begun = threading.Event()
+    envs.step = interrupted(step, lambda: envs.envs[0].unwrapped._t == 20 and has_begun.wait(60))
     monkeypatch.setattr(BackgroundWriter, "flush", interrupted(flush, lambda: n_interrupts == 1))
-    monkeypatch.setattr(EpisodeJob, "append", lambda *args: (append(*args), time.sleep(0.2)))
+    monkeypatch.setattr(EpisodeJob, "append", lambda *args: (append(*args), has_begun.set(), time.sleep(0.2)))
     monkeypatch.setattr("lerobot_attn.recording.handle._GRACE_S", 60)
     with pytest.raises(KeyboardInterrupt) as raised:
         evaluate(tmp_path, {0: envs}, policy=make_policy(n_action_steps=1))

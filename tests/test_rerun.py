@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -290,14 +291,25 @@ def viewer(tmp_path, monkeypatch):
     file = tmp_path / "received.rrd"
     process = subprocess.Popen([*command, "--bind", "127.0.0.1", "--port", str(port), "--save", str(file)])
 
-    def end():
+    def end(check):
+        """End the receiver once what it has received passes a check: it takes in nothing more then."""
+        with suppress(pytest.fail.Exception):
+            until(lambda: passes(check, file), 30)
         process.send_signal(signal.SIGINT)
         process.wait(60)
-        return contents(file)
+        check(contents(file))
 
     yield f"rerun+http://127.0.0.1:{port}/proxy", end
     process.kill()
     process.wait()
+
+
+def passes(check, file):
+    try:
+        check(contents(file))
+    except (AssertionError, LookupError, OSError, RuntimeError, ValueError):  # not there yet, or in part
+        return False
+    return True
 
 
 def until(condition, seconds=60):
@@ -347,11 +359,14 @@ def test_episodes_are_sent_as_they_grow(tmp_path, viewer, monkeypatch):
     # Each commit by itself, long before the episode's end.
     assert sent == [(f"episode_0000{index}", n, False) for index in range(2) for n in (3, 6, 9)]
     assert len([line for line in said if "Sending" in line]) == 1
-    received = end()
-    assert sorted(received) == ["synthetic_0/episode_00000", "synthetic_0/episode_00001"]
-    for name, values in received.items():
-        episode = open_episode(tmp_path / "run" / "attention" / f"{name}.zarr")
-        check_maps(values, episode)  # the colours of all frames are those of the whole episode
+
+    def check(received):
+        assert sorted(received) == ["synthetic_0/episode_00000", "synthetic_0/episode_00001"]
+        for name, values in received.items():
+            episode = open_episode(tmp_path / "run" / "attention" / f"{name}.zarr")
+            check_maps(values, episode)  # the colours of all frames are those of the whole episode
+
+    end(check)
 
 
 @needs_rerun
@@ -366,11 +381,14 @@ def test_a_session_of_somebody_elses_is_joined(tmp_path, viewer):
     theirs.log("observation.image", rr.TextDocument("a picture"))
     live.follow_rerun(path, url=url, session=live.RerunSession("rollout", "a rollout"))
     theirs.flush()
-    received = end()
-    assert list(received) == ["a rollout"]
-    values = received["a rollout"]
-    assert "/observation.image:TextDocument:text" in values
-    check_maps(values, open_episode(path), "/attention/synthetic_0/episode_00000")
+
+    def check(received):
+        assert list(received) == ["a rollout"]
+        values = received["a rollout"]
+        assert "/observation.image:TextDocument:text" in values
+        check_maps(values, open_episode(path), "/attention/synthetic_0/episode_00000")
+
+    end(check)
 
 
 @needs_rerun
@@ -451,8 +469,12 @@ def test_a_recording_sends_while_it_records(demo_policy, tmp_path, viewer, monke
             robot.send_action(action)
     assert "ended by itself" not in caplog.text
     (found,) = open_run(tmp_path / "run")
-    (values,) = end().values()
-    check_maps(values, found)
+
+    def check(received):
+        (values,) = received.values()
+        check_maps(values, found)
+
+    end(check)
 
 
 @needs_rerun
@@ -461,12 +483,16 @@ def test_a_rollout_sends_into_lerobots_own_session(rollout, viewer):
     port = url.rpartition(":")[2].partition("/")[0]
     display = ["--display_data=true", "--display_ip=127.0.0.1", f"--display_port={port}"]
     rollout("--robot.breaks_at=34", "--attention.rerun=true", *display, raises=ConnectionError)
-    (values,) = end().values()
-    names = {name.partition(":")[0] for name in values}
-    root = "/attention/rollout_0/episode_00000"
-    assert f"{root}/shares" in names
     (found,) = open_run(rollout.stores)
-    check_maps(values, found, root)
-    # LeRobot's own pictures, over which the blueprint puts the heatmaps.
-    short = set(found.layout.short_names.values())
-    assert {f"/observation.{name}" for name in short} & names
+
+    def check(received):
+        (values,) = received.values()
+        names = {name.partition(":")[0] for name in values}
+        root = "/attention/rollout_0/episode_00000"
+        assert f"{root}/shares" in names
+        check_maps(values, found, root)
+        # LeRobot's own pictures, over which the blueprint puts the heatmaps.
+        short = set(found.layout.short_names.values())
+        assert {f"/observation.{name}" for name in short} & names
+
+    end(check)
