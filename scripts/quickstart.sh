@@ -22,12 +22,13 @@ if [ "$kind" = pi05_tiny ]; then
     what="trained in simulation to fetch what is named"
     length=280 # LeRobot's own for this suite
     about="What the demo policy can do, how it was trained and which of its layers look: $policy/README.md. It is small and
-knows one suite; for your own maps give --policy.path a Pi0.5, pi0 or SmolVLA checkpoint."
+knows one suite; for your own maps give --policy.path a Pi0.5, pi0 or SmolVLA checkpoint, or another that
+lerobot-attn policies lists."
 else
     what="with random weights: it solves nothing, and its maps mean nothing"
     length=60
     about="This policy's weights are random. For maps that mean something leave POLICY out, or give --policy.path your own
-checkpoint: Pi0.5, pi0 or SmolVLA."
+checkpoint: Pi0.5, pi0, SmolVLA, or another that lerobot-attn policies lists."
 fi
 say "A demo policy: LeRobot's own code with small towers ($kind), $what"
 run lerobot-attn demo-policy "$policy" --type "$kind" --overwrite </dev/null
