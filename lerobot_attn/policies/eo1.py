@@ -27,7 +27,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, TokenLayout, tiled
 from lerobot_attn.policies.base import (
     InferenceInputs,
@@ -39,11 +38,12 @@ from lerobot_attn.policies.base import (
     Stream,
     said_by,
 )
-from lerobot_attn.policies.flow import as_uint8, newest
+from lerobot_attn.policies.flow import newest, views_of
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
     begun,
+    check_not_compiled,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -99,11 +99,7 @@ class EO1Adapter:
         """Tap the attention modules; once an action has been embedded, their passes are the actions'."""
         policy, model = self.policy, self.model
         wanted = frozenset(check_sites(sites, self.sites()))
-        if compiled:
-            raise ConfigError(
-                "compiled=true: LeRobot does not compile eo1, so there is no compiled policy to read; leave "
-                "compiled out"
-            )
+        check_not_compiled("eo1", compiled=compiled)
         run = _Run()
         predict: Callable[..., Tensor] = policy.predict_action_chunk
         sample_actions: Callable[..., Tensor] = model.sample_actions
@@ -168,9 +164,7 @@ class EO1Adapter:
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
-        return {
-            name: as_uint8(newest(batch[name])).permute(0, 2, 3, 1) for name in self._present_cameras(batch)
-        }
+        return views_of(batch, self._present_cameras(batch))
 
     def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
         """Find the task's words in `…<|state_end|>pick up the soup<|vla|>…`."""

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lerobot_attn.errors import ConfigError, UnsupportedPolicyError
+from lerobot_attn.errors import UnsupportedPolicyError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, TokenLayout, tiled
 from lerobot_attn.policies.base import (
     InferenceInputs,
@@ -37,10 +37,17 @@ from lerobot_attn.policies.base import (
     SiteInfo,
     said_by,
 )
-from lerobot_attn.policies.flow import as_uint8, newest
+from lerobot_attn.policies.flow import newest, views_of
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import begun, check_sites, exchanged_in_order, no_attention, watched_method
+from lerobot_attn.policies.taps import (
+    begun,
+    check_not_compiled,
+    check_sites,
+    exchanged_in_order,
+    no_attention,
+    watched_method,
+)
 
 # Marks of each image, then the task; padded behind.
 _PROMPT = re.compile(r"(?:.*</img>)?\n?(?P<task>.*?)(?P<after>(?:<pad>|<\|endoftext\|>)*)\Z", re.DOTALL)
@@ -93,11 +100,7 @@ class EVO1Adapter:
         """Tap the blocks; an inference begins when the language model is called, a step with the first."""
         policy = self.policy
         sites = check_sites(sites, self.sites())
-        if compiled:
-            raise ConfigError(
-                "compiled=true: LeRobot does not compile evo1, so there is no compiled policy to read; leave "
-                "compiled out"
-            )
+        check_not_compiled("evo1", compiled=compiled)
         run = _Run()
         predict: Callable[..., Tensor] = policy.predict_action_chunk
         n_steps = int(self.model.action_head.num_inference_timesteps)
@@ -149,9 +152,7 @@ class EVO1Adapter:
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
-        return {
-            name: as_uint8(newest(batch[name])).permute(0, 2, 3, 1) for name in self._present_cameras(batch)
-        }
+        return views_of(batch, self._present_cameras(batch))
 
     def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
         r"""Find the task's words in `Image-1: <img></img>\npick up the soup<pad>…`.

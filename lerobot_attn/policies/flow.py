@@ -225,6 +225,11 @@ def _on_this_thread(images: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+def views_of(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the cameras' newest pictures that a batch has, in [0, 1]: (batch, height, width, 3) uint8."""
+    return {name: as_uint8(newest(batch[name])).permute(0, 2, 3, 1) for name in names if name in batch}
+
+
 def newest(image: Tensor) -> Tensor:
     """Return (batch, 3, height, width); of several observations, (batch, time, 3, …), the last."""
     return image[:, -1] if image.ndim == 5 else image

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lerobot_attn.errors import CaptureError, ConfigError
+from lerobot_attn.errors import CaptureError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, TokenLayout, tiled
 from lerobot_attn.policies.base import (
     InferenceInputs,
@@ -44,11 +44,12 @@ from lerobot_attn.policies.base import (
     Stream,
     said_by,
 )
-from lerobot_attn.policies.flow import as_uint8, newest
+from lerobot_attn.policies.flow import newest, views_of
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
     begun,
+    check_not_compiled,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -124,11 +125,7 @@ class GrootAdapter:
         """
         policy, head = self.policy, self._head
         sites = check_sites(sites, self.sites())
-        if compiled:
-            raise ConfigError(
-                "compiled=true: LeRobot does not compile groot, so there is no compiled policy to read; "
-                "leave compiled out"
-            )
+        check_not_compiled("groot", compiled=compiled)
         run = _Run()
         n_steps = int(head.num_inference_timesteps)
         predict: Callable[..., Tensor] = policy.predict_action_chunk
@@ -190,11 +187,7 @@ class GrootAdapter:
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the pictures in the batch: (batch, height, width, 3) uint8. The preprocessor leaves none."""
-        return {
-            name: as_uint8(newest(batch[name])).permute(0, 2, 3, 1)
-            for name in self.policy.config.image_features
-            if name in batch
-        }
+        return views_of(batch, self.policy.config.image_features)
 
     def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
         r"""Find the task's words in `<|im_start|>user\n<|vision_start|><|vision_end|>open it<|im_end|>\n`.

@@ -42,11 +42,12 @@ from lerobot_attn.policies.base import (
     Stream,
     said_by,
 )
-from lerobot_attn.policies.flow import as_uint8, newest
+from lerobot_attn.policies.flow import newest, views_of
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
     begun,
+    check_not_compiled,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -119,11 +120,7 @@ class MolmoAct2Adapter:
         """
         policy, expert = self.policy, self._expert
         sites = check_sites(sites, self.sites())
-        if compiled:
-            raise ConfigError(
-                "compiled=true: LeRobot does not compile molmoact2, so there is no compiled policy to read; "
-                "leave compiled out"
-            )
+        check_not_compiled("molmoact2", compiled=compiled)
         _check_mode(policy.config.inference_action_mode)
         order = self._camera_order()
         run = _Run()
@@ -197,11 +194,7 @@ class MolmoAct2Adapter:
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
-        return {
-            name: as_uint8(newest(batch[name])).permute(0, 2, 3, 1)
-            for name in self.policy.config.image_features
-            if name in batch
-        }
+        return views_of(batch, self.policy.config.image_features)
 
     def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
         """Find the task's words and the state's tokens in `… The task is to open it. The setup is …`.

@@ -96,6 +96,19 @@ def check_sites(asked: Iterable[Site], known: Mapping[Site, SiteInfo]) -> list[S
     return sites
 
 
+def check_not_compiled(policy_type: str, *, compiled: bool) -> None:
+    """Refuse to read a compiled policy of a family that LeRobot never compiles.
+
+    Raises:
+        ConfigError: that is asked for.
+    """
+    if compiled:
+        raise ConfigError(
+            f"compiled=true: LeRobot does not compile {policy_type}, so there is no compiled policy to read; "
+            "leave compiled out"
+        )
+
+
 def replacement(site: Site, value: Tensor, given: Tensor | None) -> Tensor:
     """Return what the policy goes on with: the value itself, or what a probe gave in its place.
 

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lerobot_attn.errors import CaptureError, ConfigError, UnsupportedPolicyError
+from lerobot_attn.errors import CaptureError, UnsupportedPolicyError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, TokenLayout, tiled
 from lerobot_attn.policies.base import (
     InferenceInputs,
@@ -45,11 +45,12 @@ from lerobot_attn.policies.base import (
     Stream,
     said_by,
 )
-from lerobot_attn.policies.flow import as_uint8, newest
+from lerobot_attn.policies.flow import views_of
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
 from lerobot_attn.policies.taps import (
     begun,
+    check_not_compiled,
     check_sites,
     exchanged_in_order,
     no_attention,
@@ -122,11 +123,7 @@ class WallXAdapter:
         """Tap the attention modules; an inference begins when the model is given its conversation."""
         policy, model = self.policy, self.model
         wanted = frozenset(check_sites(sites, self.sites()))
-        if compiled:
-            raise ConfigError(
-                "compiled=true: LeRobot does not compile wall_x, so there is no compiled policy to read; "
-                "leave compiled out"
-            )
+        check_not_compiled("wall_x", compiled=compiled)
         run = _Run()
         predict: Callable[..., Tensor] = policy.predict_action_chunk
         embed_actions: Callable[..., Tensor] = model.action_preprocessor.step
@@ -204,9 +201,7 @@ class WallXAdapter:
 
     def camera_views(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what each camera in the batch showed the policy: (batch, height, width, 3) uint8."""
-        return {
-            name: as_uint8(newest(batch[name])).permute(0, 2, 3, 1) for name in self._present_cameras(batch)
-        }
+        return views_of(batch, self._present_cameras(batch))
 
     def parse_prompt(self, prompt: str) -> ParsedPrompt | None:
         r"""Find the task's words in `…\nInstruction: pick up the soup.\nPredict the next action …`."""

@@ -32,7 +32,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lerobot_attn.errors import ConfigError
 from lerobot_attn.layout import Camera, ImageGeometry, Kind, TokenLayout, tiled
 from lerobot_attn.policies.base import (
     InferenceInputs,
@@ -47,7 +46,14 @@ from lerobot_attn.policies.base import (
 from lerobot_attn.policies.flow import as_uint8, newest
 from lerobot_attn.policies.kernels import kernel_tap
 from lerobot_attn.policies.prompts import spans_of
-from lerobot_attn.policies.taps import begun, check_sites, no_attention, replaced_attribute, watched_method
+from lerobot_attn.policies.taps import (
+    begun,
+    check_not_compiled,
+    check_sites,
+    no_attention,
+    replaced_attribute,
+    watched_method,
+)
 
 # As BART's tokenizer writes it; padded on either side.
 _PROMPT = re.compile(
@@ -102,11 +108,7 @@ class XVLAAdapter:
         """Tap the attention modules; an inference begins with the encoder, when its grid is known."""
         policy, model = self.policy, self.model
         sites = check_sites(sites, self.sites())
-        if compiled:
-            raise ConfigError(
-                "compiled=true: LeRobot does not compile xvla, so there is no compiled policy to read; leave "
-                "compiled out"
-            )
+        check_not_compiled("xvla", compiled=compiled)
         running = _Inference()
         predict: Callable[..., Tensor] = policy._get_action_chunk
         forward_vlm: Callable[..., Any] = model.forward_vlm
