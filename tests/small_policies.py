@@ -18,7 +18,8 @@ from lerobot_attn import open_run, record_episodes
 from lerobot_attn.capture import capture_attention
 from lerobot_attn.cli import app
 from lerobot_attn.config import AttentionConfig
-from lerobot_attn.errors import SelectionError
+from lerobot_attn.errors import ConfigError, SelectionError
+from lerobot_attn.interventions import Task, intervene
 from lerobot_attn.plot import plot
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
@@ -108,6 +109,21 @@ def record_own_loop(folder: Path, policy: Any, preprocessor: Any, postprocessor:
                     episode.step(pictures, action[0])
                 episode.success = True
     return folder
+
+
+def compiled_is_refused(policy: Any, policy_type: str) -> None:
+    """Assert that a policy which LeRobot never compiles is not read as a compiled one."""
+    with (
+        pytest.raises(ConfigError, match=rf"^compiled=true: LeRobot does not compile {policy_type}"),
+        capture_attention(policy, AttentionConfig(compiled=True)),
+    ):
+        pass
+
+
+def another_task_is_told(policy: Any) -> None:
+    """Assert that an intervention changes the instruction."""
+    with intervene(policy, Task(text="open the drawer")) as acting:
+        assert acting.task("put the bowl on the plate", 0) == "open the drawer"
 
 
 def training_goes_on_unrecorded(policy: Any, batch: Any, target: Any) -> None:

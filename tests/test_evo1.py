@@ -16,8 +16,10 @@ from small_policies import (  # noqa: E402
     TOP,
     WRIST,
     SmallPolicyContract,
+    another_task_is_told,
     captured,
     commands_take,
+    compiled_is_refused,
     explorer_serves,
     family_fixtures,
     plot_is_drawn,
@@ -30,8 +32,7 @@ from lerobot_attn import open_run  # noqa: E402
 from lerobot_attn.analysis import attention, image_heatmap, modality_share  # noqa: E402
 from lerobot_attn.capture import capture_attention  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
-from lerobot_attn.errors import ConfigError, UnsupportedPolicyError  # noqa: E402
-from lerobot_attn.interventions import Task, intervene  # noqa: E402
+from lerobot_attn.errors import UnsupportedPolicyError  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
@@ -317,16 +318,11 @@ def test_one_pooled_token_is_refused(evo1_policy):
 
 
 def test_another_task_is_told(policy):
-    with intervene(policy, Task(text="open the drawer")) as acting:
-        assert acting.task("put the bowl on the plate", 0) == "open the drawer"
+    another_task_is_told(policy)
 
 
 def test_compiled_is_refused(policy):
-    with (
-        pytest.raises(ConfigError, match=r"^compiled=true: LeRobot does not compile evo1"),
-        capture_attention(policy, AttentionConfig(compiled=True)),
-    ):
-        pass
+    compiled_is_refused(policy, "evo1")
 
 
 def test_training_goes_on_unrecorded(policy, batch):

@@ -22,8 +22,10 @@ from small_policies import (  # noqa: E402
     TOP,
     WRIST,
     SmallPolicyContract,
+    another_task_is_told,
     captured,
     commands_take,
+    compiled_is_refused,
     explorer_serves,
     family_fixtures,
     plot_is_drawn,
@@ -38,8 +40,7 @@ from lerobot_attn.analysis.prefix import text_to_image  # noqa: E402
 from lerobot_attn.analysis.propagation import attention_flow, attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention, find_tokenizer  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
-from lerobot_attn.errors import CaptureError, ConfigError, SelectionError  # noqa: E402
-from lerobot_attn.interventions import Task, intervene  # noqa: E402
+from lerobot_attn.errors import CaptureError, SelectionError  # noqa: E402
 from lerobot_attn.layout import ImageGeometry, Kind  # noqa: E402
 from lerobot_attn.overlay import OverlaySettings, overlay_frames  # noqa: E402
 from lerobot_attn.plot import plot  # noqa: E402
@@ -557,16 +558,11 @@ def test_prompts_are_read_as_they_are_written(policy, prompt, task):
 
 
 def test_another_task_is_told(policy):
-    with intervene(policy, Task(text="open the drawer")) as acting:
-        assert acting.task("put the bowl on the plate", 0) == "open the drawer"
+    another_task_is_told(policy)
 
 
 def test_compiled_is_refused(policy):
-    with (
-        pytest.raises(ConfigError, match=r"^compiled=true: LeRobot does not compile groot"),
-        capture_attention(policy, AttentionConfig(compiled=True)),
-    ):
-        pass
+    compiled_is_refused(policy, "groot")
 
 
 def test_pictures_that_somebody_put_back_into_the_batch_are_its_views(policy, batch):

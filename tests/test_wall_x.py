@@ -19,8 +19,10 @@ from small_policies import (  # noqa: E402
     TOP,
     WRIST,
     SmallPolicyContract,
+    another_task_is_told,
     captured,
     commands_take,
+    compiled_is_refused,
     explorer_serves,
     family_fixtures,
     plot_is_drawn,
@@ -36,8 +38,7 @@ from lerobot_attn.analysis.prefix import text_to_image  # noqa: E402
 from lerobot_attn.analysis.propagation import attention_rollout  # noqa: E402
 from lerobot_attn.capture import capture_attention  # noqa: E402
 from lerobot_attn.config import AttentionConfig  # noqa: E402
-from lerobot_attn.errors import CaptureError, ConfigError, UnsupportedPolicyError  # noqa: E402
-from lerobot_attn.interventions import Task, intervene  # noqa: E402
+from lerobot_attn.errors import CaptureError, UnsupportedPolicyError  # noqa: E402
 from lerobot_attn.layout import Kind  # noqa: E402
 from lerobot_attn.plot.kinds import KINDS  # noqa: E402
 from lerobot_attn.policies import adapter_for  # noqa: E402
@@ -428,16 +429,11 @@ def test_prompts_are_read_as_they_are_written(policy, prompt, task, is_cut):
 
 
 def test_another_task_is_told(policy):
-    with intervene(policy, Task(text="open the drawer")) as acting:
-        assert acting.task("put the bowl on the plate", 0) == "open the drawer"
+    another_task_is_told(policy)
 
 
 def test_compiled_is_refused(policy):
-    with (
-        pytest.raises(ConfigError, match=r"^compiled=true: LeRobot does not compile wall_x"),
-        capture_attention(policy, AttentionConfig(compiled=True)),
-    ):
-        pass
+    compiled_is_refused(policy, "wall_x")
 
 
 def test_decoding_actions_as_tokens_is_refused(policy, monkeypatch):
